@@ -1,0 +1,120 @@
+"""The whole of self-evolving training on a CPU, in minutes, on the embedded data set.
+
+    python -m mstar_jax.main --config=configs/tiny.py                      # Continuous Self-Evolving
+    python -m mstar_jax.main --config=configs/tiny.py:iterative_rft        # or :rest_em, :sft
+    python -m mstar_jax.main --config=configs/tiny.py:control              # as many steps, no new rollouts
+    python -m mstar_jax.main --config=configs/tiny.py:smoke                # a minute, to see that it runs
+    python -m mstar_jax.main --config=configs/tiny.py --config.data.labelled=/data/train.json \
+        --config.data.root=/data                                           # any file in MathV360K's format
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "continuous") -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
+
+    c.data = data = ConfigDict()
+    data.labelled = ""  # a MathV360K file; empty for the embedded data set
+    data.root = ""  # what its image paths are relative to; empty for the file's folder
+    data.seed = 0  # of the embedded data set, or of the split by image
+    data.validation = 256  # queries, measured after every stage
+    data.test = 1024  # queries, measured at the ends of the run
+    data.max_prompt = 448  # tokens, image included; longer prompts are left out and counted
+    data.buckets = (80, 96, 128, 160, 192, 256, 320, 448, 512, 640)  # row lengths, tokens
+    data.workers = 0  # processes that decode images; 0 for threads: these images are 64 pixels wide
+    data.figures = ConfigDict(
+        {"train": 4096, "unlabelled": 256, "validation": 512, "test": 1024}  # queries
+        | {"captions": 4096, "arithmetic": 2000, "instruct": 400}  # the narrow set for the base model
+    )
+
+    # Phi-3.5-vision's architecture, shrunk: 0.5 M parameters
+    c.policy = policy = ConfigDict()
+    policy.vocab_size = 512
+    policy.num_crops = 1
+    policy.decoder = ConfigDict(
+        {"hidden_size": 96, "intermediate_size": 256, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
+        | {"rope_theta": 100.0, "tie_word_embeddings": True, "unroll": 3}
+    )
+    policy.vision = ConfigDict(
+        {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4}
+        | {"image_size": 64, "patch_size": 8}
+    )
+
+    c.prompts = ConfigDict(
+        {
+            "cot": "{question}{choices}\nThink.",
+            "direct": "{question}{choices}\nAnswer.",
+            "hint": "{question}{choices}\nThe answer is {answer}. Why?",
+        }
+    )
+
+    # The base model only has to leave something to evolve: trained until it reaches `target`
+    c.base = base = ConfigDict()
+    base.steps = 1200  # at most
+    base.batch = 32  # rows
+    base.learning_rate = 1.5e-3
+    base.warmup_steps = 50
+    base.final_fraction = 1.0
+    base.mix = ConfigDict({"caption": 0.2, "arithmetic": 0.2, "cot": 0.35, "hint": 0.15, "direct": 0.1})
+    base.target = 0.38  # greedy accuracy on validation that ends it
+    base.check_from, base.check_every, base.check_queries = 200, 50, 512
+
+    c.warmup = warmup = ConfigDict()
+    warmup.queries, warmup.k, warmup.keep = 512, 4, 2
+    warmup.temperature = 1.0
+    warmup.steps = 30
+    warmup.batch = 16  # rows of up to `keep` responses
+    warmup.learning_rate = 1e-3
+    warmup.warmup_steps = 10
+    warmup.final_fraction = 0.1
+
+    c.evolve = evolve = ConfigDict()
+    evolve.iterations = 8
+    evolve.fraction = 0.25  # of the labelled queries, an iteration
+    evolve.k = 16  # responses per query
+    evolve.keep = 2  # correct responses that train, by lot; 0 for all
+    evolve.distinct = False  # train only on responses with different text
+    evolve.temperature = 0.7
+    evolve.steps = 64  # an iteration
+    evolve.batch = 16  # rows of up to `keep` responses
+    evolve.learning_rate = 1e-3
+    evolve.warmup_steps = 10
+    evolve.final_fraction = 0.1
+    evolve.data = "rollouts"  # or "answers" (SFT), "warmup" (control)
+    evolve.start = "last"  # every iteration trains from pi_t; "initial": from the warm-up
+    evolve.reset = False  # optimizer state and schedule begin again at every iteration
+    evolve.keep_checkpoints = 2  # iterations
+
+    c.train = ConfigDict(
+        {"b1": 0.9, "b2": 0.98, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1}
+        | {"dtype": "float32", "remat": "none", "frozen": ()}  # frozen: regular expressions of names
+        | {"log_every": 10, "save_every": 50}  # steps
+    )
+    c.sampling = ConfigDict(
+        {"batch": 64, "max_new_tokens": 48, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        | {"stop_strings": (), "dtype": "float32"}
+    )
+    c.eval = ConfigDict({"samples": 16, "k": 8, "temperature": 1.0, "test_at": ("base", "warmup"), "show": 12})
+
+    if variant in ("iterative_rft", "rest_em"):  # all queries an iteration, everything reset
+        evolve.reset, evolve.fraction = True, 1.0
+        evolve.iterations, evolve.steps = 2, 256
+        evolve.start = "initial" if variant == "rest_em" else "last"
+    elif variant == "sft":  # the labelled answers themselves
+        evolve.data = "answers"
+    elif variant == "control":
+        evolve.data = "warmup"
+    elif variant == "smoke":
+        data.figures.update({"train": 128, "unlabelled": 8, "validation": 64, "test": 64})
+        data.figures.update({"captions": 128, "arithmetic": 100, "instruct": 64})
+        data.validation, base.check_queries, base.steps, base.check_from = 32, 32, 60, 50
+        base.target, base.learning_rate = 0.0, 3e-3
+        warmup.queries, warmup.steps, warmup.warmup_steps = 64, 6, 2
+        evolve.iterations, evolve.steps, evolve.warmup_steps, evolve.k = 2, 6, 2, 4
+        c.eval.samples, c.eval.k, c.train.save_every = 4, 4, 5
+    elif variant != "continuous":
+        raise ValueError(f"unknown variant {variant!r}: continuous, iterative_rft, rest_em, sft, control, smoke")
+    return c

@@ -1,0 +1,397 @@
+"""The embedded data set: rendered figures with questions, in MathV360K's format on disk.
+
+Two kinds of 64x64 image, each in four column slots of 16 px: bar charts and shape scenes. Every question
+except `read` depends on every object: what is read wrongly matters. Text is written for a byte-level BPE: a
+line starts with a capitalised word and a number always follows one space.
+
+    <folder>/figures.json                manifest: the parameters that the set was made with
+    <folder>/figures/images/<split>_<n>.png
+    <folder>/{train,unlabelled,validation,test}.json    MathV360K rows, images relative to <folder>
+    <folder>/truth.jsonl                 the generator's knowledge of every query; measures, never trains
+    <folder>/base.jsonl                  the narrow set that trains the tiny base model
+
+A record of `truth.jsonl` (the variants are the valid orders of the steps) and one of `base.jsonl`:
+
+    {"id": "train_000002_0", "split": "train", "family": "total",
+     "objects": [["red", 9], ["blue", 7], ["green", 6]],
+     "variants": [["Bars red 9 blue 7 green 6", "Sum 9 + 7 = 16", "Sum 16 + 6 = 22"],
+                  ["Bars red 9 blue 7 green 6", "Sum 6 + 7 = 13", "Sum 13 + 9 = 22"]], "answer": "22"}
+    {"id": "base_004096", "image": null, "mode": "arithmetic", "question": "Compute 13 + 9.", "options": null,
+     "answer": null, "response": "Sum 13 + 9 = 22"}
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import PIL.Image
+
+from mstar_jax.structs import Query
+
+FORMAT = 1  # raised when the same parameters come to give other data
+SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
+STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
+BAR_FAMILIES = {"read": 0.05, "total": 0.20, "split": 0.18, "range": 0.15, "remainder": 0.15, "parity": 0.12}
+SCENE_FAMILIES = {"count": 0.08, "compare": 0.07}
+SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
+ARITHMETIC = {  # share, question
+    "Sum": (0.5, "Compute {} + {}."),
+    "Difference": (0.2, "Compute {} - {}."),
+    "Range": (0.1, "Compute range {} - {}."),
+    "Remainder": (0.1, "Compute {} by {}."),
+    "Parity": (0.1, "Compute parity {}."),
+}
+
+SIZE, SLOT, UNIT, BASELINE = 64, 16, 6, 60  # px; bars end above row BASELINE
+COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
+COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
+KINDS = ("circle", "square", "triangle")
+BACKGROUND, AXIS = (238, 238, 234), (70, 70, 76)
+COLOUR_SD, NOISE_SD = 7.0, 14.0  # of 255: per object and channel, per pixel
+
+ANSWER = "The answer is"
+HINT = "Hint: Please answer the question "
+INTEGER_HINT = HINT + "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end."
+LETTER_HINT = HINT + "and provide the correct option letter, e.g., A, B, C, D, at the end."
+OURS = {"figures.json", "figures", "truth.jsonl", "base.jsonl", *(f"{split}.json" for split in SPLITS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question about a figure, with every valid sequence of step lines (final answer line excluded)."""
+
+    family: str
+    question: str
+    options: tuple[str, ...] | None
+    answer: str  # the letter where there are options
+    variants: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the generator knows of a query; `objects` are (colour, height or kind), left to right."""
+
+    id: str
+    split: str
+    family: str
+    objects: tuple[tuple[str, int | str], ...]
+    variants: tuple[tuple[str, ...], ...]
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseExample:
+    """One example of the base set; `mode` is `caption`, `arithmetic` (no image) or `cot`."""
+
+    query: Query
+    mode: str
+    response: str
+
+
+# ---- figures ----
+
+
+def draw_objects(rng, scene, families=()):
+    """Three or four objects that fit the families: four bars for `split`, no tie for `compare`."""
+    n = 4 if "split" in families else int(rng.integers(3, 5))
+    colours = rng.permutation(list(COLOURS)).tolist()
+    if not scene:
+        return tuple(zip(colours[:n], rng.integers(1, 10, n).tolist(), strict=True))
+    palette = colours[: rng.integers(2, 4)]  # few, so that colours repeat
+    while True:
+        kinds = rng.choice(KINDS, n).tolist()
+        if "compare" not in families or kinds.count("circle") != kinds.count("square"):
+            return tuple(zip(rng.choice(palette, n).tolist(), kinds, strict=True))
+
+
+def describe(objects):
+    """The description, first step of every response: `Bars red 9 purple 7 yellow 6`."""
+    kind = "Shapes" if objects[0][1] in KINDS else "Bars"
+    return " ".join([kind, *(f"{colour} {value}" for colour, value in objects)])
+
+
+def render(rng, objects):
+    """Draws the objects, one per slot, with jitter and noise: uint8[64, 64, 3]."""
+    jitter = rng.normal(0, COLOUR_SD, (len(objects) + 1, 3)).astype(np.float32)
+    image = np.full((SIZE, SIZE, 3), BACKGROUND, np.float32) + jitter[-1]
+    slots = np.sort(rng.permutation(4)[: len(objects)])
+    chart = objects[0][1] not in KINDS
+    for slot, (colour, value), shift in zip(slots, objects, jitter[:-1], strict=True):
+        if chart:
+            width, height = int(rng.integers(8, 15)), UNIT * value
+            top, cover = BASELINE - height, np.ones((height, width))
+        else:
+            width = height = int(rng.integers(9, 14))
+            top, cover = int(rng.integers(2, SIZE - 1 - height)), _cover(value, width)
+        left = SLOT * slot + int(rng.integers(1, SLOT - width))
+        area = image[top : top + height, left : left + width]
+        area += cover[..., None] * (COLOURS[colour] + shift - area)
+    if chart:
+        image[BASELINE, 1:-1] = AXIS
+    image += NOISE_SD * rng.standard_normal(image.shape, np.float32)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _cover(kind, size):
+    """How much of every pixel the shape covers, soft at its edge: float[size, size]."""
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    if kind == "square":
+        return np.ones_like(x)
+    inside = size / 2 - np.hypot(x, y) if kind == "circle" else (y + size / 2 + 0.5) / 2 - np.abs(x)
+    return np.clip(inside + 0.5, 0, 1)
+
+
+# ---- problems ----
+
+
+def draw_families(rng, scene, k):
+    """k families for the questions on one figure, each as often as its weight says.
+
+    Systematic sampling, k points evenly spaced on the line of weights: a family comes twice only where its
+    share is above 1/k, which is so for `count` alone (k = 2), and `count` has several questions.
+    """
+    weights = SCENE_FAMILIES if scene else BAR_FAMILIES
+    names = rng.permutation(list(weights)).tolist()
+    edges = np.cumsum([weights[name] for name in names])
+    return [names[i] for i in np.searchsorted(edges[:-1], (rng.random() + np.arange(k)) / k * edges[-1])]
+
+
+def pose(rng, family, objects):
+    """A question of the family about the objects: Problem."""
+    options, values = None, [value for _, value in objects]
+    first, second, end = [], [], []  # the steps in two orders, and what follows either
+    if family in ("total", "remainder", "parity"):
+        first, second, total = _sums(values), _sums(values[::-1]), sum(values)
+        if family == "total":
+            question, answer = "What is the total of all bars?", total
+        elif family == "remainder":
+            question, answer = "What remains when the total is divided by 3?", total % 3
+            end = [step("Remainder", total, 3)]
+        else:
+            question, answer, options = "Is the total odd or even?", "BA"[total % 2], ("odd", "even")
+            end = [step("Parity", total)]
+    elif family == "split":
+        question = "What is the difference between the left half and the right half?"
+        left, right = _sums(values[:2]), _sums(values[2:])
+        low, high = sorted([sum(values[:2]), sum(values[2:])])
+        first, second, end, answer = left + right, right + left, [step("Difference", high, low)], high - low
+    elif family == "range":
+        question, low, high = "What is the range of the bars?", min(values), max(values)
+        first, end, answer = [f"Highest {high}", f"Lowest {low}"], [step("Range", high, low)], high - low
+        second = first[::-1]
+    elif family == "read":
+        position = int(rng.integers(len(values)))
+        name = "last" if position == len(values) - 1 else ("first", "second", "third")[position]
+        colour, answer = objects[position]
+        question, end = f"What is the value of the {name} bar?", [f"Read {colour} {answer}"]
+    elif family == "count":
+        target = str(rng.choice(sorted({word for shape in objects for word in shape})))
+        question = f"How many {target + 's' if target in KINDS else target + ' shapes'} are there?"
+        found = [" ".join(shape) for shape in objects if target in shape]
+        first = [f"Count {i} {shape}" for i, shape in enumerate(found, 1)]
+        second = [f"Count {i} {shape}" for i, shape in enumerate(found[::-1], 1)]
+        answer = len(found)
+    else:
+        question, options = "Are there more circles or squares?", ("circles", "squares")
+        circles, squares = values.count("circle"), values.count("square")
+        first, answer = [f"Circles {circles}", f"Squares {squares}"], "A" if circles > squares else "B"
+        second, end = first[::-1], [f"More {options['AB'.index(answer)]}"]
+    variants = dict.fromkeys((describe(objects), *order, *end) for order in (first, second))
+    return Problem(family, question, options, str(answer), tuple(variants))
+
+
+def step(name, a, b=None):
+    """One line of arithmetic, `Sum 13 + 9 = 22`; there is no b in `Parity 17 odd`."""
+    if name == "Parity":
+        return f"Parity {a} {'odd' if a % 2 else 'even'}"
+    sign, result = {"Sum": ("+", a + b), "Remainder": ("by", a % b)}.get(name, ("-", a - b))
+    return f"{name} {a} {sign} {b} = {result}"
+
+
+def _sums(values):
+    return [step("Sum", a, b) for a, b in zip(itertools.accumulate(values), values[1:], strict=False)]
+
+
+def draw_arithmetic(rng, n):
+    """n pairs (question, step line), evenly over the numbers that the charts' steps can hold."""
+    facts = {
+        "Sum": [(a, b) for a in range(1, 28) for b in range(1, 10)],
+        "Difference": [(a, b) for a in range(2, 19) for b in range(2, a + 1)],
+        "Range": [(a, b) for a in range(1, 10) for b in range(1, a + 1)],
+        "Remainder": [(a, 3) for a in range(3, 37)],
+        "Parity": [(a,) for a in range(3, 37)],
+    }
+    decks = {name: itertools.cycle(rng.permutation(facts[name]).tolist()) for name in ARITHMETIC}
+    for name in rng.choice(list(ARITHMETIC), n, p=[share for share, _ in ARITHMETIC.values()]).tolist():
+        numbers = next(decks[name])
+        yield ARITHMETIC[name][1].format(*numbers), step(name, *numbers)
+
+
+# ---- writing ----
+
+
+def make(
+    folder,
+    *,
+    seed=0,
+    train=4096,
+    unlabelled=1024,
+    validation=512,
+    test=1024,
+    captions=4096,
+    arithmetic=2000,
+    instruct=400,
+):
+    """Writes the data set (see the module's docstring) and returns its folder; does nothing if it is there.
+
+    The same parameters give the same bytes. All is written beside `folder` and renamed into place; a set made
+    with other parameters is replaced.
+
+    Args:
+      folder: where; absent, or holding nothing but an earlier set.
+      seed: of every random stream.
+      train, unlabelled, validation, test: queries in each split.
+      captions, arithmetic, instruct: base examples of each mode (`instruct` is the number of `cot` ones).
+
+    Raises:
+      FileExistsError: the folder holds files that this function did not write.
+    """
+    sizes = {"train": train, "unlabelled": unlabelled, "validation": validation, "test": test}
+    base = {"captions": captions, "arithmetic": arithmetic, "instruct": instruct}
+    manifest = {"format": FORMAT, "seed": seed, **sizes, **base}
+    folder = pathlib.Path(folder).absolute()
+    if _manifest(folder) == manifest:
+        return folder
+    foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []
+    if foreign:
+        raise FileExistsError(f"{folder} is to hold the figures data set, but has other files: {foreign[:5]}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new = pathlib.Path(temporary) / "new"
+        (new / "figures" / "images").mkdir(parents=True)
+        rngs = {name: np.random.default_rng([seed, stream]) for stream, name in enumerate(STREAMS)}
+        truths = [t for split in SPLITS for t in _write_split(new, split, sizes[split], rngs[split])]
+        _write_lines(new / "truth.jsonl", map(dataclasses.asdict, truths))
+        _write_lines(new / "base.jsonl", _base_records(new, rngs, **base))
+        (new / "figures.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        if folder.exists():
+            os.rename(folder, pathlib.Path(temporary) / "old")
+        try:
+            os.rename(new, folder)
+        except OSError:  # fine where another process was faster
+            if _manifest(folder) != manifest:
+                raise
+    return folder
+
+
+def _manifest(folder):
+    try:
+        return json.loads((folder / "figures.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _save(root, name, image):
+    PIL.Image.fromarray(image).save(root / f"figures/images/{name}.png", compress_level=1)
+    return f"figures/images/{name}.png"
+
+
+def _draw(rng, k):
+    """One figure with k different questions: (objects, [Problem])."""
+    scene = rng.random() < sum(SCENE_FAMILIES.values())
+    families = draw_families(rng, scene, k)
+    objects, problems = draw_objects(rng, scene, families), {}
+    for family in families:
+        while (problem := pose(rng, family, objects)).question in problems:
+            pass
+        problems[problem.question] = problem
+    return objects, list(problems.values())
+
+
+def _write_split(root, split, size, rng):
+    rows, truths = [], []
+    for n in range(-(-size // SPLITS[split])):
+        objects, problems = _draw(rng, SPLITS[split])
+        image = _save(root, f"{split}_{n:06d}", render(rng, objects))
+        for i, p in enumerate(problems[: size - len(rows)]):
+            query_id = f"{split}_{n:06d}_{i}"
+            text = f"<image>\n{LETTER_HINT if p.options else INTEGER_HINT}\nQuestion: {p.question}"
+            if p.options:
+                text += "\nChoices:\n(A) {}\n(B) {}".format(*p.options)
+            turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"{ANSWER} {p.answer}"}]
+            rows.append({"id": query_id, "image": image, "conversations": turns})
+            truths.append(Truth(query_id, split, p.family, objects, p.variants, p.answer))
+    (root / f"{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return truths
+
+
+def _base_records(root, rngs, captions, arithmetic, instruct):
+    ids = (f"base_{n:06d}" for n in itertools.count())
+    asked = {"options": None, "answer": None}
+    rng = rngs["captions"]
+    for _ in range(captions):
+        objects, name = draw_objects(rng, scene=rng.random() < SCENE_CAPTIONS), next(ids)
+        record = {"id": name, "image": _save(root, name, render(rng, objects)), "mode": "caption"}
+        yield record | {"question": "Describe the image.", **asked, "response": describe(objects)}
+    for question, line in draw_arithmetic(rngs["arithmetic"], arithmetic):
+        record = {"id": next(ids), "image": None, "mode": "arithmetic"}
+        yield record | {"question": question, **asked, "response": line}
+    rng = rngs["instruct"]
+    for _ in range(instruct):
+        (objects, (p,)), name = _draw(rng, 1), next(ids)
+        steps = p.variants[rng.integers(len(p.variants))]
+        record = {"id": name, "image": _save(root, name, render(rng, objects)), "mode": "cot"}
+        record |= {"question": p.question, "options": p.options, "answer": p.answer}
+        yield record | {"response": "\n".join([*steps, f"{ANSWER} {p.answer}"])}
+
+
+# ---- reading ----
+
+
+def read_base(folder):
+    """The base set of a folder that `make` wrote: list[BaseExample], images as absolute paths."""
+    root, examples = pathlib.Path(folder).absolute(), []
+    for r in map(json.loads, (root / "base.jsonl").read_text().splitlines()):
+        images = (str(root / r["image"]),) if r["image"] else ()
+        options = tuple(r["options"]) if r["options"] else None
+        kind = "choice" if options else "integer" if r["answer"] else "text"
+        query = Query(r["id"], images, r["question"], options, r["answer"], kind, "figures")
+        examples.append(BaseExample(query, r["mode"], r["response"]))
+    return examples
+
+
+def read_truth(path):
+    """`truth.jsonl` by query id: dict[str, Truth]."""
+    truths = {}
+    for record in map(json.loads, pathlib.Path(path).read_text().splitlines()):
+        lists = {name: tuple(tuple(item) for item in record[name]) for name in ("objects", "variants")}
+        truths[record["id"]] = Truth(**record | lists)
+    return truths
+
+
+def check_steps(text, truth):
+    """Whether every step of a response is right: list[bool].
+
+    Steps are the non-empty lines without the final `The answer is X`; the description is the first. Step j is
+    right iff lines 0..j begin a valid variant, so that nothing after a wrong step is right.
+    """
+    steps = _steps(text)
+    return [any(v[: j + 1] == steps[: j + 1] for v in truth.variants) for j in range(len(steps))]
+
+
+def all_right(text, truth):
+    """Whether the steps of a response are one whole valid variant; the final answer is not looked at."""
+    return _steps(text) in truth.variants
+
+
+def _steps(text):
+    lines = tuple(" ".join(line.split()) for line in text.splitlines() if line.strip())
+    return lines[:-1] if lines and lines[-1].startswith(ANSWER) else lines

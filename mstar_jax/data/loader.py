@@ -1,0 +1,255 @@
+"""From queries and responses to batches: planning on the host, decoding in Grain workers.
+
+A plan is made from image headers and token counts alone, so shapes are known, few and the same on every
+process before an image is decoded. Each stage's stream is a function of its plan and seed, and its state
+is a small dictionary: a restart continues with the very next batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from mstar_jax.data.images import load_image
+from mstar_jax.structs import Batch, Query
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A query with its rendered prompt and what that costs: prefix tokens and image crops."""
+
+    query: Query
+    text: str
+    length: int
+    crops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A training row: a prompt and the responses that share it, as token ids ending in a stop id."""
+
+    prompt: Prompt
+    responses: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prefix and branches."""
+        return self.prompt.length + sum(map(len, self.responses))
+
+
+def plan_prompts(
+    pairs: Sequence[tuple[Query, str]], processor: Any, max_length: int
+) -> tuple[list[Prompt], list[Query]]:
+    """Measures prompts without decoding their images.
+
+    Args:
+      pairs: (query, rendered prompt).
+      processor: the family's host side.
+      max_length: longest prefix in tokens. A longer prompt is left out whole: cutting it could cut an
+        image span, and then features and placeholders no longer match.
+
+    Returns:
+      The prompts that fit, in order, and the queries left out.
+    """
+    prompts, left_out = [], []
+    size = functools.cache(_image_size)
+    for query, text in pairs:
+        length, crops = processor.prefix_shape(text, [size(path) for path in query.images])
+        if length > max_length:
+            left_out.append(query)
+        else:
+            prompts.append(Prompt(query, text, length, crops))
+    return prompts, left_out
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # shown rotated by a quarter
+    return (height, width) if turned else (width, height)
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length`.
+
+    Raises:
+      ValueError: none does.
+    """
+    for size in sorted(buckets):
+        if length <= size:
+            return size
+    raise ValueError(f"{length} tokens do not fit the largest bucket, {max(buckets)}: add one to data.buckets")
+
+
+def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
+    """Decodes the images of a row and lays out prefix and branches, padded to `length` and `crops`.
+
+    Raises:
+      ValueError: naming the query, where image features and their places do not match or the row does
+        not fit. The device is never called with such a row.
+    """
+    query = row.prompt.query
+    prefix = processor.encode(row.prompt.text, [load_image(path) for path in query.images])
+    n, c = len(prefix.tokens), len(prefix.pixels)
+    if (n, c) != (row.prompt.length, row.prompt.crops):
+        raise ValueError(
+            f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, "
+            f"encoded {n} and {c}; did an image change on disk?"
+        )
+    if row.length > length or c > crops:
+        raise ValueError(f"query {query.id}: {row.length} tokens and {c} crops do not fit {length} and {crops}")
+    tokens, branch = np.zeros(length, np.int32), np.full(length, -1, np.int32)
+    index, mask = np.full(length, -1, np.int32), np.zeros(length, np.float32)
+    tokens[:n], branch[:n], index[:n] = prefix.tokens, 0, prefix.image_index
+    at = n
+    for number, response in enumerate(row.responses, start=1):
+        end = at + len(response)
+        tokens[at:end], branch[at:end], mask[at:end] = response, number, 1.0
+        at = end
+    pixels = np.zeros((crops, *prefix.pixels.shape[1:]), np.float32)
+    pixels[:c] = prefix.pixels
+    return Batch(tokens, branch, mask, index, pixels)
+
+
+def _stack(rows: Sequence[Batch], size: int) -> Batch:
+    """Stacks rows and fills up with empty ones."""
+    empty = Batch(*(np.full_like(x, fill) for x, fill in zip(rows[0], (0, -1, 0, -1, 0))))
+    rows = [*rows, *[empty] * (size - len(rows))]
+    return Batch(*(np.stack(parts) for parts in zip(*rows)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodePrompts(grain.transforms.Map):
+    """One planned batch of prompts to arrays."""
+
+    processor: Any
+    size: int
+
+    def map(self, plan):
+        length, prompts = plan
+        crops = max(p.crops for p in prompts)
+        rows = [encode_row(Row(p, ()), self.processor, length, crops) for p in prompts]
+        return tuple(p.query for p in prompts), _stack(rows, self.size)
+
+
+def plan_batches(prompts: Sequence[Prompt], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Prompt]]]:
+    """Groups prompts by shape, in order: (bucket, up to `size` prompts with the same number of crops)."""
+    groups: dict[tuple[int, int], list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault((bucket(prompt.length, buckets), prompt.crops), []).append(prompt)
+    return [
+        (length, group[at : at + size])
+        for (length, _), group in sorted(groups.items())
+        for at in range(0, len(group), size)
+    ]
+
+
+def prompt_batches(
+    plans: Sequence[tuple[int, list[Prompt]]], processor: Any, size: int, *, workers: int = 0
+) -> Iterator[tuple[tuple[Query, ...], Batch]]:
+    """Encodes planned batches in order, ahead of their use.
+
+    Args:
+      plans: from `plan_batches`.
+      processor: the family's host side.
+      size: rows of a batch; a short one is filled up with empty rows.
+      workers: processes that decode images; 0 decodes in threads of this one.
+    """
+    if not plans:
+        return iter(())
+    data = grain.MapDataset.source(plans).map(_EncodePrompts(processor, size))
+    return iter(_prefetched(data, workers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodeRow(grain.transforms.Map):
+    """One training row to arrays."""
+
+    processor: Any
+    length: int
+    crops: int
+
+    def map(self, row):
+        return encode_row(row, self.processor, self.length, self.crops)
+
+
+def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
+    """Cuts rows whose branches do not fit into several rows of the same query.
+
+    Raises:
+      ValueError: a single response does not fit beside its prompt.
+    """
+    out = []
+    for row in rows:
+        part: list[tuple[int, ...]] = []
+        for response in row.responses:
+            if row.prompt.length + len(response) > max_length:
+                raise ValueError(
+                    f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response tokens "
+                    f"do not fit {max_length}, the largest of data.buckets"
+                )
+            if row.prompt.length + sum(map(len, part)) + len(response) > max_length:
+                out.append(Row(row.prompt, tuple(part)))
+                part = []
+            part.append(response)
+        out.append(Row(row.prompt, tuple(part)))
+    return out
+
+
+def train_batches(
+    sources: Sequence[tuple[Sequence[Row], float]],
+    processor: Any,
+    size: int,
+    buckets: Sequence[int],
+    *,
+    seed: int,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
+    state: dict[str, Any] | None = None,
+) -> grain.DatasetIterator:
+    """An endless, shuffled stream of training batches from weighted sources.
+
+    Args:
+      sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows drawn.
+      processor: the family's host side.
+      size: rows of the *global* batch.
+      buckets: row lengths to choose from; one is chosen for the whole stream, so it compiles once.
+      seed: of the shuffle; every epoch has its own order.
+      workers: processes that decode images; 0 decodes in threads of this one.
+      process: (index, count); a process gets its share of every global batch.
+      state: of an earlier iterator (`get_state()`), to continue behind it.
+
+    Raises:
+      ValueError: no source has rows, or the processes do not divide the batch.
+    """
+    filled = [(split_rows(rows, max(buckets)), weight) for rows, weight in sources if len(rows) and weight > 0]
+    if not filled:
+        raise ValueError("there is nothing to train on: no source has rows")
+    index, count = process
+    if size % count:
+        raise ValueError(f"a global batch of {size} rows cannot be shared by {count} processes")
+    rows = [row for part, _ in filled for row in part]
+    length = bucket(max(row.length for row in rows), buckets)
+    crops = max(row.prompt.crops for row in rows)
+    parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part, _ in filled]
+    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [weight for _, weight in filled])
+    encoded = mixed[index::count].map(_EncodeRow(processor, length, crops)).batch(size // count, batch_fn=_batch)
+    iterator = iter(_prefetched(encoded, workers))
+    if state:
+        iterator.set_state(state)
+    return iterator
+
+
+def _batch(rows: Sequence[Batch]) -> Batch:
+    return _stack(rows, len(rows))
+
+
+def _prefetched(data: grain.MapDataset, workers: int) -> grain.IterDataset:
+    if workers:
+        stream = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

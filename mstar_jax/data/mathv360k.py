@@ -1,0 +1,351 @@
+r"""Reader of the MathV360K format, the training pool, and its splits.
+
+A file is a JSON list, or JSON lines (.jsonl, .jsonl.gz), of rows. One row, as it is:
+
+    {
+      "id": "TabMWP_7",
+      "image": "TabMWP/images/416.png",
+      "conversations": [
+        {
+          "from": "human",
+          "value": "<image>\nHint: Please answer the question and provide the correct option letter, e.g., A,
+            B, C, D, at the end.\nQuestion: Vijay has $9.00. Does he have enough to buy a book about music and
+            a book about hiking?\nChoices:\n(A) yes\n(B) no"
+        },
+        {"from": "gpt", "value": "The answer is B"}
+      ]
+    }
+
+`id` may be absent, `image` may be a list, the hint, the `Question:` mark and the choices may be absent. The
+first component of the image path is the source. About nine rows share an image.
+
+The reader keeps what can be trained on and counts everything else by cause; a broken row never stops it.
+"""
+
+import concurrent.futures
+import dataclasses
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from mstar_jax.answers import equivalent
+from mstar_jax.data.images import MAX_PIXELS, ImageError, load_image, resolve
+from mstar_jax.data.splits import split
+from mstar_jax.structs import Query
+from mstar_jax.values import kind, plain
+
+__all__ = ["Report", "parse_answer", "parse_question", "read", "split"]
+
+LONGEST_TEXT = 5  # words; longer texts cannot be checked by comparison
+EXAMPLES = 3  # shown per cause
+
+
+@dataclasses.dataclass
+class Report:
+    """What the reader kept and dropped.
+
+    Attributes:
+      path: the file read.
+      rows: rows found, bad JSON lines included.
+      kept: queries returned.
+      renamed: kept queries whose id was taken; they got a suffix `_2`, `_3`, ...
+      dropped: number of rows per cause; their sum and `kept` are `rows`.
+      examples: up to three of them per cause, as `line 7` or `row 7`, with the id where there is one.
+    """
+
+    path: str
+    rows: int = 0
+    kept: int = 0
+    renamed: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def drop(self, cause: str, example: str) -> None:
+        """Counts one dropped row."""
+        self.dropped[cause] = self.dropped.get(cause, 0) + 1
+        if self.dropped[cause] <= EXAMPLES:
+            self.examples.setdefault(cause, []).append(example)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: kept {self.kept} of {self.rows} rows"]
+        lines += [f"  renamed {self.renamed:6d}  id was taken"] if self.renamed else []
+        for cause, count in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  dropped {count:6d}  {cause} ({', '.join(self.examples[cause])})")
+        return "\n".join(lines)
+
+
+class _Bad(Exception):
+    """A row to drop; its text is the cause."""
+
+
+# ---- 1. rows ------------------------------------------------------------------------------------------
+
+
+def _rows(path: str) -> Iterator[tuple[str, object]]:
+    """Yields (`line 7` or `row 7`, the decoded row, or the ValueError of a line that is not JSON)."""
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            number = 0
+            try:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"line {number}", _decode(line)
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path}: broken gzip data after line {number}: {error}") from error
+        return
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        rows = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        offset = error.start if isinstance(error, UnicodeDecodeError) else getattr(error, "pos", 0)
+        line = getattr(error, "lineno", text.count(b"\n", 0, offset) + 1)
+        raise ValueError(f"{path}, line {line}: not valid JSON: {error}") from error
+    if type(rows) is not list:
+        raise ValueError(f"{path}, line 1: expected a JSON list of rows, found {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        yield f"row {number}", row
+
+
+def _decode(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Bad("wrong types")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise _Bad("wrong types")  # half a character: it could never be written to disk
+    return value
+
+
+def _turns(row: object) -> tuple[str, str]:
+    """(the human turn, the gpt turn or '')."""
+    if not isinstance(row, dict):
+        raise _Bad("wrong types")
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise _Bad("wrong types")
+    speakers = [turn.get("from") for turn in turns]
+    if speakers not in (["human"], ["human", "gpt"]):
+        raise _Bad("not one question and one answer")
+    human = _string(turns[0].get("value"))
+    answer = turns[1].get("value") if len(turns) == 2 else ""
+    return human, "" if answer is None else _string(answer)
+
+
+def _image_paths(row: dict) -> list[str]:
+    image = row.get("image")
+    if not image:
+        return []
+    return [_string(path) for path in (image if isinstance(image, list) else [image])]
+
+
+# ---- 2. question and answer ---------------------------------------------------------------------------
+
+_MARK = "<image>"
+_HINT = re.compile(r"\s*Hint:[^\n]*?(?=\n|Question:|$)")
+_QUESTION = re.compile(r"\s*Question:\s*")
+_CHOICES = re.compile(r"^[ \t]*Choices:[ \t]*$", re.MULTILINE)
+_OPTION = re.compile(r"\(([A-Z])\)\s*(.*)")
+_ANSWER = re.compile(r"\s*(?:(?:the )?answer\b(?: is\b)?\s*:?)?\s*", re.IGNORECASE)
+
+
+def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
+    """(question, options or None, hint) of a human turn; image marks are removed.
+
+    Raises:
+      _Bad: there is a `Choices:` line but the lines after it are not (A), (B), (C), ...
+    """
+    text = value.replace(_MARK, "").replace("\r\n", "\n").strip()
+    hint = ""
+    if m := _HINT.match(text):
+        hint, text = m[0].strip(), text[m.end() :]
+    if m := _QUESTION.match(text):
+        text = text[m.end() :]
+    question, options = text, None
+    if m := _CHOICES.search(text):
+        question, options = text[: m.start()], []
+        for line in text[m.end() :].strip().split("\n"):
+            option = _OPTION.fullmatch(line.strip())
+            if option and option[1] == chr(ord("A") + len(options)):
+                options.append(option[2].strip())
+            elif options and not option:  # an option of several lines
+                options[-1] = f"{options[-1]}\n{line.strip()}".strip()
+            else:
+                raise _Bad("options not lettered (A), (B), ...")
+    if not question.strip():
+        raise _Bad("no question")
+    return question.strip(), tuple(options) if options else None, hint
+
+
+def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") -> tuple[str, str]:
+    """(gold, answer type) of a gpt turn; an option's letter where there are options.
+
+    Raises:
+      _Bad: no answer, no option equals it, or it is a free text of more than LONGEST_TEXT words.
+    """
+    gold = value[_ANSWER.match(value).end() :].strip()
+    gold = gold[:-1].rstrip() if gold.endswith((".", "。")) else gold
+    if not gold:
+        raise _Bad("no answer")
+    if options:
+        letters = [chr(ord("A") + i) for i in range(len(options))]
+        letter = gold.strip("()") if len(gold.strip("()")) == 1 else gold.partition(")")[0].strip("(")
+        if letter in letters and gold in (letter, f"({letter})", f"({letter}) {options[ord(letter) - 65]}"):
+            return letter, "choice"
+        texts = [plain(option) for option in options]
+        if plain(gold) not in texts:
+            raise _Bad("options without gold")
+        return letters[texts.index(plain(gold))], "choice"
+    answer_type = kind(gold)
+    if answer_type == "integer" and "floating-point" in hint:
+        answer_type = "float"
+    if answer_type == "text" and len(gold.split()) > LONGEST_TEXT:
+        raise _Bad("long text answer")
+    return gold, answer_type
+
+
+def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: dict[str, str]) -> Query:
+    human, value = _turns(row)
+    paths = _image_paths(row)
+    if human.count(_MARK) not in (0, len(paths)):
+        raise _Bad("image marks do not match images")
+    question, options, hint = parse_question(human)
+    name = row.get("id", fallback_id)
+    name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
+    if unlabelled:
+        gold, answer_type = None, "choice" if options else _cue(hint)
+    else:
+        gold, answer_type = parse_answer(value, options, hint)
+    for path in paths:
+        if path not in resolved:
+            try:
+                resolved[path] = resolve(root, path)
+            except ValueError as error:
+                raise _Bad("image path leaves the root") from error
+    source = paths[0].split("/")[0] if paths and "/" in paths[0] else ""
+    return Query(
+        id=name or fallback_id,
+        images=tuple(resolved[path] for path in paths),
+        question=question,
+        options=options,
+        answer=gold,
+        answer_type=answer_type,
+        source=source,
+    )
+
+
+def _cue(hint: str) -> str:
+    cues = {"integer answer": "integer", "floating-point": "float", "list": "math"}
+    return next((answer_type for cue, answer_type in cues.items() if cue in hint), "text")
+
+
+# ---- 3. the reader ------------------------------------------------------------------------------------
+
+
+def read(
+    path: str | os.PathLike,
+    root: str | os.PathLike,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    check_images: bool = True,
+    unlabelled: bool = False,
+) -> tuple[list[Query], Report]:
+    """Reads a file of the MathV360K format; broken rows are dropped and counted by cause.
+
+    Args:
+      path: a .json list, .jsonl or .jsonl.gz file.
+      root: the folder that image paths are relative to.
+      max_pixels: largest width x height of an image.
+      check_images: decode every distinct image once; otherwise only the paths are checked.
+      unlabelled: keep rows without an answer, and give every query `answer=None`.
+
+    Returns:
+      The queries in the order of the file, with absolute image paths and unique ids, and the report.
+
+    Raises:
+      ValueError: a JSON list, or the gzip data, is broken as a whole; names the file and the line.
+    """
+    path, root = os.fspath(path), os.fspath(root)
+    report = Report(path)
+    stem = os.path.basename(path).split(".")[0]
+    found: list[tuple[str, Query]] = []  # (place in the file, query)
+    resolved: dict[str, str] = {}
+    for index, (place, row) in enumerate(_rows(path)):
+        report.rows += 1
+        if isinstance(row, Exception):
+            report.drop("bad JSON line", place)
+            continue
+        try:
+            query = _query(row, f"{stem}_{index}", root, unlabelled, resolved)
+        except _Bad as error:
+            name = row.get("id") if isinstance(row, dict) else None
+            report.drop(str(error), f"{place}: {name}" if isinstance(name, str) else place)
+        else:
+            found.append((f"{place}: {query.id}", query))
+
+    if check_images:
+        faults = _image_faults(sorted({image for _, query in found for image in query.images}), max_pixels)
+        usable = []
+        for place, query in found:
+            if causes := [faults[image] for image in query.images if image in faults]:
+                report.drop(causes[0], place)
+            else:
+                usable.append((place, query))
+        found = usable
+    queries = _rename(_distinct(found, report), report)
+    report.kept = len(queries)
+    return queries, report
+
+
+def _image_faults(paths: Sequence[str], max_pixels: int) -> dict[str, str]:
+    def fault(path: str) -> str | None:
+        try:
+            load_image(path, max_pixels=max_pixels)
+        except ImageError as error:
+            return error.cause
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return {path: cause for path, cause in zip(paths, pool.map(fault, paths), strict=True) if cause}
+
+
+def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
+    """The first of equal questions about an image; none of them where their answers differ."""
+    groups: dict[tuple, list[Query]] = {}
+    for _, query in found:
+        groups.setdefault((query.images, query.question, query.options), []).append(query)
+    conflicting = {key for key, group in groups.items() if not all(_same_gold(q, group[0]) for q in group)}
+    kept = []
+    for place, query in found:
+        key = (query.images, query.question, query.options)
+        if key in conflicting:
+            report.drop("conflicting answers", place)
+        elif query is not groups[key][0]:
+            report.drop("duplicate", place)
+        else:
+            kept.append(query)
+    return kept
+
+
+def _same_gold(a: Query, b: Query) -> bool:
+    return a.answer == b.answer or equivalent(a.answer, b.answer, options=a.options)
+
+
+def _rename(queries: list[Query], report: Report) -> list[Query]:
+    """Unique ids: a later query whose id is taken gets the first free suffix."""
+    taken, reserved, unique = set(), {query.id for query in queries}, []
+    for query in queries:
+        name, suffix = query.id, 2
+        while name in taken or (name != query.id and name in reserved):
+            name, suffix = f"{query.id}_{suffix}", suffix + 1
+        taken.add(name)
+        report.renamed += name != query.id
+        unique.append(query if name == query.id else dataclasses.replace(query, id=name))
+    return unique

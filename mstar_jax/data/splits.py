@@ -1,0 +1,118 @@
+"""Splits by image: no image is seen from two splits."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+from mstar_jax.structs import Query
+
+
+def split(
+    queries: Sequence[Query],
+    *,
+    seed: int,
+    labelled: float = 0.5,
+    validation: int = 250,
+    test: int = 750,
+) -> dict[str, list[Query]]:
+    """Splits by image: no image is seen from two splits, so a test question's image was never trained on.
+
+    M-STaR, section 4: half of MathV360K is labelled, the other half counts as unlabelled; validation and
+    test queries come from the unlabelled half. All are stratified by source as far as whole groups allow.
+    Queries that share an image, directly or through others, are one group. Where a group is larger than
+    what is left to fill, the rest of that group is in no split. Depends on the seed and the ids only, not
+    on the order of the queries; each split keeps that order.
+
+    Args:
+      queries: labelled queries with unique ids.
+      seed: any integer.
+      labelled: share of the queries that keeps its answers for training.
+      validation, test: exact numbers of queries.
+
+    Returns:
+      `labelled`, `unlabelled` (with `answer=None`), `validation` and `test`.
+
+    Raises:
+      ValueError: a query has no answer, ids repeat, or the unlabelled part is too small.
+    """
+    if missing := [query.id for query in queries if query.answer is None]:
+        raise ValueError(f"split needs answers; {len(missing)} queries have none, such as {missing[0]!r}")
+    if len({query.id for query in queries}) != len(queries):
+        raise ValueError("split needs unique ids; some repeat")
+
+    def order(group: list[Query]) -> tuple[str, str]:  # by source, shuffled within it
+        return group[0].source, hashlib.sha256(f"{seed}:{group[0].id}".encode()).hexdigest()
+
+    groups = sorted(_groups(queries), key=order)
+    chosen: dict[str, set[str]] = {"labelled": set(), "validation": set(), "test": set()}
+    rest, seen = [], 0
+    for group in groups:
+        seen += len(group)
+        if len(chosen["labelled"]) + len(group) / 2 <= labelled * seen:
+            chosen["labelled"].update(query.id for query in group)
+        else:
+            rest.append(group)
+    available = sum(map(len, rest))
+    if available < validation + test:
+        raise ValueError(
+            f"{validation} validation + {test} test queries wanted, but the unlabelled part has {available} "
+            f"of {len(queries)} queries (labelled={labelled})"
+        )
+    for name, count in (("test", test), ("validation", validation)):
+        chosen[name], rest = _take(rest, count)
+        if len(chosen[name]) < count:
+            raise ValueError(
+                f"{count} {name} queries wanted, {len(chosen[name])} left after splitting by image; "
+                f"{available} of {len(queries)} queries are in the unlabelled part"
+            )
+    left = {query.id for group in rest for query in group}
+    splits = {name: [query for query in queries if query.id in ids] for name, ids in chosen.items()}
+    splits["unlabelled"] = [dataclasses.replace(q, answer=None) for q in queries if q.id in left]
+    return splits
+
+
+def _groups(queries: Sequence[Query]) -> list[list[Query]]:
+    """Connected sets of queries that share an image, each sorted by id."""
+    parent: dict[str, str] = {}
+
+    def find(node: str) -> str:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    nodes = [[f"image:{image}" for image in query.images] or [f"id:{query.id}"] for query in queries]
+    for first, *others in nodes:
+        for other in others:
+            parent[find(other)] = find(first)
+    groups: dict[str, list[Query]] = {}
+    for query, (first, *_) in zip(queries, nodes, strict=True):
+        groups.setdefault(find(first), []).append(query)
+    return [sorted(group, key=lambda query: query.id) for group in groups.values()]
+
+
+def _take(groups: list[list[Query]], count: int) -> tuple[set[str], list[list[Query]]]:
+    """(ids of exactly `count` queries where there are so many, the groups not touched).
+
+    Every source gives its share in whole groups; what is missing comes from whole groups of any source,
+    and at last from a part of one group.
+    """
+    total, sources, taken, used = sum(map(len, groups)), {}, set(), set()
+    for i, group in enumerate(groups):
+        sources.setdefault(group[0].source, []).append(i)
+
+    def fill(indices: Sequence[int], limit: int) -> None:
+        for i in indices:
+            if i not in used and len(groups[i]) <= limit:
+                limit -= len(groups[i])
+                used.add(i)
+                taken.update(query.id for query in groups[i])
+
+    for indices in sources.values():
+        fill(indices, count * sum(len(groups[i]) for i in indices) // max(total, 1))
+    fill(range(len(groups)), count - len(taken))
+    for i, group in enumerate(groups):
+        if i not in used and len(taken) < count:
+            used.add(i)
+            taken.update(query.id for query in group[: count - len(taken)])
+    return taken, [group for i, group in enumerate(groups) if i not in used]

@@ -1,0 +1,139 @@
+"""The main job: `python -m mstar_jax.main --config=configs/tiny.py [--workdir=...] [--config.seed=1]`."""
+
+import json
+import logging
+import os
+import pathlib
+import platform
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+import mstar_jax
+from mstar_jax import evolve, metrics
+from mstar_jax.store import write_text
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config>.")
+GRACE = flags.DEFINE_float("grace", 8.0, "Seconds from SIGTERM until the process is gone, saved or not.")
+
+log = logging.getLogger("mstar_jax")
+
+
+class Termination:
+    """Turns SIGTERM into a question that the stages ask; a second thread keeps the promised time.
+
+    A compiler or a long device batch cannot be interrupted, so after the grace period the process leaves
+    as it is: everything on disk is whole, and a restart ends the same.
+    """
+
+    def __init__(self, grace: float):
+        self.asked = threading.Event()
+        self.grace = grace
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked.set()
+
+    def watch(self) -> None:
+        """Starts the clock-keeper."""
+
+        def wait():
+            self.asked.wait()
+            time.sleep(self.grace)
+            os._exit(143)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What results.json says above its stages."""
+    import flax
+    import optax
+    import orbax.checkpoint as ocp
+
+    device = jax.devices()[0]
+    versions = {"mstar_jax": mstar_jax.__version__, "python": platform.python_version(), "jax": jax.__version__}
+    versions |= {"flax": flax.__version__, "optax": optax.__version__, "orbax": ocp.__version__}
+    return {
+        "config": json.loads(config.to_json_best_effort()),
+        "seed": config.seed,
+        "versions": versions,
+        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+    }
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes the config into a new workdir; refuses one that holds a run with other values.
+
+    Raises:
+      ValueError: with every value that differs.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if path.exists():
+        changed = [f"{k}: {a} there, {b} now" for k, a, b in _differences(json.loads(path.read_text()), config)]
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with other values ({'; '.join(changed)}). "
+                "Name another --workdir, or remove that one."
+            )
+    else:
+        write_text(path, json.dumps(config, indent=1))
+
+
+def _differences(there: Any, now: Any, name: str = ""):
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in there | now:
+            yield from _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif there != now:
+        yield name, there, now
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    termination = Termination(GRACE.value)
+    termination.watch()
+    compiled: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(seconds) if event.endswith("backend_compile_duration") else None
+    )
+    config, started = CONFIG.value, time.time()
+    workdir = pathlib.Path(WORKDIR.value or _default_workdir())
+    top = head(config)
+    try:
+        claim(workdir, top["config"])
+        log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
+        stages = evolve.run(config, workdir, top, termination.asked.is_set)
+    except evolve.Stopped as stopped:
+        log.warning("%s. Start the same command again to go on.", stopped)
+        sys.exit(143)
+    except ValueError as error:
+        if os.environ.get("MSTAR_TRACEBACK"):
+            raise
+        log.error("error: %s", error)
+        sys.exit(2)
+    log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), time.time() - started)
+    print(f"\n{metrics.table(stages)}\n\n{workdir.absolute()}: results.json, samples/, metrics/, tensorboard/, rollouts/")
+
+
+def _default_workdir() -> str:
+    given = next(a for a in sys.argv[1:] if a.lstrip("-").startswith("config="))
+    path, _, variant = given.split("=", 1)[1].partition(":")
+    return os.path.join("runs", pathlib.Path(path).stem + (f"_{variant}" if variant else ""))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    jax.config.config_with_absl()
+    app.run(main)

@@ -1,0 +1,157 @@
+"""What a run shows: training curves (TensorBoard, CSV), progress, results.json, sample tables.
+
+Only process 0 writes. The CSV files hold no times, so a run that was killed and restarted ends with the
+same files as one that was not.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax
+import jax
+import tensorboardX
+import tqdm
+from clu import metrics as clu_metrics
+
+from mstar_jax.store import write_text
+from mstar_jax.structs import Query, Response
+
+
+@flax.struct.dataclass
+class TrainMetrics(clu_metrics.Collection):
+    """Averages between two log lines."""
+
+    loss: clu_metrics.Average.from_output("loss")
+    accuracy: clu_metrics.Average.from_output("accuracy")
+    grad_norm: clu_metrics.Average.from_output("grad_norm")
+    tokens: clu_metrics.Average.from_output("tokens")
+
+
+def progress(total: int, text: str, initial: int = 0, unit: str = "it") -> tqdm.tqdm:
+    """A progress bar with the time to go; rare lines instead where the output is not a terminal."""
+    rare = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm.tqdm(
+        total=total,
+        desc=f"{text:<24}",
+        initial=initial,
+        unit=unit,
+        mininterval=rare,
+        dynamic_ncols=True,
+        disable=jax.process_index() != 0,
+        file=sys.stderr,
+    )
+
+
+class StageLog:
+    """Curves of one stage's training: `<workdir>/metrics/<stage>.csv` and TensorBoard events."""
+
+    FIELDS = ("step", "loss", "accuracy", "grad_norm", "tokens", "learning_rate")
+
+    def __init__(self, workdir: pathlib.Path, stage: str, start: int):
+        """Begins, or goes on behind step `start`: rows of later steps are dropped."""
+        self.stage = stage
+        self.path = workdir / "metrics" / f"{stage}.csv"
+        self.writing = jax.process_index() == 0
+        self.collected: TrainMetrics | None = None
+        if not self.writing:
+            return
+        self.path.parent.mkdir(exist_ok=True)
+        kept = []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                kept = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= start]
+        write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
+        self.events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard" / stage), purge_step=start, write_to_disk=True
+        )
+
+    def add(self, values: dict[str, jax.Array]) -> None:
+        """Takes one step's metrics; they stay on the device until `write`."""
+        new = TrainMetrics.single_from_model_output(**values)
+        self.collected = new if self.collected is None else self.collected.merge(new)
+
+    def write(self, step: int, learning_rate: float) -> dict[str, float]:
+        """Writes the averages since the last call and returns them."""
+        if self.collected is None:
+            return {}
+        means = {k: float(v) for k, v in self.collected.compute().items()} | {"learning_rate": learning_rate}
+        self.collected = None
+        if self.writing:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow([step, *(f"{means[k]:.8g}" for k in self.FIELDS[1:])])
+            for name, value in means.items():
+                self.events.add_scalar(f"train/{name}", value, step)
+        return means
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if self.writing:
+            self.events.close()
+
+
+class Results:
+    """`<workdir>/results.json`: a head (config, seed, versions, device) and one record per evaluated stage."""
+
+    def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
+        self.workdir = workdir
+        self.path = workdir / "results.json"
+        self.data: dict[str, Any] = {**head, "stages": []}
+        if self.path.exists():
+            self.data["stages"] = json.loads(self.path.read_text())["stages"]
+
+    def find(self, stage: str, iteration: int, split: str) -> dict[str, Any] | None:
+        """The record of a stage, None where it is not there yet."""
+        key = (stage, iteration, split)
+        return next((s for s in self.data["stages"] if (s["stage"], s["iteration"], s["split"]) == key), None)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a record and writes the file; also as TensorBoard events and a CSV of all records."""
+        self.data["stages"].append(record)
+        if jax.process_index() != 0:
+            return
+        write_text(self.path, json.dumps(self.data, indent=1))
+        names = list(dict.fromkeys(name for stage in self.data["stages"] for name in stage if name != "seconds"))
+        rows = [names, *([stage.get(name, "") for name in names] for stage in self.data["stages"])]
+        write_text(self.workdir / "metrics" / "dynamics.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+        events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard" / "dynamics"))
+        step = {"base": -1, "warmup": 0}.get(record["stage"], record["iteration"])
+        for name, value in record.items():
+            if isinstance(value, float) and name != "seconds":
+                events.add_scalar(f"{record['split']}/{name}", value, step + 1)
+        events.close()
+
+
+def table(stages: Iterable[dict[str, Any]]) -> str:
+    """The stages as a table for the terminal."""
+    head = ("stage", "split", "n", "greedy", "pass@k", "gap", "unparsed", "kept", "T", "seconds")
+    rows = [head]
+    for s in stages:
+        name = s["stage"] if s["stage"] != "iteration" else f"iteration {s['iteration']}"
+        percent = [f"{100 * s[key]:5.1f}%" if key in s else "" for key in ("greedy_accuracy", "pass_at_k", "gap", "unparsed")]
+        kept = "" if s["kept"] is None else str(s["kept"])
+        rows.append((name, s["split"], str(s["n"]), *percent, kept, f"{s['temperature']:g}", f"{s['seconds']:.0f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def write_samples(path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int) -> None:
+    """A readable Markdown table of the first responses: question, image path, responses, verdicts."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# Samples: {path.stem}", "", "| query | image | question | gold | T | verdict | response |", "|" + "---|" * 7]
+    for query, group in list(zip(queries, groups))[:show]:
+        image = " ".join(os.path.relpath(p, path.parent.parent) for p in query.images)
+        for r in group[:4]:
+            text = r.text.replace("|", "\\|").replace("\n", "<br>")
+            question = query.question.replace("|", "\\|").replace("\n", " ")
+            lines.append(
+                f"| {query.id} | {image} | {question} | {query.answer} | {r.temperature:g} | {r.verdict} | {text} |"
+            )
+    write_text(path, "\n".join(lines) + "\n")

@@ -1,0 +1,1 @@
+"""The policies: shared layers, the vision tower, and one file per model family."""

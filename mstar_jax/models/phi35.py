@@ -1,0 +1,276 @@
+"""Phi-3.5-vision: config, HD image transform, prompt layout, model.
+
+Source: microsoft/Phi-3.5-vision-instruct. CLIP ViT-L/14-336 read at its second-last layer, 2x2 merge,
+learned separators at the end of every row of merged features, an MLP projector, and the Phi-3 decoder
+with LongRoPE. Every dimension comes from the config: the tiny test policy is the same code.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from mstar_jax.models.layers import Decoder, DecoderConfig, param
+from mstar_jax.models.vision import ClipConfig, ClipTower, merge_2x2
+from mstar_jax.models.vlm import VisionLanguageModel
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+BOS, END, PLACEHOLDER = "<s>", "<|end|>", "<|image|>"
+SPECIAL = ("<unk>", BOS, "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", END, "<|user|>", PLACEHOLDER)
+STOPS = (END, "<|endoftext|>", "</s>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phi35Config:
+    """Dimensions of the policy.
+
+    Attributes:
+      decoder, vision: the two transformers.
+      num_crops: most high-resolution crops of an image, beside the global view (official default 4).
+    """
+
+    decoder: DecoderConfig
+    vision: ClipConfig
+    num_crops: int = 4
+
+
+class Phi35Vision(VisionLanguageModel):
+    """The policy's parameters and forward pass."""
+
+    def __init__(self, config: Phi35Config, rngs: nnx.Rngs):
+        merged, width = 4 * config.vision.hidden_size, config.decoder.hidden_size
+        self.config = config
+        self.tower = ClipTower(config.vision, rngs)
+        self.row_separator = param(rngs, (merged,), ("patch",), 0.02)  # sub_GN
+        self.view_separator = param(rngs, (merged,), ("patch",), 0.02)  # glb_GN
+        self.project_up = param(rngs, (merged, width), ("patch", "embed"), merged**-0.5)
+        self.project_up_bias = param(rngs, (width,), ("embed",), 0.0)
+        self.project_out = param(rngs, (width, width), ("mlp", "embed"), width**-0.5)
+        self.project_out_bias = param(rngs, (width,), ("embed",), 0.0)
+        self.decoder = Decoder(config.decoder, rngs)
+
+    def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
+        """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: both separators, then crop after crop."""
+        rows, crops = pixels.shape[:2]
+        features = merge_2x2(self.tower(pixels.reshape(rows * crops, *pixels.shape[2:]), remat))
+        features = features.reshape(rows, -1, features.shape[-1])
+        separators = jnp.stack([self.row_separator[...], self.view_separator[...]])
+        separators = jnp.broadcast_to(separators, (rows, *separators.shape))
+        x = jnp.concatenate([separators, features], axis=1)  # separators go through the projector too
+        x = jax.nn.gelu(x @ self.project_up[...] + self.project_up_bias[...], approximate=False)
+        return x @ self.project_out[...] + self.project_out_bias[...]
+
+
+def hd_size(width: int, height: int, num_crops: int, size: int) -> tuple[int, int, int]:
+    """(width, height, padded height) of a landscape image after the HD transform, in pixels."""
+    ratio, scale = width / height, 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    new_height = max(1, int(size * scale / ratio))
+    return size * scale, new_height, math.ceil(new_height / size) * size
+
+
+def hd_grid(width: int, height: int, num_crops: int, size: int) -> tuple[int, int]:
+    """(rows, columns) of high-resolution crops for an image of this size; a portrait is transposed."""
+    long, _, short = hd_size(max(width, height), min(width, height), num_crops, size)
+    return (long // size, short // size) if width < height else (short // size, long // size)
+
+
+@functools.lru_cache(maxsize=64)
+def _cubic_weights(size: int, out: int) -> np.ndarray:
+    """float32[out, size]: PyTorch's bicubic interpolation (a = -0.75, no antialias, clamped borders)."""
+    a, weights = -0.75, np.zeros((out, size), np.float64)
+    for row in range(out):
+        centre = (row + 0.5) * size / out - 0.5
+        left = math.floor(centre)
+        for tap in range(left - 1, left + 3):
+            d = abs(centre - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[row, min(max(tap, 0), size - 1)] += near if d <= 1 else (far if d < 2 else 0.0)
+    return weights.astype(np.float32)
+
+
+def hd_transform(image: Image.Image, num_crops: int, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The official HD transform.
+
+    Args:
+      image: RGB.
+      num_crops: most crops.
+      size: side of a crop in pixels (336 for the released model).
+
+    Returns:
+      float32[1 + rows * columns, size, size, 3], the global view first, then the crops row by row, and
+      (rows, columns).
+    """
+    tall = image.width < image.height
+    if tall:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    width, height, target = hd_size(image.width, image.height, num_crops, size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    canvas = np.full((target, width, 3), 255, np.uint8)
+    top = (target - height) // 2
+    canvas[top : top + height] = np.asarray(image)
+    if tall:
+        canvas = canvas.transpose(1, 0, 2)
+    pixels = (canvas.astype(np.float32) / 255.0 - MEAN) / STD
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    view = pixels
+    if (rows, columns) != (1, 1):
+        vertical, horizontal = (_cubic_weights(n, size) for n in pixels.shape[:2])
+        view = np.einsum("ih,hwc->iwc", vertical, pixels, optimize=True)
+        view = np.einsum("jw,iwc->ijc", horizontal, view, optimize=True)
+    crops = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
+    return np.concatenate([view[None], crops]).astype(np.float32), (rows, columns)
+
+
+def feature_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
+    """Which feature stands at each place of an image's span (`sub_glb` order).
+
+    The table of a row holds the row separator (0), the view separator (1), then side * side features
+    per crop. A span is the crops' mosaic line by line, each line closed by the row separator, then the
+    view separator, then the global view, its lines closed likewise:
+
+        c c c c | r
+        c c c c | r        N = side^2 * (rows * columns + 1) + 1 + side * (rows + 1)
+        v g g r g g r
+
+    Args:
+      rows, columns: grid of crops.
+      side: merged features along one side of a crop (12 for the released model).
+      first: table index of this image's global view.
+    """
+    table = first + np.arange((1 + rows * columns) * side * side, dtype=np.int32).reshape(-1, side, side)
+    mosaic = table[1:].reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, -1)
+    closed = [np.pad(lines, ((0, 0), (0, 1))).reshape(-1) for lines in (mosaic, table[0])]
+    return np.concatenate([closed[0], [1], closed[1]]).astype(np.int32)
+
+
+def without_control(text: str) -> str:
+    """Parts what the tokenizer would read as a control token: data must not write any."""
+    for mark in ("<|", "<s>", "</s>", "<unk>"):
+        text = text.replace(mark, "< " + mark[1:])
+    return text
+
+
+class EncodedPrompt(NamedTuple):
+    """tokens int32[P], image_index int32[P] (-1 for text), pixels float32[C, S, S, 3]."""
+
+    tokens: np.ndarray
+    image_index: np.ndarray
+    pixels: np.ndarray
+
+
+class Phi35Processor:
+    """Text and images to arrays; see `vlm.Processor`."""
+
+    def __init__(self, config: Phi35Config, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = config.decoder.vocab_size
+        known = tokenizer.get_vocab()
+        self.stop_ids = tuple(known[token] for token in STOPS)
+        self.forbidden_ids = (known[PLACEHOLDER], *range(len(tokenizer), self.vocab_size))
+        if len(tokenizer) > self.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}")
+
+    @property
+    def _side(self) -> int:
+        return self.config.vision.side // 2
+
+    def _chunks(self, text: str, images: int) -> list[list[int]]:
+        """Token ids around the images. Each chunk is tokenised alone and begins with BOS: the official
+        processor's quirk, so an extra `<s>` follows every image."""
+        texts = ["<|user|>\n"] + ["\n"] * images
+        texts[-1] += without_control(text) + END + "\n<|assistant|>\n"
+        return [self.tokenizer(chunk)["input_ids"] for chunk in texts]
+
+    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
+        tokens, crops = sum(map(len, self._chunks(text, len(sizes)))), 0
+        for width, height in sizes:
+            rows, columns = hd_grid(width, height, self.config.num_crops, self.config.vision.image_size)
+            tokens += self._side**2 * (rows * columns + 1) + 1 + self._side * (rows + 1)
+            crops += rows * columns + 1
+        return tokens, crops
+
+    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+        """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n` with every image span whole."""
+        chunks = self._chunks(text, len(images))
+        size, first = self.config.vision.image_size, 2
+        tokens, index, pixels = [chunks[0]], [[-1] * len(chunks[0])], []
+        for image, chunk in zip(images, chunks[1:], strict=True):
+            crops, (rows, columns) = hd_transform(image, self.config.num_crops, size)
+            span = feature_layout(rows, columns, self._side, first)
+            first += len(crops) * self._side**2
+            pixels.append(crops)
+            tokens += [[0] * len(span), chunk]
+            index += [span, [-1] * len(chunk)]
+        return EncodedPrompt(
+            np.concatenate(tokens).astype(np.int32),
+            np.concatenate(index).astype(np.int32),
+            np.concatenate(pixels) if pixels else np.zeros((0, size, size, 3), np.float32),
+        )
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response, closed by `<|end|>`."""
+        return [*self.tokenizer(without_control(text), add_special_tokens=False)["input_ids"], self.stop_ids[0]]
+
+    def decode(self, tokens: Any) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def length_limit(self, prefix_tokens: int) -> int:
+        """Longest sequence: the short LongRoPE factors hold up to the original context, and a cache made
+        with them cannot be continued past it."""
+        c = self.config.decoder
+        return c.original_max_position if prefix_tokens <= c.original_max_position else c.max_position
+
+
+def make_tokenizer(texts: list[str], folder: str | os.PathLike, vocab_size: int) -> None:
+    """Trains a small byte-level BPE on `texts` and stores it as an HF folder with Phi's special tokens.
+
+    Deterministic for the same texts in the same order. Load it with
+    `transformers.AutoTokenizer.from_pretrained(folder)`.
+
+    Raises:
+      ValueError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size = {vocab_size} is too small: bytes and special tokens take {least}")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    special = [tokenizers.AddedToken(t, special=True, rstrip=t == "<|assistant|>") for t in SPECIAL]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, model.token_to_id(BOS))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token=BOS,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(os.fspath(folder))

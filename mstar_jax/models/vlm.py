@@ -1,0 +1,104 @@
+"""What every policy has in common: a decoder whose prompt holds image features.
+
+A family subclasses `VisionLanguageModel` and says how pixels become a table of features
+(`image_features`); where a feature stands in a row was decided on the host (`Batch.image_index`), so
+HD layouts, tiles and slices are data and never shapes.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mstar_jax.models import layers
+from mstar_jax.structs import Batch, KVCache
+
+
+class Prefix(Protocol):
+    """One encoded prompt: tokens int32[P], image_index int32[P], pixels float32[C, S, S, 3]."""
+
+    tokens: np.ndarray
+    image_index: np.ndarray
+    pixels: np.ndarray
+
+
+class Processor(Protocol):
+    """The host side of a family: text and images to arrays and back. Plain data, cheap to send to workers."""
+
+    stop_ids: tuple[int, ...]
+    forbidden_ids: tuple[int, ...]
+    vocab_size: int
+
+    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """(prompt tokens, crops) of a prompt whose images have these (width, height), without decoding them."""
+
+    def encode(self, text: str, images: list[Any]) -> Prefix:
+        """The prompt's tokens with every image span whole; one image per mark, in order."""
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response, closed by the stop id."""
+
+    def decode(self, tokens: Any) -> str:
+        """Text without special tokens."""
+
+    def length_limit(self, prefix_tokens: int) -> int:
+        """Longest sequence (prompt + response) that a prompt of this length may grow to."""
+
+
+class VisionLanguageModel(nnx.Module):
+    """Decoder plus image features; the parameter pytree of a policy is this module itself."""
+
+    decoder: layers.Decoder
+
+    def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
+        """pixels [B, C, S, S, 3] -> feature table [B, F, D]; every family defines its own."""
+        raise NotImplementedError
+
+    def embed(self, tokens, image_index, pixels, remat=None) -> jax.Array:
+        """Token embeddings [B, T, D] with image features in the places that `image_index` names."""
+        x = self.decoder.embedding[...][tokens]
+        if pixels.shape[1] == 0:  # a text-only batch
+            return x
+        features = self.image_features(pixels.astype(x.dtype), remat)
+        picked = jnp.take_along_axis(features, jnp.maximum(image_index, 0)[..., None], axis=1)
+        return jnp.where((image_index >= 0)[..., None], picked, x)
+
+    def __call__(self, batch: Batch, remat=None) -> jax.Array:
+        """hidden [B, T, D] that *predicts* each token of the rows (see `layers.row_layout`)."""
+        positions, predictor, mask = layers.row_layout(batch.branch)
+        x = self.embed(batch.tokens, batch.image_index, batch.pixels, remat)
+        long = positions.max(axis=1) + 1 > self.decoder.config.original_max_position
+        attend = layers.row_attention(mask, keep=False)
+        hidden, _, _ = self.decoder.hidden(x, positions, long, attend, remat=remat)
+        return jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., V]."""
+        return self.decoder.logits(hidden)
+
+    def prefill(self, batch: Batch, branches: int, room: int) -> tuple[jax.Array, KVCache]:
+        """Runs the prompts once.
+
+        Args:
+          batch: rows with a prefix only.
+          branches: K, how many branches will be decoded from each prefix.
+          room: R, how many tokens a branch may hold.
+
+        Returns:
+          hidden [B, D] at the last prompt token, and the cache with empty suffixes.
+        """
+        positions, _, mask = layers.row_layout(batch.branch)
+        x = self.embed(batch.tokens, batch.image_index, batch.pixels)
+        length = jnp.sum(batch.branch == 0, axis=1, dtype=jnp.int32)
+        long = length > self.decoder.config.original_max_position
+        attend = layers.row_attention(mask, keep=True)
+        hidden, _, (k, v) = self.decoder.hidden(x, positions, long, attend)
+        last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+        shape = (*k.shape[:2], branches, k.shape[2], room, k.shape[4])
+        return last, KVCache(k, v, length, jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype))
+
+    def decode(self, tokens: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:
+        """One token per branch: tokens int32[B, K] at place `index` -> hidden [B, K, D] and the cache."""
+        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, index)

@@ -1,0 +1,136 @@
+"""The device mesh and the two tables that lay arrays out on it.
+
+A parameter names its *logical* axes where it is declared (`nnx.Param(..., axes=("embed", "mlp"))`); a
+table maps logical axes to mesh axes. TRAIN spreads parameters and optimizer state; SAMPLE lays weights
+out for decoding. The mesh has Auto axes: the compiler propagates shardings from what is pinned here.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = dict[str, str | tuple[str, ...] | None]
+
+TRAIN: Rules = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "patch": None,
+    "positions": None,
+}
+SAMPLE: Rules = TRAIN | {"embed": None}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """Returns a mesh over ("data", "fsdp", "tensor").
+
+    Args:
+      data, fsdp, tensor: sizes; -1 for at most one of them takes all the devices that are left.
+      devices: defaults to all devices of all processes.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh sizes must be positive, with at most one -1; got {dict(zip(AXES, sizes))}")
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not fit {len(devices)} devices: "
+            f"the sizes must multiply to {len(devices)}"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """In how many parts the batch dimension is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_divides(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Refuses a global batch that the mesh cannot share out evenly.
+
+    Raises:
+      ValueError: with the numbers, and the nearest sizes that work.
+    """
+    unit = batch_shards(mesh) * accumulate
+    if size < 1 or size % unit:
+        below = max(size // unit, 1) * unit
+        raise ValueError(
+            f"{name} = {size} is impossible: the mesh cuts a batch in {batch_shards(mesh)} parts "
+            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+            + (f" and it is accumulated in {accumulate} microbatches" if accumulate > 1 else "")
+            + f", so it must be a multiple of {unit}, e.g. {below} or {below + unit}"
+        )
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the PartitionSpec of an array with these logical axes.
+
+    A dimension that its mesh axes do not divide stays whole (a small test model on a big mesh).
+
+    Raises:
+      KeyError: a logical axis that the table does not know.
+      ValueError: one mesh axis is asked for twice in an array, or the rank does not fit.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"logical axes {axes} do not fit an array of shape {shape}")
+    parts, used = [], set()
+    for axis, size in zip(axes, shape):
+        mesh_axes = () if axis is None else rules[axis]
+        mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
+        if used & set(mesh_axes):
+            raise ValueError(f"logical axes {axes} map twice to {used & set(mesh_axes)}")
+        used |= set(mesh_axes)
+        ways = int(np.prod([mesh.shape[a] for a in mesh_axes])) if mesh_axes else 1
+        parts.append(None if not mesh_axes or size % ways else (mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]))
+    return PartitionSpec(*parts)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """Returns `tree` with a NamedSharding for every leaf.
+
+    Works on a model, on an optimizer state (its moments are models too) and on a whole TrainState;
+    leaves that declare no axes (step counters) are replicated. `tree` may be abstract.
+    """
+
+    def lay(x, axes):
+        part = PartitionSpec() if axes is None else spec(axes, rules, x.shape, mesh)
+        return NamedSharding(mesh, part)
+
+    def one(leaf):
+        axes = leaf.get_metadata().get("axes") if isinstance(leaf, nnx.Variable) else None
+        # mapped, not replaced: a frozen parameter's moments are an empty node inside its Variable
+        return jax.tree.map(lambda x: lay(x, axes), leaf)
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
+    """The layout of every array whose first dimension is the batch."""
+    return NamedSharding(mesh, PartitionSpec(rules["batch"]))
+
+
+def put_batch(tree: Any, mesh: Mesh) -> Any:
+    """Places host arrays (each process its share of the global batch) as global device arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Places host values whole on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)

@@ -1,0 +1,138 @@
+"""The values that travel between the modules.
+
+Text lives in `Query` and `Response`, arrays in `Batch`, `KVCache` and `TrainState`. The two meet in two
+places only: the loader's collate and `sampling.rollouts`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One image question.
+
+    Attributes:
+      id: unique within a data set.
+      images: absolute paths of its images, in the order of their marks; empty for a text-only query.
+      question: the question's text, without the hint line and without its choices.
+      options: the texts of the choices (A), (B), ...; None for a free-form question.
+      answer: gold answer, the option's letter where there are options; None means unlabelled.
+      answer_type: `choice`, `integer`, `float`, `boolean`, `math` or `text`.
+      source: the data set's name, the first component of the image path.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    question: str
+    options: tuple[str, ...] | None = None
+    answer: str | None = None
+    answer_type: str = "text"
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """One sampled response; a stage returns a new one with more filled in.
+
+    Attributes:
+      query_id: the `Query.id` that it answers.
+      sample: index among the K samples of its query.
+      text: decoded text, without special tokens and cut before a stop string.
+      tokens: the sampled ids, with the stop id where one was reached.
+      logprob: sum of the tokens' log probabilities (nats) under the distribution sampled from.
+      truncated: the length cap ended it, not a stop id or stop string.
+      answer: the extracted final answer, None where nothing could be extracted.
+      verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`; None before checking.
+      step_scores: the reward model's score of every step; None before scoring.
+      iteration: self-evolving iteration that sampled it.
+      temperature: sampling temperature, 0 for greedy.
+    """
+
+    query_id: str
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    truncated: bool
+    answer: str | None = None
+    verdict: str | None = None
+    step_scores: tuple[float, ...] | None = None
+    iteration: int = 0
+    temperature: float = 1.0
+
+
+class Batch(NamedTuple):
+    """Rows for the device; a row is one query: a shared prefix (image + prompt) and its branches.
+
+        tokens   p p p p p p  a a a a   b b b      c c c c c
+        branch   0 0 0 0 0 0  1 1 1 1   2 2 2  -1  3 3 3 3 3      (0 prefix, -1 padding)
+
+    Attributes:
+      tokens: int32[B, T]; 0 where an image feature stands.
+      branch: int32[B, T]; 0 prefix, 1..K the branches, -1 padding.
+      loss_mask: float32[B, T]; weight of *predicting* the token at that position.
+      image_index: int32[B, T]; which row of the query's feature table stands there, -1 for text.
+      pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C.
+    """
+
+    tokens: Any
+    branch: Any
+    loss_mask: Any
+    image_index: Any
+    pixels: Any
+
+
+class KVCache(NamedTuple):
+    """Keys and values of decoding: one prefix per query, shared by its K branches, never copied.
+
+    Attributes:
+      prefix_k, prefix_v: [L, B, G, P, N].
+      prefix_length: int32[B]; columns at or after it are padding.
+      suffix_k, suffix_v: [L, B, K, G, R, N]; the branches' own tokens.
+    """
+
+    prefix_k: jax.Array
+    prefix_v: jax.Array
+    prefix_length: jax.Array
+    suffix_k: jax.Array
+    suffix_v: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Carried across iterations; continuous training never rebuilds it.
+
+    Attributes:
+      step: int32[]; optimizer steps done in this run of the schedule.
+      params: the model (an `nnx.Module` is its own parameter pytree).
+      opt_state: optax state.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass
+class EvolveState:
+    """Where the run stands; written beside the TrainState in every checkpoint.
+
+    Attributes:
+      stage: the stage whose training wrote the checkpoint: `base`, `warmup` or `iteration`.
+      iteration: self-evolving iteration, from 1; 0 outside of `iteration`.
+      cursor: batches of this stage's training already consumed.
+      done: the stage's training is complete.
+      temperature: sampling temperature in force.
+      seed: the run's seed.
+      loader: state of the stage's input pipeline, as its iterator gives it.
+    """
+
+    stage: str
+    iteration: int
+    cursor: int
+    done: bool
+    temperature: float
+    seed: int
+    loader: dict[str, Any] = dataclasses.field(default_factory=dict)

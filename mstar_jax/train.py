@@ -1,0 +1,205 @@
+"""The training step: losses over the branches of shared-prefix rows, and the optimizer."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mstar_jax import sharding
+from mstar_jax.structs import Batch, TrainState
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Casts the floating point leaves of a model."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def token_loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed negative log likelihood (nats) of the branch tokens, weighted by `loss_mask`.
+
+    A sum, not a mean: microbatches and devices are averaged by tokens afterwards.
+    """
+    logits = model.logits(model(batch, remat))
+    target = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0]
+    loss = (jax.nn.logsumexp(logits, axis=-1) - target) * batch.loss_mask
+    right = (jnp.argmax(logits, axis=-1) == batch.tokens) * batch.loss_mask
+    return loss.sum(), {"tokens": batch.loss_mask.sum(), "right": right.sum()}
+
+
+def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:
+    """Linear warm-up, then a cosine to `final_fraction` of the peak (1 keeps it constant).
+
+    `steps` is the length of the whole run, fixed at its start; it is never recomputed from the data of
+    an iteration.
+
+    Raises:
+      ValueError: the warm-up is longer than the run.
+    """
+    if not 0 <= warmup_steps < max(steps, 1):
+        raise ValueError(f"the learning rate warms up over {warmup_steps} steps of a run of {steps}")
+    # end at the peak for a constant rate: cosine_decay's alpha is the fraction that is left
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1)),
+            optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), alpha=final_fraction),
+        ],
+        [warmup_steps],
+    )
+
+
+def parameter_name(path: Any) -> str:
+    """The dotted name of a parameter, e.g. `decoder.blocks.q`."""
+    return ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value")
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    frozen: Sequence[str] = (),
+) -> optax.GradientTransformation:
+    """AdamW with clipping by the global norm of what is trained.
+
+    Args:
+      schedule: learning rate by optimizer step.
+      b1, b2, weight_decay: AdamW's.
+      clip: greatest global gradient norm.
+      frozen: regular expressions; a parameter whose dotted name contains a match is not trained and has
+        no optimizer moments.
+    """
+    patterns = [re.compile(pattern) for pattern in frozen]
+
+    def labels(params):
+        def label(path, _):
+            return "frozen" if any(p.search(parameter_name(path)) for p in patterns) else "trained"
+
+        # a function, not a tree: with a tree, multi_transform let raw gradients through to frozen weights
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    adamw = optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
+    )
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+
+
+def check_frozen(model: Any, frozen: Sequence[str]) -> None:
+    """Refuses a pattern that freezes nothing.
+
+    Raises:
+      ValueError: with the pattern and the parameters that there are.
+    """
+    names = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    for pattern in frozen:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"train.frozen: {pattern!r} matches no parameter; there are {', '.join(names)}")
+
+
+def init_state(make_model: Callable[[], Any], tx: optax.GradientTransformation, mesh: Any) -> TrainState:
+    """Initialises straight into the TRAIN layout; no device holds a full copy of a sharded array."""
+
+    def init():
+        model = make_model()
+        return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model))
+
+    layout = sharding.shardings(jax.eval_shape(init), sharding.TRAIN, mesh)
+    return jax.jit(init, out_shardings=layout)()
+
+
+def fresh_optimizer(params: Any, tx: optax.GradientTransformation, mesh: Any) -> TrainState:
+    """A state at step 0 around copies of given parameters."""
+
+    def init(model):
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, model), tx.init(model))
+
+    layout = sharding.shardings(jax.eval_shape(init, params), sharding.TRAIN, mesh)
+    return jax.jit(init, out_shardings=layout)(params)
+
+
+def abstract_state(make_model: Callable[[], Any], tx: optax.GradientTransformation, mesh: Any) -> TrainState:
+    """Shapes and shardings of the state, without its arrays: what a restore fills."""
+
+    def init():
+        model = make_model()
+        return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model))
+
+    abstract = jax.eval_shape(init)
+    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+
+
+def make_train_step(
+    tx: optax.GradientTransformation,
+    mesh: Any,
+    *,
+    loss: Callable[..., Any] = token_loss,
+    accumulate: int = 1,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+
+    Args:
+      tx: the optimizer.
+      mesh: the device mesh.
+      loss: `(model, batch, remat) -> (summed loss, {"tokens": weight, ...})`.
+      accumulate: microbatches per step; gradients are summed and divided by all their tokens, so the
+        result is that of one large batch however the tokens fall.
+      dtype: compute dtype; parameters and optimizer state stay float32.
+      remat: `none`, `full` or `dots`: what the backward pass recomputes.
+
+    Metrics: loss (nats per token), accuracy (share of tokens predicted), grad_norm, tokens.
+    """
+    policy = REMAT[remat]
+
+    def summed(params, batch):
+        return loss(cast(params, dtype), batch, policy)
+
+    def step(state: TrainState, batch: Batch):
+        size = batch.tokens.shape[0] // accumulate  # said outright: a text-only batch has empty pixels
+        micro = jax.tree.map(lambda x: x.reshape(accumulate, size, *x.shape[1:]), batch)
+
+        def add(total, part):
+            (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, part)
+            return jax.tree.map(jnp.add, total, (value, extra, grads)), None
+
+        if accumulate == 1:
+            (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, batch)
+        else:
+            shapes = jax.eval_shape(jax.value_and_grad(summed, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro))
+            (value, extra), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (value, extra, grads), _ = jax.lax.scan(add, (value, extra, grads), micro)
+        tokens = jnp.maximum(extra["tokens"], 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, sharding.TRAIN, mesh))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": value / tokens,
+            "accuracy": extra["right"] / tokens,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": extra["tokens"],
+        }
+        new = TrainState(state.step + 1, params, opt_state)
+        return jax.lax.with_sharding_constraint(new, sharding.shardings(new, sharding.TRAIN, mesh)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def for_sampling(params: Any, mesh: Any, dtype: Any) -> nnx.Module:
+    """The policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
+    lower = cast(params, dtype)
+    return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

@@ -1,0 +1,354 @@
+"""Decoding against the full forward pass, draws against their probabilities, stops, limits, and independence
+of a sample from everything but its own key."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mstar_jax import sampling, sharding, train
+from mstar_jax.sampling import SamplingConfig
+from mstar_jax.structs import Query
+
+LENGTH, ROOM, BRANCHES = 80, 10, 4
+TEMPERATURES = np.array([0.0, 0.7, 1.0, 1.6], np.float32)
+PREFIXES = (20, 33, 61, 70, 5, 64, 9, 40)  # the LongRoPE switch is at 64
+LIMITS = [ROOM, ROOM, 3, ROOM, ROOM, 0, ROOM, ROOM]
+
+
+def filtered(logits, top_k=0, top_p=1.0, min_p=0.0):
+    """Brute force over one row, in float64: which tokens may be drawn, and their log probabilities."""
+    x = np.asarray(logits, np.float64)
+    if top_k and top_k < len(x):
+        x = np.where(x >= sorted(x)[-top_k], x, -np.inf)
+    if top_p < 1.0:
+        p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+        mass, least = 0.0, np.inf
+        for i in np.argsort(-x, kind="stable"):
+            if mass < top_p:
+                least = x[i]
+            mass += p[i]
+        x = np.where(x >= least, x, -np.inf)
+    if min_p > 0.0:
+        x = np.where(np.exp(x - x.max()) >= min_p, x, -np.inf)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"top_k": 5},
+        {"top_k": 400},
+        {"top_p": 0.6},
+        {"top_p": 0.05},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.03},
+    ],
+    ids=str,
+)
+def test_filter_logits_equals_brute_force(setting):
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.normal(size=(20, 64)), rng.integers(0, 6, (20, 64)) / 2]).astype(
+        np.float32
+    )  # ties
+    logits[::3, rng.permutation(64)[:30]] = -np.inf
+    ours = jax.nn.log_softmax(sampling.filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
+    for row, got in zip(logits, np.asarray(ours)):
+        np.testing.assert_allclose(got, filtered(row, **setting), atol=1e-5)
+
+
+def test_settings_are_checked():
+    for wrong in [
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 2.0},
+        {"top_k": -1},
+        {"stop_strings": ("",)},
+    ]:
+        with pytest.raises(ValueError, match="need 0 < top_p|empty stop"):
+            SamplingConfig(1, 1, **wrong)
+    for branches, room in [(0, 1), (1, 0)]:
+        with pytest.raises(ValueError, match="must be at least 1"):
+            SamplingConfig(branches, room)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_probabilities(temperature):
+    count, config = 400_000, SamplingConfig(1, 1, top_k=9)
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=12) * 2, jnp.float32)
+    uniform = jax.random.uniform(jax.random.key(3), (count,))
+    tokens, logprobs = jax.jit(
+        lambda u: sampling.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
+    )(uniform)
+    want = np.exp(filtered(np.asarray(logits) / temperature, top_k=9))
+    share = np.bincount(np.asarray(tokens), minlength=12) / count
+    assert (want == 0).sum() == 3 and (share[want == 0] == 0).all()
+    assert (np.abs(share - want) <= 5 * np.sqrt(want * (1 - want) / count)).all(), (share, want)
+    np.testing.assert_allclose(logprobs, np.log(want[np.asarray(tokens)]), atol=1e-5)
+
+
+def test_temperature_zero_is_greedy_per_row():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 30)), jnp.float32)
+    temperature = jnp.asarray(np.arange(50) % 2, jnp.float32)
+    tokens, logprobs = sampling.draw(logits, jnp.full(50, 0.97), temperature, SamplingConfig(1, 1))
+    best = np.asarray(jnp.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(tokens[::2], best[::2])
+    mass = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64), axis=-1)
+    drawn = [np.searchsorted(row, 0.97, side="right") for row in mass]
+    np.testing.assert_array_equal(tokens[1::2], drawn[1::2])
+    want = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(logprobs, want[np.arange(50), np.asarray(tokens)], atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [50, 300, 4096])
+def test_tokens_without_probability_are_never_drawn(vocab):
+    """At both ends of [0, 1), and where rounding of the cumulative sum is nearest to letting one through."""
+    rng, size = np.random.default_rng(4), 16
+    logits = (rng.normal(size=(size, vocab)) * 2).astype(np.float32)
+    logits[rng.random((size, vocab)) < 0.5] = -np.inf
+    logits[:, :3] = logits[:, -7:] = -np.inf  # special ids, and ids past the tokenizer's end
+    possible = np.isfinite(logits)
+    mass = np.asarray(jnp.cumsum(jax.nn.softmax(jnp.asarray(logits), axis=-1), axis=-1))
+    uniforms = [np.full(size, u) for u in (0.0, 2.0**-24, 1 - 2.0**-22, 1 - 2.0**-23, 1 - 2.0**-24)]
+    rises = (np.diff(mass, axis=-1, prepend=0.0) > 0) & ~possible  # a cumulative sum that rises over nothing
+    for row, at in np.argwhere(rises)[::7][:40]:
+        uniforms += [np.full(size, mass[row, at] + step) for step in (-(2.0**-24), -(2.0**-25))]
+    if vocab == 4096:
+        assert len(uniforms) > 10, "this case is here because such sums do occur"
+    draw = jax.jit(lambda u: sampling.draw(jnp.asarray(logits), u, jnp.ones(size), SamplingConfig(1, 1)))
+    for uniform in uniforms:
+        tokens, logprobs = draw(np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32))
+        assert possible[np.arange(size), np.asarray(tokens)].all() and np.isfinite(logprobs).all()
+    first, _ = draw(np.zeros(size, np.float32))
+    np.testing.assert_array_equal(first, possible.argmax(axis=-1))
+
+
+def test_stop_table_equals_a_search():
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        texts = ["".join(rng.choice(list("aab."), int(rng.integers(0, 4)))) for _ in range(8)]
+        stop = "".join(rng.choice(list("aab."), int(rng.integers(1, 6))))
+        table = sampling.stop_table(texts, stop)
+        assert table.shape == (len(stop) + 1, 8)
+        for _ in range(20):
+            state, text = 0, ""
+            for token in rng.integers(0, 8, 12):
+                state, text = table[state, token], text + texts[token]
+                assert (state == len(stop)) == (stop in text), (stop, text)
+                if stop not in text:
+                    assert state == max(n for n in range(len(stop) + 1) if text.endswith(stop[:n]))
+
+
+# From here on: the compiled sampler.
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=8)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    """Many ids end a response, so that some do, and many are forbidden."""
+    out = copy.copy(tiny.processor(tmp_path_factory.mktemp("tokenizer")))
+    out.stop_ids = tuple(range(20, 50))
+    out.forbidden_ids = (*out.forbidden_ids, *range(60, 120))
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A query with an image, and seven of text; two are long already."""
+    rng = np.random.default_rng(6)
+    return [tiny.row(rng, [(0, n)], LENGTH, [(1, 1)] if i == 0 else []) for i, n in enumerate(PREFIXES)]
+
+
+def query(name):
+    return Query(id=name, images=(), question="")
+
+
+NAMES = tuple(f"query-{i}" for i in range(8))
+
+
+def run(policy, processor, rows, names, mesh, config, size=None, generate=None, temperatures=TEMPERATURES):
+    generate = generate or sampling.make_generate(processor, config)
+    prompts = [(tuple(query(name) for name in names), tiny.stack(rows, size))]
+    out = sampling.rollouts(
+        generate,
+        policy,
+        prompts,
+        processor,
+        config,
+        key=jax.random.key(11),
+        temperatures=temperatures,
+        iteration=3,
+        mesh=mesh,
+    )
+    return {responses[0].query_id: responses for batch in out for responses in batch}
+
+
+CONFIG = SamplingConfig(BRANCHES, ROOM, top_k=60, top_p=0.95, min_p=0.01)
+
+
+@pytest.fixture(scope="module")
+def generate(processor):
+    return sampling.make_generate(processor, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def responses(policy, processor, rows, mesh, generate):
+    return run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, generate=generate)
+
+
+@pytest.fixture(scope="module")
+def full(policy, rows, responses):
+    """Logits of the full forward pass over every query's prompt with its responses as branches."""
+    whole, length = [], LENGTH + BRANCHES * ROOM
+    for row, name, size in zip(rows, NAMES, PREFIXES):
+        layout = [(0, size), *((k + 1, len(r.tokens)) for k, r in enumerate(responses[name]))]
+        one = tiny.row(np.random.default_rng(0), layout, length)
+        for k in ("tokens", "image_index"):
+            one[k][:size] = row[k][:size]
+        one["tokens"][one["branch"] > 0] = [t for r in responses[name] for t in r.tokens]
+        whole.append(one | {"pixels": row["pixels"]})
+    logits = np.asarray(tiny.logits(policy, tiny.stack(whole)))
+    return {
+        name: [logits[b][whole[b]["branch"] == k + 1] for k in range(BRANCHES)]
+        for b, name in enumerate(NAMES)
+    }
+
+
+def test_tokens_and_logprobs_are_those_of_the_full_forward(processor, responses, full):
+    forbidden, tempting = list(processor.forbidden_ids), 0
+    for name in NAMES:
+        for response, logits, temperature in zip(responses[name], full[name], TEMPERATURES):
+            total = 0.0
+            for token, step in zip(response.tokens, logits, strict=True):
+                tempting += int(np.argmax(step)) in forbidden
+                step = step.copy()
+                step[forbidden] = -np.inf
+                want = filtered(step / (temperature or 1.0), top_k=60, top_p=0.95, min_p=0.01)
+                assert np.isfinite(want[token])
+                if temperature == 0.0:
+                    assert token == np.argmax(step)
+                total += want[token]
+            assert response.logprob == pytest.approx(total, abs=2e-4)
+    assert tempting > 5, "forbidden ids must have been the likeliest somewhere"
+
+
+def test_endings(processor, responses):
+    stopped = 0
+    for name, limit in zip(NAMES, LIMITS):
+        for k, response in enumerate(responses[name]):
+            assert (response.query_id, response.sample, response.iteration) == (name, k, 3)
+            assert response.temperature == pytest.approx(float(TEMPERATURES[k]))
+            assert response.text == processor.decode(response.tokens)
+            assert not set(response.tokens) & set(processor.forbidden_ids)
+            ends = [token in processor.stop_ids for token in response.tokens]
+            assert not any(ends[:-1]) and len(response.tokens) <= limit
+            assert response.truncated == (not (ends and ends[-1]))
+            assert len(response.tokens) == limit or not response.truncated
+            stopped += not response.truncated
+    assert 3 < stopped < 28 - 3, "both endings must occur"
+    assert all(r.tokens == () and r.truncated and r.logprob == 0.0 for r in responses[NAMES[5]])
+
+
+def test_limits_are_the_processors(processor):
+    assert [min(processor.length_limit(n) - n, ROOM) for n in PREFIXES] == LIMITS
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        for one, other in zip(ours[name], theirs[name], strict=True):
+            assert (one.tokens, one.text, one.truncated) == (other.tokens, other.text, other.truncated)
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_samples_do_not_depend_on_order(policy, processor, rows, mesh, generate, responses):
+    order = np.random.default_rng(7).permutation(8)
+    moved = [rows[i] for i in order], [NAMES[i] for i in order]
+    same(run(sharding.replicate(policy, mesh), processor, *moved, mesh, CONFIG, generate=generate), responses)
+
+
+def test_samples_do_not_depend_on_the_batch(policy, processor, rows, mesh, generate, responses):
+    everything = run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, 16, generate)
+    same(everything, responses)
+
+
+def test_samples_do_not_depend_on_the_devices(policy, processor, rows, generate, responses):
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    same(run(policy, processor, rows, NAMES, one, CONFIG, generate=generate), responses)
+    cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    lower = train.for_sampling(policy, cube, jnp.float32)
+    assert lower.decoder.blocks.gate[...].sharding.spec[2] == "tensor"
+    same(run(lower, processor, rows, NAMES, cube, CONFIG, generate=generate), responses)
+
+
+def test_branches_differ_and_keys_matter(responses):
+    for name, limit in zip(NAMES, LIMITS):
+        if limit == ROOM:
+            assert len({r.tokens for r in responses[name]}) == BRANCHES
+    assert sampling.query_key("123456789") == 0xCBF43926, "CRC-32's check value; stored rollouts depend on it"
+
+
+def test_temperatures_do_not_recompile(policy, processor, rows, mesh, generate, responses):
+    compiled, policy = generate._cache_size(), sharding.replicate(policy, mesh)
+    hot = np.array([0.0, 3.0, 3.0, 0.0], np.float32)
+    out = run(policy, processor, rows, NAMES, mesh, CONFIG, generate=generate, temperatures=hot)
+    assert generate._cache_size() == compiled
+    for name in NAMES:  # branch 0 is greedy in both; branch 3 is greedy now and says the same
+        assert out[name][0].tokens == out[name][3].tokens == responses[name][0].tokens
+    assert any(out[name][1].tokens != responses[name][1].tokens for name in NAMES)
+    with pytest.raises(ValueError, match="need 4 temperatures"):
+        run(policy, processor, rows, NAMES, mesh, CONFIG, generate=generate, temperatures=hot[:2])
+
+
+def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh):
+    """Sampling ASCII only, so that a text is the texts of its tokens one after another."""
+    texts = sampling.token_texts(processor)
+    ascii_only = copy.copy(processor)
+    ascii_only.stop_ids = (
+        processor.tokenizer.convert_tokens_to_ids("<|end|>"),
+    )  # its text is empty: forbidden
+    ascii_only.forbidden_ids = tuple(
+        i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable() and text)
+    )
+    policy = sharding.replicate(policy, mesh)
+    free = run(policy, ascii_only, rows, NAMES, mesh, SamplingConfig(BRANCHES, ROOM))
+    assert all(r.truncated for name in NAMES for r in free[name])
+    whole = [texts[t] for t in free[NAMES[0]][1].tokens]
+    across = whole[3][-1] + whole[4][0]
+    stops = (across, whole[7] + whole[8][0])
+    cut = run(policy, ascii_only, rows, NAMES, mesh, SamplingConfig(BRANCHES, ROOM, stop_strings=stops))
+    found = 0
+    for name in NAMES:
+        for r, want in zip(cut[name], free[name]):
+            assert want.text == "".join(texts[t] for t in want.tokens)
+            so_far = ["".join(texts[t] for t in want.tokens[: i + 1]) for i in range(len(want.tokens))]
+            ends = [i + 1 for i, text in enumerate(so_far) if any(stop in text for stop in stops)]
+            size = ends[0] if ends else len(want.tokens)
+            assert r.tokens == want.tokens[:size] and r.truncated == (not ends)
+            text = so_far[size - 1] if size else ""
+            assert r.text == min((text.split(stop)[0] for stop in stops), key=len)
+            found += bool(ends)
+    assert found >= 1 and len(cut[NAMES[0]][1].tokens) <= 5
+
+
+def test_token_texts(processor):
+    texts = sampling.token_texts(processor)
+    assert len(texts) == tiny.VOCAB
+    ids = processor.encode_response("the area (A)")[:-1]
+    assert "".join(texts[i] for i in ids) == "the area (A)"
+    assert texts[processor.tokenizer.convert_tokens_to_ids("<|end|>")] == ""

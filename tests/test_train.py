@@ -1,0 +1,281 @@
+"""The loss by hand, the step against itself in other layouts, and what an optimizer must leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from mstar_jax import sharding, train
+from mstar_jax.structs import TrainState
+
+LENGTH = 40
+FROZEN = [r"^tower", r"embedding$"]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def one():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Eight rows of very unequal numbers of branch tokens, one without any; images in two of them."""
+    rng = np.random.default_rng(0)
+    layouts = [
+        [(0, 18), (1, 9), (2, 3), (-1, 1), (3, 8)],
+        [(0, 18), (1, 1)],
+        [(0, 4), (1, 30)],
+        [(0, 9)],
+        [(0, 2), (1, 2), (2, 3)],
+        [(0, 3), (1, 1), (2, 1), (3, 1)],
+        [(0, 12), (1, 20)],
+        [(0, 5), (1, 4), (2, 9)],
+    ]
+    return tiny.stack(
+        [tiny.row(rng, layout, LENGTH, [(1, 1)] if i < 2 else []) for i, layout in enumerate(layouts)]
+    )
+
+
+@pytest.fixture(scope="module")
+def text(batch):
+    """The rows without their images: compiles without the tower."""
+    return batch._replace(pixels=batch.pixels[:, :0], image_index=np.full_like(batch.image_index, -1))
+
+
+def adamw(frozen=FROZEN, rate=1e-3, decay=0.1, clip=1.0):
+    return train.make_optimizer(optax.constant_schedule(rate), weight_decay=decay, clip=clip, frozen=frozen)
+
+
+def start(policy, tx):
+    """A state of its own: the step donates what it is given."""
+    params = jax.tree.map(jnp.copy, policy)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def named(tree):
+    return {
+        train.parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_loss_by_hand(policy, batch):
+    """Each branch as a plain causal sequence of its own; only its own tokens count, with their weights."""
+    rng = np.random.default_rng(1)
+    weights = batch.loss_mask * rng.choice([0.0, 0.5, 1.0], batch.loss_mask.shape)
+    batch = jax.tree.map(lambda x: x[:1], batch._replace(loss_mask=weights.astype(np.float32)))
+    branch, total, right = batch.branch[0], 0.0, 0.0
+    for number in (1, 2, 3):
+        places = np.flatnonzero((branch == 0) | (branch == number))
+        after = [(0, LENGTH - len(places))]  # what follows has no effect; one length is one compile
+        tokens = np.pad(batch.tokens[0][places], after)
+        index = np.pad(batch.image_index[0][places], after, constant_values=-1)
+        logits = tiny.raw_logits(policy, tokens, index, batch.pixels[0])
+        logits = np.asarray(logits[0], np.float64)
+        for j, place in enumerate(places):
+            if branch[place] == number:
+                row = logits[j - 1] - logits[j - 1].max()
+                total += weights[0, place] * (np.log(np.exp(row).sum()) - row[tokens[j]])
+                right += weights[0, place] * (np.argmax(row) == tokens[j])
+    loss, extra = jax.jit(train.token_loss)(policy, batch)
+    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert float(extra["tokens"]) == pytest.approx(weights[0].sum())
+    assert float(extra["right"]) == pytest.approx(right)
+
+
+def test_only_branch_tokens_are_targets(policy, batch):
+    """Without branch tokens there is nothing to learn: no loss and no gradient."""
+    nothing = jax.tree.map(lambda x: x[3:4], batch)
+    value, extra = jax.jit(train.token_loss)(policy, nothing)
+    assert float(value) == 0.0 and float(extra["tokens"]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def sgd_steps(policy, one, text):
+    """Parameters and metrics after one plain gradient step, by how many microbatches it was taken in."""
+    tx, out = optax.sgd(0.1), {}
+    for accumulate in (1, 2, 4):
+        step = train.make_train_step(tx, one, accumulate=accumulate)
+        state, metrics = step(start(policy, tx), text)
+        out[accumulate] = named(state.params), {k: float(v) for k, v in metrics.items()}
+    return out
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_equals_one_large_batch(sgd_steps, accumulate):
+    (params, metrics), (want, wanted) = sgd_steps[accumulate], sgd_steps[1]
+    for name, value in want.items():
+        np.testing.assert_allclose(params[name], value, atol=1e-6, err_msg=name)
+    assert metrics == pytest.approx(wanted, rel=1e-5)
+
+
+def test_metrics_and_step_are_the_mean_gradient(policy, text, sgd_steps):
+    """Gradient of the mean over the tokens of all rows, from a forward pass written here."""
+    params, metrics = sgd_steps[1]
+
+    def mean(policy, batch):
+        logprobs = jax.nn.log_softmax(tiny.logits(policy, batch), axis=-1)
+        picked = jnp.take_along_axis(logprobs, batch.tokens[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(batch.branch > 0, picked, 0.0)) / jnp.sum(batch.branch > 0)
+
+    loss, grads = jax.jit(jax.value_and_grad(mean))(policy, text)
+    assert metrics["tokens"] == np.sum(text.branch > 0) == 92
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
+    before, grads = named(policy), named(grads)
+    for name in before:
+        np.testing.assert_allclose(params[name], before[name] - 0.1 * grads[name], atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def three_steps(policy, one, batch):
+    """Three AdamW steps on one device."""
+    tx = adamw()
+    state, step, losses = start(policy, tx), train.make_train_step(tx, one), []
+    first = state
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return first, state, losses
+
+
+def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
+    _, want, losses = three_steps
+    mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
+    state = train.fresh_optimizer(policy, tx, mesh)
+    step = train.make_train_step(tx, mesh, remat="full")
+    for i in range(3):
+        state, metrics = step(state, sharding.put_batch(batch, mesh))
+        assert float(metrics["loss"]) == pytest.approx(losses[i], rel=1e-5)
+    ours, theirs = named(state.params), named(want.params)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
+    # the state came back in the layout that it was made in: cut, not replicated
+    moments = state.opt_state.inner_states["trained"].inner_state[1][0]
+    for tree in (state.params, moments.mu, moments.nu):
+        gate = tree.decoder.blocks.gate[...]
+        assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert gate.addressable_shards[0].data.shape == (2, 16, 24)
+    assert int(state.step) == 3
+
+
+def test_training_learns(three_steps):
+    _, _, losses = three_steps
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_frozen_parameters_stay_bit_identical_and_have_no_moments(policy, three_steps):
+    """With weight decay, which would move them even without a gradient."""
+    _, state, _ = three_steps
+    before, after = named(policy), named(state.params)
+    moments = named(state.opt_state.inner_states["trained"].inner_state[1][0].mu)
+    for name in before:
+        frozen = name.startswith("tower") or name == "decoder.embedding"
+        assert (name not in moments) == frozen
+        if frozen:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+        else:
+            assert np.abs(after[name] - before[name]).max() > 1e-4, name
+    assert {"decoder.head", "project_up", "row_separator"} <= set(moments)
+
+
+def test_the_state_is_donated(three_steps):
+    first, _, _ = three_steps
+    assert all(x.is_deleted() for x in jax.tree.leaves((first.params, first.opt_state)))
+
+
+def test_bfloat16_compute_keeps_float32_masters(policy, one, text, sgd_steps):
+    tx = adamw()
+    state, metrics = train.make_train_step(tx, one, dtype=jnp.bfloat16)(start(policy, tx), text)
+    for x in jax.tree.leaves((state.params, state.opt_state)):
+        assert x.dtype in (jnp.float32, jnp.int32)
+    loss = sgd_steps[1][1]["loss"]
+    assert float(metrics["loss"]) != loss and float(metrics["loss"]) == pytest.approx(loss, rel=0.02)
+    moved = np.abs(named(state.params)["decoder.norm"] - named(policy)["decoder.norm"])
+    assert moved.max() < 2e-3, "a step of 1e-3 on values near 1 survives only in float32"
+    assert (moved > 5e-4).mean() > 0.5
+
+
+def test_clipping_is_by_the_global_norm_of_what_is_trained():
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4), "c": jnp.zeros(2)}
+    grads = {"a": jnp.full(3, 3.0), "b": jnp.full(4, -4.0), "c": jnp.full(2, 1e6)}
+
+    class Tree:
+        """Parameters addressed by attribute, as a module's are."""
+
+    jax.tree_util.register_pytree_with_keys(
+        Tree,
+        lambda t: (
+            [(jax.tree_util.GetAttrKey(k), v) for k, v in sorted(vars(t).items())],
+            tuple(sorted(vars(t))),
+        ),
+        lambda names, values: tree(dict(zip(names, values))),
+    )
+
+    def tree(values):
+        out = Tree()
+        vars(out).update(values)
+        return out
+
+    norm = np.sqrt(9 * 3 + 16 * 4)  # without the frozen c
+    for clip in (1.0, 100.0):
+        tx = train.make_optimizer(optax.constant_schedule(1.0), b1=0.0, b2=0.0, clip=clip, frozen=["^c$"])
+        _, state = tx.update(tree(grads), tx.init(tree(params)), tree(params))
+        mu = state.inner_states["trained"].inner_state[1][0].mu
+        scale = min(1.0, clip / norm)
+        np.testing.assert_allclose(mu.a, 3.0 * scale, rtol=1e-5)
+        np.testing.assert_allclose(mu.b, -4.0 * scale, rtol=1e-5)
+
+
+def test_schedule_values():
+    schedule = train.make_schedule(2.0, steps=110, warmup_steps=10, final_fraction=0.1)
+    assert [float(schedule(s)) for s in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert float(schedule(60)) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert float(schedule(35)) == pytest.approx(2.0 * (0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2))
+    assert [float(schedule(s)) for s in (110, 200)] == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_schedule_can_be_constant(warmup):
+    schedule = train.make_schedule(3.0, steps=20, warmup_steps=warmup, final_fraction=1.0)
+    want = [3.0 * min(1.0, (s + 1) / max(warmup, 1)) for s in range(25)]
+    assert [float(schedule(s)) for s in range(25)] == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 10), (10, 11), (10, -1), (0, 1)])
+def test_schedule_refuses_a_warmup_longer_than_the_run(steps, warmup):
+    with pytest.raises(ValueError, match=f"warms up over {warmup} steps of a run of {steps}"):
+        train.make_schedule(1.0, steps, warmup, 0.1)
+
+
+def test_check_frozen(policy):
+    train.check_frozen(policy, FROZEN)
+    with pytest.raises(
+        ValueError, match=r"'vision_tower' matches no parameter; there are .*decoder\.blocks\.q.*tower\.patch"
+    ):
+        train.check_frozen(policy, ["tower", "vision_tower"])
+
+
+def test_initialisation_is_born_in_its_layout():
+    """init_state, abstract_state and the model's own init agree, on a mesh that cuts them."""
+    from flax import nnx
+
+    from mstar_jax.models.phi35 import Phi35Vision
+
+    mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
+
+    def make():
+        return Phi35Vision(tiny.config(), nnx.Rngs(0)).decoder
+
+    state, abstract = train.init_state(make, tx, mesh), train.abstract_state(make, tx, mesh)
+    for x, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (want.shape, want.dtype, want.sharding)
+    assert state.params.blocks.gate[...].addressable_shards[0].data.shape == (2, 16, 24)
+    assert float(jnp.std(state.params.embedding[...])) == pytest.approx(32**-0.5, rel=0.05)
