@@ -9,11 +9,11 @@ How a killed run comes back, in this order:
   4. A stage without a checkpoint starts from the stage before.
 Orbax writes to a temporary folder and renames it, so a checkpoint that exists is whole.
 
-    <workdir>/checkpoints/<stage>/<step>/{state,run}
+    <workdir>/checkpoints/<stage>/<step>/{state,run}, and done.json once the stage has ended
 """
 
 import dataclasses
-import logging
+import json
 import os
 import pathlib
 import shutil
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mstar_jax.store import write_text
 from mstar_jax.structs import EvolveState, TrainState
 
 
@@ -40,7 +41,6 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder).absolute()
         self._managers: dict[str, ocp.CheckpointManager] = {}
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every step of a save
 
     def _manager(self, stage: str) -> ocp.CheckpointManager:
         if stage not in self._managers:
@@ -49,14 +49,17 @@ class Checkpoints:
         return self._managers[stage]
 
     def save(self, stage: str, state: TrainState, run: EvolveState, wait: bool = False) -> None:
-        """Saves at `run.cursor`; returns once the arrays are copied, or written if `wait`."""
+        """Saves at `run.cursor`; returns once the arrays are copied, or written if `wait` or `run.done`."""
         manager = self._manager(stage)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_names(state)), run=ocp.args.JsonSave(dataclasses.asdict(run))
-        )
-        manager.save(run.cursor, args=args, force=True)
-        if wait:
+        if manager.latest_step() != run.cursor:
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(_names(state)), run=ocp.args.JsonSave(dataclasses.asdict(run))
+            )
+            manager.save(run.cursor, args=args, force=True)
+        if wait or run.done:
             manager.wait_until_finished()
+        if run.done and jax.process_index() == 0:  # a mark of its own: the stage may end where it just saved
+            write_text(self.folder / stage / "done.json", json.dumps(dataclasses.asdict(run)))
 
     def has(self, stage: str) -> bool:
         """Whether the stage has a checkpoint."""
@@ -66,6 +69,9 @@ class Checkpoints:
         """The EvolveState of the stage's newest checkpoint, None where there is none."""
         if not self.has(stage):
             return None
+        done = self.folder / stage / "done.json"
+        if done.exists():
+            return EvolveState(**json.loads(done.read_text()))
         manager = self._manager(stage)
         found = manager.restore(manager.latest_step(), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return EvolveState(**found["run"])

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+import absl.logging
 import jax
 import ml_collections
 from absl import app, flags
@@ -100,7 +101,9 @@ def _differences(there: Any, now: Any, name: str = ""):
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    absl.logging.set_verbosity(absl.logging.WARNING)  # JAX and Orbax report through absl
+    log.addHandler(metrics.ProgressHandler())
+    log.propagate = False
     log.setLevel(logging.INFO)
     termination = Termination(GRACE.value)
     termination.watch()

@@ -6,6 +6,7 @@ same files as one that was not.
 
 import csv
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -45,6 +46,13 @@ def progress(total: int, text: str, initial: int = 0, unit: str = "it") -> tqdm.
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )
+
+
+class ProgressHandler(logging.Handler):
+    """Log lines that do not tear a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
 class StageLog:
