@@ -44,7 +44,9 @@ class Checkpoints:
 
     def _manager(self, stage: str) -> ocp.CheckpointManager:
         if stage not in self._managers:
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1, create=True, enable_async_checkpointing=True
+            )
             self._managers[stage] = ocp.CheckpointManager(self.folder / stage, options=options)
         return self._managers[stage]
 

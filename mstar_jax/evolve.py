@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import pathlib
 import time
 import zlib
@@ -25,17 +24,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-import transformers
-from flax import nnx
 
-from mstar_jax import metrics, sampling, selection, sharding, train
+from mstar_jax import metrics, sampling, selection, setup, sharding, train
 from mstar_jax.checkpoint import Checkpoints
-from mstar_jax.data import figures, loader, mathv360k, prompts
-from mstar_jax.models import phi35
-from mstar_jax.models.layers import DecoderConfig
-from mstar_jax.models.vision import ClipConfig
-from mstar_jax.store import RolloutStore, write_text
+from mstar_jax.data import figures, loader, prompts
+from mstar_jax.store import RolloutStore
 from mstar_jax.structs import EvolveState, Query, Response, TrainState
 
 log = logging.getLogger(__name__)
@@ -45,7 +38,9 @@ class Stopped(Exception):
     """The run was told to stop and has saved where it stands."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]):
+def run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
+):
     """Runs all stages, or what is left of them, and returns the records of results.json.
 
     Args:
@@ -68,7 +63,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str
 
     # ------------------------------------------------------------------------------------- warm-up
     queries = r.labelled[: warmup.queries]
-    hinted = r.generate("warmup", lambda: r.final("base"), queries, config.prompts.hint, [warmup.temperature] * warmup.k)
+    hinted = r.generate(
+        "warmup", lambda: r.final("base"), queries, config.prompts.hint, [warmup.temperature] * warmup.k
+    )
     rationales = r.rows(queries, [r.keep("warmup", q, hinted, warmup.keep, True) for q in queries])
     if not r.beyond("warmup"):
         state = r.improve("warmup", 0, r.final("base"), [(rationales, 1.0)], config.warmup)
@@ -83,11 +80,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str
         # generate: y_1..y_K ~ pi_t( . | x, o; T), for this iteration's share of the queries
         queries = r.share(t)
         if evolve.data == "rollouts":
+            policy = functools.partial(r.final, before)
             responses = r.generate(
-                stage, lambda: r.final(before), queries, r.ask, [evolve.temperature] * evolve.k, iteration=t
+                stage, policy, queries, r.ask, [evolve.temperature] * evolve.k, iteration=t
             )
             # reward: H( 1(a = a*) )
-            rows = r.rows(queries, [r.keep(stage, q, responses, evolve.keep, evolve.distinct) for q in queries])
+            kept = [r.keep(stage, q, responses, evolve.keep, evolve.distinct) for q in queries]
+            rows = r.rows(queries, kept)
         elif evolve.data == "answers":  # SFT: the labelled answers themselves, no sampling
             rows = r.answer_rows(queries)
         else:  # control: the same steps on what the warm-up had
@@ -118,33 +117,21 @@ class Run:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(self.mesh)
-        self._check()
+        setup.check(config, self.mesh)
         self.results = metrics.Results(workdir, head)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
-        self.data = load_data(config, workdir)
+        self.data = setup.load_data(config, workdir)
         self.labelled = self._shuffled(self.data["labelled"], 0)
         self.ask = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
-        policy = policy_config(config.policy)
-        self.make_model = functools.partial(_build, policy, config.seed)
-        self.processor = make_processor(policy, self.data["base"], config.policy.vocab_size, workdir / "tokenizer")
+        policy = setup.policy_config(config.policy)
+        self.make_model = functools.partial(setup.build_policy, policy, config.seed)
+        self.processor = setup.make_processor(config, self.data["base"], workdir / "tokenizer")
         train.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
         self.key = jax.random.key(config.seed)
         self.started = time.time()
         self.done: _Trained | None = None
         count = config.evolve.iterations
         self.stages = ["base", "warmup", *(f"iteration_{t:02d}" for t in range(1, count + 1))]
-
-    def _check(self) -> None:
-        c = self.config
-        for name in ("base", "warmup", "evolve"):
-            sharding.check_divides(f"{name}.batch", c[name].batch, self.mesh, c.train.accumulate)
-        sharding.check_divides("sampling.batch", c.sampling.batch, self.mesh)
-        for template in c.prompts.values():
-            prompts.check(template)
-        if c.evolve.data not in ("rollouts", "answers", "warmup") or c.evolve.start not in ("last", "initial"):
-            raise ValueError(f"evolve.data = {c.evolve.data!r} or evolve.start = {c.evolve.start!r} is not known")
-        if c.train.remat not in train.REMAT:
-            raise ValueError(f"train.remat = {c.train.remat!r}: choose one of {sorted(train.REMAT)}")
 
     # ------------------------------------------------------------------------------ where it stands
     def beyond(self, stage: str) -> bool:
@@ -154,7 +141,7 @@ class Run:
     def final(self, stage: str) -> TrainState:
         """The TrainState that a finished stage ended with, from memory or from its checkpoint."""
         if self.done is None or self.done.stage != stage:
-            tx, _ = self._optimizer(self._settings(stage))
+            tx, _ = setup.optimizer(self._settings(stage), self.config.train)
             state = self.checkpoints.restore(stage, train.abstract_state(self.make_model, tx, self.mesh))
             self.done = _Trained(stage, state)
         return self.done.state
@@ -166,16 +153,6 @@ class Run:
 
     def _settings(self, stage: str):
         return self.config.evolve if stage.startswith("iteration") else self.config[stage]
-
-    def _optimizer(self, settings) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        rounds = settings.iterations if "iterations" in settings and not settings.reset else 1
-        schedule = train.make_schedule(
-            settings.learning_rate, settings.steps * rounds, settings.warmup_steps, settings.final_fraction
-        )
-        c = self.config.train
-        return train.make_optimizer(
-            schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip=c.clip, frozen=tuple(c.frozen)
-        ), schedule
 
     # ------------------------------------------------------------------------------------- generate
     @functools.cache  # noqa: B019  (a Run lives as long as the process)
@@ -200,15 +177,12 @@ class Run:
         settings, generate = self._sampler(len(temperatures))
         planned = self._plan([(q, prompts.render(template, q)) for q in queries], name)
         plans = loader.plan_batches(planned, c.sampling.batch, c.data.buckets)
-        store = RolloutStore(
-            self.workdir / "rollouts" / name,
-            dataclasses.asdict(settings)
-            | {"temperatures": list(temperatures), "prompt": template, "seed": c.seed, "batch": c.sampling.batch},
-        )
+        how = dataclasses.asdict(settings)
+        how |= {"temperatures": list(temperatures), "prompt": template, "seed": c.seed}
+        store = RolloutStore(self.workdir / "rollouts" / name, how | {"batch": c.sampling.batch})
         missing = store.missing(len(plans))
         if missing:
-            dtype = jnp.dtype(c.sampling.dtype)
-            model = train.for_sampling(state().params, self.mesh, dtype)
+            model = train.for_sampling(state().params, self.mesh, jnp.dtype(c.sampling.dtype))
             batches = loader.prompt_batches(
                 [plans[i] for i in missing], self.processor, c.sampling.batch, workers=c.data.workers
             )
@@ -224,30 +198,35 @@ class Run:
                 iteration=iteration,
                 mesh=self.mesh,
             )
-            with metrics.progress(len(planned), f"{name}: rollouts", len(planned) - sum(map(len, queries_of)), "query") as bar:
+            there = len(planned) - sum(map(len, queries_of))
+            with metrics.progress(len(planned), f"{name}: rollouts", there, "query") as bar:
                 for number, these, groups in zip(missing, queries_of, sampled):
-                    judged = [[selection.judge(q, response) for response in group] for q, group in zip(these, groups)]
+                    judged = [[selection.judge(q, r) for r in group] for q, group in zip(these, groups)]
                     store.write(number, zip(these, judged))
                     bar.update(len(these))
                     if self.stop():
-                        raise Stopped(f"{name}: stopped while sampling; {number + 1} of {len(plans)} shards are stored")
+                        stored = len(plans) - len(store.missing(len(plans)))
+                        raise Stopped(f"{name}: stopped after {stored} of {len(plans)} shards of rollouts")
         return dict(store.read())
 
     def _plan(self, pairs: Sequence[tuple[Query, str]], name: str) -> list[loader.Prompt]:
         planned, left_out = loader.plan_prompts(pairs, self.processor, self.config.data.max_prompt)
         if left_out:
-            ids = ", ".join(q.id for q in left_out[:3])
-            log.warning("%s: left out %d prompts longer than data.max_prompt = %d tokens (%s ...)", name, len(left_out), self.config.data.max_prompt, ids)
+            ids, longest = ", ".join(q.id for q in left_out[:3]), self.config.data.max_prompt
+            text = "%s: left out %d prompts longer than data.max_prompt = %d tokens (%s ...)"
+            log.warning(text, name, len(left_out), longest, ids)
         return planned
 
     # --------------------------------------------------------------------------------------- reward
-    def keep(self, name: str, query: Query, responses: dict[str, list[Response]], k: int, distinct: bool) -> list[Response]:
+    def keep(
+        self, name: str, query: Query, responses: dict[str, list[Response]], k: int, distinct: bool
+    ) -> list[Response]:
         """The responses of a query that train the policy: correct ones, at most k of them by lot."""
         found = selection.correct(responses.get(query.id, []))
         if distinct:
             found = selection.distinct(found)
-        rng = np.random.default_rng([self.config.seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())])
-        return selection.random_k(found, k, rng)
+        lot = [self.config.seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())]
+        return selection.random_k(found, k, np.random.default_rng(lot))
 
     def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[loader.Row]:
         """Training rows: each query's prompt, without the answer, and its kept responses."""
@@ -256,18 +235,16 @@ class Run:
 
     def answer_rows(self, queries: Sequence[Query]) -> list[loader.Row]:
         """Rows of SFT: the gold answer itself as the response."""
-        direct = self.config.prompts.direct
-        encode = self.processor.encode_response
-        return self._rows(
-            [(q, prompts.render(direct, q), (tuple(encode(f"{figures.ANSWER} {q.answer}")),)) for q in queries]
-        )
+        direct, encode = self.config.prompts.direct, self.processor.encode_response
+        golds = [(tuple(encode(f"{figures.ANSWER} {q.answer}")),) for q in queries]
+        return self._rows([(q, prompts.render(direct, q), gold) for q, gold in zip(queries, golds)])
 
     def _rows(self, triples: Sequence[tuple[Query, str, tuple[tuple[int, ...], ...]]]) -> list[loader.Row]:
-        # a query may come several times (base modes), so prompts are matched by place, not by id
-        rows = []
-        for (query, text, tokens), prompt in zip(triples, self._plan([(q, t) for q, t, _ in triples], "rows"), strict=False):
-            assert prompt.query is query, "a training prompt was left out"
-            rows.append(loader.Row(prompt, tokens))
+        # a query may come several times (base modes), so prompts are matched in order, not by id
+        rows, fitting = [], self._plan([(q, text) for q, text, _ in triples], "rows")[::-1]
+        for query, text, responses in triples:
+            if fitting and fitting[-1].query is query and fitting[-1].text == text:
+                rows.append(loader.Row(fitting.pop(), responses))
         return rows
 
     # -------------------------------------------------------------------------------------- improve
@@ -294,7 +271,7 @@ class Run:
           until: asked before every `settings.check_every` steps; true ends the stage early.
         """
         c = self.config
-        tx, schedule = self._optimizer(settings)
+        tx, schedule = setup.optimizer(settings, c.train)
         saved = self.checkpoints.run(stage)
         if saved is not None and saved.done:
             return self.final(stage)
@@ -317,12 +294,11 @@ class Run:
             state=saved.loader if saved else None,
         )
         step = self._train_step(settings)
-        curve = metrics.StageLog(self.workdir, stage, cursor)
+        curve = metrics.StageLog(self.workdir, stage, cursor, saved.curve if saved else None)
 
         def save(done: bool, wait: bool = False) -> None:
-            where = EvolveState(
-                stage.split("_")[0], iteration, cursor, done, c.evolve.temperature, c.seed, batches.get_state()
-            )
+            at = stage.split("_")[0], iteration, cursor, done, c.evolve.temperature, c.seed
+            where = EvolveState(*at, batches.get_state(), curve.pending())
             self.checkpoints.save(stage, state, where, wait)
 
         with metrics.progress(settings.steps, f"{stage}: train", cursor, "step") as bar:
@@ -348,12 +324,11 @@ class Run:
 
     def _train_step(self, settings):
         c = self.config.train
-        key = (settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_fraction)
+        key = setup.schedule_values(settings)
         if getattr(self, "_step", (None, None))[0] != key:  # one program for all iterations
-            tx, _ = self._optimizer(settings)
-            built = train.make_train_step(
-                tx, self.mesh, accumulate=c.accumulate, dtype=jnp.dtype(c.dtype), remat=c.remat
-            )
+            tx, _ = setup.optimizer(settings, c)
+            dtype = jnp.dtype(c.dtype)
+            built = train.make_train_step(tx, self.mesh, accumulate=c.accumulate, dtype=dtype, remat=c.remat)
             self._step = (key, built)
         return self._step[1]
 
@@ -370,45 +345,27 @@ class Run:
                 continue
             queries = self.data[split]
             temperatures = [0.0] + [c.eval.temperature] * c.eval.samples
-            found = self.generate(f"{name}_{split}", lambda: state, queries, self.ask, temperatures, iteration)
+            where = f"{name}_{split}"
+            found = self.generate(where, lambda: state, queries, self.ask, temperatures, iteration)
             groups = [found[q.id] for q in queries if q.id in found]
             measured = selection.dynamics(groups, c.eval.k)
-            record = {
-                "stage": stage,
-                "iteration": iteration,
-                "split": split,
-                "n": len(groups),
-                **measured,
-                "k": c.eval.k,
-                "temperature": c.evolve.temperature if stage == "iteration" else c.warmup.temperature,
-                "kept": kept,
-                "seconds": round(time.time() - self.started, 2),
-            }
+            used = c.evolve.temperature if stage == "iteration" else c.warmup.temperature
+            record = {"stage": stage, "iteration": iteration, "split": split, "n": len(groups), **measured}
+            record |= {"k": c.eval.k, "temperature": used, "kept": kept}
+            record |= {"seconds": round(time.time() - self.started, 2)}
+            asked = [q for q in queries if q.id in found]
+            metrics.write_samples(self.workdir / "samples" / f"{where}.md", asked, groups, c.eval.show)
             self.results.add(record)
             self.started = time.time()
-            metrics.write_samples(
-                self.workdir / "samples" / f"{name}_{split}.md", [q for q in queries if q.id in found], groups, c.eval.show
-            )
-            log.info(
-                "%s, %s: greedy %.1f%%, pass@%d %.1f%%, gap %.1f", name, split, 100 * measured["greedy_accuracy"],
-                c.eval.k, 100 * measured["pass_at_k"], 100 * measured["gap"],
-            )  # fmt: skip
+            shown = ("greedy_accuracy", "pass_at_k", "gap")
+            text = ", ".join(f"{key} {100 * measured[key]:.1f}%" for key in shown if key in measured)
+            log.info("%s, %s: %s", name, split, text)
 
     # ----------------------------------------------------------------------------------------- base
     def base_sources(self) -> list[tuple[list[loader.Row], float]]:
-        """The narrow set's rows by mode, with their weights: captions, arithmetic, and a few hundred
-        examples asked in three ways (reason, rationalise a given answer, answer at once)."""
-        c, encode = self.config, self.processor.encode_response
-        rows: dict[str, list] = {mode: [] for mode in c.base.mix}
-        for example in self.data["base"]:
-            query, response = example.query, tuple(encode(example.response))
-            if example.mode != "cot":
-                rows[example.mode].append((query, query.question, (response,)))
-                continue
-            answer = tuple(encode(f"{figures.ANSWER} {query.answer}"))
-            for mode, target in (("cot", response), ("hint", response), ("direct", answer)):
-                rows[mode].append((query, prompts.render(c.prompts[mode], query), (target,)))
-        return [(self._rows(rows[mode]), weight) for mode, weight in c.base.mix.items()]
+        """The narrow set's rows by mode, with their weights."""
+        modes = setup.base_examples(self.config, self.data["base"], self.processor.encode_response)
+        return [(self._rows(modes[mode]), weight) for mode, weight in self.config.base.mix.items()]
 
     def base_is_good_enough(self, state: TrainState, cursor: int) -> bool:
         """Validation accuracy on the narrow task has reached `base.target`, so there is room to evolve."""
@@ -418,7 +375,8 @@ class Run:
         queries = self.data["base_validation"]
         found = self.generate(f"base_check_{cursor:05d}", lambda: state, queries, c.prompts.cot, [0.0])
         accuracy = selection.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
-        log.info("base, step %d: greedy %.1f%% on validation, to stop at %.1f%%", cursor, 100 * accuracy, 100 * c.base.target)
+        goal = 100 * c.base.target
+        log.info("base, step %d: greedy %.1f%% on validation, ends at %.1f%%", cursor, 100 * accuracy, goal)
         return accuracy >= c.base.target
 
     # -------------------------------------------------------------------------------------- queries
@@ -429,66 +387,8 @@ class Run:
     def share(self, iteration: int) -> list[Query]:
         """The queries of an iteration: the next `fraction` of the labelled ones, pass after pass."""
         count = max(1, math.ceil(self.config.evolve.fraction * len(self.labelled)))
-        first, out = (iteration - 1) * count, []
+        first, out = (iteration - 1) * count, list[Query]()
         while len(out) < count:
             epoch, at = divmod(first + len(out), len(self.labelled))
             out += self._shuffled(self.labelled, epoch + 1)[at : at + count - len(out)]
         return out
-
-
-def _build(policy: phi35.Phi35Config, seed: int) -> phi35.Phi35Vision:
-    return phi35.Phi35Vision(policy, nnx.Rngs(seed))
-
-
-def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
-    """The policy's dimensions from the config's values."""
-    heads, width = values.decoder.num_heads, values.decoder.hidden_size
-    ones = (1.0,) * (width // heads // 2)
-    decoder = DecoderConfig(
-        vocab_size=values.vocab_size, head_dim=width // heads, short_factor=ones, long_factor=ones, **values.decoder
-    )
-    return phi35.Phi35Config(decoder, ClipConfig(**values.vision), values.num_crops)
-
-
-def make_processor(policy, base, vocab_size: int, folder: pathlib.Path) -> phi35.Phi35Processor:
-    """Makes the tokenizer from the narrow set's text, once, and loads it as any HF tokenizer."""
-    if not (folder / "tokenizer.json").exists():
-        texts = [f"{e.query.question}\n{e.response}\n{figures.ANSWER} {e.query.answer}" for e in base]
-        phi35.make_tokenizer(texts, folder, vocab_size)
-    return phi35.Phi35Processor(policy, transformers.AutoTokenizer.from_pretrained(os.fspath(folder)))
-
-
-def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads (and where it is the embedded one, makes) the data set.
-
-    Returns:
-      labelled, validation and test queries; base and base_validation, the narrow set.
-    """
-    c = config.data
-    folder = figures.make(workdir / "figures", seed=c.seed, **c.figures)
-    base, base_validation = figures.read_base(folder), _read(folder / "validation.json", folder)
-    own = {"base": base, "base_validation": base_validation[: config.base.check_queries]}
-    if not c.labelled:
-        splits = {"labelled": _read(folder / "train.json", folder), "test": _read(folder / "test.json", folder)}
-        return own | splits | {"validation": base_validation[: c.validation]}
-    queries = _read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
-    validation, test = min(c.validation, len(queries) // 8), min(c.test, len(queries) // 4)
-    splits = mathv360k.split(queries, seed=c.seed, validation=validation, test=test)
-    write_text(workdir / "splits.json", _ids(splits))
-    for name, part in splits.items():
-        log.info("%s: %d queries", name, len(part))
-    return own | splits
-
-
-def _ids(splits: dict[str, list[Query]]) -> str:
-    import json
-
-    return json.dumps({name: [q.id for q in part] for name, part in splits.items()}, indent=1)
-
-
-def _read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
-    queries, report = mathv360k.read(path, root)
-    (log.warning if report.dropped else log.info)("%s", report)
-    if not queries:
-        raise ValueError(f"{path}: no usable row; images are looked for under {root} (data.root)")
-    return queries

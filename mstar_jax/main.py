@@ -17,8 +17,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-import mstar_jax
-from mstar_jax import evolve, metrics
+from mstar_jax import __version__, evolve, metrics, setup, sharding
 from mstar_jax.store import write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
@@ -38,20 +37,20 @@ class Termination:
     def __init__(self, grace: float):
         self.asked = threading.Event()
         self.grace = grace
-        signal.signal(signal.SIGTERM, self._ask)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
+        # Python runs a handler between two of its own instructions, which can be long in coming; the
+        # byte on the pipe is written at once
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
-    def _ask(self, *_: Any) -> None:
+    def _watch(self, reader: int) -> None:
+        while signal.SIGTERM not in os.read(reader, 64):
+            pass
         self.asked.set()
-
-    def watch(self) -> None:
-        """Starts the clock-keeper."""
-
-        def wait():
-            self.asked.wait()
-            time.sleep(self.grace)
-            os._exit(143)
-
-        threading.Thread(target=wait, daemon=True).start()
+        time.sleep(self.grace)
+        os._exit(143)
 
 
 def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -61,8 +60,13 @@ def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     device = jax.devices()[0]
-    versions = {"mstar_jax": mstar_jax.__version__, "python": platform.python_version(), "jax": jax.__version__}
-    versions |= {"flax": flax.__version__, "optax": optax.__version__, "orbax": ocp.__version__}
+    versions = {"mstar_jax": __version__, "python": platform.python_version()}
+    versions |= {
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "orbax": ocp.__version__,
+    }
     return {
         "config": json.loads(config.to_json_best_effort()),
         "seed": config.seed,
@@ -80,7 +84,9 @@ def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     if path.exists():
-        changed = [f"{k}: {a} there, {b} now" for k, a, b in _differences(json.loads(path.read_text()), config)]
+        changed = [
+            f"{k}: {a} there, {b} now" for k, a, b in _differences(json.loads(path.read_text()), config)
+        ]
         if changed:
             raise ValueError(
                 f"{workdir} holds a run with other values ({'; '.join(changed)}). "
@@ -106,15 +112,18 @@ def main(argv: list[str]) -> None:
     log.propagate = False
     log.setLevel(logging.INFO)
     termination = Termination(GRACE.value)
-    termination.watch()
     compiled: list[float] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(seconds) if event.endswith("backend_compile_duration") else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     config, started = CONFIG.value, time.time()
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
     top = head(config)
     try:
+        setup.check(config, sharding.make_mesh(**config.mesh))  # an impossible run claims no workdir
         claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
         stages = evolve.run(config, workdir, top, termination.asked.is_set)
@@ -126,13 +135,14 @@ def main(argv: list[str]) -> None:
             raise
         log.error("error: %s", error)
         sys.exit(2)
-    log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), time.time() - started)
-    print(f"\n{metrics.table(stages)}\n\n{workdir.absolute()}: results.json, samples/, metrics/, tensorboard/, rollouts/")
+    spent = time.time() - started
+    log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
+    inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
+    print(f"\n{metrics.table(stages)}\n\n{workdir.absolute()}: {inside}")
 
 
 def _default_workdir() -> str:
-    given = next(a for a in sys.argv[1:] if a.lstrip("-").startswith("config="))
-    path, _, variant = given.split("=", 1)[1].partition(":")
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return os.path.join("runs", pathlib.Path(path).stem + (f"_{variant}" if variant else ""))
 
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import flax
 import jax
+import jax.numpy as jnp
 import tensorboardX
 import tqdm
 from clu import metrics as clu_metrics
@@ -22,15 +22,10 @@ from clu import metrics as clu_metrics
 from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Response
 
-
-@flax.struct.dataclass
-class TrainMetrics(clu_metrics.Collection):
-    """Averages between two log lines."""
-
-    loss: clu_metrics.Average.from_output("loss")
-    accuracy: clu_metrics.Average.from_output("accuracy")
-    grad_norm: clu_metrics.Average.from_output("grad_norm")
-    tokens: clu_metrics.Average.from_output("tokens")
+MEANS = ("loss", "accuracy", "grad_norm", "tokens")  # of a row: over the steps since the row before
+TrainMetrics = clu_metrics.Collection.create(
+    **{name: clu_metrics.Average.from_output(name) for name in MEANS}
+)
 
 
 def progress(total: int, text: str, initial: int = 0, unit: str = "it") -> tqdm.tqdm:
@@ -58,21 +53,37 @@ class ProgressHandler(logging.Handler):
 class StageLog:
     """Curves of one stage's training: `<workdir>/metrics/<stage>.csv` and TensorBoard events."""
 
-    FIELDS = ("step", "loss", "accuracy", "grad_norm", "tokens", "learning_rate")
+    FIELDS = ("step", *MEANS, "learning_rate")
 
-    def __init__(self, workdir: pathlib.Path, stage: str, start: int):
-        """Begins, or goes on behind step `start`: rows of later steps are dropped."""
-        self.stage = stage
+    def __init__(
+        self, workdir: pathlib.Path, stage: str, start: int, pending: dict[str, list[float]] | None = None
+    ):
+        """Begins, or goes on behind step `start`: rows of later steps are dropped.
+
+        Args:
+          workdir: of the run.
+          stage: its name, which the files bear.
+          start: steps already done.
+          pending: what `pending()` gave after step `start`.
+        """
         self.path = workdir / "metrics" / f"{stage}.csv"
         self.writing = jax.process_index() == 0
-        self.collected: TrainMetrics | None = None
+        self.collected: Any = None  # a TrainMetrics
+        if pending:
+            empty = TrainMetrics.empty()
+            sums = {
+                name: getattr(empty, name).replace(total=jnp.float32(total), count=jnp.int32(count))
+                for name, (total, count) in pending.items()
+            }
+            self.collected = empty.replace(**sums)
         if not self.writing:
             return
         self.path.parent.mkdir(exist_ok=True)
         kept = []
         if self.path.exists():
             with open(self.path, newline="") as file:
-                kept = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= start]
+                rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
+            kept = [row for row in rows if int(row[0]) <= start]
         write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
         self.events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage), purge_step=start, write_to_disk=True
@@ -91,10 +102,18 @@ class StageLog:
         self.collected = None
         if self.writing:
             with open(self.path, "a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([step, *(f"{means[k]:.8g}" for k in self.FIELDS[1:])])
+                row = [step, *(f"{means[k]:.8g}" for k in self.FIELDS[1:])]
+                csv.writer(file, lineterminator="\n").writerow(row)
             for name, value in means.items():
                 self.events.add_scalar(f"train/{name}", value, step)
         return means
+
+    def pending(self) -> dict[str, list[float]]:
+        """[sum, count] of every mean since the last row: a checkpoint between two rows must not lose them."""
+        if self.collected is None:
+            return {}
+        found = {name: getattr(self.collected, name) for name in MEANS}
+        return {name: [float(mean.total), int(mean.count)] for name, mean in found.items()}
 
     def close(self) -> None:
         """Flushes the events."""
@@ -103,7 +122,7 @@ class StageLog:
 
 
 class Results:
-    """`<workdir>/results.json`: a head (config, seed, versions, device) and one record per evaluated stage."""
+    """`<workdir>/results.json`: a head (config, seed, versions, device), a record per evaluated stage."""
 
     def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
         self.workdir = workdir
@@ -122,10 +141,12 @@ class Results:
         self.data["stages"].append(record)
         if jax.process_index() != 0:
             return
-        write_text(self.path, json.dumps(self.data, indent=1))
-        names = list(dict.fromkeys(name for stage in self.data["stages"] for name in stage if name != "seconds"))
-        rows = [names, *([stage.get(name, "") for name in names] for stage in self.data["stages"])]
-        write_text(self.workdir / "metrics" / "dynamics.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+        stages = self.data["stages"]
+        names = list(dict.fromkeys(name for stage in stages for name in stage if name != "seconds"))
+        rows = [names, *([stage.get(name, "") for name in names] for stage in stages)]
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        write_text(self.workdir / "metrics" / "dynamics.csv", text)
+        write_text(self.path, json.dumps(self.data, indent=1))  # last: a record here means all is written
         events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard" / "dynamics"))
         step = {"base": -1, "warmup": 0}.get(record["stage"], record["iteration"])
         for name, value in record.items():
@@ -137,29 +158,36 @@ class Results:
 def table(stages: Iterable[dict[str, Any]]) -> str:
     """The stages as a table for the terminal."""
     head = ("stage", "split", "n", "greedy", "pass@k", "gap", "unparsed", "kept", "T", "seconds")
-    rows = [head]
+    shares = ("greedy_accuracy", "pass_at_k", "gap", "unparsed")
+    rows: list[Sequence[str]] = [head]
     for s in stages:
         name = s["stage"] if s["stage"] != "iteration" else f"iteration {s['iteration']}"
-        percent = [f"{100 * s[key]:5.1f}%" if key in s else "" for key in ("greedy_accuracy", "pass_at_k", "gap", "unparsed")]
+        percent = [f"{100 * s[key]:5.1f}%" if key in s else "" for key in shares]
         kept = "" if s["kept"] is None else str(s["kept"])
-        rows.append((name, s["split"], str(s["n"]), *percent, kept, f"{s['temperature']:g}", f"{s['seconds']:.0f}"))
+        end = (kept, f"{s['temperature']:g}", f"{s['seconds']:.0f}")
+        rows.append((name, s["split"], str(s["n"]), *percent, *end))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def write_samples(path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int) -> None:
+def write_samples(
+    path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int
+) -> None:
     """A readable Markdown table of the first responses: question, image path, responses, verdicts."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"# Samples: {path.stem}", "", "| query | image | question | gold | T | verdict | response |", "|" + "---|" * 7]
+    names = ("query", "image", "question", "gold", "T", "verdict", "response")
+    lines = [f"# Samples: {path.stem}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for query, group in list(zip(queries, groups))[:show]:
         image = " ".join(os.path.relpath(p, path.parent.parent) for p in query.images)
         for r in group[:4]:
             text = r.text.replace("|", "\\|").replace("\n", "<br>")
             question = query.question.replace("|", "\\|").replace("\n", " ")
-            lines.append(
-                f"| {query.id} | {image} | {question} | {query.answer} | {r.temperature:g} | {r.verdict} | {text} |"
-            )
+            cells = (query.id, image, question, query.answer, f"{r.temperature:g}", r.verdict, text)
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     write_text(path, "\n".join(lines) + "\n")

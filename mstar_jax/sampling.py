@@ -232,11 +232,16 @@ def rollouts(
     """
     temperatures = np.asarray(temperatures, np.float32)
     if temperatures.shape != (config.branches,):
-        raise ValueError(f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}")
+        raise ValueError(
+            f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
+        )
 
     def read(queries, generated):
         host = Generated(*(np.asarray(array) for array in generated))
-        return [_responses(query, row, host, processor, config, temperatures, iteration) for row, query in enumerate(queries)]
+        return [
+            _responses(query, row, host, processor, config, temperatures, iteration)
+            for row, query in enumerate(queries)
+        ]
 
     pending = None  # the device works on a batch while the one before it is turned into text
     for queries, batch in prompts:

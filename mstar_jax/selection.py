@@ -33,7 +33,10 @@ def random_k(responses: Sequence[Response], k: int, rng: np.random.Generator) ->
 
 def distinct(responses: Sequence[Response]) -> list[Response]:
     """Drops responses whose text came before."""
-    return list({r.text: r for r in reversed(responses)}.values())[::-1]
+    first: dict[str, Response] = {}
+    for response in responses:
+        first.setdefault(response.text, response)
+    return list(first.values())
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -88,7 +88,8 @@ def spec(axes: tuple[str | None, ...], rules: Rules, shape: tuple[int, ...], mes
     """
     if len(axes) != len(shape):
         raise ValueError(f"logical axes {axes} do not fit an array of shape {shape}")
-    parts, used = [], set()
+    parts: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for axis, size in zip(axes, shape):
         mesh_axes = () if axis is None else rules[axis]
         mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
@@ -96,7 +97,10 @@ def spec(axes: tuple[str | None, ...], rules: Rules, shape: tuple[int, ...], mes
             raise ValueError(f"logical axes {axes} map twice to {used & set(mesh_axes)}")
         used |= set(mesh_axes)
         ways = int(np.prod([mesh.shape[a] for a in mesh_axes])) if mesh_axes else 1
-        parts.append(None if not mesh_axes or size % ways else (mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]))
+        if not mesh_axes or size % ways:
+            parts.append(None)
+        else:
+            parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
     return PartitionSpec(*parts)
 
 

@@ -45,7 +45,8 @@ class RolloutStore:
         if path.exists():
             there = json.loads(path.read_text())
             if there != settings:
-                changed = {k: (there.get(k), settings.get(k)) for k in there | settings if there.get(k) != settings.get(k)}
+                pairs = {k: (there.get(k), settings.get(k)) for k in there | settings}
+                changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
                 raise ValueError(f"{self.folder} was sampled with other settings (there, now): {changed}")
         else:
             write_text(path, json.dumps(settings, indent=1))
@@ -61,7 +62,8 @@ class RolloutStore:
         """Writes shard `number`."""
         lines = []
         for query, responses in groups:
-            head = {"query": query.id, "question": query.question, "images": query.images, "gold": query.answer}
+            head: dict[str, Any] = {"query": query.id, "question": query.question}
+            head |= {"images": query.images, "gold": query.answer}
             shown = [{k: v for k, v in dataclasses.asdict(r).items() if k != "query_id"} for r in responses]
             lines.append(json.dumps(head | {"responses": shown}, ensure_ascii=False))
         write_text(self._shard(number), "".join(line + "\n" for line in lines))
@@ -73,15 +75,21 @@ class RolloutStore:
           ValueError: a shard that is not whole, naming the file and line.
         """
         for path in sorted(self.folder.glob("[0-9]*.jsonl")):
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
-                    yield record["query"], [_response(record["query"], r) for r in record["responses"]]
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(f"{path}, line {number}: not a rollout ({error}); remove the file to redo it") from error
+                    found = record["query"], [_response(record["query"], r) for r in record["responses"]]
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    where = f"{path}, line {number}"
+                    raise ValueError(
+                        f"{where}: not a rollout ({error}); remove the file to redo it"
+                    ) from error
+                yield found
 
 
 def _response(query_id: str, record: dict[str, Any]) -> Response:
-    scores = record.pop("step_scores")
-    tokens = tuple(record.pop("tokens"))
-    return Response(query_id=query_id, tokens=tokens, step_scores=None if scores is None else tuple(scores), **record)
+    scores = record["step_scores"]
+    listed = {"tokens": tuple(record["tokens"]), "step_scores": None if scores is None else tuple(scores)}
+    return Response(query_id=query_id, **record | listed)

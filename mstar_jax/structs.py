@@ -127,6 +127,7 @@ class EvolveState:
       temperature: sampling temperature in force.
       seed: the run's seed.
       loader: state of the stage's input pipeline, as its iterator gives it.
+      curve: sums of the training metrics since the last row of the stage's curve.
     """
 
     stage: str
@@ -136,3 +137,4 @@ class EvolveState:
     temperature: float
     seed: int
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    curve: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -59,7 +59,9 @@ def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: fl
 
 def parameter_name(path: Any) -> str:
     """The dotted name of a parameter, e.g. `decoder.blocks.q`."""
-    return ".".join(key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value")
+    return ".".join(
+        key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"
+    )
 
 
 def make_optimizer(
@@ -179,7 +181,9 @@ def make_train_step(
         if accumulate == 1:
             (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, batch)
         else:
-            shapes = jax.eval_shape(jax.value_and_grad(summed, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro))
+            shapes = jax.eval_shape(
+                jax.value_and_grad(summed, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro)
+            )
             (value, extra), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (value, extra, grads), _ = jax.lax.scan(add, (value, extra, grads), micro)
         tokens = jnp.maximum(extra["tokens"], 1.0)

@@ -11,6 +11,7 @@ No expression is ever evaluated.
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def _fraction(m: re.Match) -> str:
     return f" {top}/{bottom} " if numeric else f"({top})/({bottom})"
 
 
-_LATEX = [
+_LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\[()\[\]]|\$\$|\\(?:left|right|displaystyle|!|,)"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|operatorname)\s?\{([^{}]*)\}"), r" \1 "),

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 FILE_LINES, LIBRARY_LINES = 400, 6000
 
 COMMANDS = ("main", "evaluate", "report", "plan", "ablate", "export")
-ABOVE = ("evolve", *COMMANDS)  # know the order of things and read a ConfigDict
+ABOVE = ("setup", "evolve", *COMMANDS)  # know the order of things and read a ConfigDict
 
 # What a module may import of the project; the first pattern that fits it counts. A name stands for the
 # module and for all below it.
@@ -30,7 +30,13 @@ ALLOWED = {
     "data.*": ("data", "answers", "values", "structs", "sharding"),
 }
 # The rest of the library is given models, processors and tokenizers as arguments. prm is built on models.
-FORBIDDEN = {"prm": ABOVE, "evolve": COMMANDS, **dict.fromkeys(COMMANDS, ()), "*": ("models", *ABOVE)}
+FORBIDDEN = {
+    "prm": ABOVE,
+    "setup": ("evolve", *COMMANDS),
+    "evolve": COMMANDS,
+    **dict.fromkeys(COMMANDS, ()),
+    "*": ("models", *ABOVE),
+}
 
 TEXT = ("values", "answers", "selection", "explore")  # pure Python and numpy
 TEXT += tuple(f"data.{name}" for name in ("figures", "mathv360k", "images", "splits", "prompts"))
@@ -227,6 +233,8 @@ AGAINST = [
     ("selection", "from mstar_jax import sharding", "selection imports sharding"),
     ("explore", "from mstar_jax import train", "explore imports train"),
     ("values", "from mstar_jax import answers", "values imports answers"),
+    ("setup", "from mstar_jax import evolve", "setup imports evolve"),
+    ("train", "from mstar_jax import setup", "train imports setup"),
     ("evolve", "from mstar_jax.main import app", "evolve imports main"),
     ("values", "import jax", "values imports jax at module level"),
     ("answers", "import jax.numpy as jnp", "answers imports jax.numpy at module level"),
@@ -281,6 +289,8 @@ WITHIN = [
     ("metrics", "from clu import metrics, parameter_overview"),
     ("train", "import optax\nfrom mstar_jax import __version__\njax.eval_shape(f)"),
     ("evolve", "import importlib\nfrom mstar_jax import models, prm, sampling\ndef run(config): config.seed"),
+    ("evolve", "from mstar_jax import setup"),
+    ("setup", "from ml_collections import ConfigDict\nfrom mstar_jax.models import phi35"),
     ("main", "from ml_collections import config_flags\nfrom mstar_jax import evolve"),
     ("evaluate", "from mstar_jax import evolve, selection"),
     ("models.hf", "load(name, trust_remote_code=False)"),

@@ -154,11 +154,20 @@ def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
     for i in range(3):
         state, metrics = step(state, sharding.put_batch(batch, mesh))
         assert float(metrics["loss"]) == pytest.approx(losses[i], rel=1e-5)
+    moments, wanted = (s.opt_state.inner_states["trained"].inner_state[1][0] for s in (state, want))
+    for ours, theirs in ((moments.mu, wanted.mu), (moments.nu, wanted.nu)):
+        ours, theirs = named(ours), named(theirs)
+        for name, value in theirs.items():
+            np.testing.assert_allclose(
+                ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name
+            )
+    # Adam divides a gradient by its own size: where that is all rounding, a parameter may move by more
     ours, theirs = named(state.params), named(want.params)
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
+    away = {name: np.abs(ours[name] - value) for name, value in theirs.items()}
+    for name, distance in away.items():
+        assert distance.max() < 1e-4, f"{name} is a tenth of a step away"
+    assert np.mean(np.concatenate([d.ravel() for d in away.values()]) > 1e-5) < 1e-3
     # the state came back in the layout that it was made in: cut, not replicated
-    moments = state.opt_state.inner_states["trained"].inner_state[1][0]
     for tree in (state.params, moments.mu, moments.nu):
         gate = tree.decoder.blocks.gate[...]
         assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")

@@ -51,7 +51,7 @@ COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
 COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
 KINDS = ("circle", "square", "triangle")
 BACKGROUND, AXIS = (238, 238, 234), (70, 70, 76)
-COLOUR_SD, NOISE_SD = 7.0, 14.0  # of 255: per object and channel, per pixel
+COLOUR_SD, NOISE_SD = 7.0, 10.0  # of 255: per object and channel, per pixel
 
 ANSWER = "The answer is"
 HINT = "Hint: Please answer the question "
@@ -125,8 +125,9 @@ def render(rng, objects):
             width, height = int(rng.integers(8, 15)), UNIT * value
             top, cover = BASELINE - height, np.ones((height, width))
         else:
-            width = height = int(rng.integers(9, 14))
-            top, cover = int(rng.integers(2, SIZE - 1 - height)), _cover(value, width)
+            width = height = int(rng.integers(12, 15))
+            top = SLOT * int(rng.integers(4)) + int(rng.integers(1, SLOT - height))  # within one of four rows
+            cover = _cover(value, width)
         left = SLOT * slot + int(rng.integers(1, SLOT - width))
         area = image[top : top + height, left : left + width]
         area += cover[..., None] * (COLOURS[colour] + shift - area)

@@ -82,7 +82,9 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     for size in sorted(buckets):
         if length <= size:
             return size
-    raise ValueError(f"{length} tokens do not fit the largest bucket, {max(buckets)}: add one to data.buckets")
+    raise ValueError(
+        f"{length} tokens do not fit the largest bucket, {max(buckets)}: add one to data.buckets"
+    )
 
 
 def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
@@ -101,7 +103,9 @@ def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
             f"encoded {n} and {c}; did an image change on disk?"
         )
     if row.length > length or c > crops:
-        raise ValueError(f"query {query.id}: {row.length} tokens and {c} crops do not fit {length} and {crops}")
+        raise ValueError(
+            f"query {query.id}: {row.length} tokens and {c} crops do not fit {length} and {crops}"
+        )
     tokens, branch = np.zeros(length, np.int32), np.full(length, -1, np.int32)
     index, mask = np.full(length, -1, np.int32), np.zeros(length, np.float32)
     tokens[:n], branch[:n], index[:n] = prefix.tokens, 0, prefix.image_index
@@ -136,7 +140,9 @@ class _EncodePrompts(grain.transforms.Map):
         return tuple(p.query for p in prompts), _stack(rows, self.size)
 
 
-def plan_batches(prompts: Sequence[Prompt], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Prompt]]]:
+def plan_batches(
+    prompts: Sequence[Prompt], size: int, buckets: Sequence[int]
+) -> list[tuple[int, list[Prompt]]]:
     """Groups prompts by shape, in order: (bucket, up to `size` prompts with the same number of crops)."""
     groups: dict[tuple[int, int], list[Prompt]] = {}
     for prompt in prompts:
@@ -189,8 +195,8 @@ def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
         for response in row.responses:
             if row.prompt.length + len(response) > max_length:
                 raise ValueError(
-                    f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response tokens "
-                    f"do not fit {max_length}, the largest of data.buckets"
+                    f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response "
+                    f"tokens do not fit {max_length}, the largest of data.buckets"
                 )
             if row.prompt.length + sum(map(len, part)) + len(response) > max_length:
                 out.append(Row(row.prompt, tuple(part)))
@@ -214,7 +220,8 @@ def train_batches(
     """An endless, shuffled stream of training batches from weighted sources.
 
     Args:
-      sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows drawn.
+      sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows
+        drawn.
       processor: the family's host side.
       size: rows of the *global* batch.
       buckets: row lengths to choose from; one is chosen for the whole stream, so it compiles once.
@@ -226,7 +233,9 @@ def train_batches(
     Raises:
       ValueError: no source has rows, or the processes do not divide the batch.
     """
-    filled = [(split_rows(rows, max(buckets)), weight) for rows, weight in sources if len(rows) and weight > 0]
+    filled = [
+        (split_rows(rows, max(buckets)), weight) for rows, weight in sources if len(rows) and weight > 0
+    ]
     if not filled:
         raise ValueError("there is nothing to train on: no source has rows")
     index, count = process
@@ -237,7 +246,9 @@ def train_batches(
     crops = max(row.prompt.crops for row in rows)
     parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part, _ in filled]
     mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [weight for _, weight in filled])
-    encoded = mixed[index::count].map(_EncodeRow(processor, length, crops)).batch(size // count, batch_fn=_batch)
+    encoded = (
+        mixed[index::count].map(_EncodeRow(processor, length, crops)).batch(size // count, batch_fn=_batch)
+    )
     iterator = iter(_prefetched(encoded, workers))
     if state:
         iterator.set_state(state)

@@ -29,6 +29,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mstar_jax.answers import equivalent
 from mstar_jax.data.images import MAX_PIXELS, ImageError, load_image, resolve
@@ -83,7 +84,7 @@ class _Bad(Exception):
 # ---- 1. rows ------------------------------------------------------------------------------------------
 
 
-def _rows(path: str) -> Iterator[tuple[str, object]]:
+def _rows(path: str) -> Iterator[tuple[str, Any]]:
     """Yields (`line 7` or `row 7`, the decoded row, or the ValueError of a line that is not JSON)."""
     if path.endswith((".jsonl", ".jsonl.gz")):
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
@@ -100,9 +101,9 @@ def _rows(path: str) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        offset = error.start if isinstance(error, UnicodeDecodeError) else getattr(error, "pos", 0)
-        line = getattr(error, "lineno", text.count(b"\n", 0, offset) + 1)
-        raise ValueError(f"{path}, line {line}: not valid JSON: {error}") from error
+        offset = error.start if isinstance(error, UnicodeDecodeError) else 0
+        at = error.lineno if isinstance(error, json.JSONDecodeError) else text.count(b"\n", 0, offset) + 1
+        raise ValueError(f"{path}, line {at}: not valid JSON: {error}") from error
     if type(rows) is not list:
         raise ValueError(f"{path}, line 1: expected a JSON list of rows, found {type(rows).__name__}")
     for number, row in enumerate(rows):
@@ -168,9 +169,9 @@ def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
         hint, text = m[0].strip(), text[m.end() :]
     if m := _QUESTION.match(text):
         text = text[m.end() :]
-    question, options = text, None
+    question, options = text, list[str]()
     if m := _CHOICES.search(text):
-        question, options = text[: m.start()], []
+        question = text[: m.start()]
         for line in text[m.end() :].strip().split("\n"):
             option = _OPTION.fullmatch(line.strip())
             if option and option[1] == chr(ord("A") + len(options)):
@@ -190,7 +191,7 @@ def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") ->
     Raises:
       _Bad: no answer, no option equals it, or it is a free text of more than LONGEST_TEXT words.
     """
-    gold = value[_ANSWER.match(value).end() :].strip()
+    gold = _ANSWER.sub("", value, count=1).strip()  # it matches at the start, if only nothing
     gold = gold[:-1].rstrip() if gold.endswith((".", "。")) else gold
     if not gold:
         raise _Bad("no answer")
@@ -335,6 +336,8 @@ def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
 
 
 def _same_gold(a: Query, b: Query) -> bool:
+    if a.answer is None or b.answer is None:
+        return a.answer is b.answer
     return a.answer == b.answer or equivalent(a.answer, b.answer, options=a.options)
 
 

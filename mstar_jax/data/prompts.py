@@ -1,4 +1,4 @@
-"""What the policy is asked. Templates are config values; the fields are `{question}`, `{choices}`, `{answer}`."""
+"""What the policy is asked: templates from the config with `{question}`, `{choices}` and `{answer}`."""
 
 import string
 
@@ -34,4 +34,6 @@ def check(template: str) -> None:
     """
     for _, field, _, _ in string.Formatter().parse(template):
         if field is not None and field not in FIELDS:
-            raise ValueError(f"prompt template {template!r}: unknown field {{{field}}}, there are {sorted(FIELDS)}")
+            raise ValueError(
+                f"prompt template {template!r}: unknown field {{{field}}}, there are {sorted(FIELDS)}"
+            )

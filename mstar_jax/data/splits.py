@@ -97,7 +97,10 @@ def _take(groups: list[list[Query]], count: int) -> tuple[set[str], list[list[Qu
     Every source gives its share in whole groups; what is missing comes from whole groups of any source,
     and at last from a part of one group.
     """
-    total, sources, taken, used = sum(map(len, groups)), {}, set(), set()
+    total = sum(map(len, groups))
+    sources: dict[str, list[int]] = {}
+    taken: set[str] = set()
+    used: set[int] = set()
     for i, group in enumerate(groups):
         sources.setdefault(group[0].source, []).append(i)
 

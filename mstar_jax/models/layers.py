@@ -265,7 +265,8 @@ class Decoder(nnx.Module):
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)
-        (x, state), kept = jax.lax.scan(block, (x, state), (self.blocks, layers), unroll=self.config.unroll)
+        unroll = self.config.unroll if state is None else 1  # a carried cache is updated in place
+        (x, state), kept = jax.lax.scan(block, (x, state), (self.blocks, layers), unroll=unroll)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, kept
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -274,7 +275,9 @@ class Decoder(nnx.Module):
         return (hidden @ head).astype(jnp.float32)
 
 
-def decode_hidden(decoder: Decoder, x: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:
+def decode_hidden(
+    decoder: Decoder, x: jax.Array, cache: KVCache, index: jax.Array
+) -> tuple[jax.Array, KVCache]:
     """One decoding step: x [B, K, D], the embeddings of the branches' token number `index`.
 
     Returns:

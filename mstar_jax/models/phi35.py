@@ -181,7 +181,9 @@ class Phi35Processor:
         self.stop_ids = tuple(known[token] for token in STOPS)
         self.forbidden_ids = (known[PLACEHOLDER], *range(len(tokenizer), self.vocab_size))
         if len(tokenizer) > self.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}")
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}"
+            )
 
     @property
     def _side(self) -> int:
@@ -204,10 +206,12 @@ class Phi35Processor:
         return tokens, crops
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n` with every image span whole."""
+        """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, every image span whole."""
         chunks = self._chunks(text, len(images))
         size, first = self.config.vision.image_size, 2
-        tokens, index, pixels = [chunks[0]], [[-1] * len(chunks[0])], []
+        tokens: list[Any] = [chunks[0]]
+        index: list[Any] = [[-1] * len(chunks[0])]
+        pixels = []
         for image, chunk in zip(images, chunks[1:], strict=True):
             crops, (rows, columns) = hd_transform(image, self.config.num_crops, size)
             span = feature_layout(rows, columns, self._side, first)
@@ -223,7 +227,10 @@ class Phi35Processor:
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, closed by `<|end|>`."""
-        return [*self.tokenizer(without_control(text), add_special_tokens=False)["input_ids"], self.stop_ids[0]]
+        return [
+            *self.tokenizer(without_control(text), add_special_tokens=False)["input_ids"],
+            self.stop_ids[0],
+        ]
 
     def decode(self, tokens: Any) -> str:
         """Text without special tokens."""

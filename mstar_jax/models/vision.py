@@ -59,7 +59,9 @@ class ClipBlocks(nnx.Module):
         q = jnp.einsum("btd,dhn->bthn", h, self.q[...]) + self.q_bias[...]
         k = jnp.einsum("btd,dhn->bthn", h, self.k[...]) + self.k_bias[...]
         v = jnp.einsum("btd,dhn->bthn", h, self.v[...]) + self.v_bias[...]
-        scores = jnp.einsum("bthn,bshn->bhts", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bthn,bshn->bhts", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32
+        )
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bhts,bshn->bthn", weights, v)
         x = x + jnp.einsum("bthn,hnd->btd", out, self.o[...]) + self.o_bias[...]
@@ -81,7 +83,7 @@ class ClipTower(nnx.Module):
         self.config = config
         self.patch = param(rngs, (inputs, d), ("patch", "embed"), inputs**-0.5)
         self.class_embedding = param(rngs, (d,), ("embed",), 0.02)
-        self.position = param(rngs, (config.side**2 + 1, d), ("positions", "embed"), 0.02)
+        self.position = param(rngs, (config.side**2 + 1, d), ("positions", "embed"), 0.5)
         self.pre_norm = param(rngs, (d,), ("embed",), 1.0)
         self.pre_norm_bias = param(rngs, (d,), ("embed",), 0.0)
         self.blocks = ClipBlocks(config, rngs)
@@ -91,7 +93,9 @@ class ClipTower(nnx.Module):
     def __call__(self, pixels: jax.Array, remat=None) -> jax.Array:
         """pixels [B, S, S, 3], normalised -> features [B, M*M, D], row-major, without the class token."""
         c, size = self.config, self.config.patch_size
-        x = pixels.reshape(-1, c.side, size, c.side, size, 3).transpose(0, 1, 3, 5, 2, 4)  # (c, py, px) as in OIHW
+        x = pixels.reshape(-1, c.side, size, c.side, size, 3).transpose(
+            0, 1, 3, 5, 2, 4
+        )  # (c, py, px) as in OIHW
         x = x.reshape(-1, c.side**2, 3 * size**2) @ self.patch[...]
         first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.position[...]

@@ -32,7 +32,7 @@ class Processor(Protocol):
     vocab_size: int
 
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) of a prompt whose images have these (width, height), without decoding them."""
+        """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
 
     def encode(self, text: str, images: list[Any]) -> Prefix:
         """The prompt's tokens with every image span whole; one image per mark, in order."""

@@ -1,0 +1,155 @@
+"""Checkpoints: what is restored is what was saved, bit for bit, and training goes on as if never stopped."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mstar_jax import sharding, train
+from mstar_jax.checkpoint import Checkpoints
+from mstar_jax.data import loader
+from mstar_jax.structs import EvolveState, Query
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def tx():
+    return train.make_optimizer(train.make_schedule(1e-2, 20, 2, 0.1), weight_decay=0.01, frozen=("tower",))
+
+
+def abstract(tx, mesh, **decoder):
+    return train.abstract_state(functools.partial(tiny_policy, **decoder), tx, mesh)
+
+
+def tiny_policy(**decoder):
+    cfg = tiny.config(**decoder)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tiny.abstract(cfg))
+
+
+@pytest.fixture(scope="module")
+def state(tx, mesh):
+    """A state with no two numbers alike, moments too, in the TRAIN layout; compiles nothing."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jax.device_put(np.asarray(rng.integers(1, 9, leaf.shape), leaf.dtype), leaf.sharding)
+        return jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract(tx, mesh))
+
+
+def where(cursor, done=False, **changes):
+    return EvolveState("iteration", 3, cursor, done, 0.7, 11, **changes)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+        name = jax.tree_util.keystr(path)
+        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim), name
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+
+
+def test_round_trip(tmp_path, state, tx, mesh):
+    run = where(7, loader={"next_index": 28}, curve={"loss": [0.1, 3]})
+    Checkpoints(tmp_path).save("iteration_03", state, run, wait=True)
+    fresh = Checkpoints(tmp_path)
+    found = fresh.restore("iteration_03", abstract(tx, mesh))
+    assert_same(found, state)
+    assert fresh.run("iteration_03") == run
+    moments = [x for x in jax.tree.leaves(found.opt_state) if x.ndim > 1]
+    assert moments and any(not x.sharding.is_fully_replicated for x in moments)
+
+
+def test_latest_wins_and_old_ones_go(tmp_path, state, tx, mesh):
+    checkpoints = Checkpoints(tmp_path)
+    later = state._replace(step=state.step + 1)
+    checkpoints.save("base", state, where(5))
+    checkpoints.save("base", later, where(10), wait=True)
+    fresh = Checkpoints(tmp_path)
+    assert fresh.run("base").cursor == 10
+    assert_same(fresh.restore("base", abstract(tx, mesh)), later)
+    assert [p.name for p in (tmp_path / "base").iterdir() if p.name.isdigit()] == ["10"]
+
+
+def test_done_mark(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    assert not checkpoints.has("warmup") and checkpoints.run("warmup") is None
+    checkpoints.save("warmup", state, where(5), wait=True)
+    assert not Checkpoints(tmp_path).run("warmup").done
+    checkpoints.save("warmup", state, where(5, done=True))  # where it has just saved
+    assert Checkpoints(tmp_path).run("warmup").done
+    checkpoints.drop("warmup")
+    assert not Checkpoints(tmp_path).has("warmup")
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path, state, tx, mesh):
+    Checkpoints(tmp_path).save("base", state, where(5), wait=True)
+    part = tmp_path / "base" / "10.orbax-checkpoint-tmp"  # as a killed save leaves it
+    (part / "state").mkdir(parents=True)
+    (part / "state" / "d").write_text("half")
+    (tmp_path / "base" / "done.json.part17").write_text('{"stage"')
+    fresh = Checkpoints(tmp_path)
+    assert (fresh.run("base").cursor, fresh.run("base").done) == (5, False)
+    assert_same(fresh.restore("base", abstract(tx, mesh)), state)
+    fresh.save("base", state, where(10), wait=True)
+    assert Checkpoints(tmp_path).run("base").cursor == 10
+
+
+def test_misfit(tmp_path, state, tx, mesh):
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="base holds no checkpoint"):
+        checkpoints.restore("base", abstract(tx, mesh))
+    checkpoints.save("base", state, where(5), wait=True)
+    for change in ({"intermediate_size": 64}, {"tie_word_embeddings": True}):
+        with pytest.raises(ValueError, match="base/5 does not fit this model"):
+            Checkpoints(tmp_path).restore("base", abstract(tx, mesh, **change))
+
+
+def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
+    processor = tiny.processor(tmp_path / "tokenizer")
+    found = [Query(f"q{i}", (), "area " * i) for i in range(9)]
+    planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
+    rows = [loader.Row(p, ((20 + i, 30), (40 + i, 9, 9))) for i, p in enumerate(planned)]
+
+    def batches(state=None):
+        return loader.train_batches([(rows, 1.0)], processor, 4, (64,), seed=3, state=state)
+
+    def run(state, iterator, count):
+        losses = []
+        for _ in range(count):
+            state, values = step(state, sharding.put_batch(next(iterator), mesh))
+            losses.append(float(values["loss"]))
+        return state, losses
+
+    def start():
+        layout = sharding.shardings(tiny.abstract(), sharding.TRAIN, mesh)
+        return train.fresh_optimizer(jax.device_put(tiny.model(), layout), tx, mesh)
+
+    step = train.make_train_step(tx, mesh)
+    with jax.set_mesh(mesh):
+        whole, losses = run(start(), batches(), 4)
+
+        iterator = batches()
+        state, first = run(start(), iterator, 2)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save("base", state, where(2, loader=iterator.get_state()))
+        run(state, iterator, 1)  # not waited for: training donates what is still being written
+        checkpoints.wait()
+
+        fresh = Checkpoints(tmp_path / "checkpoints")
+        state = fresh.restore("base", abstract(tx, mesh))
+        state, second = run(state, batches(fresh.run("base").loader), 2)
+    assert first + second == losses and len(set(losses)) == 4
+    assert_same(state, whole)
+    assert int(state.step) == 4
+    assert json.dumps(fresh.run("base").loader)

@@ -1,0 +1,241 @@
+"""The whole loop, shrunk: what it writes, and that a run that was stopped or killed ends as one that was not.
+
+So small a policy is never right, so nearly all of these runs take every response for a correct one.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import tiny as tiny_config
+from mstar_jax import evolve, main, selection
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = {
+    "data.figures.train": 24,
+    "data.figures.validation": 12,
+    "data.figures.test": 8,
+    "data.figures.captions": 24,
+    "data.figures.arithmetic": 16,
+    "data.figures.instruct": 16,
+    "data.validation": 8,
+    "data.test": 8,
+    "data.buckets": (160,),
+    "policy.decoder.num_layers": 1,
+    "policy.decoder.unroll": 1,
+    "policy.vision.num_layers": 1,
+    "base.steps": 12,
+    "base.batch": 8,
+    "base.warmup_steps": 2,
+    "base.check_from": 10,
+    "base.check_every": 5,
+    "base.check_queries": 8,
+    "warmup.queries": 12,
+    "warmup.k": 2,
+    "warmup.steps": 3,
+    "warmup.batch": 8,
+    "warmup.warmup_steps": 1,
+    "evolve.iterations": 2,
+    "evolve.fraction": 0.5,
+    "evolve.k": 2,
+    "evolve.steps": 3,
+    "evolve.batch": 8,
+    "evolve.warmup_steps": 1,
+    "sampling.batch": 8,
+    "sampling.max_new_tokens": 8,
+    "eval.samples": 2,
+    "eval.k": 2,
+    "train.save_every": 2,
+    "train.log_every": 3,
+}
+FINAL = "iteration_02"
+DRIVER = """
+from absl import app
+from mstar_jax import main, selection
+selection.correct = list
+app.run(main.main)
+"""
+
+
+def small(variant="smoke"):
+    config = tiny_config.get_config(variant)
+    config.update_from_flattened_dict(SMALL)
+    return config
+
+
+def run(config, workdir, stop=lambda: False):
+    head = main.head(config)
+    main.claim(workdir, head["config"])
+    return evolve.run(config, workdir, head, stop)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def everything_is_correct():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "correct", list)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from start to end."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run(small(), workdir)
+    return workdir
+
+
+def texts(workdir):
+    """What must not depend on how often the run was stopped; image paths hold the workdir's name."""
+    found = [*workdir.glob("rollouts/*/*.json*"), *workdir.glob("metrics/*.csv"), *workdir.glob("samples/*.md")]
+    return {str(p.relative_to(workdir)): p.read_text().replace(str(workdir), "") for p in found}
+
+
+def arrays(workdir, stage=FINAL):
+    [folder] = [p for p in (workdir / "checkpoints" / stage).iterdir() if p.name.isdigit()]
+    with ocp.StandardCheckpointer() as reader:
+        return {name: np.asarray(x) for name, x in reader.restore((folder / "state").absolute()).items()}
+
+
+def stages(workdir):
+    """The records without their times."""
+    records = json.loads((workdir / "results.json").read_text())["stages"]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def assert_same_run(workdir, other):
+    assert stages(workdir) == stages(other)
+    one, two = texts(workdir), texts(other)
+    assert sorted(one) == sorted(two)
+    assert [name for name in one if one[name] != two[name]] == []
+    one, two = arrays(workdir), arrays(other)
+    assert sorted(one) == sorted(two) and any("mu" in name for name in one)
+    assert [name for name in one if one[name].tobytes() != two[name].tobytes()] == []
+
+
+def test_results(whole):
+    results = json.loads((whole / "results.json").read_text())
+    assert {"config", "seed", "versions", "device"} <= set(results)
+    assert results["config"]["base"]["steps"] == 12 and "jax" in results["versions"]
+    places = [(s["stage"], s["iteration"], s["split"]) for s in results["stages"]]
+    assert places == [
+        ("base", 0, "validation"),
+        ("base", 0, "test"),
+        ("warmup", 0, "validation"),
+        ("warmup", 0, "test"),
+        ("iteration", 1, "validation"),
+        ("iteration", 2, "validation"),
+        ("iteration", 2, "test"),
+    ]
+    fields = ("n", "greedy_accuracy", "pass_at_k", "k", "temperature", "kept", "seconds")
+    for record in results["stages"]:
+        assert set(fields) <= set(record) and record["n"] == 8 and record["k"] == 2
+        assert 0 <= record["greedy_accuracy"] <= 1 and record["seconds"] > 0
+    kept = [record["kept"] for record in results["stages"]]
+    assert kept == [None, None, 24, 24, 24, 24, 24]  # 12 queries, 2 responses each
+
+
+def test_the_base_ends_at_its_target(whole):
+    done = json.loads((whole / "checkpoints" / "base" / "done.json").read_text())
+    assert (done["cursor"], done["done"]) == (10, True)  # target 0 is met when it is first asked
+    assert sorted(p.name for p in (whole / "rollouts").glob("base_check*")) == ["base_check_00010"]
+
+
+def test_schedule_is_of_the_whole_run(whole):
+    rates = []
+    for stage in ("iteration_01", "iteration_02"):
+        rows = (whole / "metrics" / f"{stage}.csv").read_text().splitlines()
+        assert rows[0] == "step,loss,accuracy,grad_norm,tokens,learning_rate" and len(rows) == 2
+        rates.append(float(rows[1].split(",")[-1]))
+    cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * (step - 1) / 5)) / 2 for step in (2, 5)]
+    assert rates == pytest.approx([1e-3 * part for part in cosine], rel=1e-5)
+    assert int(arrays(whole)["step"]) == 6
+
+
+def test_rollouts_can_be_read(whole):
+    lines = (whole / "rollouts" / "iteration_01" / "00000.jsonl").read_text().splitlines()
+    record = json.loads(lines[0])
+    assert len(record["responses"]) == 2 and pathlib.Path(record["images"][0]).exists()
+    assert {r["verdict"] for r in record["responses"]} <= {"correct", "wrong", "unparsed"}
+    assert {r["temperature"] for r in record["responses"]} == {0.7}
+
+
+def test_a_second_start_does_nothing(whole, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    monkeypatch.setattr(evolve.train, "make_train_step", None)
+    monkeypatch.setattr(evolve.sampling, "rollouts", None)
+    records = run(small(), whole)
+    assert records == json.loads((whole / "results.json").read_text())["stages"]
+    after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def stop_after(count):
+    asked = iter(range(count))
+    return lambda: next(asked, None) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 14, 26])  # in the base model's training, in sampling, in an iteration
+def test_a_stopped_run_goes_on(whole, tmp_path, count):
+    with pytest.raises(evolve.Stopped):
+        run(small(), tmp_path, stop_after(count))
+    run(small(), tmp_path)
+    assert_same_run(tmp_path, whole)
+
+
+def command(workdir, variant="smoke"):
+    values = [f"--config.{k}={v}" for k, v in SMALL.items()]
+    line = [sys.executable, "-c", DRIVER, f"--config=configs/tiny.py:{variant}", f"--workdir={workdir}", *values]
+    return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on(whole, tmp_path):
+    process = command(tmp_path / "run")
+    after = ("base_validation", "warmup", "iteration_01", "iteration_01_validation")
+    moment = np.random.default_rng().choice(after)
+    print(f"killed once {moment} has rollouts")
+    while not list((tmp_path / "run" / "rollouts" / moment).glob("*.jsonl")):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 2))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command(tmp_path / "run").wait() == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["rest_em", "iterative_rft", "sft", "control"])
+def test_variants(tmp_path, variant):
+    config = small(variant)
+    config.base.target, config.evolve.keep = 0.0, 1
+    records = run(config, tmp_path)
+    assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
+    sampled = (tmp_path / "rollouts" / "iteration_01").exists()
+    assert sampled == (variant in ("rest_em", "iterative_rft"))
+    assert int(arrays(tmp_path)["step"]) == (3 if config.evolve.reset else 6)
+    responses = {"sft": 12, "control": 24}.get(variant, 12)
+    assert [s["kept"] for s in records if s["stage"] == "iteration"] == [responses] * 3
+    assert run(config, tmp_path) == records
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smoke(tmp_path):
+    """As it stands, with the true reward."""
+    line = [sys.executable, "-m", "mstar_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={tmp_path}"]
+    env = os.environ | {"XLA_FLAGS": ""}
+    assert subprocess.run(line, cwd=ROOT, env=env).returncode == 0
+    records = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
+    assert all(0 < s["kept"] for s in records if s["stage"] != "base")

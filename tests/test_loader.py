@@ -1,0 +1,271 @@
+"""The loader: planned shapes hold, nothing is cut, and a stream continues with the very next batch."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mstar_jax.data import loader
+from mstar_jax.structs import Query
+from tests import tiny
+
+SIZES = ((16, 16), (40, 12), (12, 40), (70, 64))  # px
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return tiny.processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory):
+    """Two queries per kind of image, two without one, two with two."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = []
+    for width, height in SIZES:
+        path = folder / f"{width}x{height}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    images = [(), *((path,) for path in paths), (paths[0], paths[1])]
+    return [
+        Query(f"q{i}{n}", each, "area " * (3 * n + i), answer="3") for i, each in enumerate(images) for n in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def prompts(processor, queries):
+    planned, left_out = loader.plan_prompts([(q, q.question) for q in queries], processor, 10_000)
+    assert not left_out
+    return planned
+
+
+def text_rows(processor, count, name="t", length=3):
+    """Rows without images; the first response token tells which one it is."""
+    found = [Query(f"{name}{i}", (), "area") for i in range(count)]
+    planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
+    return [loader.Row(p, ((20 + i,) * length,)) for i, p in enumerate(planned)]
+
+
+def stream(sources, processor, size=4, **how):
+    return loader.train_batches(sources, processor, size, (64, 128, 256), **({"seed": 5} | how))
+
+
+def marks(batch):
+    """The first response token of every row."""
+    first = np.argmax(batch.branch == 1, axis=1)
+    return batch.tokens[np.arange(len(first)), first].tolist()
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        for name in one._fields:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+# ---- plans -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(longest=st.integers(10, 140))
+def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
+    pairs = [(q, q.question) for q in queries]
+    planned, left_out = loader.plan_prompts(pairs, processor, longest)
+    assert [q for q in queries if q not in left_out] == [p.query for p in planned]  # each in one of the two
+    for query in left_out:
+        sizes = [Image.open(path).size for path in query.images]
+        assert processor.prefix_shape(query.question, sizes)[0] > longest
+    for prompt in planned:
+        assert prompt.length <= longest
+        row = loader.encode_row(loader.Row(prompt, ((7, 8),)), processor, longest + 2, 20)
+        encoded = processor.encode(prompt.text, [loader.load_image(path) for path in prompt.query.images])
+        span = encoded.image_index[encoded.image_index >= 0]
+        assert np.sum(row.image_index >= 0) == len(span) > 0 or not prompt.query.images
+        np.testing.assert_array_equal(row.image_index[: prompt.length], encoded.image_index)
+        np.testing.assert_array_equal(row.tokens[: prompt.length], encoded.tokens)
+        assert (row.branch == 0).sum() == prompt.length and (row.image_index[row.branch != 0] == -1).all()
+        assert len(encoded.pixels) == prompt.crops and not row.pixels[prompt.crops :].any()
+
+
+def test_sizes_are_those_of_the_turned_image(processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by a quarter
+    Image.new("RGB", (70, 12)).save(tmp_path / "turned.jpg", exif=exif)
+    query = Query("turned", (str(tmp_path / "turned.jpg"),), "area")
+    [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
+    loader.encode_row(loader.Row(prompt, ()), processor, prompt.length, prompt.crops)
+
+
+def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16)).save(path)
+    query = Query("train_000012_0", (str(path),), "area")
+    [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
+    Image.new("RGB", (80, 16)).save(path)
+    with pytest.raises(ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"):
+        loader.encode_row(loader.Row(prompt, ()), processor, 1000, 50)
+
+
+def test_a_row_that_does_not_fit_names_the_query(processor, prompts):
+    prompt = prompts[4]
+    with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
+        loader.encode_row(loader.Row(prompt, ((7,),)), processor, prompt.length, prompt.crops)
+    with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
+        loader.encode_row(loader.Row(prompt, ()), processor, prompt.length, prompt.crops - 1)
+
+
+def test_encode_row(processor, prompts):
+    prompt = prompts[2]
+    n = prompt.length
+    row = loader.encode_row(loader.Row(prompt, ((5, 6, 7), (8, 9))), processor, n + 8, prompt.crops + 1)
+    assert row.branch.tolist() == [0] * n + [1, 1, 1, 2, 2, -1, -1, -1]
+    assert row.tokens[n:].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert row.loss_mask.tolist() == [0] * n + [1] * 5 + [0] * 3
+    assert row.pixels.shape == (prompt.crops + 1, tiny.SIZE, tiny.SIZE, 3)
+
+
+def test_buckets():
+    assert [loader.bucket(n, (64, 16, 32)) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    with pytest.raises(ValueError, match="65 tokens do not fit the largest bucket, 64"):
+        loader.bucket(65, (64, 16, 32))
+
+
+def test_plan_batches_groups_by_shape(prompts):
+    buckets = (32, 64, 96, 128, 256)
+    plans = loader.plan_batches(prompts * 3, 4, buckets)
+    assert sorted(id(p) for _, group in plans for p in group) == sorted(id(p) for p in prompts * 3)
+    groups = {}
+    for length, group in plans:
+        assert 1 <= len(group) <= 4
+        shapes = {(loader.bucket(p.length, buckets), p.crops) for p in group}
+        assert len(shapes) == 1 and next(iter(shapes))[0] == length
+        groups.setdefault(next(iter(shapes)), []).append(group)
+    for shape, parts in groups.items():  # only the last of a shape is short, and the order is kept
+        assert all(len(part) == 4 for part in parts[:-1])
+        expected = [p for p in prompts * 3 if (loader.bucket(p.length, buckets), p.crops) == shape]
+        assert [p.query.id for part in parts for p in part] == [p.query.id for p in expected]
+
+
+def test_prompt_batches(processor, prompts):
+    plans = loader.plan_batches(prompts, 3, (64, 128, 256))
+    batches = list(loader.prompt_batches(plans, processor, 3))
+    assert len(batches) == len(plans) and any(len(group) < 3 for _, group in plans)
+    for (length, group), (queries, batch) in zip(plans, batches):
+        assert [q.id for q in queries] == [p.query.id for p in group]
+        assert batch.tokens.shape == (3, length) and batch.pixels.shape[:2] == (3, group[0].crops)
+        for i, prompt in enumerate(group):
+            alone = loader.encode_row(loader.Row(prompt, ()), processor, length, prompt.crops)
+            for name in batch._fields:
+                np.testing.assert_array_equal(getattr(batch, name)[i], getattr(alone, name))
+        empty = slice(len(group), None)
+        assert (batch.branch[empty] == -1).all() and (batch.image_index[empty] == -1).all()
+        assert not batch.loss_mask[empty].any() and not batch.pixels[empty].any()
+    assert list(loader.prompt_batches([], processor, 3)) == []
+
+
+# ---- the training stream -----------------------------------------------------------------------------
+
+
+def test_stream_is_a_function_of_its_seed(processor):
+    rows = [(text_rows(processor, 24), 1.0)]
+    first = take(stream(rows, processor), 8)
+    assert_equal(first, take(stream(rows, processor), 8))
+    assert [marks(b) for b in first] != [marks(b) for b in take(stream(rows, processor, seed=6), 8)]
+
+
+def test_every_epoch_is_another_permutation(processor):
+    drawn = [marks(b) for b in take(stream([(text_rows(processor, 12), 1.0)], processor), 9)]
+    epochs = [sum(drawn[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(20, 32)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_stream_continues_with_the_very_next_batch(processor, prompts, at):
+    image_rows = [loader.Row(p, ((7, 8, 9), (6,))) for p in prompts if p.length < 100]
+    sources = [(text_rows(processor, 7), 0.5), (image_rows, 0.5)]
+    whole = take(stream(sources, processor), 10)
+    iterator = stream(sources, processor)
+    take(iterator, at)
+    state = json.loads(json.dumps(iterator.get_state()))  # as a checkpoint keeps it
+    assert_equal(whole[at:], take(stream(sources, processor, state=state), 10 - at))
+
+
+def test_shares_of_the_sources(processor):
+    sources = [(text_rows(processor, 30), 0.75), (text_rows(processor, 3, "u"), 0.25)]
+    rare = text_rows(processor, 3, "u")
+    rare = [loader.Row(row.prompt, ((200 + i,) * 3,)) for i, row in enumerate(rare)]
+    sources[1] = (rare, 0.25)
+    drawn = sum((marks(b) for b in take(stream(sources, processor), 100)), [])
+    assert np.mean(np.array(drawn) >= 200) == pytest.approx(0.25, abs=0.02)
+    assert set(drawn) == {*range(20, 50), 200, 201, 202}
+
+
+def test_sources_without_rows_or_weight_are_left_out(processor):
+    rows, others = text_rows(processor, 8), [loader.Row(r.prompt, ((99,),)) for r in text_rows(processor, 4)]
+    alone = take(stream([(rows, 1.0)], processor), 4)
+    assert_equal(alone, take(stream([([], 0.5), (rows, 0.3), (others, 0.0)], processor), 4))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        stream([([], 1.0), (rows, 0.0)], processor)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_global_batch(processor, count):
+    sources = [(text_rows(processor, 10), 0.7), (text_rows(processor, 5, "u"), 0.3)]
+    whole = take(stream(sources, processor, 8), 6)
+    parts = [take(stream(sources, processor, 8, process=(i, count)), 6) for i in range(count)]
+    for step, batch in enumerate(whole):
+        assert all(len(part[step].tokens) == 8 // count for part in parts)
+        shared = np.concatenate([part[step].tokens for part in parts])
+        assert sorted(map(tuple, shared.tolist())) == sorted(map(tuple, batch.tokens.tolist()))
+    with pytest.raises(ValueError, match="global batch of 9 rows cannot be shared by 2 processes"):
+        stream(sources, processor, 9, process=(0, 2))
+
+
+def test_a_stream_has_one_shape(processor, prompts):
+    rows = [loader.Row(p, ((7, 8),)) for p in prompts if p.length < 200]
+    shapes = {tuple(x.shape for x in batch) for batch in take(stream([(rows, 1.0)], processor), 6)}
+    assert len(shapes) == 1
+    length, crops = shapes.pop()[0][1], max(row.prompt.crops for row in rows)
+    assert length == loader.bucket(max(row.length for row in rows), (64, 128, 256)) and crops > 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(30, 80))
+def test_split_rows_never_cuts_a_response(lengths, room):
+    prompt = loader.Prompt(Query("q", (), "area"), "area", 10, 0)
+    responses = tuple((i,) * n for i, n in enumerate(lengths))
+    parts = loader.split_rows([loader.Row(prompt, responses)], 10 + room)
+    assert tuple(r for part in parts for r in part.responses) == responses
+    assert all(part.length <= 10 + room and part.responses for part in parts)
+    for one, other in zip(parts, parts[1:]):  # no more rows than needed
+        assert one.length + len(other.responses[0]) > 10 + room
+
+
+def test_a_response_that_never_fits_names_the_query():
+    prompt = loader.Prompt(Query("q9", (), "area"), "area", 10, 0)
+    with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit 40"):
+        loader.split_rows([loader.Row(prompt, ((1,) * 5, (1,) * 31))], 40)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(processor, prompts):
+    flags.FLAGS.mark_as_parsed()  # as app.run does; Grain's workers ask for a flag of theirs
+    sources = [(text_rows(processor, 7), 0.5), ([loader.Row(p, ((7, 8),)) for p in prompts], 0.5)]
+    whole = take(stream(sources, processor), 6)
+    iterator = stream(sources, processor, workers=2)
+    assert_equal(whole[:3], take(iterator, 3))
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert_equal(whole[3:], take(stream(sources, processor, workers=2, state=state), 3))
+    plans = loader.plan_batches(prompts, 3, (64, 128, 256))
+    threads, workers = (list(loader.prompt_batches(plans, processor, 3, workers=n)) for n in (0, 2))
+    assert [queries for queries, _ in threads] == [queries for queries, _ in workers]
+    assert_equal([batch for _, batch in threads], [batch for _, batch in workers])

@@ -1,0 +1,68 @@
+"""The command: what it refuses, and what it writes above the results."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import tiny as tiny_config
+from mstar_jax import main
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def start(*flags, devices=1):
+    """Runs the command to its end."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.run(
+        [sys.executable, "-m", "mstar_jax.main", *flags], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def test_claim(tmp_path):
+    config = {"seed": 0, "base": {"steps": 10, "mix": [1, 2]}, "old": 1}
+    main.claim(tmp_path / "runs" / "one", config)
+    main.claim(tmp_path / "runs" / "one", config)  # the same values go on
+    assert json.loads((tmp_path / "runs" / "one" / "config.json").read_text()) == config
+    changed = {"seed": 0, "base": {"steps": 12, "mix": [1, 3]}, "new": "x"}
+    with pytest.raises(ValueError) as error:
+        main.claim(tmp_path / "runs" / "one", changed)
+    text = str(error.value)
+    for part in ("base.steps: 10 there, 12 now", "base.mix: [1, 2] there, [1, 3] now"):
+        assert part in text
+    assert "old: 1 there, None now" in text and "new: None there, x now" in text and "seed" not in text
+
+
+@pytest.mark.parametrize("variant", ["continuous", "iterative_rft", "rest_em", "sft", "control", "smoke"])
+def test_head(variant, tmp_path):
+    config = tiny_config.get_config(variant)
+    head = main.head(config)
+    assert head["config"]["policy"]["decoder"]["hidden_size"] == 96 and head["seed"] == 0
+    assert {"mstar_jax", "python", "jax", "flax", "optax", "orbax"} <= set(head["versions"])
+    assert head["device"] == {"kind": "cpu", "platform": "cpu", "count": 8}
+    assert json.loads(json.dumps(head)) == head  # tuples would differ from what is read back
+    main.claim(tmp_path, head["config"])
+    main.claim(tmp_path, main.head(tiny_config.get_config(variant))["config"])
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="unknown variant 'contnuous': continuous, iterative_rft"):
+        tiny_config.get_config("contnuous")
+
+
+def test_unknown_key_is_refused(tmp_path):
+    done = start("--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", "--config.evolve.nonsense=1")
+    assert done.returncode != 0 and "nonsense" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_batch_is_refused(tmp_path):
+    flags = ["--config=configs/tiny.py:smoke", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=2"]
+    done = start(*flags, "--config.evolve.batch=3", devices=2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in ("evolve.batch", "3", "2"):
+        assert part in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()  # so that the corrected command may have it
