@@ -32,7 +32,9 @@ def queries(tmp_path_factory):
         paths.append(str(path))
     images = [(), *((path,) for path in paths), (paths[0], paths[1])]
     return [
-        Query(f"q{i}{n}", each, "area " * (3 * n + i), answer="3") for i, each in enumerate(images) for n in (0, 1)
+        Query(f"q{i}{n}", each, "area " * (3 * n + i), answer="3")
+        for i, each in enumerate(images)
+        for n in (0, 1)
     ]
 
 
@@ -110,7 +112,9 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     query = Query("train_000012_0", (str(path),), "area")
     [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
     Image.new("RGB", (80, 16)).save(path)
-    with pytest.raises(ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"):
+    with pytest.raises(
+        ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"
+    ):
         loader.encode_row(loader.Row(prompt, ()), processor, 1000, 50)
 
 

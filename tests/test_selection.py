@@ -60,9 +60,8 @@ def test_dynamics():
         "greedy_accuracy": greedy,
         "pass_at_k": sum(passed) / 20,
         "gap": sum(passed) / 20 - greedy,
-        "sampled_accuracy": sum(
-            sum(r.verdict == "correct" for r in g[1:]) / (len(g) - 1) for g in groups
-        ) / 20,
+        "sampled_accuracy": sum(sum(r.verdict == "correct" for r in g[1:]) / (len(g) - 1) for g in groups)
+        / 20,
         "distinct_answers": sum(len({r.answer for r in g[1:]} - {None}) for g in groups) / 20,
         "unparsed": sum(r.verdict == "unparsed" for r in every) / len(every),
         "gold_unparsed": sum(r.verdict == "gold-unparsed" for r in every) / len(every),
@@ -102,7 +101,9 @@ def test_distinct_keeps_the_first_of_a_text_and_the_order():
 
 
 def test_correct_needs_the_verdict_and_an_end():
-    rows = [response(i, verdict=v) for i, v in enumerate(["correct", "wrong", "unparsed", "gold-unparsed", None])]
+    rows = [
+        response(i, verdict=v) for i, v in enumerate(["correct", "wrong", "unparsed", "gold-unparsed", None])
+    ]
     cut = response(5, verdict="correct", truncated=True)
     assert selection.correct([*rows, cut]) == rows[:1]
 

@@ -30,7 +30,7 @@ def groups(first, count, text="Sum 1 + 2 = 3"):
     return out
 
 
-@pytest.mark.parametrize("text", ["", "a\nb\t\"c\" ½", "cut\u2028here\x85and\u2029there\x0c\x1e", "\ufffd\x00"])
+@pytest.mark.parametrize("text", ["", 'a\nb\t"c" ½', "cut\u2028here\x85and\u2029there\x0c\x1e", "\ufffd\x00"])
 def test_round_trip(tmp_path, text):
     one = store.RolloutStore(tmp_path / "iteration_01", SETTINGS)
     one.write(1, groups(2, 3, text))
@@ -80,7 +80,10 @@ def test_other_settings_are_refused(tmp_path):
     assert "'top_k': (None, 5)" in str(error.value) and "seed" not in str(error.value)
 
 
-@pytest.mark.parametrize("broken", ['{"query": "q1", "resp', '{"query": "q1"}', "[1]", "3", "null", "", '{"query": "q1", "responses": [3]}'])
+@pytest.mark.parametrize(
+    "broken",
+    ['{"query": "q1", "resp', '{"query": "q1"}', "[1]", "3", "null", "", '{"query": "q1", "responses": [3]}'],
+)
 def test_broken_line_is_named(tmp_path, broken):
     one = store.RolloutStore(tmp_path, SETTINGS)
     one.write(3, groups(0, 1))
