@@ -44,8 +44,8 @@ def reckon(question, objects):
     if question.startswith("How many"):
         target = words[2] if words[3] == "shapes" else words[2].removesuffix("s")
         return str([word for shape in objects for word in shape].count(target))
-    if "more circles or squares" in question:
-        balance = sum({"circle": 1, "square": -1}.get(kind, 0) for kind in values)
+    if "more circles or rings" in question:
+        balance = sum({"circle": 1, "ring": -1}.get(kind, 0) for kind in values)
         assert balance != 0
         return "A" if balance > 0 else "B"
     if question.startswith("What is the value of"):
@@ -183,15 +183,18 @@ def test_bars_have_the_colour_and_height_that_is_written(monkeypatch):
 def test_shapes_have_the_colour_and_kind_that_is_written(monkeypatch):
     monkeypatch.setattr(figures, "NOISE_SD", 0)
     rng = np.random.default_rng(0)
-    corners = {(True, True): "square", (False, True): "triangle", (False, False): "circle"}  # top, bottom
+    kinds = {(True, True): "circle", (True, False): "cross", (False, True): "ring"}  # centre, quarter
     for _ in range(30):
         objects = figures.draw_objects(rng, scene=True)
         seen = []
         for mask, rgb in slots_of(figures.render(rng, objects)):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            assert 9 <= len(columns) <= 13
-            top, bottom = bool(mask[rows[0], columns[0]]), bool(mask[rows[-1], columns[0]])
-            seen.append((nearest_colour(rgb), corners[top, bottom]))
+            assert 11 <= len(columns) <= 14
+            centre, quarter = len(rows) // 2, 3
+            shape = mask[rows[0] :, columns[0] :]
+            seen.append(
+                (nearest_colour(rgb), kinds[bool(shape[centre, centre]), bool(shape[quarter, quarter])])
+            )
         assert tuple(seen) == objects
 
 
@@ -206,7 +209,7 @@ def test_answers_and_steps_agree_with_the_objects(folder, truths):
         for variant in truth.variants:
             assert variant[0].split()[1:] == [str(word) for pair in truth.objects for word in pair]
             last = variant[-1].split()
-            said = {"A": ("odd", "circles"), "B": ("even", "squares")}.get(answer, (answer,))
+            said = {"A": ("odd", "circles"), "B": ("even", "rings")}.get(answer, (answer,))
             assert (last[1] if truth.family == "count" else last[-1]) in said
             for line in variant:
                 assert re.fullmatch(r"[A-Z][a-z]+( \S+)+", line)

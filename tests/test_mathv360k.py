@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -15,7 +16,9 @@ from PIL import Image
 from mstar_jax.data import images, mathv360k
 from mstar_jax.structs import Query
 
-REAL = pathlib.Path(__file__).resolve().parents[1].parent / "shared" / "realdata"
+REAL = pathlib.Path(
+    os.environ.get("MSTAR_REALDATA", "/nonexistent")
+)  # real image questions, where a machine has some
 HINT = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
 
 

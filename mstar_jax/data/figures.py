@@ -35,8 +35,8 @@ from mstar_jax.structs import Query
 FORMAT = 1  # raised when the same parameters come to give other data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
 STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
-BAR_FAMILIES = {"read": 0.05, "total": 0.20, "split": 0.18, "range": 0.15, "remainder": 0.15, "parity": 0.12}
-SCENE_FAMILIES = {"count": 0.08, "compare": 0.07}
+BAR_FAMILIES = {"read": 0.12, "total": 0.25, "split": 0.10, "range": 0.25, "remainder": 0.08, "parity": 0.05}
+SCENE_FAMILIES = {"count": 0.10, "compare": 0.05}
 SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
 ARITHMETIC = {  # share, question
     "Sum": (0.5, "Compute {} + {}."),
@@ -49,7 +49,7 @@ ARITHMETIC = {  # share, question
 SIZE, SLOT, UNIT, BASELINE = 64, 16, 6, 60  # px; bars end above row BASELINE
 COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
 COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
-KINDS = ("circle", "square", "triangle")
+KINDS = ("circle", "ring", "cross")
 BACKGROUND, AXIS = (238, 238, 234), (70, 70, 76)
 COLOUR_SD, NOISE_SD = 7.0, 10.0  # of 255: per object and channel, per pixel
 
@@ -104,7 +104,7 @@ def draw_objects(rng, scene, families=()):
     palette = colours[: rng.integers(2, 4)]  # few, so that colours repeat
     while True:
         kinds = rng.choice(KINDS, n).tolist()
-        if "compare" not in families or kinds.count("circle") != kinds.count("square"):
+        if "compare" not in families or kinds.count("circle") != kinds.count("ring"):
             return tuple(zip(rng.choice(palette, n).tolist(), kinds, strict=True))
 
 
@@ -139,10 +139,12 @@ def render(rng, objects):
 
 def _cover(kind, size):
     """How much of every pixel the shape covers, soft at its edge: float[size, size]."""
-    y, x = np.mgrid[:size, :size] - (size - 1) / 2
-    if kind == "square":
-        return np.ones_like(x)
-    inside = size / 2 - np.hypot(x, y) if kind == "circle" else (y + size / 2 + 0.5) / 2 - np.abs(x)
+    y, x = np.abs(np.mgrid[:size, :size] - (size - 1) / 2)
+    if kind == "cross":
+        inside = 2 - np.minimum(x, y)
+    else:
+        inside = size / 2 - np.hypot(x, y)
+        inside = np.minimum(inside, 3 - inside) if kind == "ring" else inside
     return np.clip(inside + 0.5, 0, 1)
 
 
@@ -197,9 +199,9 @@ def pose(rng, family, objects):
         second = [f"Count {i} {shape}" for i, shape in enumerate(found[::-1], 1)]
         answer = len(found)
     else:
-        question, options = "Are there more circles or squares?", ("circles", "squares")
-        circles, squares = values.count("circle"), values.count("square")
-        first, answer = [f"Circles {circles}", f"Squares {squares}"], "A" if circles > squares else "B"
+        question, options = "Are there more circles or rings?", ("circles", "rings")
+        circles, rings = values.count("circle"), values.count("ring")
+        first, answer = [f"Circles {circles}", f"Rings {rings}"], "A" if circles > rings else "B"
         second, end = first[::-1], [f"More {options['AB'.index(answer)]}"]
     variants = dict.fromkeys((describe(objects), *order, *end) for order in (first, second))
     return Problem(family, question, options, str(answer), tuple(variants))
