@@ -283,7 +283,10 @@ class Run:
             state = start if inherit else train.fresh_optimizer(start.params, tx, self.mesh)
         self.done = None  # the step donates its state
         cursor = saved.cursor if saved else 0
-        batches = loader.train_batches(
+        steps = settings.steps if any(len(rows) for rows, _ in sources) else 0
+        if not steps:
+            log.warning("%s: no response was kept, so nothing is trained", stage)
+        batches = steps and loader.train_batches(
             sources,
             self.processor,
             settings.batch,
@@ -298,24 +301,24 @@ class Run:
 
         def save(done: bool, wait: bool = False) -> None:
             at = stage.split("_")[0], iteration, cursor, done, c.evolve.temperature, c.seed
-            where = EvolveState(*at, batches.get_state(), curve.pending())
+            where = EvolveState(*at, batches.get_state() if batches else {}, curve.pending())
             self.checkpoints.save(stage, state, where, wait)
 
-        with metrics.progress(settings.steps, f"{stage}: train", cursor, "step") as bar:
-            while cursor < settings.steps:
+        with metrics.progress(steps, f"{stage}: train", cursor, "step") as bar:
+            while cursor < steps:
                 if until is not None and cursor % settings.check_every == 0 and until(state, cursor):
                     break
                 state, values = step(state, sharding.put_batch(next(batches), self.mesh))
                 cursor += 1
                 curve.add(values)
                 bar.update()
-                if cursor % c.train.log_every == 0 or cursor == settings.steps:
+                if cursor % c.train.log_every == 0 or cursor == steps:
                     means = curve.write(cursor, float(schedule(state.step - 1)))
                     bar.set_postfix_str(f"loss {means['loss']:.3f}")
                 if self.stop():
                     save(done=False, wait=True)
-                    raise Stopped(f"{stage}: stopped and saved after step {cursor} of {settings.steps}")
-                if cursor % c.train.save_every == 0 and cursor < settings.steps:
+                    raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
+                if cursor % c.train.save_every == 0 and cursor < steps:
                     save(done=False)
         curve.close()
         save(done=True, wait=True)

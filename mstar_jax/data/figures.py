@@ -140,11 +140,8 @@ def render(rng, objects):
 def _cover(kind, size):
     """How much of every pixel the shape covers, soft at its edge: float[size, size]."""
     y, x = np.abs(np.mgrid[:size, :size] - (size - 1) / 2)
-    if kind == "cross":
-        inside = 2 - np.minimum(x, y)
-    else:
-        inside = size / 2 - np.hypot(x, y)
-        inside = np.minimum(inside, 3 - inside) if kind == "ring" else inside
+    disc = size / 2 - np.hypot(x, y)
+    inside = {"circle": disc, "ring": np.minimum(disc, 3 - disc), "cross": 2 - np.minimum(x, y)}[kind]
     return np.clip(inside + 0.5, 0, 1)
 
 
