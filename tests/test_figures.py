@@ -9,9 +9,10 @@ import PIL.Image
 import pytest
 
 from mstar_jax.data import figures
+from mstar_jax.data import truth as truth_module
 
 SIZES = {"train": 240, "unlabelled": 61, "validation": 40, "test": 300}
-BASE = {"captions": 60, "arithmetic": 900, "instruct": 50}
+BASE = {"captions": 60, "arithmetic": 1100, "instruct": 50}
 FAMILIES = {**figures.BAR_FAMILIES, **figures.SCENE_FAMILIES}
 
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truths(folder):
-    return figures.read_truth(folder / "truth.jsonl")
+    return truth_module.read_truth(folder / "truth.jsonl")
 
 
 def rows_of(folder, split):
@@ -50,6 +51,9 @@ def reckon(question, objects):
         return "A" if balance > 0 else "B"
     if question.startswith("What is the value of"):
         return str(dict(zip(["first", "second", "third"], values, strict=False), last=values[-1])[words[-2]])
+    if match := re.fullmatch(r"What is the (sum|difference) of the (\w+) and the (\w+) bar\?", question):
+        a, b = ({"first": values[0], "second": values[1], "last": values[-1]}[match.group(i)] for i in (2, 3))
+        return str(a + b if match.group(1) == "sum" else abs(a - b))
     if "half" in question:
         a, b, c, d = values
         return str(abs(a + b - c - d))
@@ -236,7 +240,7 @@ def test_families_follow_the_weights_and_no_answer_dominates(tmp_path):
 def test_the_base_set(folder):
     base = figures.read_base(folder)
     counts = collections.Counter(example.mode for example in base)
-    assert counts == {"caption": 60, "arithmetic": 900, "cot": 50}
+    assert counts == {"caption": 60, "arithmetic": 1100, "cot": 50}
     assert len({example.query.id for example in base}) == len(base)
     lines = set()
     for example in base:
@@ -256,7 +260,7 @@ def test_the_base_set(folder):
             assert query.answer == reckon(query.question, objects)
             assert (query.options is not None) == (query.answer_type == "choice")
     # Every line of arithmetic that the splits need is taught, once the set is large enough.
-    for truth in figures.read_truth(folder / "truth.jsonl").values():
+    for truth in truth_module.read_truth(folder / "truth.jsonl").values():
         needed = {line for v in truth.variants for line in v if "=" in line or line.startswith("Parity")}
         assert needed <= lines
 
@@ -264,11 +268,11 @@ def test_the_base_set(folder):
 def test_check_steps():
     objects = (("red", 9), ("purple", 7), ("yellow", 6))
     problem = figures.pose(np.random.default_rng(0), "remainder", objects)
-    truth = figures.Truth("x", "test", "remainder", objects, problem.variants, problem.answer)
+    truth = truth_module.Truth("x", "test", "remainder", objects, problem.variants, problem.answer)
     desc, end = "Bars red 9 purple 7 yellow 6\n", "The answer is 1"
 
     def check(text):
-        return figures.check_steps(text, truth), figures.all_right(text, truth)
+        return truth_module.check_steps(text, truth), truth_module.all_right(text, truth)
 
     right = [True] * 4
     assert check(desc + "Sum 9 + 7 = 16\nSum 16 + 6 = 22\nRemainder 22 by 3 = 1\n" + end) == (right, True)

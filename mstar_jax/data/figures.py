@@ -30,13 +30,15 @@ import tempfile
 import numpy as np
 import PIL.Image
 
+from mstar_jax.data.truth import ANSWER, Truth
 from mstar_jax.structs import Query
 
 FORMAT = 1  # raised when the same parameters come to give other data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
 STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
-BAR_FAMILIES = {"read": 0.12, "total": 0.25, "split": 0.10, "range": 0.25, "remainder": 0.08, "parity": 0.05}
-SCENE_FAMILIES = {"count": 0.10, "compare": 0.05}
+BAR_FAMILIES = {"read": 0.10, "sum": 0.17, "difference": 0.13, "range": 0.16, "total": 0.17}
+BAR_FAMILIES |= {"split": 0.06, "remainder": 0.06, "parity": 0.04}  # more steps, or an answer easily guessed
+SCENE_FAMILIES = {"count": 0.07, "compare": 0.04}
 SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
 ARITHMETIC = {  # share, question
     "Sum": (0.5, "Compute {} + {}."),
@@ -53,7 +55,6 @@ KINDS = ("circle", "ring", "cross")
 BACKGROUND, AXIS = (238, 238, 234), (70, 70, 76)
 COLOUR_SD, NOISE_SD = 7.0, 10.0  # of 255: per object and channel, per pixel
 
-ANSWER = "The answer is"
 HINT = "Hint: Please answer the question "
 INTEGER_HINT = HINT + "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end."
 LETTER_HINT = HINT + "and provide the correct option letter, e.g., A, B, C, D, at the end."
@@ -69,18 +70,6 @@ class Problem:
     options: tuple[str, ...] | None
     answer: str  # the letter where there are options
     variants: tuple[tuple[str, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """What the generator knows of a query; `objects` are (colour, height or kind), left to right."""
-
-    id: str
-    split: str
-    family: str
-    objects: tuple[tuple[str, int | str], ...]
-    variants: tuple[tuple[str, ...], ...]
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +155,24 @@ def pose(rng, family, objects):
     first, second, end = [], [], []  # the steps in two orders, and what follows either
     if family in ("total", "remainder", "parity"):
         first, second, total = _sums(values), _sums(values[::-1]), sum(values)
-        if family == "total":
-            question, answer = "What is the total of all bars?", total
-        elif family == "remainder":
+        question, answer = "What is the total of all bars?", total
+        if family == "remainder":
             question, answer = "What remains when the total is divided by 3?", total % 3
             end = [step("Remainder", total, 3)]
-        else:
+        elif family == "parity":
             question, answer, options = "Is the total odd or even?", "BA"[total % 2], ("odd", "even")
             end = [step("Parity", total)]
+    elif family in ("sum", "difference"):
+        named = [("first", values[0]), ("second", values[1]), ("last", values[-1])]
+        (one, a), (two, b) = (named[i] for i in sorted(rng.permutation(3)[:2]))
+        question, low, high = f"What is the {family} of the {one} and the {two} bar?", min(a, b), max(a, b)
+        first, second, answer = [step("Sum", a, b)], [step("Sum", b, a)], a + b
+        if family == "difference":
+            first, second, answer = (
+                [step("Difference", high, low)],
+                [step("Difference", high, low)],
+                high - low,
+            )
     elif family == "split":
         question = "What is the difference between the left half and the right half?"
         left, right = _sums(values[:2]), _sums(values[2:])
@@ -220,7 +219,7 @@ def draw_arithmetic(rng, n):
     """n pairs (question, step line), evenly over the numbers that the charts' steps can hold."""
     facts = {
         "Sum": [(a, b) for a in range(1, 28) for b in range(1, 10)],
-        "Difference": [(a, b) for a in range(2, 19) for b in range(2, a + 1)],
+        "Difference": [(a, b) for a in range(1, 19) for b in range(1, a + 1)],
         "Range": [(a, b) for a in range(1, 10) for b in range(1, a + 1)],
         "Remainder": [(a, 3) for a in range(3, 37)],
         "Parity": [(a,) for a in range(3, 37)],
@@ -366,32 +365,3 @@ def read_base(folder):
         query = Query(r["id"], images, r["question"], options, r["answer"], kind, "figures")
         examples.append(BaseExample(query, r["mode"], r["response"]))
     return examples
-
-
-def read_truth(path):
-    """`truth.jsonl` by query id: dict[str, Truth]."""
-    truths = {}
-    for record in map(json.loads, pathlib.Path(path).read_text().splitlines()):
-        lists = {name: tuple(tuple(item) for item in record[name]) for name in ("objects", "variants")}
-        truths[record["id"]] = Truth(**record | lists)
-    return truths
-
-
-def check_steps(text, truth):
-    """Whether every step of a response is right: list[bool].
-
-    Steps are the non-empty lines without the final `The answer is X`; the description is the first. Step j is
-    right iff lines 0..j begin a valid variant, so that nothing after a wrong step is right.
-    """
-    steps = _steps(text)
-    return [any(v[: j + 1] == steps[: j + 1] for v in truth.variants) for j in range(len(steps))]
-
-
-def all_right(text, truth):
-    """Whether the steps of a response are one whole valid variant; the final answer is not looked at."""
-    return _steps(text) in truth.variants
-
-
-def _steps(text):
-    lines = tuple(" ".join(line.split()) for line in text.splitlines() if line.strip())
-    return lines[:-1] if lines and lines[-1].startswith(ANSWER) else lines
