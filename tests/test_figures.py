@@ -180,7 +180,9 @@ def test_bars_have_the_colour_and_height_that_is_written(monkeypatch):
     for _ in range(30):
         objects = figures.draw_objects(rng, scene=False)
         slots = list(slots_of(figures.render(rng, objects)))
-        assert tuple((nearest_colour(rgb), mask.any(1).sum() // 6) for mask, rgb in slots) == objects
+        assert (
+            tuple((nearest_colour(rgb), mask.any(1).sum() // figures.UNIT) for mask, rgb in slots) == objects
+        )
         assert all(mask.any(1)[-1] and 8 <= mask.any(0).sum() <= 14 for mask, _ in slots)
 
 

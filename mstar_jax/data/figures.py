@@ -48,7 +48,8 @@ ARITHMETIC = {  # share, question
     "Parity": (0.1, "Compute parity {}."),
 }
 
-SIZE, SLOT, UNIT, BASELINE = 64, 16, 6, 60  # px; bars end above row BASELINE
+SIZE, SLOT, UNIT, BASELINE = 64, 16, 8, 60  # px; bars end above row BASELINE
+TALLEST = 7  # units; what a bar can stand for
 COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
 COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
 KINDS = ("circle", "ring", "cross")
@@ -89,7 +90,7 @@ def draw_objects(rng, scene, families=()):
     n = 4 if "split" in families else int(rng.integers(3, 5))
     colours = rng.permutation(list(COLOURS)).tolist()
     if not scene:
-        return tuple(zip(colours[:n], rng.integers(1, 10, n).tolist(), strict=True))
+        return tuple(zip(colours[:n], rng.integers(1, TALLEST + 1, n).tolist(), strict=True))
     palette = colours[: rng.integers(2, 4)]  # few, so that colours repeat
     while True:
         kinds = rng.choice(KINDS, n).tolist()
@@ -215,17 +216,19 @@ def _sums(values):
     return [step("Sum", a, b) for a, b in zip(itertools.accumulate(values), values[1:], strict=False)]
 
 
-def draw_arithmetic(rng, n):
-    """n pairs (question, step line), evenly over the numbers that the charts' steps can hold."""
+def draw_arithmetic(rng, count):
+    """count pairs (question, step line), evenly over the numbers that the charts' steps can hold."""
+    n, one = TALLEST, range(1, TALLEST + 1)
     facts = {
-        "Sum": [(a, b) for a in range(1, 28) for b in range(1, 10)],
-        "Difference": [(a, b) for a in range(1, 19) for b in range(1, a + 1)],
-        "Range": [(a, b) for a in range(1, 10) for b in range(1, a + 1)],
-        "Remainder": [(a, 3) for a in range(3, 37)],
-        "Parity": [(a,) for a in range(3, 37)],
+        # sums of two bars three times as often as sums that run on: every other one needs them first
+        "Sum": [(a, b) for a in range(1, 3 * n + 1) for b in one for _ in range(3 if a <= n else 1)],
+        "Difference": [(a, b) for a in range(1, 2 * n + 1) for b in range(1, a + 1)],
+        "Range": [(a, b) for a in one for b in range(1, a + 1)],
+        "Remainder": [(a, 3) for a in range(3, 4 * n + 1)],
+        "Parity": [(a,) for a in range(3, 4 * n + 1)],
     }
     decks = {name: itertools.cycle(rng.permutation(facts[name]).tolist()) for name in ARITHMETIC}
-    for name in rng.choice(list(ARITHMETIC), n, p=[share for share, _ in ARITHMETIC.values()]).tolist():
+    for name in rng.choice(list(ARITHMETIC), count, p=[share for share, _ in ARITHMETIC.values()]).tolist():
         numbers = next(decks[name])
         yield ARITHMETIC[name][1].format(*numbers), step(name, *numbers)
 
