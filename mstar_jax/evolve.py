@@ -286,7 +286,7 @@ class Run:
         steps = settings.steps if any(len(rows) for rows, _ in sources) else 0
         if not steps:
             log.warning("%s: no response was kept, so nothing is trained", stage)
-        batches = steps and loader.train_batches(
+        batches: Any = steps and loader.train_batches(
             sources,
             self.processor,
             settings.batch,
