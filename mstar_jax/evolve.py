@@ -116,7 +116,6 @@ class Run:
     def __init__(self, config, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]):
         self.config, self.workdir, self.stop = config, workdir, stop
         self.mesh = sharding.make_mesh(**config.mesh)
-        jax.set_mesh(self.mesh)
         setup.check(config, self.mesh)
         self.results = metrics.Results(workdir, head)
         self.checkpoints = Checkpoints(workdir / "checkpoints")

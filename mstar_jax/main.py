@@ -123,7 +123,9 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
     top = head(config)
     try:
-        setup.check(config, sharding.make_mesh(**config.mesh))  # an impossible run claims no workdir
+        mesh = sharding.make_mesh(**config.mesh)
+        jax.set_mesh(mesh)
+        setup.check(config, mesh)  # an impossible run claims no workdir
         claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
         stages = evolve.run(config, workdir, top, termination.asked.is_set)
