@@ -53,7 +53,7 @@ def get_config(variant: str = "continuous") -> ConfigDict:
 
     # The base model only has to leave something to evolve: trained until it reaches `target`
     c.base = base = ConfigDict()
-    base.steps = 1200  # at most
+    base.steps = 800  # at most
     base.batch = 32  # rows
     base.learning_rate = 2e-3
     base.warmup_steps = 50
