@@ -53,14 +53,14 @@ def get_config(variant: str = "continuous") -> ConfigDict:
 
     # The base model only has to leave something to evolve: trained until it reaches `target`
     c.base = base = ConfigDict()
-    base.steps = 800  # at most
+    base.steps = 700  # at most
     base.batch = 32  # rows
     base.learning_rate = 2e-3
     base.warmup_steps = 50
     base.final_fraction = 1.0
     base.mix = ConfigDict({"caption": 0.2, "arithmetic": 0.35, "cot": 0.3, "hint": 0.1, "direct": 0.05})
-    base.target = 0.45  # greedy accuracy on validation that ends it
-    base.check_from, base.check_every, base.check_queries = 200, 50, 512
+    base.target = 0.40  # greedy accuracy on validation that ends it
+    base.check_from, base.check_every, base.check_queries = 300, 50, 512
 
     c.warmup = warmup = ConfigDict()
     warmup.queries, warmup.k, warmup.keep = 512, 4, 2
@@ -72,7 +72,7 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     warmup.final_fraction = 0.1
 
     c.evolve = evolve = ConfigDict()
-    evolve.iterations = 7
+    evolve.iterations = 8
     evolve.fraction = 0.25  # of the labelled queries, an iteration
     evolve.k = 16  # responses per query
     evolve.keep = 2  # correct responses that train, by lot; 0 for all

@@ -16,7 +16,7 @@ from mstar_jax import sharding, train
 from mstar_jax.data import figures, mathv360k, prompts
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import DecoderConfig
-from mstar_jax.models.vision import ClipConfig
+from mstar_jax.models.vision import VitConfig
 from mstar_jax.store import write_text
 from mstar_jax.structs import Query
 
@@ -99,7 +99,7 @@ def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
         long_factor=ones,
         **values.decoder,
     )
-    return phi35.Phi35Config(decoder, ClipConfig(**values.vision), values.num_crops)
+    return phi35.Phi35Config(decoder, VitConfig(**values.vision), values.num_crops)
 
 
 def make_processor(

@@ -8,6 +8,7 @@ out for decoding. The mesh has Auto axes: the compiler propagates shardings from
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -121,6 +122,23 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         return jax.tree.map(lambda x: lay(x, axes), leaf)
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def parameter_name(path: Any) -> str:
+    """The dotted name of a parameter, e.g. `decoder.blocks.q`."""
+    return ".".join(
+        key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"
+    )
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a model by their dotted names."""
+    return {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Casts the floating point leaves of a tree."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:

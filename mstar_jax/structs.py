@@ -75,7 +75,8 @@ class Batch(NamedTuple):
       branch: int32[B, T]; 0 prefix, 1..K the branches, -1 padding.
       loss_mask: float32[B, T]; weight of *predicting* the token at that position.
       image_index: int32[B, T]; which row of the query's feature table stands there, -1 for text.
-      pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C.
+      pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C. A family whose
+        crops have no common shape has a tuple of arrays instead, each with [B, C] in front.
     """
 
     tokens: Any

@@ -19,11 +19,6 @@ REMAT = {
 }
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """Casts the floating point leaves of a model."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
 def token_loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed negative log likelihood (nats) of the branch tokens, weighted by `loss_mask`.
 
@@ -57,13 +52,6 @@ def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: fl
     )
 
 
-def parameter_name(path: Any) -> str:
-    """The dotted name of a parameter, e.g. `decoder.blocks.q`."""
-    return ".".join(
-        key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"
-    )
-
-
 def make_optimizer(
     schedule: optax.Schedule,
     *,
@@ -86,7 +74,7 @@ def make_optimizer(
 
     def labels(params):
         def label(path, _):
-            return "frozen" if any(p.search(parameter_name(path)) for p in patterns) else "trained"
+            return "frozen" if any(p.search(sharding.parameter_name(path)) for p in patterns) else "trained"
 
         # a function, not a tree: with a tree, multi_transform let raw gradients through to frozen weights
         return jax.tree_util.tree_map_with_path(label, params)
@@ -104,7 +92,7 @@ def check_frozen(model: Any, frozen: Sequence[str]) -> None:
     Raises:
       ValueError: with the pattern and the parameters that there are.
     """
-    names = [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    names = [sharding.parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
     for pattern in frozen:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"train.frozen: {pattern!r} matches no parameter; there are {', '.join(names)}")
@@ -168,7 +156,7 @@ def make_train_step(
     policy = REMAT[remat]
 
     def summed(params, batch):
-        return loss(cast(params, dtype), batch, policy)
+        return loss(sharding.cast(params, dtype), batch, policy)
 
     def step(state: TrainState, batch: Batch):
         size = batch.tokens.shape[0] // accumulate  # said outright: a text-only batch has empty pixels
@@ -205,5 +193,5 @@ def make_train_step(
 
 def for_sampling(params: Any, mesh: Any, dtype: Any) -> nnx.Module:
     """The policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
-    lower = cast(params, dtype)
+    lower = sharding.cast(params, dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

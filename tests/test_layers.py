@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import train
+from mstar_jax import sharding, train
 from mstar_jax.models import layers
 
 LENGTH = 64
@@ -204,7 +204,7 @@ def test_cached_decode_equals_full_forward(policy):
 def test_grouped_query_attention_is_attention_with_repeated_keys(policy, rows, shared):
 
     def repeat(path, leaf):  # heads 0 and 1 share group 0
-        shared = train.parameter_name(path) in ("decoder.blocks.k", "decoder.blocks.v")
+        shared = sharding.parameter_name(path) in ("decoder.blocks.k", "decoder.blocks.v")
         return jnp.repeat(leaf, 2, axis=2) if shared else leaf
 
     repeated = jax.tree_util.tree_map_with_path(repeat, policy)

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from mstar_jax.models import layers, phi35
+from mstar_jax.models.vision import patchify
 
 GOLDEN = (
     pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent")) / "phi3v"
@@ -214,7 +215,11 @@ def test_a_mosaic_finds_its_features():
     policy = tiny.model()
     image = picture(48, 20, 3)
     prompt = phi35.Phi35Processor(tiny.config(), Bytes()).encode("?", [image])
-    run = jax.jit(lambda m, p, t, i: (m.image_features(p)[0], m.tower(p[0]), m.embed(t[None], i[None], p)[0]))
+
+    @jax.jit
+    def run(m, p, t, i):
+        return m.image_features(p)[0], m.tower(patchify(p[0], 4)), m.embed(t[None], i[None], p)[0]
+
     table, patches, x = run(policy, prompt.pixels[None], prompt.tokens, prompt.image_index)
     there = prompt.image_index >= 0
     np.testing.assert_allclose(x[there], table[prompt.image_index[there]], atol=1e-5)
@@ -312,7 +317,7 @@ def official():
         original_max_position=c["original_max_position_embeddings"],
     )
     names = ("hidden_size", "intermediate_size", "image_size", "patch_size")
-    vision = phi35.ClipConfig(
+    vision = phi35.VitConfig(
         **{k: v[k] for k in names}, num_layers=v["num_hidden_layers"], num_heads=v["num_attention_heads"]
     )
     cfg = phi35.Phi35Config(decoder, vision, num_crops=4)

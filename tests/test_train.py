@@ -62,7 +62,7 @@ def start(policy, tx):
 
 def named(tree):
     return {
-        train.parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        sharding.parameter_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 

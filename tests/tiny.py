@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from mstar_jax.models import layers, phi35
 from mstar_jax.models.layers import DecoderConfig
-from mstar_jax.models.vision import ClipConfig
+from mstar_jax.models.vision import VitConfig
+from mstar_jax.sharding import parameter_name
 from mstar_jax.structs import Batch
-from mstar_jax.train import parameter_name
 
 VOCAB, SIZE, SIDE = 300, 16, 2
 TEXTS = ["What is the area of the triangle?\nStep 1: the answer is 12.", "(A) 3 cm (B) 4 cm (C) 5 cm"] * 4
@@ -35,7 +35,7 @@ DECODER = DecoderConfig(
     max_position=256,
     original_max_position=64,
 )
-VISION = ClipConfig(
+VISION = VitConfig(
     hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2, image_size=SIZE, patch_size=4
 )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from PIL import Image
 
@@ -96,7 +97,7 @@ def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
     """
     query = row.prompt.query
     prefix = processor.encode(row.prompt.text, [load_image(path) for path in query.images])
-    n, c = len(prefix.tokens), len(prefix.pixels)
+    n, c = len(prefix.tokens), len(jax.tree.leaves(prefix.pixels)[0])
     if (n, c) != (row.prompt.length, row.prompt.crops):
         raise ValueError(
             f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, "
@@ -114,16 +115,26 @@ def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
         end = at + len(response)
         tokens[at:end], branch[at:end], mask[at:end] = response, number, 1.0
         at = end
-    pixels = np.zeros((crops, *prefix.pixels.shape[1:]), np.float32)
-    pixels[:c] = prefix.pixels
+    pixels = jax.tree.map(lambda x: _padded(x, (crops, *x.shape[1:])), prefix.pixels)
     return Batch(tokens, branch, mask, index, pixels)
 
 
+def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.pad(x, [(0, size - there) for there, size in zip(x.shape, shape)])
+
+
 def _stack(rows: Sequence[Batch], size: int) -> Batch:
-    """Stacks rows and fills up with empty ones."""
-    empty = Batch(*(np.full_like(x, fill) for x, fill in zip(rows[0], (0, -1, 0, -1, 0))))
+    """Stacks rows, images to their common shape, and fills up with empty rows."""
+    first = rows[0]
+    nothing = np.full_like(first.branch, -1)
+    empty = jax.tree.map(np.zeros_like, first)._replace(branch=nothing, image_index=nothing)
     rows = [*rows, *[empty] * (size - len(rows))]
-    return Batch(*(np.stack(parts) for parts in zip(*rows)))
+
+    def stack(*parts):
+        shape = tuple(map(max, zip(*(x.shape for x in parts))))
+        return np.stack([x if x.shape == shape else _padded(x, shape) for x in parts])
+
+    return jax.tree.map(stack, *rows)
 
 
 @dataclasses.dataclass(frozen=True)

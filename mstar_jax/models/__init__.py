@@ -1,1 +1,116 @@
-"""The policies: shared layers, the vision tower, and one file per model family."""
+"""The policies: shared layers, the vision transformer, checkpoint names, and one file per model family.
+
+from mstar_jax import models
+model, processor = models.load("/checkpoints/Phi-3.5-vision-instruct")
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mstar_jax import sharding
+from mstar_jax.models import hf, internvl2, minicpmv25, phi35
+
+FAMILIES = {"phi3_v": phi35.FAMILY, "internvl_chat": internvl2.FAMILY, "minicpmv": minicpmv25.FAMILY}
+
+
+class Pretrained:
+    """A policy's checkpoint folder, of any family; nothing but JSON is read until `load`.
+
+    Attributes:
+      folder: where it is.
+      family: see `hf.Family`.
+      config: the family's config.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, max_crops: int | None = None):
+        """Reads config.json.
+
+        Args:
+          path: a local folder, or a hub id.
+          max_crops: most crops, tiles or slices of an image; None for the checkpoint's own.
+
+        Raises:
+          ValueError: there is no such folder, or it holds none of the three families.
+        """
+        self.folder = hf.local_folder(path)
+        kind = hf.read_json(self.folder / "config.json").get("model_type")
+        if kind not in FAMILIES:
+            raise ValueError(
+                f"{self.folder}/config.json: model_type {kind!r} is none of {', '.join(FAMILIES)}"
+            )
+        self.family = FAMILIES[kind]
+        try:
+            self.config = self.family.read_config(self.folder)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder}/config.json: {error!r} is missing or wrong") from error
+        if max_crops is not None:
+            self.config = dataclasses.replace(self.config, num_crops=max_crops)
+
+    def build(self, seed: int = 0) -> nnx.Module:
+        """The model with random parameters; under `jax.eval_shape`, its shapes."""
+        return self.family.model(self.config, nnx.Rngs(seed))
+
+    def processor(self) -> Any:
+        """The host side: see `vlm.Processor`."""
+        return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
+
+    def load(self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN) -> Any:
+        """The parameters, read straight into their sharding; see `hf.load_params`."""
+        abstract = jax.eval_shape(self.build)
+        table = self.family.table(self.config)
+        return hf.load_params(self.folder, table, abstract, dtype=jnp.dtype(dtype), mesh=mesh, rules=rules)
+
+    def save(self, model: Any, output: str | os.PathLike) -> None:
+        """Writes a model of this architecture as a folder like this one: same files, names and dtypes."""
+        output = pathlib.Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            hf.copy_files(self.folder, output)
+        hf.save_params(model, self.family.table(self.config), output, like=self.folder)
+
+
+def load(
+    path: str | os.PathLike, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN
+) -> tuple[Any, Any]:
+    """Loads any of the three policies.
+
+    Args:
+      path: a folder with config.json, *.safetensors and tokenizer files, or a hub id.
+      dtype: of the parameters.
+      mesh, rules: the sharding to read into; without a mesh, the first device.
+
+    Returns:
+      The model (`vlm.VisionLanguageModel`) and its processor (`vlm.Processor`).
+
+    Raises:
+      ValueError: with everything that does not fit.
+    """
+    source = Pretrained(path)
+    processor = source.processor()
+    return source.load(dtype, mesh=mesh, rules=rules), processor
+
+
+def save_new(model: Any, family: hf.Family, tokenizer: Any, output: str | os.PathLike, dtype: str) -> None:
+    """Writes a policy that has no checkpoint folder, trained from scratch, in its family's format.
+
+    Args:
+      model: the parameters.
+      family: its family.
+      tokenizer: a transformers tokenizer.
+      output: the folder to write; made if needed.
+      dtype: of the tensors, `float32`, `bfloat16` or `float16`.
+    """
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        for name, values in family.config_files(model.config, dtype).items():
+            (output / name).write_text(json.dumps(values, indent=2))
+        tokenizer.save_pretrained(os.fspath(output))
+    hf.save_params(model, family.table(model.config), output, like=None, dtype=dtype)

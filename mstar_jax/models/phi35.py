@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import math
 import os
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,10 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, param
-from mstar_jax.models.vision import ClipConfig, ClipTower, merge_2x2
-from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
+from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -38,7 +41,7 @@ class Phi35Config:
     """
 
     decoder: DecoderConfig
-    vision: ClipConfig
+    vision: VitConfig
     num_crops: int = 4
 
 
@@ -48,7 +51,7 @@ class Phi35Vision(VisionLanguageModel):
     def __init__(self, config: Phi35Config, rngs: nnx.Rngs):
         merged, width = 4 * config.vision.hidden_size, config.decoder.hidden_size
         self.config = config
-        self.tower = ClipTower(config.vision, rngs)
+        self.tower = Vit(config.vision, rngs)
         self.row_separator = param(rngs, (merged,), ("patch",), 0.02)  # sub_GN
         self.view_separator = param(rngs, (merged,), ("patch",), 0.02)  # glb_GN
         self.project_up = param(rngs, (merged, width), ("patch", "embed"), merged**-0.5)
@@ -60,12 +63,13 @@ class Phi35Vision(VisionLanguageModel):
     def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
         """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: both separators, then crop after crop."""
         rows, crops = pixels.shape[:2]
-        features = merge_2x2(self.tower(pixels.reshape(rows * crops, *pixels.shape[2:]), remat))
+        patches = patchify(pixels.reshape(rows * crops, *pixels.shape[2:]), self.config.vision.patch_size)
+        features = merge_2x2(self.tower(patches, remat))
         features = features.reshape(rows, -1, features.shape[-1])
         separators = jnp.stack([self.row_separator[...], self.view_separator[...]])
         separators = jnp.broadcast_to(separators, (rows, *separators.shape))
         x = jnp.concatenate([separators, features], axis=1)  # separators go through the projector too
-        x = jax.nn.gelu(x @ self.project_up[...] + self.project_up_bias[...], approximate=False)
+        x = gelu(x @ self.project_up[...] + self.project_up_bias[...])
         return x @ self.project_out[...] + self.project_out_bias[...]
 
 
@@ -162,14 +166,6 @@ def without_control(text: str) -> str:
     return text
 
 
-class EncodedPrompt(NamedTuple):
-    """tokens int32[P], image_index int32[P] (-1 for text), pixels float32[C, S, S, 3]."""
-
-    tokens: np.ndarray
-    image_index: np.ndarray
-    pixels: np.ndarray
-
-
 class Phi35Processor:
     """Text and images to arrays; see `vlm.Processor`."""
 
@@ -243,41 +239,140 @@ class Phi35Processor:
         return c.original_max_position if prefix_tokens <= c.original_max_position else c.max_position
 
 
-def make_tokenizer(texts: list[str], folder: str | os.PathLike, vocab_size: int) -> None:
-    """Trains a small byte-level BPE on `texts` and stores it as an HF folder with Phi's special tokens.
+def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
+    """A small tokenizer with Phi's special tokens, see `tokenizer.make`."""
+    end, rstrip = "<|endoftext|>", ("<|assistant|>",)
+    tokenizer.make(texts, folder, vocab_size, special=SPECIAL, bos=BOS, eos=end, unk="<unk>", rstrip=rstrip)
 
-    Deterministic for the same texts in the same order. Load it with
-    `transformers.AutoTokenizer.from_pretrained(folder)`.
 
-    Raises:
-      ValueError: `vocab_size` has no room for the bytes and the special tokens.
+# ----------------------------------------------------------------------------------- the checkpoint
+IMAGE = "model.vision_embed_tokens."
+CLIP = VitConfig(
+    hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size=336, patch_size=14
+)  # fixed in the official code; config.json does not say it
+
+
+def read_config(folder: pathlib.Path) -> Phi35Config:
+    """From config.json and preprocessor_config.json (whose `num_crops` is 4 officially).
+
+    A policy of other sizes has a `vision_config` in its config.json, with CLIP's own keys.
     """
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
+    c = hf.read_json(folder / "config.json")
+    scaling = c.get("rope_scaling") or {}
+    factors = [tuple(scaling[k]) if k in scaling else None for k in ("short_factor", "long_factor")]
+    decoder = DecoderConfig(
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+        head_dim=c["hidden_size"] // c["num_attention_heads"],
+        rms_norm_eps=c.get("rms_norm_eps", 1e-5),
+        rope_theta=c.get("rope_theta", 10000.0),
+        short_factor=factors[0],
+        long_factor=factors[1],
+        max_position=c["max_position_embeddings"],
+        original_max_position=c.get("original_max_position_embeddings", c["max_position_embeddings"]),
+        tie_word_embeddings=c.get("tie_word_embeddings", False),
+    )
+    vision = CLIP
+    if "vision_config" in c:
+        v = c["vision_config"]
+        same = ("hidden_size", "intermediate_size", "image_size", "patch_size", "layer_norm_eps")
+        counts = {"num_layers": v["num_hidden_layers"], "num_heads": v["num_attention_heads"]}
+        vision = VitConfig(**{k: v[k] for k in same if k in v}, **counts)
+    path = folder / "preprocessor_config.json"
+    return Phi35Config(decoder, vision, hf.read_json(path).get("num_crops", 4) if path.exists() else 4)
 
-    least = 256 + len(SPECIAL)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size = {vocab_size} is too small: bytes and special tokens take {least}")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    special = [tokenizers.AddedToken(t, special=True, rstrip=t == "<|assistant|>") for t in SPECIAL]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, model.token_to_id(BOS))]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        bos_token=BOS,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(os.fspath(folder))
+
+def config_files(config: Phi35Config, dtype: str) -> dict[str, Any]:
+    """config.json and its kin for a policy of these dimensions: what `read_config` reads."""
+    c, v = config.decoder, config.vision
+    scaling = {"type": "su", "short_factor": c.short_factor, "long_factor": c.long_factor}
+    return {
+        "config.json": {
+            "architectures": ["Phi3VForCausalLM"],
+            "model_type": "phi3_v",
+            "torch_dtype": dtype,
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.rms_norm_eps,
+            "rope_theta": c.rope_theta,
+            "rope_scaling": scaling if c.short_factor else None,
+            "max_position_embeddings": c.max_position,
+            "original_max_position_embeddings": c.original_max_position,
+            "sliding_window": None,
+            "tie_word_embeddings": c.tie_word_embeddings,
+            "embd_layer": {
+                "embedding_cls": "image",
+                "hd_transform_order": "sub_glb",
+                "projection_cls": "mlp",
+                "use_hd_transform": True,
+                "with_learnable_separator": True,
+            },
+            "img_processor": {
+                "name": "clip_vision_model",
+                "image_dim_out": v.hidden_size,
+                "num_img_tokens": (v.side // 2) ** 2,
+            },
+            "vision_config": {
+                "hidden_size": v.hidden_size,
+                "intermediate_size": v.intermediate_size,
+                "num_hidden_layers": v.num_layers,
+                "num_attention_heads": v.num_heads,
+                "image_size": v.image_size,
+                "patch_size": v.patch_size,
+                "layer_norm_eps": v.layer_norm_eps,
+            },
+        },
+        "preprocessor_config.json": {"num_crops": config.num_crops},
+    }
+
+
+def table(config: Phi35Config) -> list[names.Tensor]:
+    """The checkpoint's names."""
+    c, v = config.decoder, config.vision
+    d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
+    split = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    rest = [entry for entry in names.llama(c, "model.") if entry.name.split(".")[-2] not in split]
+    heads = (h + 2 * g, n, d)
+    qkv = [
+        names.Part(f"decoder.blocks.{name}", heads, np.s_[start:stop], (2, 0, 1))
+        for name, start, stop in (("q", 0, h), ("k", h, h + g), ("v", h + g, h + 2 * g))
+    ]
+    gate_up = [
+        names.Part(f"decoder.blocks.{name}", (2 * f, d), np.s_[start : start + f], (1, 0))
+        for name, start in (("gate", 0), ("up", f))
+    ]
+    at = "model.layers.{}."
+    rest += [
+        names.Tensor(f"{at}self_attn.qkv_proj.weight", ((h + 2 * g) * n, d), tuple(qkv)),
+        names.Tensor(f"{at}mlp.gate_up_proj.weight", (2 * f, d), tuple(gate_up)),
+    ]
+    merged, clip = 4 * v.hidden_size, f"{IMAGE}img_processor.vision_model."
+    rest += names.patch_embedding(v, f"{clip}embeddings.patch_embedding", "tower")
+    rest += [
+        names.plain(f"{clip}embeddings.class_embedding", (v.hidden_size,), "tower.class_embedding"),
+        names.plain(
+            f"{clip}embeddings.position_embedding.weight",
+            (v.side**2 + 1, v.hidden_size),
+            "tower.position",
+        ),
+        names.plain(f"{IMAGE}sub_GN", (1, 1, 1, merged), "row_separator"),
+        names.plain(f"{IMAGE}glb_GN", (1, 1, merged), "view_separator"),
+    ]
+    rest += names.norm(f"{clip}pre_layrnorm", v.hidden_size, "tower.pre_norm", bias=True)
+    rest += names.norm(f"{clip}post_layernorm", v.hidden_size, "tower.post_norm", bias=True)
+    rest += names.vit_blocks(v, f"{clip}encoder.layers.{{}}.", "tower.blocks.")
+    rest += names.linear(f"{IMAGE}img_projection.0", merged, d, "project_up", bias=True)
+    rest += names.linear(f"{IMAGE}img_projection.2", d, d, "project_out", bias=True)
+    return rest
+
+
+FAMILY = hf.Family(read_config, config_files, table, Phi35Vision, Phi35Processor, tokenizer.load)

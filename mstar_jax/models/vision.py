@@ -1,6 +1,11 @@
-"""Vision towers. Shapes: B images, S pixels a side, M patches a side, D width, H heads, N head width."""
+"""The vision transformer of all families, in CLIP's, InternViT's and SigLIP's variants.
+
+Shapes: B images, S pixels a side, M patches a side, T patches, D width, H heads, N head width.
+"""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +13,24 @@ from flax import nnx
 
 from mstar_jax.models.layers import layer_norm, param
 
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
 
 @dataclasses.dataclass(frozen=True)
-class ClipConfig:
-    """Dimensions of a CLIP vision transformer."""
+class VitConfig:
+    """Dimensions and variant of a vision transformer; the defaults are CLIP's as Phi-3.5-vision reads it.
+
+    Attributes:
+      select_layer: whose output is read: -1 the last block's, -2 the one before.
+      patch_bias, class_token, pre_norm, layer_scale: which parameters there are.
+      post_norm: there is a final norm; it acts only where the last block is read.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -20,17 +39,24 @@ class ClipConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
+    activation: Callable[[jax.Array], jax.Array] = quick_gelu
+    select_layer: int = -2
+    patch_bias: bool = False
+    class_token: bool = True
+    pre_norm: bool = True
+    post_norm: bool = True
+    layer_scale: bool = False
 
     @property
     def side(self) -> int:
-        """Patches along one side of an image."""
+        """Patches along one side of a square image."""
         return self.image_size // self.patch_size
 
 
-class ClipBlocks(nnx.Module):
-    """Pre-norm transformer blocks with biases and quick-GELU, stacked over `layers`."""
+class VitBlocks(nnx.Module):
+    """Pre-norm transformer blocks with biases, stacked over `layers`."""
 
-    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         n, d, f, h = config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads
         w, out = d // h, (2 * n) ** -0.5
         heads = ("layers", "embed", "heads", "head_dim")
@@ -51,64 +77,98 @@ class ClipBlocks(nnx.Module):
         self.up_bias = param(rngs, (n, f), ("layers", "mlp"), 0.0)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
         self.down_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
+        if config.layer_scale:
+            self.scale1 = param(rngs, (n, d), ("layers", "embed"), 1.0)
+            self.scale2 = param(rngs, (n, d), ("layers", "embed"), 1.0)
 
-    def __call__(self, x):
-        """One block (self is sliced by the scan): x [B, T, D]."""
-        eps = self.config.layer_norm_eps
-        h = layer_norm(x, self.norm1[...], self.norm1_bias[...], eps)
+    def __call__(self, x, mask):
+        """One block (self is sliced by the scan): x [B, T, D], mask bool[B, T] of the keys or None."""
+        c = self.config
+        h = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.layer_norm_eps)
         q = jnp.einsum("btd,dhn->bthn", h, self.q[...]) + self.q_bias[...]
         k = jnp.einsum("btd,dhn->bthn", h, self.k[...]) + self.k_bias[...]
         v = jnp.einsum("btd,dhn->bthn", h, self.v[...]) + self.v_bias[...]
-        scores = jnp.einsum(
-            "bthn,bshn->bhts", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32
-        )
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhts,bshn->bthn", weights, v)
-        x = x + jnp.einsum("bthn,hnd->btd", out, self.o[...]) + self.o_bias[...]
-        h = layer_norm(x, self.norm2[...], self.norm2_bias[...], eps)
-        h = h @ self.up[...] + self.up_bias[...]
-        h = h * jax.nn.sigmoid(1.702 * h)  # quick-GELU
-        return x + h @ self.down[...] + self.down_bias[...]
+        h = jnp.einsum("bthn,hnd->btd", attention(q, k, v, mask), self.o[...]) + self.o_bias[...]
+        x = x + (h * self.scale1[...] if c.layer_scale else h)
+        h = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.layer_norm_eps)
+        h = c.activation(h @ self.up[...] + self.up_bias[...]) @ self.down[...] + self.down_bias[...]
+        return x + (h * self.scale2[...] if c.layer_scale else h)
 
 
-class ClipTower(nnx.Module):
-    """CLIP's vision transformer, read at its second-last layer.
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attends without order: q [B, T, H, N], k and v [B, S, H, N], mask bool[B, S] or None -> [B, T, H, N].
 
-    The last block and `post_norm` are part of the checkpoint and of no use here: Phi-3.5-vision takes
-    `hidden_states[-2]`, without a norm.
+    The softmax is in float32. Where a mask leaves nothing, as in an image that only fills up a batch, the
+    result is finite and meaningless.
     """
+    q = q * (q.shape[-1] ** -0.5)
+    scores = jnp.einsum("bthn,bshn->bhts", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshn->bthn", weights, v)
 
-    def __init__(self, config: ClipConfig, rngs: nnx.Rngs):
+
+class Vit(nnx.Module):
+    """Patch embedding, blocks, and the norm of the last one where it is read."""
+
+    def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         d, inputs = config.hidden_size, 3 * config.patch_size**2
         self.config = config
         self.patch = param(rngs, (inputs, d), ("patch", "embed"), inputs**-0.5)
-        self.class_embedding = param(rngs, (d,), ("embed",), 0.02)
-        self.position = param(rngs, (config.side**2 + 1, d), ("positions", "embed"), 0.5)
-        self.pre_norm = param(rngs, (d,), ("embed",), 1.0)
-        self.pre_norm_bias = param(rngs, (d,), ("embed",), 0.0)
-        self.blocks = ClipBlocks(config, rngs)
-        self.post_norm = param(rngs, (d,), ("embed",), 1.0)
-        self.post_norm_bias = param(rngs, (d,), ("embed",), 0.0)
+        if config.patch_bias:
+            self.patch_bias = param(rngs, (d,), ("embed",), 0.0)
+        if config.class_token:
+            self.class_embedding = param(rngs, (d,), ("embed",), 0.02)
+        self.position = param(rngs, (config.side**2 + config.class_token, d), ("positions", "embed"), 0.5)
+        self.blocks = VitBlocks(config, rngs)
+        if config.pre_norm:
+            self.pre_norm = param(rngs, (d,), ("embed",), 1.0)
+            self.pre_norm_bias = param(rngs, (d,), ("embed",), 0.0)
+        if config.post_norm:
+            self.post_norm = param(rngs, (d,), ("embed",), 1.0)
+            self.post_norm_bias = param(rngs, (d,), ("embed",), 0.0)
 
-    def __call__(self, pixels: jax.Array, remat=None) -> jax.Array:
-        """pixels [B, S, S, 3], normalised -> features [B, M*M, D], row-major, without the class token."""
-        c, size = self.config, self.config.patch_size
-        x = pixels.reshape(-1, c.side, size, c.side, size, 3).transpose(
-            0, 1, 3, 5, 2, 4
-        )  # (c, py, px) as in OIHW
-        x = x.reshape(-1, c.side**2, 3 * size**2) @ self.patch[...]
-        first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.position[...]
-        x = layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.layer_norm_eps)
+    def __call__(self, patches: jax.Array, remat=None, *, positions=None, mask=None) -> jax.Array:
+        """Features of every patch, without the class token.
+
+        Args:
+          patches: [B, T, 3 * patch_size**2], normalised, channels outermost (see `patchify`).
+          remat: a `jax.checkpoint` policy, or None.
+          positions: int32[B, T], rows of the position table; None takes them in order.
+          mask: bool[B, T], the patches that are attended to; None for all.
+
+        Returns:
+          [B, T, D].
+        """
+        c = self.config
+        x = patches @ self.patch[...]
+        if c.patch_bias:
+            x = x + self.patch_bias[...]
+        if c.class_token:
+            first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
+            x = jnp.concatenate([first, x], axis=1)
+        x = x + (self.position[...] if positions is None else self.position[...][positions])
+        if c.pre_norm:
+            x = layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.layer_norm_eps)
 
         def block(x, blocks):
-            return blocks(x), None
+            return blocks(x, mask), None
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)
-        used = jax.tree.map(lambda leaf: leaf[: c.num_layers - 1], self.blocks)
+        used = jax.tree.map(lambda leaf: leaf[: c.num_layers + 1 + c.select_layer], self.blocks)
         x, _ = jax.lax.scan(block, x, used)
-        return x[:, 1:]
+        if c.post_norm and c.select_layer == -1:
+            x = layer_norm(x, self.post_norm[...], self.post_norm_bias[...], c.layer_norm_eps)
+        return x[:, 1:] if c.class_token else x
+
+
+def patchify(pixels: jax.Array, size: int) -> jax.Array:
+    """[B, S, S, 3] -> [B, M*M, 3 * size**2]: patches row-major, each (c, py, px) as in OIHW."""
+    side = pixels.shape[1] // size
+    x = pixels.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(-1, side**2, 3 * size**2)
 
 
 def merge_2x2(features: jax.Array) -> jax.Array:

@@ -5,23 +5,30 @@ A family subclasses `VisionLanguageModel` and says how pixels become a table of 
 HD layouts, tiles and slices are data and never shapes.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mstar_jax import sharding
 from mstar_jax.models import layers
 from mstar_jax.structs import Batch, KVCache
 
 
-class Prefix(Protocol):
-    """One encoded prompt: tokens int32[P], image_index int32[P], pixels float32[C, S, S, 3]."""
+class EncodedPrompt(NamedTuple):
+    """One prompt as arrays.
+
+    Attributes:
+      tokens: int32[P], 0 where an image feature stands.
+      image_index: int32[P], -1 for text.
+      pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
+    """
 
     tokens: np.ndarray
     image_index: np.ndarray
-    pixels: np.ndarray
+    pixels: Any
 
 
 class Processor(Protocol):
@@ -34,7 +41,7 @@ class Processor(Protocol):
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
 
-    def encode(self, text: str, images: list[Any]) -> Prefix:
+    def encode(self, text: str, images: list[Any]) -> EncodedPrompt:
         """The prompt's tokens with every image span whole; one image per mark, in order."""
 
     def encode_response(self, text: str) -> list[int]:
@@ -53,15 +60,15 @@ class VisionLanguageModel(nnx.Module):
     decoder: layers.Decoder
 
     def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> feature table [B, F, D]; every family defines its own."""
+        """Pixels (see `Batch`) -> feature table [B, F, D]; every family defines its own."""
         raise NotImplementedError
 
     def embed(self, tokens, image_index, pixels, remat=None) -> jax.Array:
         """Token embeddings [B, T, D] with image features in the places that `image_index` names."""
         x = self.decoder.embedding[...][tokens]
-        if pixels.shape[1] == 0:  # a text-only batch
+        if jax.tree.leaves(pixels)[0].shape[1] == 0:  # a text-only batch
             return x
-        features = self.image_features(pixels.astype(x.dtype), remat)
+        features = self.image_features(sharding.cast(pixels, x.dtype), remat)
         picked = jnp.take_along_axis(features, jnp.maximum(image_index, 0)[..., None], axis=1)
         return jnp.where((image_index >= 0)[..., None], picked, x)
 

@@ -1,0 +1,128 @@
+"""Name tables: which checkpoint tensor holds which of our parameters, as data.
+
+Every checkpoint tensor is one line of its family's table: its name ("{}" counts the layers), its shape,
+and our parameters in it, as views of it:
+
+    Tensor("model.layers.{}.self_attn.qkv_proj.weight", (9216, 3072), (
+        Part("decoder.blocks.q", view=(96, 96, 3072), take=np.s_[:32], order=(2, 0, 1)), ...))
+
+`view` is a reshape, `take` a slice of it, `order` a transposition; a last reshape gives our parameter's
+shape. All of it can be undone, so one table serves reading and writing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mstar_jax import sharding
+from mstar_jax.models.layers import DecoderConfig
+from mstar_jax.models.vision import VitConfig
+
+
+class Part(NamedTuple):
+    """One of our parameters inside a checkpoint tensor, see the module's docstring."""
+
+    ours: str
+    view: tuple[int, ...] | None = None
+    take: Any = np.s_[:]
+    order: tuple[int, ...] | None = None
+
+    def extract(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Our parameter of this shape out of the tensor; a view where numpy can."""
+        part = tensor.reshape(self.view or tensor.shape)[self.take]
+        return part.transpose(self.order or range(part.ndim)).reshape(shape)
+
+    def insert(self, value: np.ndarray, tensor: np.ndarray) -> None:
+        """Writes our parameter into the (contiguous) tensor."""
+        place = tensor.reshape(self.view or tensor.shape)[self.take]
+        place = place.transpose(self.order or range(place.ndim))
+        place[...] = value.reshape(place.shape)
+
+
+class Tensor(NamedTuple):
+    """A checkpoint tensor, or with "{}" in its name one per layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def plain(name: str, shape: tuple[int, ...], ours: str) -> Tensor:
+    """A tensor that is our parameter as it stands, up to its shape."""
+    return Tensor(name, shape, (Part(ours),))
+
+
+def linear(name: str, inputs: int, outputs: int, ours: str, bias: bool = False) -> list[Tensor]:
+    """A PyTorch linear layer's weight [out, in], ours [in, out] (heads split or not), and its bias."""
+    weight = Tensor(f"{name}.weight", (outputs, inputs), (Part(ours, order=(1, 0)),))
+    return [weight, plain(f"{name}.bias", (outputs,), f"{ours}_bias")] if bias else [weight]
+
+
+def norm(name: str, size: int, ours: str, bias: bool = False) -> list[Tensor]:
+    """A norm's weight and bias."""
+    weight = plain(f"{name}.weight", (size,), ours)
+    return [weight, plain(f"{name}.bias", (size,), f"{ours}_bias")] if bias else [weight]
+
+
+def llama(c: DecoderConfig, prefix: str, head: str = "lm_head") -> list[Tensor]:
+    """The names of Llama and its kin; `prefix` stands before `embed_tokens`."""
+    d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
+    at, ours = prefix + "layers.{}.", "decoder.blocks."
+    table = [plain(f"{prefix}embed_tokens.weight", (c.vocab_size, d), "decoder.embedding")]
+    for name, heads in (("q", h), ("k", g), ("v", g)):
+        table += linear(f"{at}self_attn.{name}_proj", d, heads * n, ours + name)
+    table += linear(f"{at}self_attn.o_proj", h * n, d, ours + "o")
+    table += linear(f"{at}mlp.gate_proj", d, f, ours + "gate")
+    table += linear(f"{at}mlp.up_proj", d, f, ours + "up")
+    table += linear(f"{at}mlp.down_proj", f, d, ours + "down")
+    table += norm(f"{at}input_layernorm", d, ours + "input_norm")
+    table += norm(f"{at}post_attention_layernorm", d, ours + "post_norm")
+    table += norm(f"{prefix}norm", d, "decoder.norm")
+    return table if c.tie_word_embeddings else table + linear(head, d, c.vocab_size, "decoder.head")
+
+
+def patch_embedding(c: VitConfig, name: str, ours: str) -> list[Tensor]:
+    """The convolution that embeds patches, [out, 3, p, p]."""
+    d, inputs = c.hidden_size, 3 * c.patch_size**2
+    weight = Part(f"{ours}.patch", view=(d, inputs), order=(1, 0))
+    table = [Tensor(f"{name}.weight", (d, 3, c.patch_size, c.patch_size), (weight,))]
+    return table + ([plain(f"{name}.bias", (d,), f"{ours}.patch_bias")] if c.patch_bias else [])
+
+
+def vit_blocks(c: VitConfig, at: str, ours: str) -> list[Tensor]:
+    """The blocks of CLIP and SigLIP, `at` standing before `self_attn`."""
+    d, f = c.hidden_size, c.intermediate_size
+    table: list[Tensor] = []
+    for name, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
+        table += linear(f"{at}self_attn.{theirs}", d, d, ours + name, bias=True)
+    table += linear(f"{at}mlp.fc1", d, f, ours + "up", bias=True)
+    table += linear(f"{at}mlp.fc2", f, d, ours + "down", bias=True)
+    table += norm(f"{at}layer_norm1", d, ours + "norm1", bias=True)
+    return table + norm(f"{at}layer_norm2", d, ours + "norm2", bias=True)
+
+
+def tensors(table: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """The table with its layers counted out: {checkpoint name: Tensor}, parts as (parameter, layer).
+
+    Args:
+      table: a family's.
+      model: the model or its shapes; its parameters' first dimension says how many layers there are.
+    """
+    shapes = {name: leaf.shape for name, leaf in sharding.named(model).items()}
+    out = {}
+    for entry in table:
+        if "{}" not in entry.name:
+            out[entry.name] = entry
+            continue
+        for layer in range(shapes[entry.parts[0].ours][0]):
+            out[entry.name.format(layer)] = entry
+    return out
+
+
+def layer_of(entry: Tensor, name: str) -> int | None:
+    """Which layer's tensor `name` is."""
+    if "{}" not in entry.name:
+        return None
+    before, after = entry.name.split("{}")
+    return int(name[len(before) : len(name) - len(after)])

@@ -1,0 +1,180 @@
+"""Checkpoints in Hugging Face format: in, out, and what is said when one does not fit."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from mstar_jax import models, sharding
+from mstar_jax.models import hf, phi35
+
+GOLDENS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny policy in the official format, in bfloat16."""
+    path = tmp_path_factory.mktemp("policy")
+    processor = tiny.processor(tmp_path_factory.mktemp("tokenizer"))
+    models.save_new(tiny.model(), phi35.FAMILY, processor.tokenizer, path, "bfloat16")
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return path
+
+
+def copy(source, target, change):
+    """The checkpoint with its tensors changed in place by `change`."""
+    target.mkdir()
+    hf.copy_files(source, target)
+    values = load_file(source / "model.safetensors")
+    change(values)
+    save_file(values, target / "model.safetensors")
+    return target
+
+
+def leaves(model):
+    return {name: np.asarray(leaf) for name, leaf in sharding.named(model).items()}
+
+
+def test_what_is_written_is_what_was_there(folder):
+    model, processor = models.load(folder, jnp.float32)
+    want = {k: v.astype(jnp.bfloat16).astype(np.float32) for k, v in leaves(tiny.model()).items()}
+    got = leaves(model)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    assert model.config == tiny.config() and processor.config == model.config
+    assert processor.decode(processor.encode_response("Step 1: 12.")) == "Step 1: 12."
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_import_then_export_is_bit_for_bit(folder, tmp_path, dtype):
+    source = models.Pretrained(folder)
+    source.save(source.load(dtype), tmp_path / "out")
+    there, here = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert there.keys() == here.keys()
+    for name in there:
+        assert there[name].dtype == here[name].dtype
+        assert there[name].tobytes() == here[name].tobytes(), name
+    same = [p.name for p in folder.iterdir() if p.suffix != ".safetensors"]
+    assert "generation_config.json" in same and "tokenizer.json" in same
+    for name in same:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_shards_read_and_written_as_they_were(folder, tmp_path):
+    """Three files with their index: read in any order, written with the same tensors in each."""
+    values = load_file(folder / "model.safetensors")
+    split = tmp_path / "split"
+    split.mkdir()
+    hf.copy_files(folder, split)
+    names = list(values)
+    for i in range(3):
+        save_file({n: values[n] for n in names[i::3]}, split / f"model-{i + 1:05d}-of-00003.safetensors")
+    (split / "model.safetensors.index.json").write_text("{}")
+    source = models.Pretrained(split)
+    source.save(source.load(jnp.float32), tmp_path / "out")
+    for path in split.glob("*.safetensors"):
+        there, here = load_file(path), load_file(tmp_path / "out" / path.name)
+        assert there.keys() == here.keys()
+        assert all(there[n].tobytes() == here[n].tobytes() for n in there)
+
+
+def test_new_checkpoints_are_split_by_size(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD", 20_000)
+    tokenizer = models.Pretrained(folder).processor().tokenizer
+    models.save_new(tiny.model(), phi35.FAMILY, tokenizer, tmp_path, "float32")
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    got = leaves(models.load(tmp_path, jnp.float32)[0])
+    for name, value in leaves(tiny.model()).items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+def test_every_fault_is_reported_at_once(folder, tmp_path):
+    def change(values):
+        del values["model.norm.weight"]
+        values["model.layers.0.mlp.down_proj.weight"] = np.zeros((3, 4), np.float32)
+        values["model.layers.0.extra"] = np.zeros(3, np.float32)
+        values["lm_head.weight"] = values["lm_head.weight"].astype(np.int32)
+
+    broken = copy(folder, tmp_path / "broken", change)
+    with pytest.raises(ValueError) as error:
+        models.load(broken)
+    text = str(error.value)
+    for part in (
+        "4 tensors do not fit the model",
+        "missing: model.norm.weight",
+        "unexpected: model.layers.0.extra",
+        r"misshapen: model.layers.0.mlp.down_proj.weight is (3, 4), the config says (32, 48)",
+        "unreadable: lm_head.weight holds I32",
+    ):
+        assert part in text
+
+
+def test_folders_that_are_no_checkpoint(folder, tmp_path):
+    with pytest.raises(ValueError, match="no such folder, and a hub id would be owner/name"):
+        models.load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"config.json"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ValueError, match="model_type 'llava' is none of phi3_v, internvl_chat, minicpmv"):
+        models.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
+    with pytest.raises(ValueError, match=r"config.json: KeyError\('vocab_size'\)"):
+        models.load(tmp_path)
+    half = copy(folder, tmp_path / "half", lambda values: None)
+    data = (half / "model.safetensors").read_bytes()
+    (half / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"half/model.safetensors: .*is the file whole\?"):
+        models.load(half)
+    (half / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no \*.safetensors file"):
+        models.load(half)
+
+
+def test_straight_into_a_sharding(folder):
+    """Every device gets its own shards, and together they are the whole."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    whole, _ = models.load(folder, jnp.float32)
+    model = models.Pretrained(folder).load(jnp.float32, mesh=mesh)
+    layout = sharding.shardings(jax.eval_shape(lambda: whole), sharding.TRAIN, mesh)
+    cut, parts = 0, [sharding.named(whole), sharding.named(model), sharding.named(layout)]
+    for name, a, b, s in [(name, *(part[name] for part in parts)) for name in parts[0]]:
+        assert b.sharding == s, name
+        np.testing.assert_array_equal(np.asarray(b), np.asarray(a), err_msg=name)
+        cut += b.addressable_shards[0].data.size < b.size
+    assert cut > 15
+
+
+def test_no_layer_is_taken_for_another(folder, tmp_path):
+    """A change in one tensor changes its own parameters' layer and nothing else."""
+
+    def change(values):
+        values["model.layers.1.self_attn.qkv_proj.weight"][...] += 1.0
+
+    before, after = (
+        leaves(models.load(path, jnp.float32)[0])
+        for path in (folder, copy(folder, tmp_path / "changed", change))
+    )
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"decoder.blocks.q", "decoder.blocks.k", "decoder.blocks.v"}
+    for name in changed:
+        np.testing.assert_array_equal(before[name][0], after[name][0])
+        assert (before[name][1] != after[name][1]).all()
+
+
+FULL = {"phi3v": ("phi35_vision.tensors.tsv", "phi3_v")}
+
+
+@pytest.mark.skipif(not GOLDENS.exists(), reason="no official outputs at hand")
+def test_golden_weights_are_read_as_in_the_parity_test():
+    model = models.Pretrained(GOLDENS / "phi3v").load(jnp.float32)
+    assert model.decoder.embedding[...].shape == (32064, 64)
