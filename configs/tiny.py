@@ -30,8 +30,9 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         | {"captions": 4096, "arithmetic": 2000, "instruct": 1000}  # the narrow set for the base model
     )
 
-    # Phi-3.5-vision's architecture, shrunk: 0.5 M parameters
     c.policy = policy = ConfigDict()
+    policy.path = ""  # a checkpoint's folder or hub id; empty for a policy from scratch:
+    # Phi-3.5-vision's architecture, shrunk to 0.5 M parameters
     policy.vocab_size = 512
     policy.num_crops = 1
     policy.decoder = ConfigDict(

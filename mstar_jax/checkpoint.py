@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mstar_jax import sharding
 from mstar_jax.store import write_text
 from mstar_jax.structs import EvolveState, TrainState
 
@@ -96,6 +97,29 @@ class Checkpoints:
             raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
         leaves = [found[name] for name in _names(abstract)]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def params(self, stage: str, abstract: Any) -> Any:
+        """Reads the stage's newest parameters alone, without the optimizer state.
+
+        Args:
+          stage: its name in the workdir.
+          abstract: the model's shapes, each with its sharding.
+
+        Raises:
+          ValueError: there is no checkpoint, or it does not fit the model.
+        """
+        manager = self._manager(stage)
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"{self.folder / stage} holds no checkpoint")
+        wanted = {f"params.{name}": leaf for name, leaf in sharding.named(abstract).items()}
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        how = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(state=how))["state"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
+        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
     def drop(self, stage: str) -> None:
         """Removes a stage's checkpoints (a finished iteration that nothing needs any more)."""

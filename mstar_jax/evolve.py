@@ -1,6 +1,6 @@
 """Self-evolving training (M-STaR, arXiv 2412.17451), from a base model to an evolved one.
 
-    base       a policy to start from; the tiny one is trained here, on a narrow data set of its own
+    base       a policy to start from: a checkpoint; the tiny one is trained here, on a narrow data set
     warm-up    prompted with the answer, the policy writes rationales; the correct ones teach it to reason
     iteration  generate:  y_1..y_K ~ pi_t( . | x, o; T)      for a share of the labelled queries
                reward:    H( 1(a = a*) )                     the correct responses, Random-k or all
@@ -13,7 +13,6 @@ Iterative RFT, ReST^EM and SFT are the same loop with other values (`configs/tin
 import dataclasses
 import functools
 import logging
-import math
 import pathlib
 import time
 import zlib
@@ -25,9 +24,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mstar_jax import metrics, sampling, selection, setup, sharding, train
+from mstar_jax import metrics, models, sampling, selection, setup, sharding, train
 from mstar_jax.checkpoint import Checkpoints
-from mstar_jax.data import figures, loader, prompts
+from mstar_jax.data import figures, loader, prompts, splits
 from mstar_jax.store import RolloutStore
 from mstar_jax.structs import EvolveState, Query, Response, TrainState
 
@@ -58,7 +57,7 @@ def run(
 
     # ---------------------------------------------------------------------------------------- base
     if not r.beyond("base"):
-        state = r.improve("base", 0, None, r.base_sources(), config.base, until=r.base_is_good_enough)
+        state = r.base()
         r.evaluate("base", 0, state, kept=None)
 
     # ------------------------------------------------------------------------------------- warm-up
@@ -78,7 +77,7 @@ def run(
             continue
 
         # generate: y_1..y_K ~ pi_t( . | x, o; T), for this iteration's share of the queries
-        queries = r.share(t)
+        queries = splits.share(r.labelled, evolve.fraction, t, config.seed)
         if evolve.data == "rollouts":
             policy = functools.partial(r.final, before)
             responses = r.generate(
@@ -120,11 +119,11 @@ class Run:
         self.results = metrics.Results(workdir, head)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.data = setup.load_data(config, workdir)
-        self.labelled = self._shuffled(self.data["labelled"], 0)
+        self.labelled = splits.shuffled(self.data["labelled"], config.seed, 0)
         self.ask = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
-        policy = setup.policy_config(config.policy)
-        self.make_model = functools.partial(setup.build_policy, policy, config.seed)
-        self.processor = setup.make_processor(config, self.data["base"], workdir / "tokenizer")
+        self.policy = setup.make_policy(config, workdir, self.data.get("base", ()))
+        self.make_model = functools.partial(self.policy.build, config.seed)
+        self.processor = self.policy.processor()
         train.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
         self.key = jax.random.key(config.seed)
         self.started = time.time()
@@ -139,6 +138,8 @@ class Run:
 
     def final(self, stage: str) -> TrainState:
         """The TrainState that a finished stage ended with, from memory or from its checkpoint."""
+        if stage == "base" and isinstance(self.policy, models.Pretrained):
+            return TrainState(0, self.policy.load(jnp.float32, mesh=self.mesh), ())  # only parameters go on
         if self.done is None or self.done.stage != stage:
             tx, _ = setup.optimizer(self._settings(stage), self.config.train)
             state = self.checkpoints.restore(stage, train.abstract_state(self.make_model, tx, self.mesh))
@@ -364,6 +365,13 @@ class Run:
             log.info("%s, %s: %s", name, split, text)
 
     # ----------------------------------------------------------------------------------------- base
+    def base(self) -> TrainState:
+        """The policy to start from: a checkpoint's, or one trained here until it is good enough."""
+        if isinstance(self.policy, models.Pretrained):
+            return self.final("base")
+        until = self.base_is_good_enough
+        return self.improve("base", 0, None, self.base_sources(), self.config.base, until=until)
+
     def base_sources(self) -> list[tuple[list[loader.Row], float]]:
         """The narrow set's rows by mode, with their weights."""
         modes = setup.base_examples(self.config, self.data["base"], self.processor.encode_response)
@@ -380,17 +388,3 @@ class Run:
         goal = 100 * c.base.target
         log.info("base, step %d: greedy %.1f%% on validation, ends at %.1f%%", cursor, 100 * accuracy, goal)
         return accuracy >= c.base.target
-
-    # -------------------------------------------------------------------------------------- queries
-    def _shuffled(self, queries: Sequence[Query], epoch: int) -> list[Query]:
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(queries))
-        return [queries[i] for i in order]
-
-    def share(self, iteration: int) -> list[Query]:
-        """The queries of an iteration: the next `fraction` of the labelled ones, pass after pass."""
-        count = max(1, math.ceil(self.config.evolve.fraction * len(self.labelled)))
-        first, out = (iteration - 1) * count, list[Query]()
-        while len(out) < count:
-            epoch, at = divmod(first + len(out), len(self.labelled))
-            out += self._shuffled(self.labelled, epoch + 1)[at : at + count - len(out)]
-        return out

@@ -78,7 +78,6 @@ class StageLog:
             self.collected = empty.replace(**sums)
         if not self.writing:
             return
-        self.path.parent.mkdir(exist_ok=True)
         kept = []
         if self.path.exists():
             with open(self.path, newline="") as file:
@@ -127,6 +126,7 @@ class Results:
     def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
         self.workdir = workdir
         self.path = workdir / "results.json"
+        (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         self.data: dict[str, Any] = {**head, "stages": []}
         if self.path.exists():
             self.data["stages"] = json.loads(self.path.read_text())["stages"]

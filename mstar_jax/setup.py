@@ -2,17 +2,14 @@
 
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 import optax
-import transformers
-from flax import nnx
 
-from mstar_jax import sharding, train
+from mstar_jax import models, sharding, train
 from mstar_jax.data import figures, mathv360k, prompts
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import DecoderConfig
@@ -30,7 +27,11 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
       ValueError: with the value and what it may be.
     """
     c = config
-    for name in ("base", "warmup", "evolve"):
+    if not c.policy.path and "decoder" not in c.policy:
+        raise ValueError("policy.path is not set: give a checkpoint's folder, --config.policy.path=/...")
+    if not c.data.labelled and "figures" not in c.data:
+        raise ValueError("data.labelled is not set: give a MathV360K file, --config.data.labelled=/...")
+    for name in ("warmup", "evolve") if c.policy.path else ("base", "warmup", "evolve"):
         sharding.check_divides(f"{name}.batch", c[name].batch, mesh, c.train.accumulate)
     sharding.check_divides("sampling.batch", c.sampling.batch, mesh)
     for template in c.prompts.values():
@@ -83,13 +84,8 @@ def base_examples(
     return modes
 
 
-def build_policy(policy: phi35.Phi35Config, seed: int) -> phi35.Phi35Vision:
-    """The policy, freshly initialised."""
-    return phi35.Phi35Vision(policy, nnx.Rngs(seed))
-
-
 def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
-    """The policy's dimensions from the config's values."""
+    """The dimensions of a policy from scratch, from the config's values."""
     heads, width = values.decoder.num_heads, values.decoder.hidden_size
     ones = (1.0,) * (width // heads // 2)
     decoder = DecoderConfig(
@@ -102,31 +98,43 @@ def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
     return phi35.Phi35Config(decoder, VitConfig(**values.vision), values.num_crops)
 
 
-def make_processor(
-    config: ml_collections.ConfigDict, base: Sequence[figures.BaseExample], folder: pathlib.Path
-) -> phi35.Phi35Processor:
-    """Makes the tokenizer from the narrow set's text, once, and loads it as any HF tokenizer."""
-    policy = policy_config(config.policy)
+def make_policy(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, base: Sequence[figures.BaseExample] = ()
+) -> models.Pretrained | models.FromScratch:
+    """The policy to start from: the checkpoint of `policy.path`, or one of the config's dimensions.
+
+    The latter's tokenizer is made from the narrow set's text, once, and kept in the workdir.
+
+    Raises:
+      ValueError: the checkpoint is none of the three families.
+    """
+    values = config.policy
+    if values.path:
+        return models.Pretrained(values.path, max_crops=values.get("max_crops"))
+    folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         modes = base_examples(config, base, lambda response: [])
         asked = [prompt for examples in modes.values() for _, prompt, _ in examples]
-        phi35.make_tokenizer([*asked, *(e.response for e in base)], folder, config.policy.vocab_size)
-    return phi35.Phi35Processor(policy, transformers.AutoTokenizer.from_pretrained(os.fspath(folder)))
+        phi35.make_tokenizer([*asked, *(e.response for e in base)], folder, values.vocab_size)
+    return models.FromScratch(phi35.FAMILY, policy_config(values), folder)
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Reads (and where it is the embedded one, makes) the data set.
 
     Returns:
-      labelled, validation and test queries; base and base_validation, the narrow set.
+      labelled, validation and test queries; for a policy from scratch also base and base_validation, the
+      narrow set.
     """
-    c = config.data
-    folder = figures.make(workdir / "figures", seed=c.seed, **c.figures)
-    base, base_validation = figures.read_base(folder), _read(folder / "validation.json", folder)
-    own = {"base": base, "base_validation": base_validation[: config.base.check_queries]}
+    c, own = config.data, dict[str, Any]()
+    if not (c.labelled and config.policy.path):
+        folder = figures.make(workdir / "figures", seed=c.seed, **c.figures)
+        validation = _read(folder / "validation.json", folder)
+    if not config.policy.path:
+        own = {"base": figures.read_base(folder), "base_validation": validation[: config.base.check_queries]}
     if not c.labelled:
         labelled, test = _read(folder / "train.json", folder), _read(folder / "test.json", folder)
-        return own | {"labelled": labelled, "validation": base_validation[: c.validation], "test": test}
+        return own | {"labelled": labelled, "validation": validation[: c.validation], "test": test}
     queries = _read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
     held_out = {"validation": min(c.validation, len(queries) // 8), "test": min(c.test, len(queries) // 4)}
     splits = mathv360k.split(queries, seed=c.seed, **held_out)

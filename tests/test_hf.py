@@ -1,8 +1,6 @@
 """Checkpoints in Hugging Face format: in, out, and what is said when one does not fit."""
 
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +12,14 @@ from safetensors.numpy import load_file, save_file
 from mstar_jax import models, sharding
 from mstar_jax.models import hf, phi35
 
-GOLDENS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent"))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny policy in the official format, in bfloat16."""
     path = tmp_path_factory.mktemp("policy")
-    processor = tiny.processor(tmp_path_factory.mktemp("tokenizer"))
-    models.save_new(tiny.model(), phi35.FAMILY, processor.tokenizer, path, "bfloat16")
+    words = tmp_path_factory.mktemp("tokenizer")
+    phi35.make_tokenizer(tiny.TEXTS, words, tiny.VOCAB)
+    models.FromScratch(phi35.FAMILY, tiny.config(), words).save(tiny.model(), path, "bfloat16")
     (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     return path
 
@@ -87,8 +84,8 @@ def test_shards_read_and_written_as_they_were(folder, tmp_path):
 
 def test_new_checkpoints_are_split_by_size(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD", 20_000)
-    tokenizer = models.Pretrained(folder).processor().tokenizer
-    models.save_new(tiny.model(), phi35.FAMILY, tokenizer, tmp_path, "float32")
+    phi35.make_tokenizer(tiny.TEXTS, tmp_path / "words", tiny.VOCAB)
+    models.FromScratch(phi35.FAMILY, tiny.config(), tmp_path / "words").save(tiny.model(), tmp_path)
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -169,12 +166,3 @@ def test_no_layer_is_taken_for_another(folder, tmp_path):
     for name in changed:
         np.testing.assert_array_equal(before[name][0], after[name][0])
         assert (before[name][1] != after[name][1]).all()
-
-
-FULL = {"phi3v": ("phi35_vision.tensors.tsv", "phi3_v")}
-
-
-@pytest.mark.skipif(not GOLDENS.exists(), reason="no official outputs at hand")
-def test_golden_weights_are_read_as_in_the_parity_test():
-    model = models.Pretrained(GOLDENS / "phi3v").load(jnp.float32)
-    assert model.decoder.embedding[...].shape == (32064, 64)

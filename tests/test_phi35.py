@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from PIL import Image
 from transformers import AutoTokenizer
 
+from mstar_jax import models
 from mstar_jax.models import layers, phi35
 from mstar_jax.models.vision import patchify
 
@@ -296,37 +296,14 @@ def test_length_limit(processor):
 
 
 @pytest.fixture(scope="module")
-def official():
-    """The official tiny model's weights in ours."""
-    safetensors = pytest.importorskip("safetensors.numpy")
-    weights = safetensors.load_file(GOLDEN / "model.safetensors")
-    c = json.loads((GOLDEN / "config.json").read_text())
-    v = c["_tiny_vision"]
-    decoder = layers.DecoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c["num_key_value_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        rope_theta=c["rope_theta"],
-        short_factor=tuple(c["rope_scaling"]["short_factor"]),
-        long_factor=tuple(c["rope_scaling"]["long_factor"]),
-        max_position=c["max_position_embeddings"],
-        original_max_position=c["original_max_position_embeddings"],
-    )
-    names = ("hidden_size", "intermediate_size", "image_size", "patch_size")
-    vision = phi35.VitConfig(
-        **{k: v[k] for k in names}, num_layers=v["num_hidden_layers"], num_heads=v["num_attention_heads"]
-    )
-    cfg = phi35.Phi35Config(decoder, vision, num_crops=4)
-    at = "model.vision_embed_tokens."
-    values = tiny.phi3_values(cfg, weights) | tiny.clip_values(
-        cfg, weights, at + "img_processor.vision_model."
-    )
-    values |= tiny.glue_values(weights, at)
-    return tiny.assemble(jax.eval_shape(lambda: phi35.Phi35Vision(cfg, nnx.Rngs(0))), values)
+def official(tmp_path_factory):
+    """The official tiny model, read from its checkpoint."""
+    folder = tmp_path_factory.mktemp("official")
+    values = json.loads((GOLDEN / "config.json").read_text())
+    values["vision_config"] = values["_tiny_vision"]
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "model.safetensors").symlink_to(GOLDEN / "model.safetensors")
+    return models.Pretrained(folder).load(jnp.float32)
 
 
 def final_hidden(policy, tokens, index, pixels):

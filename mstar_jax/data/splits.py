@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from mstar_jax.structs import Query
 
@@ -119,3 +122,19 @@ def _take(groups: list[list[Query]], count: int) -> tuple[set[str], list[list[Qu
             used.add(i)
             taken.update(query.id for query in group[: count - len(taken)])
     return taken, [group for i, group in enumerate(groups) if i not in used]
+
+
+def shuffled(queries: Sequence[Query], seed: int, epoch: int) -> list[Query]:
+    """The queries in the order of one pass over them."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(queries))
+    return [queries[i] for i in order]
+
+
+def share(queries: Sequence[Query], fraction: float, iteration: int, seed: int) -> list[Query]:
+    """The queries of an iteration, counted from 1: the next `fraction` of them, pass after pass."""
+    count = max(1, math.ceil(fraction * len(queries)))
+    first, out = (iteration - 1) * count, list[Query]()
+    while len(out) < count:
+        epoch, at = divmod(first + len(out), len(queries))
+        out += shuffled(queries, seed, epoch + 1)[at : at + count - len(out)]
+    return out

@@ -97,20 +97,32 @@ def load(
     return source.load(dtype, mesh=mesh, rules=rules), processor
 
 
-def save_new(model: Any, family: hf.Family, tokenizer: Any, output: str | os.PathLike, dtype: str) -> None:
-    """Writes a policy that has no checkpoint folder, trained from scratch, in its family's format.
+class FromScratch:
+    """A policy without a checkpoint: of a given config, with a tokenizer of its own.
 
-    Args:
-      model: the parameters.
-      family: its family.
-      tokenizer: a transformers tokenizer.
-      output: the folder to write; made if needed.
-      dtype: of the tensors, `float32`, `bfloat16` or `float16`.
+    Attributes:
+      family: see `hf.Family`.
+      config: the family's config.
+      folder: holds the tokenizer.
     """
-    output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        for name, values in family.config_files(model.config, dtype).items():
-            (output / name).write_text(json.dumps(values, indent=2))
-        tokenizer.save_pretrained(os.fspath(output))
-    hf.save_params(model, family.table(model.config), output, like=None, dtype=dtype)
+
+    def __init__(self, family: hf.Family, config: Any, folder: str | os.PathLike):
+        self.family, self.config, self.folder = family, config, pathlib.Path(folder)
+
+    def build(self, seed: int = 0) -> nnx.Module:
+        """The model with random parameters; under `jax.eval_shape`, its shapes."""
+        return self.family.model(self.config, nnx.Rngs(seed))
+
+    def processor(self) -> Any:
+        """The host side: see `vlm.Processor`."""
+        return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
+
+    def save(self, model: Any, output: str | os.PathLike, dtype: str = "float32") -> None:
+        """Writes the model as a checkpoint folder in its family's format, which `load` reads."""
+        output = pathlib.Path(output)
+        output.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            hf.copy_files(self.folder, output)
+            for name, values in self.family.config_files(self.config, dtype).items():
+                (output / name).write_text(json.dumps(values, indent=2))
+        hf.save_params(model, self.family.table(self.config), output, like=None, dtype=dtype)

@@ -213,6 +213,7 @@ def save_params(
             written[name] = tensor
         if jax.process_index() == 0:
             save_file(written, output / file, metadata={"format": "pt"})
+            (output / file).chmod(0o644)  # safetensors writes for its owner only
 
 
 def _np_dtype(name: Any) -> Any:

@@ -1,5 +1,371 @@
-"""To be written."""
+"""MiniCPM-Llama3-V-2.5: config, prompt layout, model, checkpoint.
 
-from mstar_jax.models import hf
+Source: openbmb/MiniCPM-Llama3-V-2_5. SigLIP-400M (as in Idefics2) on images of any aspect ratio, a
+resampler that reads every image into 96 queries by cross-attention, and Llama 3. How an image is cut into
+slices is in `slicing`. Every dimension comes from the config: a tiny policy is the same code.
+"""
 
-FAMILY: hf.Family = None  # type: ignore
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from mstar_jax.models import hf, names, slicing, tokenizer
+from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
+from mstar_jax.models.vision import Vit, VitConfig, attention, tanh_gelu
+from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
+
+BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
+UNK, IMAGE, IMAGE_END, SLICE, SLICE_END = "<unk>", "<image>", "</image>", "<slice>", "</slice>"
+MARKERS = (HEADER, HEADER_END, UNK, IMAGE, IMAGE_END, SLICE, SLICE_END)
+SPECIAL = (BOS, EOS, END, *MARKERS)
+HEAD = 128  # width of the resampler's heads
+EPS = 1e-6  # of its norms
+LENGTH = 128  # patches are padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniCPMV25Config:
+    """Dimensions of the policy.
+
+    Attributes:
+      decoder, vision: the two transformers.
+      query_num: features of an image or slice.
+      num_crops: most slices of an image, beside the image itself (max_slice_nums).
+      scale_resolution: side in pixels of a square image that fills the encoder.
+      corrected_mask: encode every image by itself. Officially the images of a conversation are padded to
+        the longest, the padding is attended to, and positions are those of the longest: what a slice is
+        seen as depends on the images beside it, and the released weights were trained like that.
+    """
+
+    decoder: DecoderConfig
+    vision: VitConfig
+    query_num: int = 96
+    num_crops: int = 9
+    scale_resolution: int = 448
+    corrected_mask: bool = False
+
+    def __post_init__(self):
+        if self.decoder.hidden_size % HEAD:
+            raise ValueError(
+                f"hidden_size = {self.decoder.hidden_size}: the resampler needs a multiple of {HEAD}"
+            )
+
+
+class Slices(NamedTuple):
+    """The images of a query, each with its own grid of patches; in a Batch with B in front.
+
+    Attributes:
+      patches: float32[C, L, 3 * patch_size**2]; zeros behind an image's own patches.
+      positions: int32[C, L], rows of the encoder's position table.
+      attended: int32[C]; the encoder attends to this many columns, padding or not; 0 for no image.
+      grid: int32[C, 2]; rows and columns of the image's own patches, which the resampler attends to.
+    """
+
+    patches: Any
+    positions: Any
+    attended: Any
+    grid: Any
+
+
+def grid_positions(grid: jax.Array, length: int, width: int) -> jax.Array:
+    """Sines and cosines of where a patch stands: int32[B, 2] (rows, columns) -> float32[B, length, width].
+
+    The first half of the width tells the column, the second the row; each is all sines, then all cosines.
+    """
+    columns = jnp.maximum(grid[:, 1:], 1)
+    index = jnp.arange(length)[None, :]
+    place = jnp.stack([index % columns, index // columns], axis=-1).astype(jnp.float32)
+    quarter = np.arange(width // 4, dtype=np.float32) / np.float32(width // 4)
+    angle = place[..., None] * (np.float32(1.0) / np.float32(10000.0) ** quarter)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, length, width)
+
+
+class Resampler(nnx.Module):
+    """Learned queries that attend to the patches of one image."""
+
+    def __init__(self, config: MiniCPMV25Config, rngs: nnx.Rngs):
+        v, d, h = config.vision.hidden_size, config.decoder.hidden_size, config.decoder.hidden_size // HEAD
+        self.query = param(rngs, (config.query_num, d), ("positions", "embed"), 0.02)
+        self.query_norm = param(rngs, (d,), ("embed",), 1.0)
+        self.query_norm_bias = param(rngs, (d,), ("embed",), 0.0)
+        self.kv = param(rngs, (v, d), ("patch", "embed"), v**-0.5)
+        self.kv_norm = param(rngs, (d,), ("embed",), 1.0)
+        self.kv_norm_bias = param(rngs, (d,), ("embed",), 0.0)
+        self.q = param(rngs, (d, h, HEAD), ("embed", "heads", "head_dim"), d**-0.5)
+        self.k = param(rngs, (d, h, HEAD), ("embed", "heads", "head_dim"), d**-0.5)
+        self.v = param(rngs, (d, h, HEAD), ("embed", "heads", "head_dim"), d**-0.5)
+        self.q_bias = param(rngs, (h, HEAD), ("heads", "head_dim"), 0.0)
+        self.k_bias = param(rngs, (h, HEAD), ("heads", "head_dim"), 0.0)
+        self.v_bias = param(rngs, (h, HEAD), ("heads", "head_dim"), 0.0)
+        self.o = param(rngs, (h, HEAD, d), ("heads", "head_dim", "embed"), d**-0.5)
+        self.o_bias = param(rngs, (d,), ("embed",), 0.0)
+        self.post_norm = param(rngs, (d,), ("embed",), 1.0)
+        self.post_norm_bias = param(rngs, (d,), ("embed",), 0.0)
+        self.project = param(rngs, (d, d), ("mlp", "embed"), d**-0.5)
+
+    def __call__(self, x: jax.Array, grid: jax.Array) -> jax.Array:
+        """Patches [B, L, V] of images with grids int32[B, 2] -> [B, query_num, D]."""
+        x = layer_norm(x @ self.kv[...], self.kv_norm[...], self.kv_norm_bias[...], EPS)
+        placed = x + grid_positions(grid, *x.shape[1:]).astype(x.dtype)  # keys only: values have no place
+        query = layer_norm(self.query[...], self.query_norm[...], self.query_norm_bias[...], EPS)
+        q = jnp.einsum("qd,dhn->qhn", query, self.q[...]) + self.q_bias[...]
+        k = jnp.einsum("bld,dhn->blhn", placed, self.k[...]) + self.k_bias[...]
+        v = jnp.einsum("bld,dhn->blhn", x, self.v[...]) + self.v_bias[...]
+        own = jnp.arange(x.shape[1]) < grid.prod(axis=-1)[:, None]
+        out = attention(jnp.broadcast_to(q, (x.shape[0], *q.shape)), k, v, own)
+        out = jnp.einsum("bqhn,hnd->bqd", out, self.o[...]) + self.o_bias[...]
+        return layer_norm(out, self.post_norm[...], self.post_norm_bias[...], EPS) @ self.project[...]
+
+
+class MiniCPMV25(VisionLanguageModel):
+    """The policy's parameters and forward pass."""
+
+    def __init__(self, config: MiniCPMV25Config, rngs: nnx.Rngs):
+        self.config = config
+        self.tower = Vit(config.vision, rngs)
+        self.resampler = Resampler(config, rngs)
+        self.decoder = Decoder(config.decoder, rngs)
+
+    def image_features(self, pixels: Slices, remat=None) -> jax.Array:
+        """pixels with [B, C] in front -> [B, C * query_num, D], image after image."""
+
+        def one(crop):  # the C-th images of all rows together: attention scores of all C would be large
+            attended = jnp.arange(crop.patches.shape[1]) < crop.attended[:, None]
+            x = self.tower(crop.patches, remat, positions=crop.positions, mask=attended)
+            return self.resampler(x, crop.grid)
+
+        features = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), pixels))
+        features = jnp.moveaxis(features, 0, 1)
+        return features.reshape(features.shape[0], -1, features.shape[-1])
+
+
+def placeholder(cut: slicing.Layout, query_num: int) -> str:
+    """What stands for an image in a prompt: itself, then its slices, a line for each row of the grid."""
+    image = IMAGE + UNK * query_num + IMAGE_END
+    lines = "\n".join([image * cut.columns] * cut.rows)
+    return image + (SLICE + lines + SLICE_END if lines else "")
+
+
+class MiniCPMV25Processor:
+    """Text and images to arrays; see `vlm.Processor`."""
+
+    def __init__(self, config: MiniCPMV25Config, tokenizer: Any):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = config.decoder.vocab_size
+        known = tokenizer.get_vocab()
+        if missing := [token for token in SPECIAL if token not in known]:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}")
+        if len(tokenizer) > self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}"
+            )
+        self.stop_ids = (known[END], known[EOS])
+        self.unk_id = known[UNK]
+        added = tokenizer.added_tokens_decoder
+        self.control = tuple(dict.fromkeys([*SPECIAL, *(t.content for t in added.values() if t.special)]))
+        control_ids = sorted({known[token] for token in self.control} - set(self.stop_ids))
+        self.forbidden_ids = (*control_ids, *range(len(tokenizer), self.vocab_size))
+
+    def _without_control(self, text: str) -> str:
+        """Parts what the tokenizer would read as a control token: data must not write any."""
+        for token in self.control:
+            text = text.replace(token, token[0] + " " + token[1:])
+        return text
+
+    def _layout(self, size: tuple[int, int]) -> slicing.Layout:
+        c = self.config
+        return slicing.layout(*size, c.num_crops, c.scale_resolution, c.vision.patch_size)
+
+    def _prompt(self, text: str, layouts: list[slicing.Layout]) -> list[int]:
+        """Token ids of Llama 3's chat template with one BOS, `<unk>` where an image feature stands."""
+        images = [placeholder(cut, self.config.query_num) for cut in layouts]
+        content = "\n".join([*images, self._without_control(text)]).strip()
+        prompt = f"{BOS}{HEADER}user{HEADER_END}\n\n{content}{END}{HEADER}assistant{HEADER_END}\n\n"
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """(prompt tokens, images and slices) without decoding an image; sizes are (width, height)."""
+        layouts = [self._layout(size) for size in sizes]
+        return len(self._prompt(text, layouts)), sum(cut.crops for cut in layouts)
+
+    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+        """The official prompt, images first; `pixels` are `Slices`."""
+        c = self.config
+        tokens = np.array(self._prompt(text, [self._layout(image.size) for image in images]), np.int32)
+        places = tokens == self.unk_id
+        crops = [
+            crop
+            for image in images
+            for crop in slicing.slice_image(image, c.num_crops, c.scale_resolution, c.vision.patch_size)
+        ]
+        index = np.where(places, np.cumsum(places) - 1, -1)
+        return EncodedPrompt(np.where(places, 0, tokens), index.astype(np.int32), self._slices(crops))
+
+    def _slices(self, crops: list[tuple[np.ndarray, tuple[int, int]]]) -> Slices:
+        """Pads the images of a conversation to one length, the same for all but very long images."""
+        c = self.config
+        longest = max((len(patches) for patches, _ in crops), default=0)
+        usual = 9 * (c.scale_resolution // c.vision.patch_size) ** 2 // 8  # whole patches: not quite square
+        length = -(-max(longest, usual) // LENGTH) * LENGTH
+        out = Slices(
+            np.zeros((len(crops), length, 3 * c.vision.patch_size**2), np.float32),
+            np.zeros((len(crops), length), np.int32),
+            np.zeros(len(crops), np.int32),
+            np.array([grid for _, grid in crops], np.int32).reshape(-1, 2),
+        )
+        for i, (patches, _) in enumerate(crops):
+            out.patches[i, : len(patches)] = patches
+            out.attended[i] = len(patches) if c.corrected_mask else longest
+            ids = slicing.position_ids(int(out.attended[i]), c.vision.side)
+            out.positions[i, : len(ids)] = ids
+        return out
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response, closed by `<|eot_id|>`."""
+        ids = self.tokenizer(self._without_control(text), add_special_tokens=False)["input_ids"]
+        return [*ids, self.stop_ids[0]]
+
+    def decode(self, tokens: Any) -> str:
+        """Text without special tokens, its spaces as they are."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def length_limit(self, prefix_tokens: int) -> int:
+        """Longest sequence: the decoder's context."""
+        return self.config.decoder.max_position
+
+
+def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
+    """A small tokenizer with Llama 3's special tokens and MiniCPM's markers, see `tokenizer.make`."""
+    tokenizer.make(texts, folder, vocab_size, special=SPECIAL, bos=BOS, eos=EOS, unk=UNK)
+
+
+# ----------------------------------------------------------------------------------- the checkpoint
+def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
+    """From config.json.
+
+    Slicing is under its `slice_config` (`max_slice_nums`, `scale_resolution`); `corrected_mask` is ours
+    and official files do not have it.
+    """
+    c = hf.read_json(folder / "config.json")
+    v, cut = c["vision_config"], c.get("slice_config") or {}
+    decoder = DecoderConfig(
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"],
+        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+        head_dim=c["hidden_size"] // c["num_attention_heads"],
+        rms_norm_eps=c.get("rms_norm_eps", 1e-5),
+        rope_theta=c.get("rope_theta", 500000.0),
+        max_position=c["max_position_embeddings"],
+        original_max_position=c["max_position_embeddings"],
+        tie_word_embeddings=c.get("tie_word_embeddings", False),
+    )
+    vision = VitConfig(
+        hidden_size=v["hidden_size"],
+        intermediate_size=v["intermediate_size"],
+        num_layers=v["num_hidden_layers"] - bool(c.get("drop_vision_last_layer", False)),
+        num_heads=v["num_attention_heads"],
+        image_size=v["image_size"],
+        patch_size=v["patch_size"],
+        layer_norm_eps=v.get("layer_norm_eps", 1e-6),
+        activation=tanh_gelu,
+        select_layer=-1,
+        patch_bias=True,
+        class_token=False,
+        pre_norm=False,
+    )
+    return MiniCPMV25Config(
+        decoder,
+        vision,
+        query_num=c.get("query_num", 96),
+        num_crops=cut.get("max_slice_nums", 9),
+        scale_resolution=cut.get("scale_resolution", 448),
+        corrected_mask=c.get("corrected_mask", False),
+    )
+
+
+def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, Any]:
+    """config.json for a policy of these dimensions: what `read_config` reads."""
+    c, v = config.decoder, config.vision
+    values = {
+        "architectures": ["MiniCPMV"],
+        "model_type": "minicpmv",
+        "version": "2.5",
+        "torch_dtype": dtype,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": c.max_position,
+        "attention_bias": False,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "query_num": config.query_num,
+        "image_size": config.scale_resolution,
+        "patch_size": v.patch_size,
+        "batch_vision_input": True,
+        "drop_vision_last_layer": False,
+        "slice_mode": True,
+        "slice_config": {
+            "model_type": "minicpmv",
+            "max_slice_nums": config.num_crops,
+            "scale_resolution": config.scale_resolution,
+            "patch_size": v.patch_size,
+        },
+        "vision_config": {
+            "model_type": "idefics2",
+            "hidden_size": v.hidden_size,
+            "intermediate_size": v.intermediate_size,
+            "num_hidden_layers": v.num_layers,
+            "num_attention_heads": v.num_heads,
+            "image_size": v.image_size,
+            "patch_size": v.patch_size,
+            "layer_norm_eps": v.layer_norm_eps,
+        },
+    }
+    return {"config.json": values | ({"corrected_mask": True} if config.corrected_mask else {})}
+
+
+def table(config: MiniCPMV25Config) -> list[names.Tensor]:
+    """The checkpoint's names."""
+    d, v, ours = config.decoder.hidden_size, config.vision, "resampler."
+    rest = names.llama(config.decoder, "llm.model.", "llm.lm_head")
+    rest += names.patch_embedding(v, "vpm.embeddings.patch_embedding", "tower")
+    rest += [
+        names.plain("vpm.embeddings.position_embedding.weight", (v.side**2, v.hidden_size), "tower.position"),
+        names.plain("resampler.query", (config.query_num, d), f"{ours}query"),
+        names.plain("resampler.proj", (d, d), f"{ours}project"),  # multiplied from the right, as stored
+    ]
+    rest += names.vit_blocks(v, "vpm.encoder.layers.{}.", "tower.blocks.")
+    rest += names.norm("vpm.post_layernorm", v.hidden_size, "tower.post_norm", bias=True)
+    for theirs, norm in (("ln_q", "query_norm"), ("ln_kv", "kv_norm"), ("ln_post", "post_norm")):
+        rest += names.norm(f"resampler.{theirs}", d, ours + norm, bias=True)
+    rest += names.linear("resampler.kv_proj", v.hidden_size, d, f"{ours}kv")
+    rest += names.linear("resampler.attn.out_proj", d, d, f"{ours}o", bias=True)
+    weight = [names.Part(ours + n, (3, d, d), np.s_[i], (1, 0)) for i, n in enumerate("qkv")]
+    bias = [names.Part(f"{ours}{n}_bias", (3, d), np.s_[i]) for i, n in enumerate("qkv")]
+    return [
+        *rest,
+        names.Tensor("resampler.attn.in_proj_weight", (3 * d, d), tuple(weight)),
+        names.Tensor("resampler.attn.in_proj_bias", (3 * d,), tuple(bias)),
+    ]
+
+
+FAMILY = hf.Family(read_config, config_files, table, MiniCPMV25, MiniCPMV25Processor, tokenizer.load)

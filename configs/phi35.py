@@ -1,0 +1,90 @@
+"""M-STaR from Phi-3.5-vision, with the paper's values (arXiv 2412.17451) where it gives them.
+
+    python -m mstar_jax.main --config=configs/phi35.py \
+        --config.policy.path=/checkpoints/Phi-3.5-vision-instruct \
+        --config.data.labelled=/data/mathv360k.json --config.data.root=/data/images
+    python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-mstar
+
+The other two policies differ in a few values only: configs/internvl2.py, configs/minicpmv25.py.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # devices per axis; -1 takes what is left
+
+    c.policy = policy = ConfigDict()
+    policy.path = ""  # the official checkpoint's folder, or its hub id; has to be given
+    policy.max_crops = 4  # most high-resolution crops of an image, beside its global view (official: 4)
+
+    c.data = data = ConfigDict()
+    data.labelled = ""  # a file in MathV360K's format; has to be given
+    data.root = ""  # what its image paths are relative to; empty for the file's folder
+    data.seed = 0  # of the split by image: half of the queries is labelled (180K), as in the paper
+    data.validation = 250  # queries, measured after every iteration
+    data.test = 750  # queries, measured at the ends of the run
+    data.max_prompt = 1536  # tokens, image included (at most 781); longer prompts are left out and counted
+    data.buckets = (1024, 1280, 1536, 2048, 2560, 3072)  # row lengths, tokens; few, since each is compiled
+    data.workers = 8  # processes that decode images
+
+    # What the policy is asked. Answers are read behind "The answer is".
+    c.prompts = ConfigDict()
+    c.prompts.cot = (
+        "{question}{choices}\nReason step by step, one step a line. Close with a last line: The answer is ..."
+    )
+    c.prompts.direct = "{question}{choices}\nClose with a last line: The answer is ..."  # SFT asks this
+    c.prompts.hint = (  # the warm-up asks this: the answer is shown, the reasoning is not
+        "{question}{choices}\nThe right answer is {answer}. Show step by step, one step a line, how it "
+        "follows from the image and the question. Close with a last line: The answer is {answer}"
+    )
+
+    # Warm-up: the paper says what it does, not how long; these values are ours
+    c.warmup = warmup = ConfigDict()
+    warmup.queries, warmup.k, warmup.keep = 50_000, 4, 1  # rationales sampled, correct ones kept, per query
+    warmup.temperature = 1.0
+    warmup.steps = 700  # about one pass over what is kept
+    warmup.batch = 64  # rows: queries, each with its `keep` rationales
+    warmup.learning_rate = 1e-6
+    warmup.warmup_steps = 20
+    warmup.final_fraction = 1.0  # of the peak rate at the end; 1 keeps it constant
+
+    c.evolve = evolve = ConfigDict()
+    evolve.iterations = 16  # with 625 steps each: 10K steps in all
+    evolve.fraction = 0.25  # of the labelled queries, an iteration: Continuous Self-Evolving's best interval
+    evolve.k = 16  # responses per query
+    evolve.keep = 2  # correct responses of a query that train, by lot
+    evolve.distinct = False  # train only on responses with different text
+    evolve.temperature = 1.0
+    evolve.steps = 625  # an iteration
+    evolve.batch = 64  # rows: queries, each with up to 2 responses, so 128 responses
+    evolve.learning_rate = 1e-6
+    evolve.warmup_steps = 0
+    evolve.final_fraction = 1.0  # the paper's rate is constant
+    evolve.data = "rollouts"  # or "answers" (SFT), "warmup" (control)
+    evolve.start = "last"  # every iteration trains from pi_t; "initial" (ReST^EM): from the warm-up
+    evolve.reset = False  # True (Iterative RFT, ReST^EM): optimizer state and schedule begin again
+    evolve.keep_checkpoints = 2  # iterations
+
+    c.train = train = ConfigDict()
+    train.b1, train.b2, train.weight_decay, train.clip = 0.9, 0.95, 0.0, 1.0  # AdamW; global norm
+    train.accumulate = 1  # microbatches of a step
+    train.dtype = "bfloat16"  # of the computation; parameters and optimizer state are float32
+    train.remat = "full"  # recompute every block in the backward pass; "dots" keeps the matrix products
+    train.frozen = ()  # regular expressions of parameter names; ("^tower",) freezes the vision tower
+    train.log_every, train.save_every = 10, 125  # steps
+
+    c.sampling = sampling = ConfigDict()
+    sampling.batch = 64  # queries decoded together, each with its k branches
+    sampling.max_new_tokens = 512
+    sampling.top_k, sampling.top_p, sampling.min_p = 0, 1.0, 0.0  # off: the policy itself is sampled
+    sampling.stop_strings = ()
+    sampling.dtype = "bfloat16"
+
+    c.eval = ConfigDict()
+    c.eval.samples, c.eval.k, c.eval.temperature = 16, 8, 1.0  # for Pass@k; greedy comes beside them
+    c.eval.test_at = ("base", "warmup")  # stages that are measured on the test split, beside the last
+    c.eval.show = 50  # queries in the tables of samples
+    return c

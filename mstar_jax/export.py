@@ -1,0 +1,80 @@
+"""A run's policy as a Hugging Face checkpoint.
+
+    python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-evolved [--stage=warmup]
+
+Weights go out under the official names, in the files and dtypes of the checkpoint that the run started
+from; its config, generation_config, tokenizer and processor files are taken along unchanged.
+"""
+
+import json
+import pathlib
+import sys
+
+import absl.logging
+import jax
+import ml_collections
+from absl import app, flags
+
+from mstar_jax import setup, sharding
+from mstar_jax.checkpoint import Checkpoints
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run of mstar_jax.main.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist, or be empty.")
+STAGE = flags.DEFINE_string("stage", "", "base, warmup or iteration_07; default the last one trained.")
+
+
+def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
+    """Writes a stage's policy.
+
+    Args:
+      workdir: of a run.
+      output: a new or empty folder.
+      stage: which policy; empty for the last one whose training is complete.
+
+    Returns:
+      The stage's name.
+
+    Raises:
+      ValueError: there is no such run or stage, or `output` holds something.
+    """
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no run: it holds no config.json")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there and not empty: nothing is overwritten")
+    values = json.loads((workdir / "config.json").read_text())
+    config = ml_collections.ConfigDict(values)
+    done = {path.parent.name for path in (workdir / "checkpoints").glob("*/done.json")}
+    finished = [*(name for name in ("base", "warmup") if name in done), *sorted(done - {"base", "warmup"})]
+    if not finished or (stage and stage not in finished):
+        there = ", ".join(finished) or "none"
+        raise ValueError(f"{workdir}: no finished training of {stage or 'any stage'}; there is {there}")
+    stage = stage or finished[-1]
+    policy = setup.make_policy(config, workdir)
+    abstract = jax.eval_shape(policy.build)
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    params = Checkpoints(workdir / "checkpoints").params(stage, abstract)
+    policy.save(params, output)
+    return stage
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    output = pathlib.Path(str(OUTPUT.value))
+    try:
+        stage = export(pathlib.Path(str(WORKDIR.value)), output, STAGE.value)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    names = ", ".join(sorted(path.name for path in output.iterdir()))
+    print(f"{stage} of {WORKDIR.value} -> {output.absolute()}: {names}")
+    print(f'load it with mstar_jax.models.load("{output}")')
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "output"])
+    jax.config.config_with_absl()
+    app.run(main)

@@ -1,0 +1,106 @@
+"""Every policy's config, shrunk: from a small checkpoint in the official format through the whole loop."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from mstar_jax import evolve, export, models, selection, sharding
+from mstar_jax.data import figures
+from mstar_jax.models import phi35
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+SMALL = {
+    "data.validation": 4,
+    "data.test": 4,
+    "data.workers": 0,
+    "data.max_prompt": 400,
+    "data.buckets": (160, 256, 448),
+    "warmup.queries": 6,
+    "warmup.k": 2,
+    "warmup.steps": 2,
+    "warmup.warmup_steps": 0,
+    "warmup.batch": 8,
+    "evolve.iterations": 2,
+    "evolve.steps": 2,
+    "evolve.k": 2,
+    "evolve.batch": 8,
+    "evolve.learning_rate": 1e-3,
+    "sampling.batch": 8,
+    "sampling.max_new_tokens": 6,
+    "eval.samples": 2,
+    "eval.k": 2,
+    "train.save_every": 1,
+}
+
+
+def phi35_folder(path, words):
+    phi35.make_tokenizer(tiny.TEXTS, words, tiny.VOCAB)
+    source = models.FromScratch(phi35.FAMILY, tiny.config(), words)
+    source.save(tiny.model(), path, "bfloat16")
+
+
+FAMILIES = {"phi35": phi35_folder}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
+    folder, work = tmp_path / "official", tmp_path / "work"
+    FAMILIES[name](folder, tmp_path / "words")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
+    data = figures.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    config.update_from_flattened_dict(
+        SMALL | {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
+    )
+    config.lock()
+    monkeypatch.setattr(selection, "correct", list)  # so small a policy is never right
+    work.mkdir()
+    (work / "config.json").write_text(config.to_json_best_effort())
+    with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+        stages = evolve.run(config, work, {}, lambda: False)
+    assert [(s["stage"], s["split"]) for s in stages][:2] == [("base", "validation"), ("base", "test")]
+    assert [s["iteration"] for s in stages if s["stage"] == "iteration"] == [1, 2, 2]
+
+    assert export.export(work, tmp_path / "out") == "iteration_02"
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[k].dtype == after[k].dtype and before[k].shape == after[k].shape for k in before)
+    changed = [k for k in before if before[k].tobytes() != after[k].tobytes()]
+    assert len(changed) > len(before) // 2
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    trained, _ = models.load(tmp_path / "out", jnp.float32)
+    for leaf in jax.tree.leaves(trained):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
+def test_what_has_to_be_given_is_asked_for(tmp_path):
+    config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
+    with pytest.raises(ValueError, match=r"policy.path is not set: .*--config.policy.path"):
+        evolve.run(config, tmp_path, {}, lambda: False)
+    config.policy.path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"data.labelled is not set: .*--config.data.labelled"):
+        evolve.run(config, tmp_path, {}, lambda: False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses(tmp_path):
+    with pytest.raises(ValueError, match="is no run: it holds no config.json"):
+        export.export(tmp_path, tmp_path / "out")
+    config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"]()
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort())))
+    with pytest.raises(ValueError, match="no finished training of any stage; there is none"):
+        export.export(tmp_path, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("")
+    with pytest.raises(ValueError, match="out is there and not empty: nothing is overwritten"):
+        export.export(tmp_path, tmp_path / "out")
