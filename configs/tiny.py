@@ -23,7 +23,7 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     data.validation = 256  # queries, measured after every stage
     data.test = 512  # queries, measured at the ends of the run
     data.max_prompt = 448  # tokens, image included; longer prompts are left out and counted
-    data.buckets = (80, 96, 120, 168, 192, 256, 320, 448, 512, 640)  # row lengths, tokens
+    data.buckets = (24, 64, 80, 96, 120, 168, 192, 256, 320, 448, 512, 640)  # row lengths, tokens
     data.workers = 0  # processes that decode images; 0 for threads: these images are 64 pixels wide
     data.figures = ConfigDict(
         {"train": 3072, "unlabelled": 256, "validation": 512, "test": 512}  # queries

@@ -1,29 +1,25 @@
-"""InternVL2's host side (tiles, prompts, tokens), its checkpoint, and the official implementation's outputs."""
+"""InternVL2's host side: tiles, prompts, tokens; partly against the official implementation's outputs."""
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 import pathlib
 import pickle
+import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
 import tiny
-from flax import nnx
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
-from mstar_jax import models, sharding
-from mstar_jax.models import internvl2, layers, names, tokenizer
-from mstar_jax.models.vision import VitConfig, gelu, patchify
+from mstar_jax.models import internvl2, tokenizer
+from mstar_jax.models.vision import VitConfig, gelu
 
 GOLDEN = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent")) / "internvl2"
-TENSORS = GOLDEN.parents[1] / "internvl2.tensors.tsv"  # the released checkpoint's names and shapes
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no official outputs in {GOLDEN}")
 
 PIECES, VOCAB, SIZE = 330, 345, 16
@@ -40,22 +36,6 @@ CONFIG = internvl2.InternVL2Config(
     VitConfig(16, 32, 3, 2, SIZE, 4, layer_norm_eps=1e-6, layer_scale=True, **VARIANT),
     num_crops=6,
 )
-
-
-def model(config=CONFIG, seed=0):
-    """A policy whose every parameter is random."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = sharding.parameter_name(path)
-        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
-        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract(config))
-
-
-def abstract(config=CONFIG):
-    return jax.eval_shape(lambda: internvl2.InternVL2(config, nnx.Rngs(0)))
 
 
 def make_words(folder):
@@ -92,14 +72,6 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def processor(words):
     return internvl2.InternVL2Processor(CONFIG, internvl2.load_tokenizer(words))
-
-
-@pytest.fixture(scope="module")
-def folder(words, tmp_path_factory):
-    """A tiny policy in the official format, in bfloat16."""
-    path = tmp_path_factory.mktemp("policy")
-    models.FromScratch(internvl2.FAMILY, CONFIG, words).save(model(), path, "bfloat16")
-    return path
 
 
 def picture(width, height, seed=0):
@@ -194,7 +166,8 @@ def test_prompt_is_the_official_string(processor, sizes):
         4 * internvl2.tile_count(*internvl2.tile_grid(*size, 1, 6, SIZE), thumbnail=True) for size in sizes
     ]
     question = "".join(f"<img>{'<IMG_CONTEXT>' * n}</img>\n" for n in counts) + "What is the area?"
-    system = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+    system = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型"
+    system += "，英文名叫InternVL, 是一个有用无害的人工智能助手。"
     whole = f"<|im_start|>system\n{system}<|im_end|><|im_start|>user\n{question}<|im_end|>"
     ids = np.array(processor.tokenizer(whole + "<|im_start|>assistant\n")["input_ids"])
     vocab = processor.tokenizer.get_vocab()
@@ -214,36 +187,36 @@ def test_prompt_is_the_official_string(processor, sizes):
         np.testing.assert_array_equal(prompt.pixels[start : start + len(tiles)], tiles)
 
 
+class Official:
+    """The released tokenizer, as far as one of its outputs shows it: every segment between special tokens,
+    and nothing else."""
+
+    def __init__(self, text, ids):
+        self.known = dict(zip(internvl2.SPECIAL, [0, 1, 2, *range(92538, 92553)], strict=True))
+        self.cut = re.compile("(" + "|".join(map(re.escape, self.known)) + ")")
+        self.segments, names = {"": []}, {i: token for token, i in self.known.items()}
+        runs = [list(run) for special, run in itertools.groupby(ids, names.__contains__) if not special]
+        parts = [part for part in self.cut.split(text)[::2] if part]
+        self.segments |= dict(zip(parts, runs, strict=True))
+
+    def __len__(self):
+        return 92553
+
+    def get_vocab(self):
+        return self.known
+
+    def __call__(self, text, add_special_tokens=True):
+        parts = enumerate(self.cut.split(text))
+        ids = [[self.known[part]] if i % 2 else self.segments[part] for i, part in parts]
+        return {"input_ids": [1] * add_special_tokens + sum(ids, [])}
+
+
 @golden
 def test_prompt_ids_of_the_official_tokenizer():
-    """Its ids for every segment between special tokens; a segment that it never met would be a KeyError."""
     cases = json.loads((GOLDEN / "tokenizer_goldens.json").read_text())
     text = next(text for text in cases if "<IMG_CONTEXT>" in text)
-    known = dict(zip(internvl2.SPECIAL, [0, 1, 2, *range(92538, 92553)], strict=True))
-    segments, ids = {}, cases[text][1:]
-    cuts = [i for i, token in enumerate(ids) if token in known.values()] + [len(ids)]
-    read = internvl2.tokenizer.SentencePiece.__new__(internvl2.tokenizer.SentencePiece)
-    pattern = "(" + "|".join(map(internvl2.re.escape, known)) + ")"
-    parts = internvl2.re.split(pattern, text)[2::2]
-    for part, start, end in zip(parts, cuts, cuts[1:], strict=True):
-        segments[part] = ids[start + 1 : end]
-    assert read is not None and segments["user\n"] == cases["<|im_start|>user\n"][2:]
-
-    class Official:
-        def __len__(self):
-            return 92553
-
-        def get_vocab(self):
-            return known
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = [1] if add_special_tokens else []
-            for number, part in enumerate(internvl2.re.split(pattern, text)):
-                ids += [known[part]] if number % 2 else segments[part]
-            return {"input_ids": ids}
-
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=92553))
-    processor = internvl2.InternVL2Processor(config, Official())
+    processor = internvl2.InternVL2Processor(config, Official(text, cases[text]))
     prompt = processor.encode("What is in the picture?", [picture(16, 16)])
     assert np.where(prompt.image_index < 0, prompt.tokens, 92546).tolist() == cases[text]
     assert processor.stop_ids == (92542, 92543, 2)
@@ -336,6 +309,10 @@ def test_folders_without_a_tokenizer(words, processor, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((words / "tokenizer.model").read_bytes())
     bare = internvl2.load_tokenizer(tmp_path)
     assert len(bare) == PIECES and bare.decode(bare("a <box>")["input_ids"]) == "a <box>"
+    (tmp_path / "added_tokens.json").write_text('{"<r>": 330, "<r>x": 331}')
+    added = internvl2.load_tokenizer(tmp_path)
+    assert added("<r>x<r>", add_special_tokens=False)["input_ids"] == [331, 330], "the longest that fits"
+    assert added.decode([331, 330, 400]) == "<r>x<r>" and not added.decode([331], skip_special_tokens=True)
     with pytest.raises(ValueError, match="the tokenizer has no <|plugin|>, .*, <img>"):
         internvl2.InternVL2Processor(CONFIG, bare)
     internvl2.make_tokenizer(tiny.TEXTS, tmp_path, VOCAB)  # a tokenizer.json goes first

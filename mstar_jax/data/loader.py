@@ -230,12 +230,15 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """An endless, shuffled stream of training batches from weighted sources.
 
+    Sources whose longest rows fall into the same bucket are mixed row by row; sources of different shapes
+    take turns, batch by batch, so that short rows are not padded to the longest ones.
+
     Args:
       sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows
         drawn.
       processor: the family's host side.
       size: rows of the *global* batch.
-      buckets: row lengths to choose from; one is chosen for the whole stream, so it compiles once.
+      buckets: row lengths to choose from; one is chosen for a source, so few programs are compiled.
       seed: of the shuffle; every epoch has its own order.
       workers: processes that decode images; 0 decodes in threads of this one.
       process: (index, count); a process gets its share of every global batch.
@@ -252,18 +255,25 @@ def train_batches(
     index, count = process
     if size % count:
         raise ValueError(f"a global batch of {size} rows cannot be shared by {count} processes")
-    rows = [row for part, _ in filled for row in part]
-    length = bucket(max(row.length for row in rows), buckets)
-    crops = max(row.prompt.crops for row in rows)
-    parts = [grain.MapDataset.source(part).seed(seed).shuffle().repeat() for part, _ in filled]
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [weight for _, weight in filled])
-    encoded = (
-        mixed[index::count].map(_EncodeRow(processor, length, crops)).batch(size // count, batch_fn=_batch)
-    )
+    shapes: dict[tuple[int, int], list[tuple[Any, float]]] = {}
+    for part, weight in filled:
+        shape = bucket(max(row.length for row in part), buckets), max(row.prompt.crops for row in part)
+        rows = grain.MapDataset.source(part).seed(seed).shuffle().repeat()
+        shapes.setdefault(shape, []).append((rows, weight))
+    streams = []
+    for (length, crops), parts in shapes.items():
+        encoded = _mix(parts)[index::count].map(_EncodeRow(processor, length, crops))
+        streams.append((encoded.batch(size // count, batch_fn=_batch), sum(weight for _, weight in parts)))
+    encoded = _mix(streams)
     iterator = iter(_prefetched(encoded, workers))
     if state:
         iterator.set_state(state)
     return iterator
+
+
+def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
+    datasets, weights = zip(*parts)
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
 def _batch(rows: Sequence[Batch]) -> Batch:

@@ -195,7 +195,7 @@ def save_params(
     else:
         dtypes = dict.fromkeys(named, np.dtype(_np_dtype(dtype)))
         sizes = {name: math.prod(entry.shape) * dtypes[name].itemsize for name, entry in named.items()}
-        files = _split(sizes)
+        files = split(sizes)
         if len(files) > 1:
             index: dict[str, Any] = {"metadata": {"total_size": sum(sizes.values())}}
             index["weight_map"] = {name: file for file, names in files.items() for name in names}
@@ -228,8 +228,8 @@ def _gathered(value: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
-def _split(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """File names and the tensors in each."""
+def split(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """File names and the tensors in each, from the tensors' sizes in bytes: at most `SHARD` a file."""
     groups: list[list[str]] = [[]]
     room = SHARD
     for name, size in sizes.items():

@@ -130,9 +130,8 @@ def cut_tiles(image: Image.Image, rows: int, columns: int, size: int, thumbnail:
     whole = np.asarray(image.resize((size * columns, size * rows), Image.Resampling.BICUBIC))
     tiles = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
     if tile_count(rows, columns, thumbnail) > len(tiles):
-        tiles = np.concatenate(
-            [tiles, np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))[None]]
-        )
+        small = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        tiles = np.concatenate([tiles, small[None]])
     return (tiles.astype(np.float32) / 255.0 - MEAN) / STD
 
 
@@ -165,6 +164,11 @@ class InternVL2Processor:
         self._bos = known[BOS]
         self._control = frozenset(known[token] for token in SPECIAL if token != UNK)
 
+    @property
+    def _features(self) -> int:
+        """Of a tile: 256 for the released model."""
+        return (self.config.vision.side // 2) ** 2
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -191,9 +195,7 @@ class InternVL2Processor:
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, tiles) without decoding an image; sizes are (width, height)."""
         tiles = sum(tile_count(*self._grid(*size), self.config.use_thumbnail) for size in sizes)
-        return sum(map(len, self._chunks(text, len(sizes)))) + tiles * (
-            self.config.vision.side // 2
-        ) ** 2, tiles
+        return sum(map(len, self._chunks(text, len(sizes)))) + tiles * self._features, tiles
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
         """The official chat prompt, every image span whole. Images stand before the text, each as
@@ -205,7 +207,7 @@ class InternVL2Processor:
         pixels = [np.zeros((0, size, size, 3), np.float32)]
         for image, chunk in zip(images, chunks[1:], strict=True):
             pixels.append(cut_tiles(image, *self._grid(*image.size), size, c.use_thumbnail))
-            length = len(pixels[-1]) * (c.vision.side // 2) ** 2
+            length = len(pixels[-1]) * self._features
             tokens += [[0] * length, chunk]
             index += [np.arange(first, first + length), [-1] * len(chunk)]
             first += length

@@ -1,0 +1,314 @@
+"""InternVL2's checkpoints, its features' order, and the official implementation's outputs."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
+
+from mstar_jax import models, sharding
+from mstar_jax.models import hf, internvl2, layers, names
+from mstar_jax.models.layers import DecoderConfig
+from mstar_jax.models.vision import VitConfig, gelu, patchify
+
+# the released checkpoint's names and shapes, if at hand
+TENSORS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent")).parent / "internvl2.tensors.tsv"
+FULL = internvl2.InternVL2Config(
+    DecoderConfig(
+        vocab_size=92553,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=24,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        max_position=32768,
+        original_max_position=32768,
+    ),
+    VitConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=24,
+        num_heads=16,
+        image_size=448,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+        activation=gelu,
+        select_layer=-1,
+        patch_bias=True,
+        pre_norm=False,
+        post_norm=False,
+        layer_scale=True,
+    ),
+)
+
+
+def abstract(config):
+    return jax.eval_shape(lambda: internvl2.InternVL2(config, nnx.Rngs(0)))
+
+
+def model(seed=0):
+    """A policy whose every parameter is random."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name = sharding.parameter_name(path)
+        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
+        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny policy in the official format, in bfloat16."""
+    path, words = tmp_path_factory.mktemp("policy"), make_words(tmp_path_factory.mktemp("words"))
+    models.FromScratch(internvl2.FAMILY, CONFIG, words).save(model(), path, "bfloat16")
+    return path
+
+
+def leaves(policy):
+    return {name: np.asarray(leaf) for name, leaf in sharding.named(policy).items()}
+
+
+# ---- names --------------------------------------------------------------------------------------------
+
+
+def test_the_released_model_has_its_size():
+    policy = abstract(FULL)
+    named = names.tensors(internvl2.table(FULL), policy)
+    sizes = [int(np.prod(entry.shape)) for entry in named.values()]
+    assert (len(sizes), sum(sizes)) == (517, 2_205_754_368)
+    assert sum(leaf.size for leaf in jax.tree.leaves(policy)) == 2_205_754_368
+
+
+@pytest.mark.skipif(not TENSORS.exists(), reason=f"no {TENSORS}")
+def test_names_and_shapes_are_the_released_ones():
+    named = names.tensors(internvl2.table(FULL), abstract(FULL))
+    lines = [line.split("\t") for line in TENSORS.read_text().splitlines()]
+    official = {name: tuple(map(int, shape.split("x"))) for name, shape, _ in lines}
+    assert {name: entry.shape for name, entry in named.items()} == official
+
+
+def test_config_is_read_back(folder, tmp_path):
+    assert models.Pretrained(folder).config == CONFIG
+    assert models.Pretrained(folder, max_crops=3).config == dataclasses.replace(CONFIG, num_crops=3)
+    files = internvl2.config_files(FULL, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(files["config.json"]))
+    assert internvl2.read_config(tmp_path) == FULL
+
+
+@golden
+def test_config_of_the_official_code():
+    decoder = dataclasses.replace(
+        FULL.decoder,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    vision = dataclasses.replace(FULL.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4)
+    assert internvl2.read_config(GOLDEN) == internvl2.InternVL2Config(decoder, vision, 12, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("", "ps_version", "v1"),
+        ("", "force_image_size", 448),
+        ("vision_config", "norm_type", "rms_norm"),
+        ("vision_config", "qk_normalization", True),
+        ("llm_config", "model_type", "qwen2"),
+    ],
+)
+def test_siblings_of_another_architecture_are_refused(folder, tmp_path, part, key, value):
+    values = hf.read_json(folder / "config.json")
+    (values[part] if part else values)[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"config.json: .*{key} is {value!r}, only .* is known"):
+        models.Pretrained(tmp_path)
+
+
+# ---- in and out ---------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_what_was_there(folder):
+    policy, processor = models.load(folder, jnp.float32)
+    want = {k: v.astype(jnp.bfloat16).astype(np.float32) for k, v in leaves(model()).items()}
+    got = leaves(policy)
+    assert got.keys() == want.keys()
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    assert processor.decode(processor.encode_response("Step 1: 12.")) == "Step 1: 12."
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_import_then_export_is_bit_for_bit(folder, tmp_path, dtype):
+    source = models.Pretrained(folder)
+    source.save(source.load(dtype), tmp_path / "out")
+    there, here = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert there.keys() == here.keys()
+    for name in there:
+        assert there[name].dtype == here[name].dtype
+        assert there[name].tobytes() == here[name].tobytes(), name
+    same = [p.name for p in folder.iterdir() if p.suffix != ".safetensors"]
+    assert {"tokenizer.model", "tokenizer_config.json", "added_tokens.json", "config.json"} == set(same)
+    for name in same:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_row_of_wqkv_is_a_group_s_query_key_or_value(folder, tmp_path):
+    """Two groups of two queries, a key and a value of 8 rows each: rows 8 to 16 are query head 1, rows 40 to
+    48 query head 3, rows 48 to 56 key head 1, rows 56 to 64 value head 1."""
+    values = load_file(folder / "model.safetensors")
+    name = "language_model.model.layers.1.attention.wqkv.weight"
+    values[name] = np.zeros_like(values[name])
+    for start, number in ((8, 1), (40, 3), (48, 5), (56, 7)):
+        values[name][start : start + 8] = number
+    hf.copy_files(folder, tmp_path)
+    save_file(values, tmp_path / "model.safetensors")
+    got = leaves(models.load(tmp_path, jnp.float32)[0])
+    q, k, v = (got[f"decoder.blocks.{part}"][1] for part in "qkv")
+    for head, number in enumerate((0, 1, 0, 3)):
+        assert (q[:, head] == number).all()
+    assert (k[:, 0] == 0).all() and (k[:, 1] == 5).all() and (v[:, 0] == 0).all() and (v[:, 1] == 7).all()
+    for part, before in leaves(models.load(folder, jnp.float32)[0]).items():
+        changed = part.split(".")[-1] in "qkv" and part.startswith("decoder")
+        np.testing.assert_array_equal(got[part][0 if changed else ...], before[0 if changed else ...])
+
+
+def test_straight_into_a_sharding(folder):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    whole, _ = models.load(folder, jnp.float32)
+    policy = models.Pretrained(folder).load(jnp.float32, mesh=mesh)
+    cut, parts = 0, [sharding.named(whole), sharding.named(policy)]
+    for name, leaf in parts[0].items():
+        np.testing.assert_array_equal(np.asarray(parts[1][name]), np.asarray(leaf), err_msg=name)
+        cut += parts[1][name].addressable_shards[0].data.size < leaf.size
+    assert cut > 15
+
+
+# ---- features -----------------------------------------------------------------------------------------
+
+
+def test_each_place_finds_its_feature(folder):
+    """Feature 4 t + 2 i + j of the table is the merged patches (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1)
+    of tile t, projected."""
+    policy, processor = models.load(folder, jnp.float32)
+    prompt = processor.encode("?", [picture(48, 32)])
+    assert len(prompt.pixels) == 7
+
+    @jax.jit
+    def run(m, p, t, i):
+        return m.image_features(p)[0], m.tower(patchify(p[0], 4)), m.embed(t[None], i[None], p)[0]
+
+    table, patches, x = run(policy, prompt.pixels[None], prompt.tokens, prompt.image_index)
+    there = prompt.image_index >= 0
+    assert table.shape == (28, 32)
+    np.testing.assert_array_equal(x[there], table)
+    np.testing.assert_array_equal(x[~there], policy.decoder.embedding[...][prompt.tokens[~there]])
+    patches = np.asarray(patches).reshape(7, 4, 4, 16)
+    for t, i, j in ((0, 0, 1), (4, 1, 0), (6, 1, 1)):
+        square = patches[t, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        merged = np.concatenate([square[0, 0], square[0, 1], square[1, 0], square[1, 1]])
+        y = (merged - merged.mean()) / np.sqrt(merged.var() + 1e-5)
+        y = y * policy.project_norm[...] + policy.project_norm_bias[...]
+        y = jax.nn.gelu(y @ policy.project_up[...] + policy.project_up_bias[...], approximate=False)
+        y = y @ policy.project_out[...] + policy.project_out_bias[...]
+        np.testing.assert_allclose(table[4 * t + 2 * i + j], y, atol=2e-5)
+
+
+def test_the_projector_s_norm_has_its_own_epsilon():
+    """Seen where features are as small as it: a tower of zeros whose positions are all that it hands out."""
+    policy = model()
+    tower = jax.tree.map(jnp.zeros_like, policy.tower)
+    tower.position[...] = 1e-3 * policy.tower.position[...]
+    policy.tower = tower
+    table = jax.jit(lambda m, p: m.image_features(p))(policy, jnp.ones((1, 1, 16, 16, 3)))
+    merged = np.asarray(tower.position[...])[1:][[0, 1, 4, 5]].reshape(-1)
+    y = (merged - merged.mean()) / np.sqrt(merged.var() + 1e-5)
+    y = y * policy.project_norm[...] + policy.project_norm_bias[...]
+    y = jax.nn.gelu(y @ policy.project_up[...] + policy.project_up_bias[...], approximate=False)
+    y = y @ policy.project_out[...] + policy.project_out_bias[...]
+    np.testing.assert_allclose(table[0, 0], y, atol=1e-5)
+
+
+def test_the_branches_of_an_image_prompt_do_not_see_each_other(folder):
+    """A shared row's logits are those of its branches alone, with two images in the prefix."""
+    policy, processor = models.load(folder, jnp.float32)
+    prompt = processor.encode("Area?", [picture(16, 16), picture(30, 16)])
+    answers = [processor.encode_response(text) for text in ("12", "Step 1: 3 cm")]
+
+    def row(*branches):
+        tokens = np.concatenate([prompt.tokens, *branches]).astype(np.int32)
+        number = np.repeat(np.arange(len(branches) + 1), [len(prompt.tokens), *map(len, branches)])
+        index = np.pad(prompt.image_index, (0, len(tokens) - len(prompt.tokens)), constant_values=-1)
+        return {"tokens": tokens, "branch": number, "image_index": index, "pixels": prompt.pixels}
+
+    both = np.asarray(tiny.logits(policy, tiny.stack([row(*answers)])))[0]
+    one = np.asarray(tiny.logits(policy, tiny.stack([row(answers[1])])))[0]
+    end = len(answers[1])
+    np.testing.assert_allclose(both[-end:], one[-end:], atol=1e-4)
+
+
+# ---- official outputs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official():
+    return models.Pretrained(GOLDEN).load(jnp.float32)
+
+
+@jax.jit
+def final_hidden(policy, tokens, index, pixels):
+    """Hidden states of every position of plain causal sequences."""
+    x = policy.embed(tokens, index, pixels)
+    rows, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
+    attend = layers.row_attention(mask, keep=False)
+    return policy.decoder.hidden(x, positions, jnp.zeros(rows, bool), attend)[0]
+
+
+def close(ours, theirs, share):
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=share * np.abs(theirs).max())
+
+
+@golden
+def test_official_image_prompt(official):
+    case = np.load(GOLDEN / "golden_img_1tile.npz")
+    image = Image.open(GOLDEN / "img_1tile.png").convert("RGB")
+    grid = internvl2.tile_grid(*image.size, 1, 12, 448)
+    pixels = internvl2.cut_tiles(image, *grid, 448, thumbnail=True)
+    np.testing.assert_allclose(pixels, np.moveaxis(case["pixel_values"], 1, -1), atol=1e-5)
+    features = jax.jit(lambda m, p: m.image_features(p))(official, pixels[None])
+    close(features, case["vit_proj"], 5e-5)
+    there = case["input_ids"] == 92546
+    index = np.where(there, np.cumsum(there) - 1, -1).astype(np.int32)
+    tokens = np.where(there, 0, case["input_ids"]).astype(np.int32)
+    hidden = final_hidden(official, tokens, index, pixels[None])
+    close(hidden, case["last_hidden"], 5e-5)
+    close(official.logits(hidden[:, -8:]), case["logits"], 5e-5)
+
+
+@golden
+def test_official_text_prompt(official):
+    """Two whole rows; none of our rows is ever padded on the left."""
+    case = np.load(GOLDEN / "golden_text.npz")
+    tokens = case["input_ids"].astype(np.int32)
+    none = np.zeros((len(tokens), 0, 448, 448, 3), np.float32)
+    hidden = final_hidden(official, tokens, np.full_like(tokens, -1), none)
+    close(hidden, case["last_hidden"], 5e-5)
+    close(official.logits(hidden[:, -8:]), case["logits"], 5e-5)
