@@ -234,7 +234,22 @@ def test_processes_share_the_global_batch(processor, count):
         stream(sources, processor, 9, process=(0, 2))
 
 
-def test_a_stream_has_one_shape(processor, prompts):
+def test_sources_of_different_shapes_take_turns(processor, prompts):
+    """Short rows without images keep batches of their own, in their share, and no program more than shapes."""
+    short = text_rows(processor, 9)
+    long = [loader.Row(p, ((7, 8),)) for p in prompts if p.crops]
+    sources = [(short, 0.75), (long, 0.25)]
+    batches = take(stream(sources, processor), 40)
+    shapes = [(batch.tokens.shape[1], batch.pixels.shape[1]) for batch in batches]
+    assert len(set(shapes)) == 2 and shapes.count((64, 0)) == 30
+    for batch, (length, _) in zip(batches, shapes):
+        assert (7 in marks(batch)) == (length != 64), "a batch holds rows of one shape only"
+    iterator = stream(sources, processor)
+    take(iterator, 7)
+    assert_equal(batches[7:12], take(stream(sources, processor, state=iterator.get_state()), 5))
+
+
+def test_a_source_has_one_shape(processor, prompts):
     rows = [loader.Row(p, ((7, 8),)) for p in prompts if p.length < 200]
     shapes = {tuple(x.shape for x in batch) for batch in take(stream([(rows, 1.0)], processor), 6)}
     assert len(shapes) == 1

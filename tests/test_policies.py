@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_internvl2
 import tiny
+import tiny_minicpm
 from safetensors.numpy import load_file
 
 from mstar_jax import evolve, export, models, selection, sharding
 from mstar_jax.data import figures
-from mstar_jax.models import phi35
+from mstar_jax.models import internvl2, minicpmv25, phi35
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SMALL = {
@@ -40,19 +42,29 @@ SMALL = {
 }
 
 
-def phi35_folder(path, words):
+def phi35_policy(words):
     phi35.make_tokenizer(tiny.TEXTS, words, tiny.VOCAB)
-    source = models.FromScratch(phi35.FAMILY, tiny.config(), words)
-    source.save(tiny.model(), path, "bfloat16")
+    return models.FromScratch(phi35.FAMILY, tiny.config(), words)
 
 
-FAMILIES = {"phi35": phi35_folder}
+def internvl2_policy(words):
+    test_internvl2.make_words(words)
+    return models.FromScratch(internvl2.FAMILY, test_internvl2.CONFIG, words)
+
+
+def minicpmv25_policy(words):
+    tiny_minicpm.processor(words)
+    return models.FromScratch(minicpmv25.FAMILY, tiny_minicpm.config(), words)
+
+
+FAMILIES = {"phi35": phi35_policy, "internvl2": internvl2_policy, "minicpmv25": minicpmv25_policy}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
     folder, work = tmp_path / "official", tmp_path / "work"
-    FAMILIES[name](folder, tmp_path / "words")
+    policy = FAMILIES[name](tmp_path / "words")
+    policy.save(policy.build(), folder, "bfloat16")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
     data = figures.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)

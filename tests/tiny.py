@@ -45,8 +45,8 @@ def config(**decoder) -> phi35.Phi35Config:
     return phi35.Phi35Config(dataclasses.replace(DECODER, **decoder), VISION, num_crops=4)
 
 
-def model(cfg: phi35.Phi35Config | None = None, seed: int = 0) -> phi35.Phi35Vision:
-    """A policy whose every parameter is random; from numpy, which compiles nothing."""
+def randomised(make, seed: int = 0):
+    """A model of these shapes whose every parameter is random; from numpy, which compiles nothing."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -54,7 +54,12 @@ def model(cfg: phi35.Phi35Config | None = None, seed: int = 0) -> phi35.Phi35Vis
         centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
         return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract(cfg))
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(make))
+
+
+def model(cfg: phi35.Phi35Config | None = None, seed: int = 0) -> phi35.Phi35Vision:
+    """A policy with random parameters."""
+    return randomised(lambda: abstract(cfg), seed)
 
 
 def abstract(cfg: phi35.Phi35Config | None = None) -> phi35.Phi35Vision:

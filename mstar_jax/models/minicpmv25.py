@@ -135,8 +135,8 @@ class MiniCPMV25(VisionLanguageModel):
         self.resampler = Resampler(config, rngs)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: Slices, remat=None) -> jax.Array:
-        """pixels with [B, C] in front -> [B, C * query_num, D], image after image."""
+    def image_features(self, pixels: Any, remat=None) -> jax.Array:
+        """pixels `Slices` with [B, C] in front -> [B, C * query_num, D], image after image."""
 
         def one(crop):  # the C-th images of all rows together: attention scores of all C would be large
             attended = jnp.arange(crop.patches.shape[1]) < crop.attended[:, None]
