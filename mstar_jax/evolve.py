@@ -213,8 +213,8 @@ class Run:
         planned, left_out = loader.plan_prompts(pairs, self.processor, self.config.data.max_prompt)
         if left_out:
             ids, longest = ", ".join(q.id for q in left_out[:3]), self.config.data.max_prompt
-            text = "%s: left out %d prompts longer than data.max_prompt = %d tokens (%s ...)"
-            log.warning(text, name, len(left_out), longest, ids)
+            text = "%s: left out %d prompts (%s ...): over data.max_prompt = %d tokens, or no room to answer"
+            log.warning(text, name, len(left_out), ids, longest)
         return planned
 
     # --------------------------------------------------------------------------------------- reward

@@ -50,9 +50,9 @@ def reckon(question, objects):
         assert balance != 0
         return "A" if balance > 0 else "B"
     if question.startswith("What is the value of"):
-        return str(dict(zip(["first", "second", "third"], values, strict=False), last=values[-1])[words[-2]])
+        return str(dict(objects)[words[-2]])
     if match := re.fullmatch(r"What is the (sum|difference) of the (\w+) and the (\w+) bar\?", question):
-        a, b = ({"first": values[0], "second": values[1], "last": values[-1]}[match.group(i)] for i in (2, 3))
+        a, b = (dict(objects)[match.group(i)] for i in (2, 3))
         return str(a + b if match.group(1) == "sum" else abs(a - b))
     if "half" in question:
         a, b, c, d = values
@@ -244,13 +244,17 @@ def test_the_base_set(folder):
     counts = collections.Counter(example.mode for example in base)
     assert counts == {"caption": 60, "arithmetic": 1100, "cot": 50}
     assert len({example.query.id for example in base}) == len(base)
-    lines = set()
+    lines, readings = set(), 0
     for example in base:
         query, response = example.query, example.response
         assert (query.images == ()) == (example.mode == "arithmetic")
         if example.mode == "caption":
-            assert query.question == "Describe the image."
-            assert re.fullmatch(r"(Bars|Shapes)( (red|green|blue|yellow|purple|orange) \w+){3,4}", response)
+            described, *read = response.split("\n")
+            assert re.fullmatch(r"(Bars|Shapes)( (red|green|blue|yellow|purple|orange) \w+){3,4}", described)
+            asked = re.fullmatch(r"Describe the image\.|Read the (\w+) bar\.", query.question).group(1)
+            words = described.split()
+            assert read == ([f"Read {asked} {words[words.index(asked) + 1]}"] if asked else [])
+            readings += len(read)
         elif example.mode == "arithmetic":
             lines.add(response)
             numbers = re.findall(r"\d+", query.question)
@@ -261,6 +265,7 @@ def test_the_base_set(folder):
             assert response.split("\n")[-1] == f"The answer is {query.answer}"
             assert query.answer == reckon(query.question, objects)
             assert (query.options is not None) == (query.answer_type == "choice")
+    assert 10 <= readings <= 35
     # Every line of arithmetic that the splits need is taught, once the set is large enough.
     for truth in truth_module.read_truth(folder / "truth.jsonl").values():
         needed = {line for v in truth.variants for line in v if "=" in line or line.startswith("Parity")}

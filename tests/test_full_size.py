@@ -6,15 +6,18 @@ import pathlib
 
 import jax
 import pytest
+import test_internvl2_checkpoint
+import test_minicpmv25_checkpoint
 from flax import nnx
 
-from mstar_jax.models import layers, names, phi35
+from mstar_jax import sharding
+from mstar_jax.models import internvl2, layers, minicpmv25, names, phi35
 
 PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).parent
 
 
-def phi35_config():
-    decoder = layers.DecoderConfig(
+PHI35 = phi35.Phi35Config(
+    layers.DecoderConfig(
         vocab_size=32064,
         hidden_size=3072,
         intermediate_size=8192,
@@ -26,21 +29,24 @@ def phi35_config():
         long_factor=(1.0,) * 48,
         max_position=131072,
         original_max_position=4096,
-    )
-    return phi35.Phi35Config(decoder, phi35.CLIP)
-
-
-FULL = {"phi35_vision": (phi35.FAMILY, phi35_config, 592, 4_146_621_440)}
+    ),
+    phi35.CLIP,
+)
+FULL = {  # family, config, tensors, parameters
+    "phi35_vision": (phi35.FAMILY, PHI35, 592, 4_146_621_440),
+    "internvl2": (internvl2.FAMILY, test_internvl2_checkpoint.FULL, 517, 2_205_754_368),
+    "minicpmv25": (minicpmv25.FAMILY, test_minicpmv25_checkpoint.FULL, 741, 8_537_092_336),
+}
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_names_shapes_and_sizes(name):
-    family, make_config, tensors, parameters = FULL[name]
-    config = make_config()
+    family, config, tensors, parameters = FULL[name]
     model = jax.eval_shape(lambda: family.model(config, nnx.Rngs(0)))
     table = names.tensors(family.table(config), model)
     assert len(table) == tensors
     assert sum(math.prod(entry.shape) for entry in table.values()) == parameters
+    assert {part.ours for entry in table.values() for part in entry.parts} == set(sharding.named(model))
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == parameters, "every weight has its place"
     path = PORTS / f"{name}.tensors.tsv"
     if path.exists():

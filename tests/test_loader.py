@@ -235,7 +235,7 @@ def test_processes_share_the_global_batch(processor, count):
 
 
 def test_sources_of_different_shapes_take_turns(processor, prompts):
-    """Short rows without images keep batches of their own, in their share, and no program more than shapes."""
+    """Short rows without images keep batches of their own, in their share."""
     short = text_rows(processor, 9)
     long = [loader.Row(p, ((7, 8),)) for p in prompts if p.crops]
     sources = [(short, 0.75), (long, 0.25)]

@@ -8,17 +8,15 @@ biases and norm weights too, so that none can be lost unnoticed.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import tiny
 from flax import nnx
 from PIL import Image
 
 from mstar_jax.models import minicpmv25, tokenizer
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig, tanh_gelu
-from mstar_jax.sharding import parameter_name
 
-TEXTS = ["What is the area of the triangle?\nStep 1: the answer is 12.", "(A) 3 cm (B) 4 cm (C) 5 cm"] * 4
 DECODER = DecoderConfig(
     vocab_size=300,
     hidden_size=256,
@@ -54,21 +52,13 @@ def config(**changes) -> minicpmv25.MiniCPMV25Config:
 
 
 def model(seed: int = 0) -> minicpmv25.MiniCPMV25:
-    """A policy whose every parameter is random; from numpy, which compiles nothing."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        name = parameter_name(path)
-        centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
-        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
-
-    shapes = jax.eval_shape(lambda: minicpmv25.MiniCPMV25(config(), nnx.Rngs(0)))
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    """A policy whose every parameter is random."""
+    return tiny.randomised(lambda: minicpmv25.MiniCPMV25(config(), nnx.Rngs(0)), seed)
 
 
 def processor(folder, cfg: minicpmv25.MiniCPMV25Config | None = None) -> minicpmv25.MiniCPMV25Processor:
     """A processor with a tokenizer trained into `folder`."""
-    minicpmv25.make_tokenizer(TEXTS, folder, DECODER.vocab_size)
+    minicpmv25.make_tokenizer(tiny.TEXTS, folder, DECODER.vocab_size)
     return minicpmv25.MiniCPMV25Processor(cfg or config(), tokenizer.load(folder))
 
 

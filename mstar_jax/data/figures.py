@@ -33,13 +33,14 @@ import PIL.Image
 from mstar_jax.data.truth import ANSWER, Truth
 from mstar_jax.structs import Query
 
-FORMAT = 1  # raised when the same parameters come to give other data
+FORMAT = 2  # raised when the same parameters come to give other data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
 STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
 BAR_FAMILIES = {"read": 0.10, "sum": 0.17, "difference": 0.13, "range": 0.16, "total": 0.17}
 BAR_FAMILIES |= {"split": 0.06, "remainder": 0.06, "parity": 0.04}  # more steps, or an answer easily guessed
 SCENE_FAMILIES = {"count": 0.07, "compare": 0.04}
 SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
+READ_CAPTIONS = 0.5  # of the charts' captions: they also read one bar off
 ARITHMETIC = {  # share, question
     "Sum": (0.5, "Compute {} + {}."),
     "Difference": (0.2, "Compute {} - {}."),
@@ -164,16 +165,16 @@ def pose(rng, family, objects):
             question, answer, options = "Is the total odd or even?", "BA"[total % 2], ("odd", "even")
             end = [step("Parity", total)]
     elif family in ("sum", "difference"):
-        named = [("first", values[0]), ("second", values[1]), ("last", values[-1])]
-        (one, a), (two, b) = (named[i] for i in sorted(rng.permutation(3)[:2]))
-        question, low, high = f"What is the {family} of the {one} and the {two} bar?", min(a, b), max(a, b)
-        first, second, answer = [step("Sum", a, b)], [step("Sum", b, a)], a + b
-        if family == "difference":
-            first, second, answer = (
-                [step("Difference", high, low)],
-                [step("Difference", high, low)],
-                high - low,
-            )
+        (one, a), (two, b) = (objects[i] for i in sorted(rng.permutation(len(objects))[:2]))
+        question, reads = (
+            f"What is the {family} of the {one} and the {two} bar?",
+            [f"Read {one} {a}", f"Read {two} {b}"],
+        )
+        if family == "sum":
+            first, second, answer = [*reads, step("Sum", a, b)], [*reads[::-1], step("Sum", b, a)], a + b
+        else:
+            end, answer = [step("Difference", max(a, b), min(a, b))], abs(a - b)
+            first, second = reads, reads[::-1]
     elif family == "split":
         question = "What is the difference between the left half and the right half?"
         left, right = _sums(values[:2]), _sums(values[2:])
@@ -184,10 +185,8 @@ def pose(rng, family, objects):
         first, end, answer = [f"Highest {high}", f"Lowest {low}"], [step("Range", high, low)], high - low
         second = first[::-1]
     elif family == "read":
-        position = int(rng.integers(len(values)))
-        name = "last" if position == len(values) - 1 else ("first", "second", "third")[position]
-        colour, answer = objects[position]
-        question, end = f"What is the value of the {name} bar?", [f"Read {colour} {answer}"]
+        colour, answer = objects[int(rng.integers(len(objects)))]
+        question, end = f"What is the value of the {colour} bar?", [f"Read {colour} {answer}"]
     elif family == "count":
         target = str(rng.choice(sorted({word for shape in objects for word in shape})))
         question = f"How many {target + 's' if target in KINDS else target + ' shapes'} are there?"
@@ -342,7 +341,11 @@ def _base_records(root, rngs, captions, arithmetic, instruct):
     for _ in range(captions):
         objects, name = draw_objects(rng, scene=rng.random() < SCENE_CAPTIONS), next(ids)
         record = {"id": name, "image": _save(root, name, render(rng, objects)), "mode": "caption"}
-        yield record | {"question": "Describe the image.", **asked, "response": describe(objects)}
+        question, lines = "Describe the image.", [describe(objects)]
+        if objects[0][1] not in KINDS and rng.random() < READ_CAPTIONS:
+            colour, value = objects[rng.integers(len(objects))]
+            question, lines = f"Read the {colour} bar.", [*lines, f"Read {colour} {value}"]
+        yield record | {"question": question, **asked, "response": "\n".join(lines)}
     for question, line in draw_arithmetic(rngs["arithmetic"], arithmetic):
         record = {"id": next(ids), "image": None, "mode": "arithmetic"}
         yield record | {"question": question, **asked, "response": line}

@@ -51,7 +51,8 @@ def plan_prompts(
       pairs: (query, rendered prompt).
       processor: the family's host side.
       max_length: longest prefix in tokens. A longer prompt is left out whole: cutting it could cut an
-        image span, and then features and placeholders no longer match.
+        image span, and then features and placeholders no longer match. So is one that leaves no room for
+        a response in the model's context.
 
     Returns:
       The prompts that fit, in order, and the queries left out.
@@ -60,7 +61,7 @@ def plan_prompts(
     size = functools.cache(_image_size)
     for query, text in pairs:
         length, crops = processor.prefix_shape(text, [size(path) for path in query.images])
-        if length > max_length:
+        if length > max_length or processor.length_limit(length) <= length:
             left_out.append(query)
         else:
             prompts.append(Prompt(query, text, length, crops))

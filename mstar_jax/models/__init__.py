@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import hf, internvl2, minicpmv25, phi35
+from mstar_jax.models import hf, internvl2, minicpmv25, phi35, vlm
 
 FAMILIES = {"phi3_v": phi35.FAMILY, "internvl_chat": internvl2.FAMILY, "minicpmv": minicpmv25.FAMILY}
 
@@ -68,12 +68,30 @@ class Pretrained:
         return hf.load_params(self.folder, table, abstract, dtype=jnp.dtype(dtype), mesh=mesh, rules=rules)
 
     def save(self, model: Any, output: str | os.PathLike) -> None:
-        """Writes a model of this architecture as a folder like this one: same files, names and dtypes."""
+        """Writes a policy, or a reward model with one as its trunk, as a folder like this one: same files,
+        names and dtypes."""
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             hf.copy_files(self.folder, output)
-        hf.save_params(model, self.family.table(self.config), output, like=self.folder)
+        policy = model.trunk if isinstance(model, vlm.RewardModel) else model
+        hf.save_params(policy, self.family.table(self.config), output, like=self.folder)
+        if policy is not model:
+            hf.save_head(model.head[...], output)
+
+    def load_reward(
+        self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN
+    ) -> vlm.RewardModel:
+        """The reward model that `save` wrote here; its head stays float32.
+
+        Raises:
+          ValueError: the folder holds a policy only.
+        """
+        head = hf.load_head(self.folder)
+        model = vlm.RewardModel(self.load(dtype, mesh=mesh, rules=rules))
+        layout = sharding.named(sharding.shardings(model, rules, mesh))["head"] if mesh else None
+        model.head[...] = jax.device_put(head, layout)
+        return model
 
 
 def load(
@@ -106,8 +124,8 @@ class FromScratch:
       folder: holds the tokenizer.
     """
 
-    def __init__(self, family: hf.Family, config: Any, folder: str | os.PathLike):
-        self.family, self.config, self.folder = family, config, pathlib.Path(folder)
+    def __init__(self, family: hf.Family, dimensions: Any, folder: str | os.PathLike):
+        self.family, self.config, self.folder = family, dimensions, pathlib.Path(folder)
 
     def build(self, seed: int = 0) -> nnx.Module:
         """The model with random parameters; under `jax.eval_shape`, its shapes."""

@@ -19,6 +19,7 @@ from mstar_jax.models.names import Part, Tensor, layer_of, tensors
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+HEAD = "reward_head.safetensors"  # a reward model's head lies beside its trunk
 SHARD = 5 * 10**9  # bytes; the largest file that is written
 
 
@@ -73,7 +74,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
       ValueError: there is no safetensors file, one is damaged, or two hold the same tensor.
     """
     found: dict[str, Stored] = {}
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != HEAD)
     if not files:
         raise ValueError(f"{folder}: there is no *.safetensors file (no other format is read)")
     for path in files:
@@ -226,6 +227,27 @@ def _gathered(value: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+
+
+def load_head(folder: pathlib.Path) -> np.ndarray:
+    """A reward model's head, float32[D].
+
+    Raises:
+      ValueError: the folder holds none: it is a policy's.
+    """
+    try:
+        with safetensors.safe_open(folder / HEAD, framework="numpy") as file:
+            return file.get_tensor("score.weight")[0]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder / HEAD}: {error}; a policy's folder has no head") from error
+
+
+def save_head(head: jax.Array, output: pathlib.Path) -> None:
+    """Writes a reward model's head, float32[D], as `score.weight` [1, D]. Process 0 writes."""
+    value = _gathered(head)[None]
+    if jax.process_index() == 0:
+        save_file({"score.weight": value}, output / HEAD, metadata={"format": "pt"})
+        (output / HEAD).chmod(0o644)
 
 
 def split(sizes: dict[str, int]) -> dict[str, list[str]]:

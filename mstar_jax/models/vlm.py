@@ -74,12 +74,16 @@ class VisionLanguageModel(nnx.Module):
 
     def __call__(self, batch: Batch, remat=None) -> jax.Array:
         """hidden [B, T, D] that *predicts* each token of the rows (see `layers.row_layout`)."""
-        positions, predictor, mask = layers.row_layout(batch.branch)
+        _, predictor, _ = layers.row_layout(batch.branch)
+        return jnp.take_along_axis(self.hidden(batch, remat), predictor[..., None], axis=1)
+
+    def hidden(self, batch: Batch, remat=None) -> jax.Array:
+        """hidden [B, T, D] at each token of the rows: it knows this token and what stands before it."""
+        positions, _, mask = layers.row_layout(batch.branch)
         x = self.embed(batch.tokens, batch.image_index, batch.pixels, remat)
         long = positions.max(axis=1) + 1 > self.decoder.config.original_max_position
         attend = layers.row_attention(mask, keep=False)
-        hidden, _, _ = self.decoder.hidden(x, positions, long, attend, remat=remat)
-        return jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+        return self.decoder.hidden(x, positions, long, attend, remat=remat)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V]."""
@@ -109,3 +113,19 @@ class VisionLanguageModel(nnx.Module):
     def decode(self, tokens: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:
         """One token per branch: tokens int32[B, K] at place `index` -> hidden [B, K, D] and the cache."""
         return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, index)
+
+
+class RewardModel(nnx.Module):
+    """A policy as the trunk of a process reward model: a linear head on its hidden states.
+
+    The score of a step is read at the step's last token. In a checkpoint the head is `score.weight` [1, D].
+    """
+
+    def __init__(self, trunk: VisionLanguageModel):
+        """Starts from a policy, with a head of zeros: every score is 0."""
+        self.trunk = trunk
+        self.head = nnx.Param(jnp.zeros(trunk.decoder.norm[...].shape, jnp.float32), axes=("embed",))
+
+    def __call__(self, batch: Batch, remat=None) -> jax.Array:
+        """float32[B, T], the score (a logit) after each token of the rows; all branches in one pass."""
+        return self.trunk.hidden(batch, remat).astype(jnp.float32) @ self.head[...]
