@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, SIZE, VOCAB
 
 from mstar_jax import models, sharding
@@ -202,6 +202,14 @@ CASES = {
     "two by three and a thumbnail": ((2, 3),),
     "one tile and several": ((1, 1), (1, 2), (2, 1)),
 }
+
+
+def test_every_weight_is_read_and_written_back(policy, folder, tmp_path):
+    """So the reference classes find in the exported folder what was taken from them."""
+    models.Pretrained(folder).save(policy, tmp_path)
+    there, here = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert there.keys() == here.keys()
+    assert all(there[name].tobytes() == here[name].tobytes() for name in there)
 
 
 @pytest.mark.parametrize("grids", CASES.values(), ids=CASES)

@@ -1,13 +1,17 @@
 """The policy against transformers' own Phi3ForCausalLM and CLIPVisionModel, random weights, fp32."""
 
+import copy
 import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
+from mstar_jax import models, sharding
 from mstar_jax.models import phi35
+from mstar_jax.models.vision import patchify
 from mstar_jax.sampling import SamplingConfig, make_generate
 
 torch = pytest.importorskip("torch")
@@ -199,6 +203,47 @@ def test_image_features_and_logits(phi3, clip, glue, policy, grids):
         embedded[0, torch.tensor(places)] = theirs
         want = phi3(inputs_embeds=embedded).logits
     close(tiny.raw_logits(policy, row["tokens"], row["image_index"], row["pixels"]), want)
+
+
+def test_an_exported_folder_loads_in_transformers(phi3, clip, tmp_path):
+    """The official names are Phi3ForCausalLM's and CLIPVisionModel's own, so they load without a mapping."""
+    ours = tiny.model(CONFIG, seed=5)
+    phi35.make_tokenizer(tiny.TEXTS, tmp_path / "words", tiny.VOCAB)
+    models.FromScratch(phi35.FAMILY, CONFIG, tmp_path / "words").save(ours, tmp_path / "out")
+    stored = {k: torch.tensor(v) for k, v in load_file(tmp_path / "out/model.safetensors").items()}
+    tower = phi35.IMAGE + "img_processor."
+    language = {k: v for k, v in stored.items() if not k.startswith(phi35.IMAGE)}
+    vision = {k.removeprefix(tower): v for k, v in stored.items() if k.startswith(tower)}
+    own = any(k.startswith("vision_model.") for k in clip.state_dict())
+    vision = vision if own else {k.removeprefix("vision_model."): v for k, v in vision.items()}
+    theirs, seeing = copy.deepcopy(phi3), copy.deepcopy(clip)
+    theirs.load_state_dict(language, strict=True)
+    seeing.load_state_dict(vision, strict=True)
+    row = tiny.row(np.random.default_rng(4), [(0, 50)], 50)
+    pixels = tiny.pixels(np.random.default_rng(4), 3)
+    with torch.no_grad():
+        close(
+            tiny.raw_logits(ours, row["tokens"]),
+            theirs(torch.tensor(row["tokens"][None], dtype=torch.long)).logits,
+        )
+        want = seeing(torch.tensor(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[-2]
+    close(jax.jit(lambda m, p: m.tower(patchify(p, 4)))(ours, pixels), want[:, 1:])
+
+
+def test_bfloat16_drifts_no_further_than_theirs(phi3, policy):
+    """Against fp32. The roundings of the two differ, so the bound is loose."""
+    row = tiny.row(np.random.default_rng(3), [(0, 90)], 90)
+    tokens = torch.tensor(row["tokens"][None], dtype=torch.long)
+    with torch.no_grad():
+        exact = phi3(tokens).logits
+        rounded = copy.deepcopy(phi3).to(torch.bfloat16)(tokens).logits.float()
+    greatest = exact.abs().max()
+    half = tiny.raw_logits(sharding.cast(policy, jax.numpy.bfloat16), row["tokens"])
+    ours, theirs = (
+        float((torch.tensor(np.asarray(x)) - exact).abs().max() / greatest) for x in (half, rounded)
+    )
+    print(f"\nbfloat16 logits, share of the greatest: ours {ours:.2e}, theirs {theirs:.2e}")
+    assert 1e-3 < ours < 2 * theirs
 
 
 @pytest.mark.parametrize("size", [(40, 23), (16, 16), (13, 40), (32, 16)])
