@@ -48,8 +48,10 @@ class Pretrained:
         self.family = FAMILIES[kind]
         try:
             self.config = self.family.read_config(self.folder)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}/config.json: {error!r} is missing or wrong") from error
+        except KeyError as error:
+            raise ValueError(f"{self.folder}/config.json: {error} is missing") from error
+        except TypeError as error:
+            raise ValueError(f"{self.folder}/config.json: {error}") from error
         if max_crops is not None:
             self.config = dataclasses.replace(self.config, num_crops=max_crops)
 

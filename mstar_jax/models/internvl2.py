@@ -21,6 +21,7 @@ from PIL import Image
 
 from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
+from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
 from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
 
@@ -151,13 +152,7 @@ class InternVL2Processor:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
-        known = tokenizer.get_vocab()
-        if missing := [token for token in SPECIAL if token not in known]:
-            raise ValueError(f"the tokenizer has no {', '.join(missing)}")
-        if len(tokenizer) > self.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}"
-            )
+        known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
         self.stop_ids = tuple(known[token] for token in STOPS)
         images = (known[OPEN], known[CLOSE], known[PLACEHOLDER])
         self.forbidden_ids = (*images, *range(len(tokenizer), self.vocab_size))
@@ -253,16 +248,6 @@ FIXED = {  # what config.json may say of the architecture
     },
     "llm_config": {"model_type": "internlm2", "hidden_act": "silu", "bias": False},
 }
-SIZES = {  # of both transformers: our field, their key
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-}
-VISION = SIZES | {name: name for name in ("image_size", "patch_size", "layer_norm_eps")}
-DECODER = SIZES | {name: name for name in ("vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings")}
-DECODER |= {"num_kv_heads": "num_key_value_heads"}
-DECODER |= dict.fromkeys(("max_position", "original_max_position"), "max_position_embeddings")
 TILES = {
     "num_crops": "max_dynamic_patch",
     "min_crops": "min_dynamic_patch",
@@ -277,7 +262,7 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
       ValueError: it describes another architecture, such as a sibling with another decoder.
     """
     c = hf.read_json(folder / "config.json")
-    v, llm = c["vision_config"], {"tie_word_embeddings": False} | c["llm_config"]
+    v, llm = c["vision_config"], c["llm_config"]
     for there, part in ((c, ""), (v, "vision_config"), (llm, "llm_config")):
         wanted = FIXED[part] | ({} if part else {"force_image_size": v["image_size"]})
         for key, value in wanted.items():
@@ -285,12 +270,9 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
                 raise ValueError(
                     f"{folder}/config.json: {part} {key} is {there[key]!r}, only {value!r} is known"
                 )
-    decoder = DecoderConfig(
-        **{ours: llm[key] for ours, key in DECODER.items()},
-        head_dim=llm["hidden_size"] // llm["num_attention_heads"],
-    )
-    vision = VitConfig(
-        **{ours: v[key] for ours, key in VISION.items()},
+    decoder = names.decoder_config(llm)
+    vision = names.vision_config(
+        v,
         activation=gelu,
         select_layer=c["select_layer"],
         patch_bias=True,
@@ -303,8 +285,6 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
 
 def config_files(config: InternVL2Config, dtype: str) -> dict[str, Any]:
     """config.json for a policy of these dimensions: what `read_config` reads."""
-    vision = {key: getattr(config.vision, ours) for ours, key in VISION.items()}
-    decoder = {key: getattr(config.decoder, ours) for ours, key in DECODER.items()}
     return {
         "config.json": {
             "architectures": ["InternVLChatModel"],
@@ -320,13 +300,13 @@ def config_files(config: InternVL2Config, dtype: str) -> dict[str, Any]:
                 "architectures": ["InternVisionModel"],
                 "model_type": "intern_vit_6b",
                 "num_channels": 3,
-                **vision,
+                **names.vision_values(config.vision),
                 **FIXED["vision_config"],
             },
             "llm_config": {
                 "architectures": ["InternLM2ForCausalLM"],
                 "rope_scaling": {"factor": 2.0, "type": "dynamic"},
-                **decoder,
+                **names.decoder_values(config.decoder),
                 **FIXED["llm_config"],
             },
         }

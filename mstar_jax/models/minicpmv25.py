@@ -19,6 +19,7 @@ from PIL import Image
 
 from mstar_jax.models import hf, names, slicing, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
+from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, attention, tanh_gelu
 from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
 
@@ -162,13 +163,7 @@ class MiniCPMV25Processor:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
-        known = tokenizer.get_vocab()
-        if missing := [token for token in SPECIAL if token not in known]:
-            raise ValueError(f"the tokenizer has no {', '.join(missing)}")
-        if len(tokenizer) > self.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}"
-            )
+        known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
         self.stop_ids = (known[END], known[EOS])
         self.unk_id = known[UNK]
         added = tokenizer.added_tokens_decoder
@@ -258,28 +253,10 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
     """
     c = hf.read_json(folder / "config.json")
     v, cut = c["vision_config"], c.get("slice_config") or {}
-    decoder = DecoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        rms_norm_eps=c.get("rms_norm_eps", 1e-5),
-        rope_theta=c.get("rope_theta", 500000.0),
-        max_position=c["max_position_embeddings"],
-        original_max_position=c["max_position_embeddings"],
-        tie_word_embeddings=c.get("tie_word_embeddings", False),
-    )
-    vision = VitConfig(
-        hidden_size=v["hidden_size"],
-        intermediate_size=v["intermediate_size"],
+    decoder = names.decoder_config({"rope_theta": 500000.0} | c)
+    vision = names.vision_config(
+        {"layer_norm_eps": 1e-6} | v,
         num_layers=v["num_hidden_layers"] - bool(c.get("drop_vision_last_layer", False)),
-        num_heads=v["num_attention_heads"],
-        image_size=v["image_size"],
-        patch_size=v["patch_size"],
-        layer_norm_eps=v.get("layer_norm_eps", 1e-6),
         activation=tanh_gelu,
         select_layer=-1,
         patch_bias=True,
@@ -298,28 +275,17 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
 
 def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, Any]:
     """config.json for a policy of these dimensions: what `read_config` reads."""
-    c, v = config.decoder, config.vision
     values = {
         "architectures": ["MiniCPMV"],
         "model_type": "minicpmv",
         "version": "2.5",
         "torch_dtype": dtype,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
+        **names.decoder_values(config.decoder),
         "rope_scaling": None,
-        "max_position_embeddings": c.max_position,
         "attention_bias": False,
-        "tie_word_embeddings": c.tie_word_embeddings,
         "query_num": config.query_num,
         "image_size": config.scale_resolution,
-        "patch_size": v.patch_size,
+        "patch_size": config.vision.patch_size,
         "batch_vision_input": True,
         "drop_vision_last_layer": False,
         "slice_mode": True,
@@ -327,17 +293,11 @@ def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, Any]:
             "model_type": "minicpmv",
             "max_slice_nums": config.num_crops,
             "scale_resolution": config.scale_resolution,
-            "patch_size": v.patch_size,
+            "patch_size": config.vision.patch_size,
         },
         "vision_config": {
             "model_type": "idefics2",
-            "hidden_size": v.hidden_size,
-            "intermediate_size": v.intermediate_size,
-            "num_hidden_layers": v.num_layers,
-            "num_attention_heads": v.num_heads,
-            "image_size": v.image_size,
-            "patch_size": v.patch_size,
-            "layer_norm_eps": v.layer_norm_eps,
+            **names.vision_values(config.vision),
         },
     }
     return {"config.json": values | ({"corrected_mask": True} if config.corrected_mask else {})}

@@ -1,4 +1,4 @@
-"""Name tables: which checkpoint tensor holds which of our parameters, as data.
+"""Names: config.json's keys for our fields, and which checkpoint tensor holds which of our parameters.
 
 Every checkpoint tensor is one line of its family's table: its name ("{}" counts the layers), its shape,
 and our parameters in it, as views of it:
@@ -18,6 +18,42 @@ import numpy as np
 from mstar_jax import sharding
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
+
+SIZES = {  # of a transformer: our field, the key in config.json
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+VISION = SIZES | {name: name for name in ("image_size", "patch_size", "layer_norm_eps")}
+DECODER = SIZES | {name: name for name in ("vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings")}
+DECODER |= {"num_kv_heads": "num_key_value_heads", "max_position": "max_position_embeddings"}
+DECODER |= {"original_max_position": "original_max_position_embeddings"}
+
+
+def decoder_config(values: dict[str, Any], **ours: Any) -> DecoderConfig:
+    """A decoder's dimensions from config.json's keys; `ours` are fields that it does not say."""
+    longest = values["max_position_embeddings"]
+    usual = {"tie_word_embeddings": False, "original_max_position_embeddings": longest}
+    usual |= {"rms_norm_eps": 1e-5, "num_key_value_heads": values["num_attention_heads"]}
+    found = {field: (usual | values)[key] for field, key in DECODER.items()}
+    return DecoderConfig(**found, head_dim=found["hidden_size"] // found["num_heads"], **ours)
+
+
+def decoder_values(config: DecoderConfig) -> dict[str, Any]:
+    """config.json's keys for a decoder."""
+    return {key: getattr(config, field) for field, key in DECODER.items()} | {"hidden_act": "silu"}
+
+
+def vision_config(values: dict[str, Any], **ours: Any) -> VitConfig:
+    """A vision transformer's dimensions from config.json's keys; `ours` are fields that it does not say."""
+    found = {field: values[key] for field, key in VISION.items() if key in values}
+    return VitConfig(**(found | ours))
+
+
+def vision_values(config: VitConfig) -> dict[str, Any]:
+    """config.json's keys for a vision transformer."""
+    return {key: getattr(config, field) for field, key in VISION.items()}
 
 
 class Part(NamedTuple):

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, param
+from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
 from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
 
@@ -173,13 +174,9 @@ class Phi35Processor:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
-        known = tokenizer.get_vocab()
+        known = vocabulary(tokenizer, (*STOPS, PLACEHOLDER), self.vocab_size)
         self.stop_ids = tuple(known[token] for token in STOPS)
         self.forbidden_ids = (known[PLACEHOLDER], *range(len(tokenizer), self.vocab_size))
-        if len(tokenizer) > self.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {self.vocab_size}"
-            )
 
     @property
     def _side(self) -> int:
@@ -260,28 +257,10 @@ def read_config(folder: pathlib.Path) -> Phi35Config:
     c = hf.read_json(folder / "config.json")
     scaling = c.get("rope_scaling") or {}
     factors = [tuple(scaling[k]) if k in scaling else None for k in ("short_factor", "long_factor")]
-    decoder = DecoderConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c["hidden_size"] // c["num_attention_heads"],
-        rms_norm_eps=c.get("rms_norm_eps", 1e-5),
-        rope_theta=c.get("rope_theta", 10000.0),
-        short_factor=factors[0],
-        long_factor=factors[1],
-        max_position=c["max_position_embeddings"],
-        original_max_position=c.get("original_max_position_embeddings", c["max_position_embeddings"]),
-        tie_word_embeddings=c.get("tie_word_embeddings", False),
+    decoder = names.decoder_config(
+        {"rope_theta": 10000.0} | c, short_factor=factors[0], long_factor=factors[1]
     )
-    vision = CLIP
-    if "vision_config" in c:
-        v = c["vision_config"]
-        same = ("hidden_size", "intermediate_size", "image_size", "patch_size", "layer_norm_eps")
-        counts = {"num_layers": v["num_hidden_layers"], "num_heads": v["num_attention_heads"]}
-        vision = VitConfig(**{k: v[k] for k in same if k in v}, **counts)
+    vision = names.vision_config(c["vision_config"]) if "vision_config" in c else CLIP
     path = folder / "preprocessor_config.json"
     return Phi35Config(decoder, vision, hf.read_json(path).get("num_crops", 4) if path.exists() else 4)
 
@@ -295,20 +274,9 @@ def config_files(config: Phi35Config, dtype: str) -> dict[str, Any]:
             "architectures": ["Phi3VForCausalLM"],
             "model_type": "phi3_v",
             "torch_dtype": dtype,
-            "vocab_size": c.vocab_size,
-            "hidden_size": c.hidden_size,
-            "intermediate_size": c.intermediate_size,
-            "num_hidden_layers": c.num_layers,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.rms_norm_eps,
-            "rope_theta": c.rope_theta,
+            **names.decoder_values(c),
             "rope_scaling": scaling if c.short_factor else None,
-            "max_position_embeddings": c.max_position,
-            "original_max_position_embeddings": c.original_max_position,
             "sliding_window": None,
-            "tie_word_embeddings": c.tie_word_embeddings,
             "embd_layer": {
                 "embedding_cls": "image",
                 "hd_transform_order": "sub_glb",
@@ -321,15 +289,7 @@ def config_files(config: Phi35Config, dtype: str) -> dict[str, Any]:
                 "image_dim_out": v.hidden_size,
                 "num_img_tokens": (v.side // 2) ** 2,
             },
-            "vision_config": {
-                "hidden_size": v.hidden_size,
-                "intermediate_size": v.intermediate_size,
-                "num_hidden_layers": v.num_layers,
-                "num_attention_heads": v.num_heads,
-                "image_size": v.image_size,
-                "patch_size": v.patch_size,
-                "layer_norm_eps": v.layer_norm_eps,
-            },
+            "vision_config": names.vision_values(v),
         },
         "preprocessor_config.json": {"num_crops": config.num_crops},
     }

@@ -24,6 +24,25 @@ def load(folder: pathlib.Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder))
 
 
+def vocabulary(tokenizer: Any, special: Sequence[str], size: int) -> dict[str, int]:
+    """{token: id} of a tokenizer that fits a policy.
+
+    Args:
+      tokenizer: any of the classes here.
+      special: tokens that the family's prompts are made of.
+      size: the model's vocabulary.
+
+    Raises:
+      ValueError: a special token is missing, or there are more tokens than the model knows.
+    """
+    known = tokenizer.get_vocab()
+    if missing := [token for token in special if token not in known]:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}")
+    if len(tokenizer) > size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}")
+    return known
+
+
 class SentencePiece:
     """The sentencepiece model of `tokenizer.model` and the tokens that its folder adds; no remote code.
 
