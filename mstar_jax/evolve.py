@@ -138,11 +138,12 @@ class Run:
 
     def final(self, stage: str) -> TrainState:
         """The TrainState that a finished stage ended with, from memory or from its checkpoint."""
-        if stage == "base" and isinstance(self.policy, models.Pretrained):
-            return TrainState(0, self.policy.load(jnp.float32, mesh=self.mesh), ())  # only parameters go on
         if self.done is None or self.done.stage != stage:
-            tx, _ = setup.optimizer(self._settings(stage), self.config.train)
-            state = self.checkpoints.restore(stage, train.abstract_state(self.make_model, tx, self.mesh))
+            if stage == "base" and isinstance(self.policy, models.Pretrained):
+                state = TrainState(0, self.policy.load(jnp.float32, mesh=self.mesh), ())  # no optimizer yet
+            else:
+                tx, _ = setup.optimizer(self._settings(stage), self.config.train)
+                state = self.checkpoints.restore(stage, train.abstract_state(self.make_model, tx, self.mesh))
             self.done = _Trained(stage, state)
         return self.done.state
 
