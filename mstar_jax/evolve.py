@@ -353,7 +353,7 @@ class Run:
             found = self.generate(where, lambda: state, queries, self.ask, temperatures, iteration)
             groups = [found[q.id] for q in queries if q.id in found]
             measured = selection.dynamics(groups, c.eval.k)
-            used = c.evolve.temperature if stage == "iteration" else c.warmup.temperature
+            used = {"warmup": c.warmup.temperature, "iteration": c.evolve.temperature}.get(stage)
             record = {"stage": stage, "iteration": iteration, "split": split, "n": len(groups), **measured}
             record |= {"k": c.eval.k, "temperature": used, "kept": kept}
             record |= {"seconds": round(time.time() - self.started, 2)}

@@ -164,7 +164,8 @@ def table(stages: Iterable[dict[str, Any]]) -> str:
         name = s["stage"] if s["stage"] != "iteration" else f"iteration {s['iteration']}"
         percent = [f"{100 * s[key]:5.1f}%" if key in s else "" for key in shares]
         kept = "" if s["kept"] is None else str(s["kept"])
-        end = (kept, f"{s['temperature']:g}", f"{s['seconds']:.0f}")
+        used = "" if s["temperature"] is None else f"{s['temperature']:g}"
+        end = (kept, used, f"{s['seconds']:.0f}")
         rows.append((name, s["split"], str(s["n"]), *percent, *end))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
@@ -177,14 +178,14 @@ def table(stages: Iterable[dict[str, Any]]) -> str:
 def write_samples(
     path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int
 ) -> None:
-    """A readable Markdown table of the first responses: question, image path, responses, verdicts."""
+    """A readable Markdown table of the first responses: question, link to the image, responses, verdicts."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     names = ("query", "image", "question", "gold", "T", "verdict", "response")
     lines = [f"# Samples: {path.stem}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for query, group in list(zip(queries, groups))[:show]:
-        image = " ".join(os.path.relpath(p, path.parent.parent) for p in query.images)
+        image = " ".join(f"[{pathlib.Path(p).name}]({os.path.relpath(p, path.parent)})" for p in query.images)
         for r in group[:4]:
             text = r.text.replace("|", "\\|").replace("\n", "<br>")
             question = query.question.replace("|", "\\|").replace("\n", " ")

@@ -36,9 +36,9 @@ from mstar_jax.structs import Query
 FORMAT = 2  # raised when the same parameters come to give other data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
 STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
-BAR_FAMILIES = {"read": 0.10, "sum": 0.17, "difference": 0.13, "range": 0.16, "total": 0.17}
-BAR_FAMILIES |= {"split": 0.06, "remainder": 0.06, "parity": 0.04}  # more steps, or an answer easily guessed
-SCENE_FAMILIES = {"count": 0.07, "compare": 0.04}
+BAR_FAMILIES = {"read": 0.08, "sum": 0.22, "difference": 0.18, "range": 0.14, "total": 0.18}
+BAR_FAMILIES |= {"split": 0.04, "remainder": 0.05, "parity": 0.03}  # more steps, or an answer easily guessed
+SCENE_FAMILIES = {"count": 0.05, "compare": 0.03}
 SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
 READ_CAPTIONS = 0.5  # of the charts' captions: they also read one bar off
 ARITHMETIC = {  # share, question
