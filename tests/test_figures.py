@@ -229,7 +229,7 @@ def test_families_follow_the_weights_and_no_answer_dominates(tmp_path):
     assert sum(share for share, _ in figures.ARITHMETIC.values()) == pytest.approx(1)
     for k in (1, 2):
         rng = np.random.default_rng(k)
-        drawn = [figures._draw(rng, k) for _ in range(4000 // k)]
+        drawn = [figures._draw(rng, k) for _ in range(12000 // k)]
         problems = [problem for _, pair in drawn for problem in pair]
         counts = collections.Counter(problem.family for problem in problems)
         for family, weight in FAMILIES.items():
