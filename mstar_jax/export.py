@@ -6,6 +6,7 @@ Weights go out under the official names, in the files and dtypes of the checkpoi
 from; its config, generation_config, tokenizer and processor files are taken along unchanged.
 """
 
+import argparse
 import json
 import pathlib
 import sys
@@ -13,14 +14,9 @@ import sys
 import absl.logging
 import jax
 import ml_collections
-from absl import app, flags
 
 from mstar_jax import setup, sharding
 from mstar_jax.checkpoint import Checkpoints
-
-WORKDIR = flags.DEFINE_string("workdir", None, "A run of mstar_jax.main.")
-OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist, or be empty.")
-STAGE = flags.DEFINE_string("stage", "", "base, warmup or iteration_07; default the last one trained.")
 
 
 def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
@@ -59,22 +55,25 @@ def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
     return stage
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    absl.logging.set_verbosity(absl.logging.WARNING)
-    output = pathlib.Path(str(OUTPUT.value))
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes a run's policy as a Hugging Face checkpoint.")
+    parser.add_argument("--workdir", required=True, help="a run of mstar_jax.main")
+    parser.add_argument("--output", required=True, help="the folder to write; new or empty")
+    parser.add_argument(
+        "--stage", default="", help="base, warmup or iteration_07; default the last one trained"
+    )
+    args = parser.parse_args()
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports through absl
+    output = pathlib.Path(args.output)
     try:
-        stage = export(pathlib.Path(str(WORKDIR.value)), output, STAGE.value)
+        stage = export(pathlib.Path(args.workdir), output, args.stage)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     names = ", ".join(sorted(path.name for path in output.iterdir()))
-    print(f"{stage} of {WORKDIR.value} -> {output.absolute()}: {names}")
+    print(f"{stage} of {args.workdir} -> {output.absolute()}: {names}")
     print(f'load it with mstar_jax.models.load("{output}")')
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "output"])
-    jax.config.config_with_absl()
-    app.run(main)
+    main()
