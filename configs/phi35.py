@@ -77,8 +77,8 @@ def get_config() -> ConfigDict:
     train.log_every, train.save_every = 10, 125  # steps
 
     c.sampling = sampling = ConfigDict()
-    # queries decoded together, each with its k branches: a multiple of data x fsdp. A query's cache takes up to
-    # 3.6 GB (393 KB a token: 16 x 512 in the branches, 1024 in the prefix), so one a device is a good start
+    # queries decoded together, each with its k branches: a multiple of data x fsdp. A query's cache takes up
+    # to 3.6 GB (393 KB a token: 16 x 512 in the branches, 1024 in the prefix): begin with one a device
     sampling.batch = 16
     sampling.max_new_tokens = 512
     sampling.top_k, sampling.top_p, sampling.min_p = 0, 1.0, 0.0  # off: the policy itself is sampled

@@ -59,9 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes a run's policy as a Hugging Face checkpoint.")
     parser.add_argument("--workdir", required=True, help="a run of mstar_jax.main")
     parser.add_argument("--output", required=True, help="the folder to write; new or empty")
-    parser.add_argument(
-        "--stage", default="", help="base, warmup or iteration_07; default the last one trained"
-    )
+    parser.add_argument("--stage", default="", help="base, warmup, iteration_07; default the last trained")
     args = parser.parse_args()
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports through absl
     output = pathlib.Path(args.output)
