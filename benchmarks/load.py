@@ -1,10 +1,10 @@
 """Peak host memory and time of loading a full-size Phi-3.5-vision checkpoint (8.3 GB of random bfloat16).
 
-    python benchmarks/load.py [--layers=32] [--folder=/tmp/phi35]
+    python benchmarks/load.py [--layers=32] [--folder=/scratch]
 
 Prints the checkpoint's size, the resident memory at its highest, their ratio, and the seconds. Loading runs
-in a process of its own on the CPU, so the result itself is part of the memory. Needs twice the
-checkpoint's size in memory and once on disk.
+in a process of its own on the CPU, so the result itself is part of the memory. The checkpoint is written to
+a temporary folder, in `--folder` if given.
 """
 
 import argparse

@@ -166,10 +166,8 @@ def pose(rng, family, objects):
             end = [step("Parity", total)]
     elif family in ("sum", "difference"):
         (one, a), (two, b) = (objects[i] for i in sorted(rng.permutation(len(objects))[:2]))
-        question, reads = (
-            f"What is the {family} of the {one} and the {two} bar?",
-            [f"Read {one} {a}", f"Read {two} {b}"],
-        )
+        question = f"What is the {family} of the {one} and the {two} bar?"
+        reads = [f"Read {one} {a}", f"Read {two} {b}"]
         if family == "sum":
             first, second, answer = [*reads, step("Sum", a, b)], [*reads[::-1], step("Sum", b, a)], a + b
         else:

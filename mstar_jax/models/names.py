@@ -139,7 +139,7 @@ def vit_blocks(c: VitConfig, at: str, ours: str) -> list[Tensor]:
 
 
 def tensors(table: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
-    """The table with its layers counted out: {checkpoint name: Tensor}, parts as (parameter, layer).
+    """The table with its layers counted out: {checkpoint name: its entry of the table}.
 
     Args:
       table: a family's.
