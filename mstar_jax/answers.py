@@ -238,6 +238,18 @@ def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -
     return text if readable() else None
 
 
+def as_gold(
+    answer: str, *, options: Sequence[str] | None = None, answer_type: str | None = None
+) -> str | None:
+    """An extracted answer in the form of a gold answer: the letter it names where there are options.
+
+    None where `grade` could not grade by it: it names no option, or cannot be read as its type.
+    """
+    options = tuple(options[: len(LETTERS)]) if options else None
+    letter = choice(answer, options) if options else None
+    return _gold(letter or answer, options, answer_type)
+
+
 _ANY_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?%?")
 
 

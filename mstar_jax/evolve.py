@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mstar_jax import metrics, models, sampling, selection, setup, sharding, train
+from mstar_jax import measures, metrics, models, sampling, selection, setup, sharding, train
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.data import figures, loader, prompts, splits
 from mstar_jax.store import RolloutStore
-from mstar_jax.structs import EvolveState, Query, Response, TrainState
+from mstar_jax.structs import EvolveState, Prompt, Query, Response, Row, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Run:
         """Samples and judges responses through the rollout store; what is there is not sampled again."""
         c = self.config
         settings, generate = self._sampler(len(temperatures))
-        planned = self._plan([(q, prompts.render(template, q)) for q in queries], name)
+        planned = [Row(p) for p in self._plan([(q, prompts.render(template, q)) for q in queries], name)]
         plans = loader.plan_batches(planned, c.sampling.batch, c.data.buckets)
         how = dataclasses.asdict(settings)
         how |= {"temperatures": list(temperatures), "prompt": template, "seed": c.seed}
@@ -184,10 +184,10 @@ class Run:
         missing = store.missing(len(plans))
         if missing:
             model = train.for_sampling(state().params, self.mesh, jnp.dtype(c.sampling.dtype))
-            batches = loader.prompt_batches(
+            batches = loader.row_batches(
                 [plans[i] for i in missing], self.processor, c.sampling.batch, workers=c.data.workers
             )
-            queries_of = [[p.query for p in plans[i][1]] for i in missing]
+            queries_of = [[row.prompt.query for row in plans[i][1]] for i in missing]
             sampled = sampling.rollouts(
                 generate,
                 model,
@@ -210,7 +210,7 @@ class Run:
                         raise Stopped(f"{name}: stopped after {stored} of {len(plans)} shards of rollouts")
         return dict(store.read())
 
-    def _plan(self, pairs: Sequence[tuple[Query, str]], name: str) -> list[loader.Prompt]:
+    def _plan(self, pairs: Sequence[tuple[Query, str]], name: str) -> list[Prompt]:
         planned, left_out = loader.plan_prompts(pairs, self.processor, self.config.data.max_prompt)
         if left_out:
             ids, longest = ", ".join(q.id for q in left_out[:3]), self.config.data.max_prompt
@@ -229,23 +229,23 @@ class Run:
         lot = [self.config.seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())]
         return selection.random_k(found, k, np.random.default_rng(lot))
 
-    def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[loader.Row]:
+    def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[Row]:
         """Training rows: each query's prompt, without the answer, and its kept responses."""
         pairs = [(q, tuple(r.tokens for r in chosen)) for q, chosen in zip(queries, kept) if chosen]
         return self._rows([(q, prompts.render(self.config.prompts.cot, q), tokens) for q, tokens in pairs])
 
-    def answer_rows(self, queries: Sequence[Query]) -> list[loader.Row]:
+    def answer_rows(self, queries: Sequence[Query]) -> list[Row]:
         """Rows of SFT: the gold answer itself as the response."""
         direct, encode = self.config.prompts.direct, self.processor.encode_response
         golds = [(tuple(encode(f"{figures.ANSWER} {q.answer}")),) for q in queries]
         return self._rows([(q, prompts.render(direct, q), gold) for q, gold in zip(queries, golds)])
 
-    def _rows(self, triples: Sequence[tuple[Query, str, tuple[tuple[int, ...], ...]]]) -> list[loader.Row]:
+    def _rows(self, triples: Sequence[tuple[Query, str, tuple[tuple[int, ...], ...]]]) -> list[Row]:
         # a query may come several times (base modes), so prompts are matched in order, not by id
         rows, fitting = [], self._plan([(q, text) for q, text, _ in triples], "rows")[::-1]
         for query, text, responses in triples:
             if fitting and fitting[-1].query is query and fitting[-1].text == text:
-                rows.append(loader.Row(fitting.pop(), responses))
+                rows.append(Row(fitting.pop(), responses))
         return rows
 
     # -------------------------------------------------------------------------------------- improve
@@ -254,7 +254,7 @@ class Run:
         stage: str,
         iteration: int,
         start: TrainState | None,
-        sources: Sequence[tuple[Sequence[loader.Row], float]],
+        sources: Sequence[tuple[Sequence[Row], float]],
         settings: ml_collections.ConfigDict,
         *,
         inherit: bool = False,
@@ -352,7 +352,7 @@ class Run:
             where = f"{name}_{split}"
             found = self.generate(where, lambda: state, queries, self.ask, temperatures, iteration)
             groups = [found[q.id] for q in queries if q.id in found]
-            measured = selection.dynamics(groups, c.eval.k)
+            measured = measures.dynamics(groups, c.eval.k)
             used = {"warmup": c.warmup.temperature, "iteration": c.evolve.temperature}.get(stage)
             record = {"stage": stage, "iteration": iteration, "split": split, "n": len(groups), **measured}
             record |= {"k": c.eval.k, "temperature": used, "kept": kept}
@@ -373,7 +373,7 @@ class Run:
         until = self.base_is_good_enough
         return self.improve("base", 0, None, self.base_sources(), self.config.base, until=until)
 
-    def base_sources(self) -> list[tuple[list[loader.Row], float]]:
+    def base_sources(self) -> list[tuple[list[Row], float]]:
         """The narrow set's rows by mode, with their weights."""
         modes = setup.base_examples(self.config, self.data["base"], self.processor.encode_response)
         return [(self._rows(modes[mode]), weight) for mode, weight in self.config.base.mix.items()]
@@ -385,7 +385,7 @@ class Run:
             return False
         queries = self.data["base_validation"]
         found = self.generate(f"base_check_{cursor:05d}", lambda: state, queries, c.prompts.cot, [0.0])
-        accuracy = selection.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
+        accuracy = measures.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
         goal = 100 * c.base.target
         log.info("base, step %d: greedy %.1f%% on validation, ends at %.1f%%", cursor, 100 * accuracy, goal)
         return accuracy >= c.base.target

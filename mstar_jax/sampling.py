@@ -5,7 +5,7 @@ Shapes: B queries, K branches, R response tokens, V vocabulary, D model width.
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mstar_jax import sharding
-from mstar_jax.structs import Batch, Query, Response
+from mstar_jax.structs import Batch, Response, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,11 @@ def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Gener
     """Compiles sampling for one set of static settings.
 
     Returns:
-      `generate(model, batch, query_keys uint32[B], key, temperatures float32[K], limits int32[B])`.
-      Branch k samples at temperatures[k]; query b may hold at most limits[b] new tokens. A token is
-      drawn with fold_in(key, query, sample, position): it does not depend on the batch, on the slot in
-      it, or on the number of devices.
+      `generate(model, batch, query_keys uint32[B], key, temperatures float32[K], limits int32[B, K],
+      sample_keys uint32[B, K] = 0..K-1, starts = None)`. Branch k samples at temperatures[k] and adds at most
+      limits[b, k] tokens to what it starts behind (see `VisionLanguageModel.prefill`). A token is drawn with
+      fold_in(key, query, sample, position): it does not depend on the batch, on the slot in it, or on the
+      number of devices.
     """
     forbidden = np.zeros(processor.vocab_size, bool)
     forbidden[list(processor.forbidden_ids)] = True
@@ -156,13 +157,16 @@ def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Gener
     tables = [stop_table(texts, stop) for stop in config.stop_strings]
     room = config.max_new_tokens
 
-    def generate(model, batch: Batch, query_keys, key, temperatures, limits) -> Generated:
+    def generate(
+        model, batch: Batch, query_keys, key, temperatures, limits, sample_keys=None, starts=None
+    ) -> Generated:
         rows, branches = batch.tokens.shape[0], config.branches
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, query_keys), jnp.arange(branches))
+        if sample_keys is None:
+            sample_keys = jnp.broadcast_to(jnp.arange(branches), (rows, branches))
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, query_keys), sample_keys)
         temperature = jnp.broadcast_to(temperatures, (rows, branches))
-        last, cache = model.prefill(batch, branches, room)
-        hidden = jnp.broadcast_to(last[:, None], (rows, branches, last.shape[-1]))
+        hidden, cache = model.prefill(batch, branches, room, starts)
 
         def step(carry):
             index, hidden, cache, out, done, states = carry
@@ -180,7 +184,7 @@ def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Gener
                 out.length + ~done,
                 out.stopped | (stop & ~done),
             )
-            done = done | stop | (index + 1 >= limits)[:, None]
+            done = done | stop | (index + 1 >= limits)
             hidden, cache = model.decode(token, cache, index)
             return index + 1, hidden, cache, out, done, states
 
@@ -194,7 +198,7 @@ def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Gener
             jnp.zeros((rows, branches), jnp.int32),
             jnp.zeros((rows, branches), bool),
         )
-        done = jnp.broadcast_to((limits <= 0)[:, None], (rows, branches))
+        done = limits <= 0
         states = [jnp.zeros((rows, branches), jnp.int32) for _ in tables]
         carry = (jnp.int32(0), hidden, cache, empty, done, states)
         return jax.lax.while_loop(running, step, carry)[3]
@@ -205,7 +209,7 @@ def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Gener
 def rollouts(
     generate: Callable[..., Generated],
     model: Any,
-    prompts: Iterable[tuple[tuple[Query, ...], Batch]],
+    batches: Iterable[tuple[tuple[Row, ...], Batch]],
     processor: Any,
     config: SamplingConfig,
     *,
@@ -214,12 +218,12 @@ def rollouts(
     iteration: int,
     mesh: Any,
 ) -> Iterator[list[list[Response]]]:
-    """Samples K responses for every query.
+    """Samples K responses for every row: new ones, or the continuations of those that the row holds.
 
     Args:
       generate: from `make_generate` with the same processor and config.
       model: the policy, laid out for sampling.
-      prompts: (queries, batch) pairs from `loader.prompt_batches`; a batch may end in empty rows.
+      batches: (rows, batch) pairs from `loader.row_batches`; a batch may end in empty rows.
       processor: the family's host side.
       config: the sampling settings.
       key: PRNG key of this seed and iteration.
@@ -228,7 +232,8 @@ def rollouts(
       mesh: the device mesh.
 
     Yields:
-      For each batch, in order, the responses of each of its queries.
+      For each batch, in order, the K responses of each of its rows; a continuation's tokens and text are
+      those of the whole response, its logprob that of the new tokens.
     """
     temperatures = np.asarray(temperatures, np.float32)
     if temperatures.shape != (config.branches,):
@@ -236,43 +241,55 @@ def rollouts(
             f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
         )
 
-    def read(queries, generated):
+    def read(rows, generated):
         host = Generated(*(np.asarray(array) for array in generated))
         return [
-            _responses(query, row, host, processor, config, temperatures, iteration)
-            for row, query in enumerate(queries)
+            _responses(row, at, host, processor, config, temperatures, iteration)
+            for at, row in enumerate(rows)
         ]
 
     pending = None  # the device works on a batch while the one before it is turned into text
-    for queries, batch in prompts:
-        prefix = np.sum(np.asarray(batch.branch) == 0, axis=1)
-        limits = np.array([processor.length_limit(int(n)) - int(n) if n else 0 for n in prefix], np.int32)
-        keys = np.array([query_key(query.id) for query in queries], np.uint32)
-        keys = np.pad(keys, (0, len(limits) - len(keys)))
-        device = sharding.put_batch((batch, keys, limits), mesh)
-        result = generate(model, device[0], device[1], key, temperatures, device[2])
+    for rows, batch in batches:
+        placed = sharding.put_batch((batch, *_places(rows, len(batch.tokens), processor, config)), mesh)
+        batch, query_keys, limits, sample_keys, starts = placed
+        result = generate(model, batch, query_keys, key, temperatures, limits, sample_keys, starts)
         if pending is not None:
             yield read(*pending)
-        pending = queries, result
+        pending = rows, result
     if pending is not None:
         yield read(*pending)
 
 
-def _responses(query, row, host, processor, config, temperatures, iteration) -> list[Response]:
+def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
+    """query keys [B], limits [B, K], sample keys [B, K], and starts (parent, kept) [B, K] or None."""
+    query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
+    sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
+    limits, parent, kept = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for at, row in enumerate(rows):
+        query_keys[at], prompt = query_key(row.prompt.query.id), row.prompt.length
+        limits[at] = min(processor.length_limit(prompt) - prompt, config.max_new_tokens)
+        if row.starts:
+            parent[at], kept[at], sample_keys[at] = np.array(row.starts).T
+            limits[at] -= kept[at]
+    return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
+
+
+def _responses(row, at, host, processor, config, temperatures, iteration) -> list[Response]:
     out = []
     for sample in range(config.branches):
-        length = int(host.length[row, sample])
-        tokens = host.tokens[row, sample, :length].tolist()
+        parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)
+        before = row.responses[parent - 1][:kept] if kept else ()
+        tokens = [*before, *host.tokens[at, sample, : int(host.length[at, sample])].tolist()]
         text = processor.decode(tokens)
         cuts = [at for at in (text.find(stop) for stop in config.stop_strings) if at >= 0]
         out.append(
             Response(
-                query_id=query.id,
+                query_id=row.prompt.query.id,
                 sample=sample,
                 text=text[: min(cuts)] if cuts else text,
                 tokens=tuple(tokens),
-                logprob=float(host.logprobs[row, sample, :length].sum()),
-                truncated=not bool(host.stopped[row, sample]),
+                logprob=float(host.logprobs[at, sample, : int(host.length[at, sample])].sum()),
+                truncated=not bool(host.stopped[at, sample]),
                 iteration=iteration,
                 temperature=round(float(temperatures[sample]), 6),
             )

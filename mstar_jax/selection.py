@@ -1,13 +1,25 @@
-"""Which responses train the policy, and the numbers that describe a set of responses (numpy only)."""
+"""Which responses train the policy: correct ones, the best of them, and by which answer (numpy only)."""
 
+import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mstar_jax import answers
 from mstar_jax.structs import Query, Response
+
+# R_p from the scores of a response's steps; the paper's is the least of them.
+AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "last": lambda scores: scores[-1],
+    "product": math.prod,
+    "mean": lambda scores: math.fsum(scores) / len(scores),
+}
+
+
+# ---- 1. by the answer ---------------------------------------------------------------------------------
 
 
 def judge(query: Query, response: Response) -> Response:
@@ -22,6 +34,47 @@ def judge(query: Query, response: Response) -> Response:
 def correct(responses: Sequence[Response]) -> list[Response]:
     """H's domain, 1(a = a*): correct responses that came to an end by themselves."""
     return [r for r in responses if r.verdict == "correct" and not r.truncated]
+
+
+# ---- 2. by the reward ---------------------------------------------------------------------------------
+
+
+def reward(response: Response, aggregate: str = "min") -> float:
+    """R_p(response) of the paper, in 0..1: its step scores taken together by one of AGGREGATES.
+
+    A truncated response has 0, scored or not, and so has one without steps.
+
+    Raises:
+      ValueError: the response was not scored, a score is outside 0..1, or the aggregate is unknown.
+    """
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"a reward is one of {', '.join(AGGREGATES)} of the step scores, got {aggregate!r}")
+    if response.truncated:
+        return 0.0
+    scores, where = response.step_scores, f"query {response.query_id!r}, sample {response.sample}"
+    if scores is None:
+        raise ValueError(f"{where}: no step scores; the reward model has not scored this response")
+    if not all(0 <= score <= 1 for score in scores):
+        raise ValueError(f"{where}: step scores have to lie in 0..1, got {scores}")
+    return float(AGGREGATES[aggregate](scores)) if scores else 0.0
+
+
+def top_k(responses: Sequence[Response], rewards: Sequence[float], k: int) -> list[Response]:
+    """Top-K: the k of the greatest reward, in the order given; all of them if k is 0.
+
+    Of equal rewards the earlier response is preferred.
+    """
+    ranked = [i for i, _ in sorted(enumerate(rewards), key=lambda pair: -pair[1])]
+    chosen = set(ranked[:k] if k else ranked)
+    return [r for i, (r, _) in enumerate(zip(responses, rewards, strict=True)) if i in chosen]
+
+
+def above(responses: Sequence[Response], rewards: Sequence[float], alpha: float) -> list[Response]:
+    """Those with R_p > alpha."""
+    return [r for r, value in zip(responses, rewards, strict=True) if value > alpha]
+
+
+# ---- 3. controls --------------------------------------------------------------------------------------
 
 
 def random_k(responses: Sequence[Response], k: int, rng: np.random.Generator) -> list[Response]:
@@ -39,51 +92,71 @@ def distinct(responses: Sequence[Response]) -> list[Response]:
     return list(first.values())
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that k of n samples, c of them correct, hold a correct one.
+def frequencies(responses: Sequence[Response]) -> list[float]:
+    """For each response, how many of the given ones have its text: a reward without a reward model."""
+    count = collections.Counter(r.text for r in responses)
+    return [float(count[r.text]) for r in responses]
 
-    Source: Chen et al. 2021, 1 - C(n - c, k) / C(n, k).
 
-    Raises:
-      ValueError: k is not within 1..n, or c not within 0..n.
+# ---- 4. votes and pseudo answers ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """Result of `vote`.
+
+    Attributes:
+      answer: the winning class's first answer, as it was extracted.
+      share: weight of the winning class over the weight of all responses given, voting or not.
+      classes: how many different answers were voted for.
     """
-    if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+    answer: str
+    share: float
+    classes: int
 
 
-def dynamics(groups: Sequence[Sequence[Response]], k: int) -> dict[str, float]:
-    """The metrics of self-evolution on one split.
+def checker(query: Query) -> Callable[[str, str], bool]:
+    """`same(a, b)` of two extracted answers to the query: by letter where it has options, else by value."""
 
-    Args:
-      groups: per query: its greedy response (temperature 0) if there is one, and its samples.
-      k: for Pass@K, at most the number of samples.
+    def same(a: str, b: str) -> bool:
+        return answers.equivalent(a, b, options=query.options, answer_type=query.answer_type)
 
-    Returns:
-      greedy_accuracy, pass_at_k, gap (Pass@K - greedy), sampled_accuracy, unparsed and truncated
-      (shares of all responses), length (tokens), distinct_answers (per query, over its samples). What
-      cannot be told (no greedy response, no samples) is absent.
+    return same
+
+
+def vote(
+    responses: Sequence[Response], weights: Sequence[float], same: Callable[[str, str], bool]
+) -> Vote | None:
+    """The answer with the largest sum of weights; with weights of 1 the majority vote.
+
+    An answer joins the first class whose first member it is the `same` as. Truncated responses and those
+    without an answer do not vote. Of equal sums the class that came first wins. None where no weight is
+    voted.
     """
-    everything = [r for group in groups for r in group]
-    greedy = [r for r in everything if r.temperature == 0]
-    samples = [[r for r in group if r.temperature > 0] for group in groups]
-    out: dict[str, float] = {}
-    if greedy:
-        out["greedy_accuracy"] = _mean([r.verdict == "correct" for r in greedy])
-    if samples and samples[0]:
-        right = [[r.verdict == "correct" for r in group] for group in samples]
-        out["pass_at_k"] = _mean([pass_at_k(len(r), sum(r), min(k, len(r))) for r in right])
-        out["sampled_accuracy"] = _mean([sum(r) / len(r) for r in right])
-        found = [{r.answer for r in group if r.answer is not None} for group in samples]
-        out["distinct_answers"] = _mean([len(f) for f in found])
-    if greedy and "pass_at_k" in out:
-        out["gap"] = out["pass_at_k"] - out["greedy_accuracy"]
-    out["unparsed"] = _mean([r.verdict == "unparsed" for r in everything])
-    out["gold_unparsed"] = _mean([r.verdict == "gold-unparsed" for r in everything])
-    out["truncated"] = _mean([r.truncated for r in everything])
-    out["length"] = _mean([len(r.tokens) for r in everything])
-    return out
+    classes: dict[str, list[float]] = {}  # by the first answer of each
+    for response, weight in zip(responses, weights, strict=True):
+        if response.answer is not None and not response.truncated:
+            answer = response.answer
+            first = next((known for known in classes if same(known, answer)), answer)
+            classes.setdefault(first, []).append(weight)
+    sums = {first: math.fsum(members) for first, members in classes.items()}  # exact: ties stay ties
+    winner = max(sums, key=sums.__getitem__, default=None)
+    if winner is None or sums[winner] <= 0:
+        return None
+    return Vote(winner, sums[winner] / math.fsum(weights), len(classes))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0
+def pseudo_label(
+    query: Query, responses: Sequence[Response], weights: Sequence[float], threshold: float
+) -> Query | None:
+    """An unlabelled query with the voted answer as its gold answer (Table 3).
+
+    None is an abstention: the winner has less than `threshold` of the weight of all responses given, or is
+    not a possible gold answer (it names no option, or cannot be read as the query's type).
+    """
+    won = vote(responses, weights, checker(query))
+    if won is None or won.share < threshold:
+        return None
+    answer = answers.as_gold(won.answer, options=query.options, answer_type=query.answer_type)
+    return None if answer is None else dataclasses.replace(query, answer=answer)

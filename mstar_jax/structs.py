@@ -34,6 +34,41 @@ class Query:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A query with its rendered prompt and what that costs: prefix tokens and image crops."""
+
+    query: Query
+    text: str
+    length: int
+    crops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt and the responses that share it: to train on, to score, or to continue.
+
+    Attributes:
+      prompt: the shared prefix.
+      responses: token ids, ending in a stop id where one was reached; the branches 1, 2, ...
+      weights: each response's weight in the loss on its tokens; empty means 1 for all.
+      labels: each response's (index of a step's last token, label of the step); empty where no step counts.
+      starts: where sampling goes on, (branch, its first tokens that are kept, sample key), one for each of
+        the K samples; empty: K samples from the prompt, with keys 0..K-1.
+    """
+
+    prompt: Prompt
+    responses: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[float, ...] = ()
+    labels: tuple[tuple[tuple[int, float], ...], ...] = ()
+    starts: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of prefix and branches."""
+        return self.prompt.length + sum(map(len, self.responses))
+
+
+@dataclasses.dataclass(frozen=True)
 class Response:
     """One sampled response; a stage returns a new one with more filled in.
 
@@ -77,6 +112,7 @@ class Batch(NamedTuple):
       image_index: int32[B, T]; which row of the query's feature table stands there, -1 for text.
       pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C. A family whose
         crops have no common shape has a tuple of arrays instead, each with [B, C] in front.
+      labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
     """
 
     tokens: Any
@@ -84,20 +120,25 @@ class Batch(NamedTuple):
     loss_mask: Any
     image_index: Any
     pixels: Any
+    labels: Any = None
 
 
 class KVCache(NamedTuple):
-    """Keys and values of decoding: one prefix per query, shared by its K branches, never copied.
+    """Keys and values of decoding: one row per query, shared by the K branches, never copied.
 
     Attributes:
-      prefix_k, prefix_v: [L, B, G, P, N].
-      prefix_length: int32[B]; columns at or after it are padding.
+      prefix_k, prefix_v: [L, B, G, P, N]; the query's prompt, and the responses that branches continue.
+      visible: bool[B, K or 1, P]; the columns that a branch sees: the prompt, and its parent up to its start.
+      start: int32[B, K]; position of a branch's first own token.
+      long: bool[B]; see `layers.rope_tables`.
       suffix_k, suffix_v: [L, B, K, G, R, N]; the branches' own tokens.
     """
 
     prefix_k: jax.Array
     prefix_v: jax.Array
-    prefix_length: jax.Array
+    visible: jax.Array
+    start: jax.Array
+    long: jax.Array
     suffix_k: jax.Array
     suffix_v: jax.Array
 

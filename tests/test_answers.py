@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mstar_jax.answers import Grade, choice, equivalent, extract, grade
+from mstar_jax.answers import Grade, as_gold, choice, equivalent, extract, grade
 from mstar_jax.values import kind, number, tidy
 
 CM = ("10 cm", "12 cm", "15 cm", "120 cm")
@@ -189,6 +189,23 @@ def test_equivalent_is_symmetric():
         ("3:4", "3:5", None, False),
     ]:
         assert equivalent(a, b, options=options) == equivalent(b, a, options=options) == same
+
+
+def test_as_gold_is_what_grade_can_read():
+    for answer, options, answer_type, gold in [
+        ("(B) 12 cm", CM, "choice", "B"),
+        ("12", CM, "choice", "B"),
+        ("A or B", CM, "choice", None),
+        ("$\\frac{1}{2}$", None, "float", "1/2"),
+        ("half", None, "float", None),
+        ("Yes.", None, "boolean", "Yes"),
+        ("The red ball.", None, "text", "The red ball"),
+    ]:
+        found = as_gold(answer, options=options, answer_type=answer_type)
+        assert found == gold
+        if found:
+            text = f"The answer is {answer}"
+            assert grade(text, found, options=options, answer_type=answer_type).verdict == "correct"
 
 
 def test_kind():

@@ -27,9 +27,11 @@ ALLOWED = {
     "models.*": ("models", "structs", "sharding"),
     "values": (),
     "answers": ("values", "structs"),
-    "selection": ("answers", "structs", "values"),
-    "explore": ("selection", "answers", "structs", "values"),
-    "data.*": ("data", "answers", "values", "structs", "sharding"),
+    "steps": (),
+    "selection": ("answers", "structs", "values", "steps"),
+    "measures": ("selection", "answers", "values", "structs", "steps"),
+    "explore": ("measures", "selection", "answers", "structs", "values"),
+    "data.*": ("data", "answers", "values", "steps", "structs", "sharding"),
 }
 # The rest of the library is given models, processors and tokenizers as arguments. prm is built on models.
 FORBIDDEN = {
@@ -40,7 +42,7 @@ FORBIDDEN = {
     "*": ("models", *ABOVE),
 }
 
-TEXT = ("values", "answers", "selection", "explore")  # pure Python and numpy
+TEXT = ("values", "answers", "steps", "selection", "measures", "explore")  # pure Python and numpy
 TEXT += tuple(f"data.{name}" for name in ("figures", "mathv360k", "images", "splits", "prompts"))
 
 # Packages that only some modules, or none, may import.
@@ -252,6 +254,10 @@ AGAINST = [
     ("data.loader", "from mstar_jax import evolve", "data.loader imports evolve"),
     ("answers", "from mstar_jax import selection", "answers imports selection"),
     ("selection", "from mstar_jax import sharding", "selection imports sharding"),
+    ("selection", "from mstar_jax import measures", "selection imports measures"),
+    ("steps", "from mstar_jax.structs import Response", "steps imports structs"),
+    ("measures", "from mstar_jax import explore", "measures imports explore"),
+    ("measures", "import jax.numpy as jnp", "measures imports jax.numpy at module level"),
     ("explore", "from mstar_jax import train", "explore imports train"),
     ("values", "from mstar_jax import answers", "values imports answers"),
     ("setup", "from mstar_jax import evolve", "setup imports evolve"),
@@ -314,6 +320,8 @@ WITHIN = [
     ("setup", "from ml_collections import ConfigDict\nfrom mstar_jax.models import phi35"),
     ("main", "from ml_collections import config_flags\nfrom mstar_jax import evolve"),
     ("evaluate", "from mstar_jax import evolve, selection"),
+    ("measures", "import numpy as np\nfrom mstar_jax import selection, steps"),
+    ("data.figures", "from mstar_jax import steps"),
     ("models.hf", "load(name, trust_remote_code=False)"),
     ("train", "x = 1\n" * (FILE_LINES - 1)),
 ]

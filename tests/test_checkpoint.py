@@ -11,7 +11,7 @@ import pytest
 from mstar_jax import sharding, train
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.data import loader
-from mstar_jax.structs import EvolveState, Query
+from mstar_jax.structs import EvolveState, Query, Row
 from tests import tiny
 
 
@@ -119,7 +119,7 @@ def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
     processor = tiny.processor(tmp_path / "tokenizer")
     found = [Query(f"q{i}", (), "area " * i) for i in range(9)]
     planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
-    rows = [loader.Row(p, ((20 + i, 30), (40 + i, 9, 9))) for i, p in enumerate(planned)]
+    rows = [Row(p, ((20 + i, 30), (40 + i, 9, 9))) for i, p in enumerate(planned)]
 
     def batches(state=None):
         return loader.train_batches([(rows, 1.0)], processor, 4, (64,), seed=3, state=state)

@@ -238,7 +238,7 @@ def test_greedy_generation_token_for_token(llama, vit, projector, policy):
         np.arange(4, dtype=np.uint32),
         jax.random.key(0),
         np.zeros(2, np.float32),
-        np.full(4, steps, np.int32),
+        np.full((4, 2), steps, np.int32),
     )
     for r, one in enumerate(rows):
         embedded = embeddings(llama, vit, projector, one)

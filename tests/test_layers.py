@@ -181,13 +181,13 @@ def test_cached_decode_equals_full_forward(policy):
     ]
     full = np.asarray(tiny.logits(policy, tiny.stack(rows)))
     prompts = tiny.stack([tiny.prefix(one, 80) for one in rows], 4)  # one empty row: no NaN
-    last, cache = jax.jit(lambda m, b: m.prefill(b, 3, room))(policy, prompts)
+    hidden, cache = jax.jit(lambda m, b: m.prefill(b, 3, room))(policy, prompts)
     decode = jax.jit(lambda m, *rest: m.decode(*rest))
     tokens = np.zeros((4, 3, room), np.int32)
     for r, one in enumerate(rows):
         tokens[r] = one["tokens"][one["branch"] > 0].reshape(3, room)
-    hidden = jnp.broadcast_to(last[:, None], (4, 3, last.shape[-1]))
-    assert cache.prefix_length.tolist() == [22, 5, 70, 0]
+    assert hidden.shape == (4, 3, policy.decoder.config.hidden_size)
+    assert cache.start.tolist() == [[n] * 3 for n in (22, 5, 70, 0)]
     assert cache.prefix_k.shape == (2, 4, 2, 80, 8) and cache.suffix_k.shape == (2, 4, 3, 2, room, 8)
     for index in range(room):
         logits = np.asarray(policy.logits(hidden))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mstar_jax.data import loader
-from mstar_jax.structs import Query
+from mstar_jax.structs import Prompt, Query, Row
 from tests import tiny
 
 SIZES = ((16, 16), (40, 12), (12, 40), (70, 64))  # px
@@ -49,7 +49,7 @@ def text_rows(processor, count, name="t", length=3):
     """Rows without images; the first response token tells which one it is."""
     found = [Query(f"{name}{i}", (), "area") for i in range(count)]
     planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
-    return [loader.Row(p, ((20 + i,) * length,)) for i, p in enumerate(planned)]
+    return [Row(p, ((20 + i,) * length,)) for i, p in enumerate(planned)]
 
 
 def stream(sources, processor, size=4, **how):
@@ -87,7 +87,7 @@ def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
         assert processor.prefix_shape(query.question, sizes)[0] > longest
     for prompt in planned:
         assert prompt.length <= longest
-        row = loader.encode_row(loader.Row(prompt, ((7, 8),)), processor, longest + 2, 20)
+        row = loader.encode_row(Row(prompt, ((7, 8),)), processor, longest + 2, 20)
         encoded = processor.encode(prompt.text, [loader.load_image(path) for path in prompt.query.images])
         span = encoded.image_index[encoded.image_index >= 0]
         assert np.sum(row.image_index >= 0) == len(span) > 0 or not prompt.query.images
@@ -103,7 +103,7 @@ def test_sizes_are_those_of_the_turned_image(processor, tmp_path):
     Image.new("RGB", (70, 12)).save(tmp_path / "turned.jpg", exif=exif)
     query = Query("turned", (str(tmp_path / "turned.jpg"),), "area")
     [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
-    loader.encode_row(loader.Row(prompt, ()), processor, prompt.length, prompt.crops)
+    loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops)
 
 
 def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
@@ -115,21 +115,21 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     with pytest.raises(
         ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"
     ):
-        loader.encode_row(loader.Row(prompt, ()), processor, 1000, 50)
+        loader.encode_row(Row(prompt, ()), processor, 1000, 50)
 
 
 def test_a_row_that_does_not_fit_names_the_query(processor, prompts):
     prompt = prompts[4]
     with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
-        loader.encode_row(loader.Row(prompt, ((7,),)), processor, prompt.length, prompt.crops)
+        loader.encode_row(Row(prompt, ((7,),)), processor, prompt.length, prompt.crops)
     with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
-        loader.encode_row(loader.Row(prompt, ()), processor, prompt.length, prompt.crops - 1)
+        loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops - 1)
 
 
 def test_encode_row(processor, prompts):
     prompt = prompts[2]
     n = prompt.length
-    row = loader.encode_row(loader.Row(prompt, ((5, 6, 7), (8, 9))), processor, n + 8, prompt.crops + 1)
+    row = loader.encode_row(Row(prompt, ((5, 6, 7), (8, 9))), processor, n + 8, prompt.crops + 1)
     assert row.branch.tolist() == [0] * n + [1, 1, 1, 2, 2, -1, -1, -1]
     assert row.tokens[n:].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert row.loss_mask.tolist() == [0] * n + [1] * 5 + [0] * 3
@@ -144,35 +144,46 @@ def test_buckets():
 
 def test_plan_batches_groups_by_shape(prompts):
     buckets = (32, 64, 96, 128, 256)
-    plans = loader.plan_batches(prompts * 3, 4, buckets)
-    assert sorted(id(p) for _, group in plans for p in group) == sorted(id(p) for p in prompts * 3)
+    rows = [Row(p, ((7,),) * i) for i, p in enumerate(prompts * 3)]
+    plans = loader.plan_batches(rows, 4, buckets)
+    assert sorted(id(row) for _, group in plans for row in group) == sorted(map(id, rows))
     groups = {}
     for length, group in plans:
         assert 1 <= len(group) <= 4
-        shapes = {(loader.bucket(p.length, buckets), p.crops) for p in group}
+        shapes = {(loader.bucket(row.length, buckets), row.prompt.crops) for row in group}
         assert len(shapes) == 1 and next(iter(shapes))[0] == length
         groups.setdefault(next(iter(shapes)), []).append(group)
     for shape, parts in groups.items():  # only the last of a shape is short, and the order is kept
         assert all(len(part) == 4 for part in parts[:-1])
-        expected = [p for p in prompts * 3 if (loader.bucket(p.length, buckets), p.crops) == shape]
-        assert [p.query.id for part in parts for p in part] == [p.query.id for p in expected]
+        expected = [row for row in rows if (loader.bucket(row.length, buckets), row.prompt.crops) == shape]
+        assert [row for part in parts for row in part] == expected
 
 
-def test_prompt_batches(processor, prompts):
-    plans = loader.plan_batches(prompts, 3, (64, 128, 256))
-    batches = list(loader.prompt_batches(plans, processor, 3))
+def test_row_batches(processor, prompts):
+    labels = (((0, 0.25), (2, 1.0)), ((1, 0.0),))
+    rows = [
+        Row(p, ((5, 6, 7), (8, 9)), (0.5, 0.0), labels) if i % 2 else Row(p) for i, p in enumerate(prompts)
+    ]
+    plans = loader.plan_batches(rows, 3, (64, 128, 256))
+    batches = list(loader.row_batches(plans, processor, 3))
     assert len(batches) == len(plans) and any(len(group) < 3 for _, group in plans)
-    for (length, group), (queries, batch) in zip(plans, batches):
-        assert [q.id for q in queries] == [p.query.id for p in group]
-        assert batch.tokens.shape == (3, length) and batch.pixels.shape[:2] == (3, group[0].crops)
-        for i, prompt in enumerate(group):
-            alone = loader.encode_row(loader.Row(prompt, ()), processor, length, prompt.crops)
+    for (length, group), (found, batch) in zip(plans, batches):
+        assert list(found) == group
+        assert batch.tokens.shape == (3, length) and batch.pixels.shape[:2] == (3, group[0].prompt.crops)
+        for i, row in enumerate(group):
+            n = row.prompt.length
+            if row.responses:
+                assert batch.loss_mask[i].tolist() == [0.0] * n + [0.5] * 3 + [0.0] * (length - n - 3)
+                assert batch.labels[i, n : n + 5].tolist() == [0.25, -1.0, 1.0, -1.0, 0.0]
+            assert (batch.labels[i] >= 0).sum() == (3 if row.responses else 0)
+            alone = loader.encode_row(row, processor, length, row.prompt.crops)
             for name in batch._fields:
                 np.testing.assert_array_equal(getattr(batch, name)[i], getattr(alone, name))
         empty = slice(len(group), None)
         assert (batch.branch[empty] == -1).all() and (batch.image_index[empty] == -1).all()
         assert not batch.loss_mask[empty].any() and not batch.pixels[empty].any()
-    assert list(loader.prompt_batches([], processor, 3)) == []
+        assert (batch.labels[empty] == -1).all()
+    assert list(loader.row_batches([], processor, 3)) == []
 
 
 # ---- the training stream -----------------------------------------------------------------------------
@@ -194,7 +205,7 @@ def test_every_epoch_is_another_permutation(processor):
 
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_stream_continues_with_the_very_next_batch(processor, prompts, at):
-    image_rows = [loader.Row(p, ((7, 8, 9), (6,))) for p in prompts if p.length < 100]
+    image_rows = [Row(p, ((7, 8, 9), (6,))) for p in prompts if p.length < 100]
     sources = [(text_rows(processor, 7), 0.5), (image_rows, 0.5)]
     whole = take(stream(sources, processor), 10)
     iterator = stream(sources, processor)
@@ -206,7 +217,7 @@ def test_stream_continues_with_the_very_next_batch(processor, prompts, at):
 def test_shares_of_the_sources(processor):
     sources = [(text_rows(processor, 30), 0.75), (text_rows(processor, 3, "u"), 0.25)]
     rare = text_rows(processor, 3, "u")
-    rare = [loader.Row(row.prompt, ((200 + i,) * 3,)) for i, row in enumerate(rare)]
+    rare = [Row(row.prompt, ((200 + i,) * 3,)) for i, row in enumerate(rare)]
     sources[1] = (rare, 0.25)
     drawn = sum((marks(b) for b in take(stream(sources, processor), 100)), [])
     assert np.mean(np.array(drawn) >= 200) == pytest.approx(0.25, abs=0.02)
@@ -214,7 +225,7 @@ def test_shares_of_the_sources(processor):
 
 
 def test_sources_without_rows_or_weight_are_left_out(processor):
-    rows, others = text_rows(processor, 8), [loader.Row(r.prompt, ((99,),)) for r in text_rows(processor, 4)]
+    rows, others = text_rows(processor, 8), [Row(r.prompt, ((99,),)) for r in text_rows(processor, 4)]
     alone = take(stream([(rows, 1.0)], processor), 4)
     assert_equal(alone, take(stream([([], 0.5), (rows, 0.3), (others, 0.0)], processor), 4))
     with pytest.raises(ValueError, match="nothing to train on"):
@@ -237,7 +248,7 @@ def test_processes_share_the_global_batch(processor, count):
 def test_sources_of_different_shapes_take_turns(processor, prompts):
     """Short rows without images keep batches of their own, in their share."""
     short = text_rows(processor, 9)
-    long = [loader.Row(p, ((7, 8),)) for p in prompts if p.crops]
+    long = [Row(p, ((7, 8),)) for p in prompts if p.crops]
     sources = [(short, 0.75), (long, 0.25)]
     batches = take(stream(sources, processor), 40)
     shapes = [(batch.tokens.shape[1], batch.pixels.shape[1]) for batch in batches]
@@ -250,7 +261,7 @@ def test_sources_of_different_shapes_take_turns(processor, prompts):
 
 
 def test_a_source_has_one_shape(processor, prompts):
-    rows = [loader.Row(p, ((7, 8),)) for p in prompts if p.length < 200]
+    rows = [Row(p, ((7, 8),)) for p in prompts if p.length < 200]
     shapes = {tuple(x.shape for x in batch) for batch in take(stream([(rows, 1.0)], processor), 6)}
     assert len(shapes) == 1
     length, crops = shapes.pop()[0][1], max(row.prompt.crops for row in rows)
@@ -260,9 +271,9 @@ def test_a_source_has_one_shape(processor, prompts):
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(30, 80))
 def test_split_rows_never_cuts_a_response(lengths, room):
-    prompt = loader.Prompt(Query("q", (), "area"), "area", 10, 0)
+    prompt = Prompt(Query("q", (), "area"), "area", 10, 0)
     responses = tuple((i,) * n for i, n in enumerate(lengths))
-    parts = loader.split_rows([loader.Row(prompt, responses)], 10 + room)
+    parts = loader.split_rows([Row(prompt, responses)], 10 + room)
     assert tuple(r for part in parts for r in part.responses) == responses
     assert all(part.length <= 10 + room and part.responses for part in parts)
     for one, other in zip(parts, parts[1:]):  # no more rows than needed
@@ -270,21 +281,21 @@ def test_split_rows_never_cuts_a_response(lengths, room):
 
 
 def test_a_response_that_never_fits_names_the_query():
-    prompt = loader.Prompt(Query("q9", (), "area"), "area", 10, 0)
+    prompt = Prompt(Query("q9", (), "area"), "area", 10, 0)
     with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit 40"):
-        loader.split_rows([loader.Row(prompt, ((1,) * 5, (1,) * 31))], 40)
+        loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
 
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_batches(processor, prompts):
     flags.FLAGS.mark_as_parsed()  # as app.run does; Grain's workers ask for a flag of theirs
-    sources = [(text_rows(processor, 7), 0.5), ([loader.Row(p, ((7, 8),)) for p in prompts], 0.5)]
+    sources = [(text_rows(processor, 7), 0.5), ([Row(p, ((7, 8),)) for p in prompts], 0.5)]
     whole = take(stream(sources, processor), 6)
     iterator = stream(sources, processor, workers=2)
     assert_equal(whole[:3], take(iterator, 3))
     state = json.loads(json.dumps(iterator.get_state()))
     assert_equal(whole[3:], take(stream(sources, processor, workers=2, state=state), 3))
-    plans = loader.plan_batches(prompts, 3, (64, 128, 256))
-    threads, workers = (list(loader.prompt_batches(plans, processor, 3, workers=n)) for n in (0, 2))
+    plans = loader.plan_batches([Row(p) for p in prompts], 3, (64, 128, 256))
+    threads, workers = (list(loader.row_batches(plans, processor, 3, workers=n)) for n in (0, 2))
     assert [queries for queries, _ in threads] == [queries for queries, _ in workers]
     assert_equal([batch for _, batch in threads], [batch for _, batch in workers])

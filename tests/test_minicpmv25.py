@@ -16,7 +16,7 @@ from PIL import Image
 from mstar_jax import models, sharding
 from mstar_jax.data import loader
 from mstar_jax.models import hf, layers, minicpmv25, slicing, tokenizer
-from mstar_jax.structs import Query
+from mstar_jax.structs import Query, Row
 
 GOLDENS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent"))  # official outputs, if at hand
 GOLDEN = GOLDENS / "minicpmv25"
@@ -258,7 +258,7 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
     prompts, left_out = loader.plan_prompts(pairs, processor, 160)
     assert not left_out and [prompt.crops for prompt in prompts] == [5, 0, 1]
     branches = tuple(tuple(processor.encode_response(text)) for text in ("one", "Step 2"))
-    rows = [loader.Row(prompt, branches) for prompt in prompts]
+    rows = [Row(prompt, branches) for prompt in prompts]
     batch = loader._stack([loader.encode_row(row, processor, 160, 5) for row in rows], 4)
 
     @jax.jit

@@ -247,7 +247,7 @@ def test_greedy_generation_token_for_token(llama, vit, resampler, policy, proces
     # no stop and nothing forbidden, on both sides
     free = types.SimpleNamespace(vocab_size=CONFIG.decoder.vocab_size, forbidden_ids=(), stop_ids=())
     generate = make_generate(free, SamplingConfig(branches=2, max_new_tokens=steps))
-    keys, limits = np.arange(3, dtype=np.uint32), np.full(3, steps, np.int32)
+    keys, limits = np.arange(3, dtype=np.uint32), np.full((3, 2), steps, np.int32)
     out = generate(policy, batch, keys, jax.random.key(0), np.zeros(2, np.float32), limits)
     for ours, prompt, own in zip(np.asarray(out.tokens), prompts, images):
         assert ours[0].tolist() == ours[1].tolist()

@@ -144,7 +144,7 @@ def test_greedy_generation_token_for_token(phi3, policy):
         np.arange(4, dtype=np.uint32),
         jax.random.key(0),
         np.zeros(2, np.float32),
-        np.full(4, steps, np.int32),
+        np.full((4, 2), steps, np.int32),
     )
     for r, (row, length) in enumerate(zip(rows, lengths)):
         prompt = torch.tensor(row["tokens"][None, :length], dtype=torch.long)

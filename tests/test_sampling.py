@@ -11,7 +11,7 @@ import tiny
 
 from mstar_jax import sampling, sharding, train
 from mstar_jax.sampling import SamplingConfig
-from mstar_jax.structs import Query
+from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
 TEMPERATURES = np.array([0.0, 0.7, 1.0, 1.6], np.float32)
@@ -183,7 +183,9 @@ NAMES = tuple(f"query-{i}" for i in range(8))
 
 def run(policy, processor, rows, names, mesh, config, size=None, generate=None, temperatures=TEMPERATURES):
     generate = generate or sampling.make_generate(processor, config)
-    prompts = [(tuple(query(name) for name in names), tiny.stack(rows, size))]
+    lengths = [int((row["branch"] == 0).sum()) for row in rows]
+    asked = tuple(Row(Prompt(query(name), "", n, 0)) for name, n in zip(names, lengths, strict=True))
+    prompts = [(asked, tiny.stack(rows, size))]
     out = sampling.rollouts(
         generate,
         policy,
@@ -352,3 +354,78 @@ def test_token_texts(processor):
     ids = processor.encode_response("the area (A)")[:-1]
     assert "".join(texts[i] for i in ids) == "the area (A)"
     assert texts[processor.tokenizer.convert_tokens_to_ids("<|end|>")] == ""
+
+
+# ---- going on from the steps of a response -----------------------------------------------------------
+
+
+def continued(policy, processor, rows, starts_of, held, mesh):
+    """Continuations of the responses that every row holds; the batch is prompt and responses."""
+    length, stems, arrays = LENGTH + BRANCHES * ROOM, [], []
+    for row, name, size in zip(rows, NAMES, PREFIXES):
+        layout = [(0, size), *((k + 1, len(tokens)) for k, tokens in enumerate(held[name]))]
+        one = tiny.row(np.random.default_rng(0), layout, length)
+        for k in ("tokens", "image_index"):
+            one[k][:size] = row[k][:size]
+        one["tokens"][one["branch"] > 0] = [t for tokens in held[name] for t in tokens]
+        arrays.append(one | {"pixels": row["pixels"]})
+        stems.append(Row(Prompt(query(name), "", size, 0), tuple(held[name]), starts=starts_of(name)))
+    generate = sampling.make_generate(processor, CONFIG)
+    batches = [(tuple(stems), tiny.stack(arrays))]
+    out = sampling.rollouts(
+        generate,
+        policy,
+        batches,
+        processor,
+        CONFIG,
+        key=jax.random.key(5),
+        temperatures=TEMPERATURES,
+        iteration=0,
+        mesh=mesh,
+    )
+    [groups] = list(out)
+    return {group[0].query_id: group for group in groups}
+
+
+def test_continuations(policy, processor, rows, responses):
+    one, rng = sharding.make_mesh(devices=jax.devices()[:1]), np.random.default_rng(3)
+    held = {name: [r.tokens for r in responses[name]] for name in NAMES}
+    parents = {name: rng.integers(1, BRANCHES + 1, BRANCHES) for name in NAMES}
+    kept = {name: [int(rng.integers(0, len(held[name][p - 1]) + 1)) for p in parents[name]] for name in NAMES}
+
+    def starts(name):
+        return tuple(
+            (int(p) if n else 0, n, 100 + k) for k, (p, n) in enumerate(zip(parents[name], kept[name]))
+        )
+
+    found = continued(policy, processor, rows, starts, held, one)
+    added = 0
+    for name, limit in zip(NAMES, LIMITS):
+        for (parent, n, _), response in zip(starts(name), found[name], strict=True):
+            assert response.tokens[:n] == (held[name][parent - 1][:n] if n else ())
+            assert len(response.tokens) <= limit and response.text == processor.decode(response.tokens)
+            added += len(response.tokens) - n
+    assert added > 20
+    # what was drawn, each alone behind its prompt in a full forward pass, has the very probabilities
+    length = LENGTH + BRANCHES * ROOM
+    whole = []
+    for row, name, size in zip(rows, NAMES, PREFIXES):
+        layout = [(0, size), *((k + 1, len(r.tokens)) for k, r in enumerate(found[name]))]
+        one_row = tiny.row(np.random.default_rng(0), layout, length)
+        for k in ("tokens", "image_index"):
+            one_row[k][:size] = row[k][:size]
+        one_row["tokens"][one_row["branch"] > 0] = [t for r in found[name] for t in r.tokens]
+        whole.append(one_row | {"pixels": row["pixels"]})
+    logits, forbidden = np.asarray(tiny.logits(policy, tiny.stack(whole))), list(processor.forbidden_ids)
+    for b, name in enumerate(NAMES):
+        for k, (response, temperature) in enumerate(zip(found[name], TEMPERATURES)):
+            n, total = kept[name][k], 0.0
+            for token, step in zip(
+                response.tokens[n:], logits[b][whole[b]["branch"] == k + 1][n:], strict=True
+            ):
+                step = step.copy()
+                step[forbidden] = -np.inf
+                want = filtered(step / (temperature or 1.0), top_k=60, top_p=0.95, min_p=0.01)
+                assert temperature > 0 or token == np.argmax(step)
+                total += want[token]
+            assert response.logprob == pytest.approx(total, abs=2e-4)

@@ -143,7 +143,7 @@ def continuation(policy, config, prompt):
     none = np.full_like(tokens, -1)
     batch = Batch(tokens, none + 1, np.zeros(tokens.shape, np.float32), none, np.zeros((1, 0, 1), np.float32))
     generate = make_generate(free, SamplingConfig(branches=1, max_new_tokens=STEPS))
-    limits, keys = np.array([STEPS], np.int32), np.zeros(1, np.uint32)
+    limits, keys = np.array([[STEPS]], np.int32), np.zeros(1, np.uint32)
     out = generate(policy, batch, keys, jax.random.key(0), np.zeros(1, np.float32), limits)
     return np.asarray(out.tokens)[0, 0].tolist()
 

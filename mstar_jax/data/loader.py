@@ -16,30 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mstar_jax.data.images import load_image
-from mstar_jax.structs import Batch, Query
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A query with its rendered prompt and what that costs: prefix tokens and image crops."""
-
-    query: Query
-    text: str
-    length: int
-    crops: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A training row: a prompt and the responses that share it, as token ids ending in a stop id."""
-
-    prompt: Prompt
-    responses: tuple[tuple[int, ...], ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens of prefix and branches."""
-        return self.prompt.length + sum(map(len, self.responses))
+from mstar_jax.structs import Batch, Prompt, Query, Row
 
 
 def plan_prompts(
@@ -110,14 +87,18 @@ def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
         )
     tokens, branch = np.zeros(length, np.int32), np.full(length, -1, np.int32)
     index, mask = np.full(length, -1, np.int32), np.zeros(length, np.float32)
+    labels = np.full(length, -1, np.float32)
     tokens[:n], branch[:n], index[:n] = prefix.tokens, 0, prefix.image_index
     at = n
-    for number, response in enumerate(row.responses, start=1):
+    for number, response in enumerate(row.responses):
         end = at + len(response)
-        tokens[at:end], branch[at:end], mask[at:end] = response, number, 1.0
+        tokens[at:end], branch[at:end] = response, number + 1
+        mask[at:end] = row.weights[number] if row.weights else 1.0
+        for place, label in row.labels[number] if row.labels else ():
+            labels[at + place] = label
         at = end
     pixels = jax.tree.map(lambda x: _padded(x, (crops, *x.shape[1:])), prefix.pixels)
-    return Batch(tokens, branch, mask, index, pixels)
+    return Batch(tokens, branch, mask, index, pixels, labels)
 
 
 def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -128,7 +109,9 @@ def _stack(rows: Sequence[Batch], size: int) -> Batch:
     """Stacks rows, images to their common shape, and fills up with empty rows."""
     first = rows[0]
     nothing = np.full_like(first.branch, -1)
-    empty = jax.tree.map(np.zeros_like, first)._replace(branch=nothing, image_index=nothing)
+    unlabelled = np.full_like(first.labels, -1)
+    empty = jax.tree.map(np.zeros_like, first)
+    empty = empty._replace(branch=nothing, image_index=nothing, labels=unlabelled)
     rows = [*rows, *[empty] * (size - len(rows))]
 
     def stack(*parts):
@@ -139,26 +122,24 @@ def _stack(rows: Sequence[Batch], size: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EncodePrompts(grain.transforms.Map):
-    """One planned batch of prompts to arrays."""
+class _EncodeRows(grain.transforms.Map):
+    """One planned batch of rows to arrays."""
 
     processor: Any
     size: int
 
     def map(self, plan):
-        length, prompts = plan
-        crops = max(p.crops for p in prompts)
-        rows = [encode_row(Row(p, ()), self.processor, length, crops) for p in prompts]
-        return tuple(p.query for p in prompts), _stack(rows, self.size)
+        length, rows = plan
+        crops = max(row.prompt.crops for row in rows)
+        encoded = [encode_row(row, self.processor, length, crops) for row in rows]
+        return tuple(rows), _stack(encoded, self.size)
 
 
-def plan_batches(
-    prompts: Sequence[Prompt], size: int, buckets: Sequence[int]
-) -> list[tuple[int, list[Prompt]]]:
-    """Groups prompts by shape, in order: (bucket, up to `size` prompts with the same number of crops)."""
-    groups: dict[tuple[int, int], list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault((bucket(prompt.length, buckets), prompt.crops), []).append(prompt)
+def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
+    """Groups rows by shape, in order: (bucket, up to `size` rows with the same number of crops)."""
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((bucket(row.length, buckets), row.prompt.crops), []).append(row)
     return [
         (length, group[at : at + size])
         for (length, _), group in sorted(groups.items())
@@ -166,9 +147,9 @@ def plan_batches(
     ]
 
 
-def prompt_batches(
-    plans: Sequence[tuple[int, list[Prompt]]], processor: Any, size: int, *, workers: int = 0
-) -> Iterator[tuple[tuple[Query, ...], Batch]]:
+def row_batches(
+    plans: Sequence[tuple[int, list[Row]]], processor: Any, size: int, *, workers: int = 0
+) -> Iterator[tuple[tuple[Row, ...], Batch]]:
     """Encodes planned batches in order, ahead of their use.
 
     Args:
@@ -179,7 +160,7 @@ def prompt_batches(
     """
     if not plans:
         return iter(())
-    data = grain.MapDataset.source(plans).map(_EncodePrompts(processor, size))
+    data = grain.MapDataset.source(plans).map(_EncodeRows(processor, size))
     return iter(_prefetched(data, workers))
 
 
@@ -203,19 +184,23 @@ def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
     """
     out = []
     for row in rows:
-        part: list[tuple[int, ...]] = []
-        for response in row.responses:
-            if row.prompt.length + len(response) > max_length:
+        first, room = 0, max_length - row.prompt.length
+        for last, response in enumerate(row.responses):
+            if len(response) > room:
                 raise ValueError(
                     f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response "
                     f"tokens do not fit {max_length}, the largest of data.buckets"
                 )
-            if row.prompt.length + sum(map(len, part)) + len(response) > max_length:
-                out.append(Row(row.prompt, tuple(part)))
-                part = []
-            part.append(response)
-        out.append(Row(row.prompt, tuple(part)))
+            if sum(map(len, row.responses[first : last + 1])) > room:
+                out.append(_part(row, first, last))
+                first = last
+        out.append(_part(row, first, len(row.responses)))
     return out
+
+
+def _part(row: Row, first: int, last: int) -> Row:
+    these = slice(first, last)
+    return Row(row.prompt, row.responses[these], row.weights[these], row.labels[these])
 
 
 def train_batches(

@@ -158,14 +158,14 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
     return attend
 
 
-def branch_attention(prefix_length: jax.Array, index: jax.Array) -> Callable[..., Any]:
+def branch_attention(visible: jax.Array, index: jax.Array) -> Callable[..., Any]:
     """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
 
     The two parts are scored apart and normalised together, so the prefix is read once for its K
     branches. In `attend`, the T axis of q, k and v is the K branches.
 
     Args:
-      prefix_length: int32[B].
+      visible: bool[B, K or 1, P], the columns of the shared part that a branch sees.
       index: int32[]; how many tokens the branches hold already.
     """
 
@@ -178,8 +178,7 @@ def branch_attention(prefix_length: jax.Array, index: jax.Array) -> Callable[...
         suffix_v = jax.lax.dynamic_update_slice(suffix_v, v[None, :, :, :, None], at)
         own_k = jax.lax.dynamic_index_in_dim(suffix_k, number, keepdims=False)
         own_v = jax.lax.dynamic_index_in_dim(suffix_v, number, keepdims=False)
-        there = jnp.arange(prefix_k.shape[2])[None, :] < prefix_length[:, None]
-        shared = jnp.where(there[:, None, None, None], _scores(q, prefix_k), -jnp.inf)
+        shared = jnp.where(visible[:, None, None], _scores(q, prefix_k), -jnp.inf)
         grouped = q.reshape(-1, branches, groups, q.shape[2] // groups, width) * (width**-0.5)
         own = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
         own = own.transpose(0, 2, 3, 1, 4)
@@ -283,14 +282,12 @@ def decode_hidden(
     Returns:
       hidden [B, K, D] and the cache with this token's keys and values written at `index`.
     """
-    positions = jnp.broadcast_to(cache.prefix_length[:, None] + index, x.shape[:2])
-    long = cache.prefix_length > decoder.config.original_max_position
     layers = (jnp.arange(cache.prefix_k.shape[0]), cache.prefix_k, cache.prefix_v)
     hidden, (suffix_k, suffix_v), _ = decoder.hidden(
         x,
-        positions,
-        long,
-        branch_attention(cache.prefix_length, index),
+        cache.start + index,
+        cache.long,
+        branch_attention(cache.visible, index),
         state=(cache.suffix_k, cache.suffix_v),
         layers=layers,
     )

@@ -89,16 +89,23 @@ class VisionLanguageModel(nnx.Module):
         """float32[..., V]."""
         return self.decoder.logits(hidden)
 
-    def prefill(self, batch: Batch, branches: int, room: int) -> tuple[jax.Array, KVCache]:
-        """Runs the prompts once.
+    def prefill(
+        self, batch: Batch, branches: int, room: int, starts: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the shared part of the rows once: the prompts, and responses that are to be continued.
+
+            branch   0 0 0  1 1 1 1  2 2 2      the row: a prompt and two responses
+            sees     x x x  x x - -  - - -      a sample that starts behind two tokens of response 1
 
         Args:
-          batch: rows with a prefix only.
-          branches: K, how many branches will be decoded from each prefix.
-          room: R, how many tokens a branch may hold.
+          batch: the rows.
+          branches: K, how many samples will be decoded from each row.
+          room: R, how many tokens a sample may add.
+          starts: (parent int32[B, K], kept int32[B, K]): a sample goes on behind the first `kept` tokens of
+            response `parent`; None, and 0 and 0, behind the prompt.
 
         Returns:
-          hidden [B, D] at the last prompt token, and the cache with empty suffixes.
+          hidden [B, K, D] at the token before each sample, and the cache with empty suffixes.
         """
         positions, _, mask = layers.row_layout(batch.branch)
         x = self.embed(batch.tokens, batch.image_index, batch.pixels)
@@ -106,9 +113,21 @@ class VisionLanguageModel(nnx.Module):
         long = length > self.decoder.config.original_max_position
         attend = layers.row_attention(mask, keep=True)
         hidden, _, (k, v) = self.decoder.hidden(x, positions, long, attend)
-        last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+        visible, last = (
+            (batch.branch == 0)[:, None],
+            jnp.broadcast_to(length[:, None] - 1, (len(x), branches)),
+        )
+        start = last + 1
+        if starts is not None:
+            parent, kept = starts
+            own = (batch.branch[:, None] == parent[..., None]) & (parent > 0)[..., None]
+            own &= jnp.arange(x.shape[1]) < (jnp.argmax(own, axis=-1) + kept)[..., None]
+            visible, start = visible | own, start + kept
+            last = jnp.where(kept > 0, own.shape[-1] - 1 - jnp.argmax(own[..., ::-1], axis=-1), last)
+        before = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
         shape = (*k.shape[:2], branches, k.shape[2], room, k.shape[4])
-        return last, KVCache(k, v, length, jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype))
+        suffix = jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)
+        return before, KVCache(k, v, visible, start, long, *suffix)
 
     def decode(self, tokens: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:
         """One token per branch: tokens int32[B, K] at place `index` -> hidden [B, K, D] and the cache."""
