@@ -9,6 +9,7 @@ The other two policies differ in a few values only: configs/internvl2.py, config
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -55,9 +56,11 @@ def get_config() -> ConfigDict:
     evolve.iterations = 16  # with 625 steps each: 10K steps in all
     evolve.fraction = 0.25  # of the labelled queries, an iteration: Continuous Self-Evolving's best interval
     evolve.k = 16  # responses per query
-    evolve.keep = 2  # correct responses of a query that train, by lot
+    evolve.select = "prm"  # of the correct responses, by the reward model; or random, likelihood, frequency
+    evolve.keep = 2  # Top-2; 0 keeps all
+    evolve.threshold = placeholder(float)  # alpha: only rewards above it
     evolve.distinct = False  # train only on responses with different text
-    evolve.temperature = 1.0
+    evolve.temperature = 1.0  # until `explore` chooses another one
     evolve.steps = 625  # an iteration
     evolve.batch = 64  # rows: queries, each with up to 2 responses, so 128 responses
     evolve.learning_rate = 1e-6
@@ -65,8 +68,36 @@ def get_config() -> ConfigDict:
     evolve.final_fraction = 1.0  # the paper's rate is constant
     evolve.data = "rollouts"  # or "answers" (SFT), "warmup" (control)
     evolve.start = "last"  # every iteration trains from pi_t; "initial" (ReST^EM): from the warm-up
-    evolve.reset = False  # True (Iterative RFT, ReST^EM): optimizer state and schedule begin again
+    evolve.reset_moments = False  # True (Iterative RFT, ReST^EM): Adam's moments begin again
+    evolve.reset_schedule = False  # True (as above): the learning rate's schedule begins again
     evolve.keep_checkpoints = 2  # iterations
+    evolve.unlabelled = unlabelled = ConfigDict()  # the other half of the data; M-STaR leaves it out
+    unlabelled.mixin = placeholder(float)  # share of the training after which it joins: 0, 0.25, 0.5, 0.75
+    unlabelled.threshold = 0.3  # least share of a query's weight that its voted answer needs
+    unlabelled.oracle = False  # its true answers instead of votes: a bound
+    unlabelled.weight = 1.0  # of its rows, beside the labelled ones' 1
+
+    # The process reward model, trained from the warm-up policy on Monte-Carlo labels of its steps
+    c.prm = prm = ConfigDict()
+    prm.path = ""  # a trained one of any family instead: a folder that `export --stage=prm` wrote
+    prm.queries, prm.held_out = 50_000, 500  # labelled queries to train on, and to report on
+    prm.k, prm.temperature = 16, 1.0  # responses per query
+    prm.completions = 16  # of every step
+    prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
+    prm.samples, prm.rows = 64, 16  # completions that one row holds; rows sampled together
+    prm.mc_weight = 0.2  # of the step labels, beside 1 for the likelihood of the correct responses
+    prm.steps, prm.batch, prm.longest = 3000, 64, 3072  # about one pass; rows of a step, tokens of a row
+    prm.chunk = 256  # queries of a shard of scores
+    prm.learning_rate, prm.warmup_steps, prm.final_fraction = 1e-6, 20, 0.1
+    prm.aggregate = "min"  # R_p of a response from its steps' scores; or last, product, mean
+
+    # Adaptive exploration: the temperature with the best Reward-Pass@2 on validation
+    c.explore = explore = ConfigDict()
+    explore.every = 2  # iterations
+    explore.adapt = True  # False: measure, and keep evolve.temperature
+    explore.criterion = "reward_pass_at_2"  # or balance_score
+    explore.temperatures = tuple(t / 10 for t in range(3, 17))
+    explore.samples, explore.queries, explore.batch = 4, 250, 16  # per query and temperature; at a time
 
     c.train = train = ConfigDict()
     train.b1, train.b2, train.weight_decay, train.clip = 0.9, 0.95, 0.0, 1.0  # AdamW; global norm
@@ -87,6 +118,7 @@ def get_config() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.samples, c.eval.k, c.eval.temperature = 16, 8, 1.0  # for Pass@k; greedy comes beside them
+    c.eval.every = 1  # iterations
     c.eval.test_at = ("base", "warmup")  # stages that are measured on the test split, beside the last
     c.eval.show = 50  # queries in the tables of samples
     return c

@@ -9,6 +9,7 @@
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "continuous") -> ConfigDict:
@@ -76,9 +77,11 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     evolve.iterations = 8
     evolve.fraction = 0.25  # of the labelled queries, an iteration
     evolve.k = 16  # responses per query
-    evolve.keep = 2  # correct responses that train, by lot; 0 for all
+    evolve.select = "prm"  # of the correct responses; or random, likelihood, frequency, oracle
+    evolve.keep = 2  # Top-k; 0 for all
+    evolve.threshold = placeholder(float)  # only rewards above it
     evolve.distinct = False  # train only on responses with different text
-    evolve.temperature = 0.7
+    evolve.temperature = 1.0  # of sampling, until `explore` chooses another one
     evolve.steps = 64  # an iteration
     evolve.batch = 16  # rows of up to `keep` responses
     evolve.learning_rate = 1e-3
@@ -86,8 +89,34 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     evolve.final_fraction = 0.1
     evolve.data = "rollouts"  # or "answers" (SFT), "warmup" (control)
     evolve.start = "last"  # every iteration trains from pi_t; "initial": from the warm-up
-    evolve.reset = False  # optimizer state and schedule begin again at every iteration
+    evolve.reset_moments = False  # Adam's moments begin again at every iteration
+    evolve.reset_schedule = False  # so does the learning rate's schedule
     evolve.keep_checkpoints = 2  # iterations
+    evolve.unlabelled = unlabelled = ConfigDict()
+    unlabelled.mixin = placeholder(float)  # share of the training after which they join: 0, 0.25, ...
+    unlabelled.threshold = 0.3  # least share of a query's weight that its voted answer needs
+    unlabelled.oracle = False  # their true answers instead of votes: a bound
+    unlabelled.weight = 1.0  # of their rows, beside the labelled ones' 1
+
+    c.prm = prm = ConfigDict()  # the process reward model, trained from the warm-up policy
+    prm.path = ""  # one that is there already, of any family, instead
+    prm.queries, prm.held_out = 256, 96  # labelled queries to train on, and to report on; 0 for no model
+    prm.k, prm.temperature = 16, 1.0  # responses per query
+    prm.completions = 4  # of every step
+    prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
+    prm.samples, prm.rows = 64, 16  # completions of a row, rows sampled together
+    prm.mc_weight = 0.2  # of the step labels, beside 1 for the likelihood of the correct responses
+    prm.steps, prm.batch, prm.longest = 200, 8, 256  # rows of a step, tokens of a row
+    prm.chunk = 64  # queries in a shard of scores
+    prm.learning_rate, prm.warmup_steps, prm.final_fraction = 1e-3, 20, 0.1
+    prm.aggregate = "min"  # a response's reward from its steps' scores; or last, product, mean
+
+    c.explore = explore = ConfigDict()
+    explore.every = 2  # iterations; 0 measures no other temperatures
+    explore.adapt = True  # sample at the best of them
+    explore.criterion = "reward_pass_at_2"  # or balance_score
+    explore.temperatures = tuple(t / 10 for t in range(3, 17))
+    explore.samples, explore.queries, explore.batch = 4, 128, 16  # per query and temperature; at a time
 
     c.train = ConfigDict(
         {"b1": 0.9, "b2": 0.98, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1}
@@ -99,11 +128,12 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         | {"stop_strings": (), "dtype": "float32"}
     )
     c.eval = ConfigDict(
-        {"samples": 16, "k": 8, "temperature": 1.0, "test_at": ("base", "warmup"), "show": 12}
+        {"samples": 8, "k": 8, "temperature": 1.0, "every": 1, "test_at": ("base", "warmup"), "show": 12}
     )
 
     if variant in ("iterative_rft", "rest_em"):  # all queries an iteration, everything reset
-        evolve.reset, evolve.fraction = True, 1.0
+        evolve.reset_moments = evolve.reset_schedule = True
+        evolve.fraction = 1.0
         evolve.iterations, evolve.steps = 2, 256
         evolve.start = "initial" if variant == "rest_em" else "last"
     elif variant == "sft":  # the labelled answers themselves
@@ -117,6 +147,8 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         base.target, base.learning_rate = 0.0, 3e-3
         warmup.queries, warmup.steps, warmup.warmup_steps = 64, 6, 2
         evolve.iterations, evolve.steps, evolve.warmup_steps, evolve.k = 2, 6, 2, 4
+        prm.queries, prm.held_out, prm.k, prm.completions, prm.steps, prm.warmup_steps = 24, 8, 4, 2, 6, 2
+        prm.samples, explore.samples, explore.queries, explore.temperatures = 16, 2, 16, (0.5, 1.0)
         c.eval.samples, c.eval.k, c.train.save_every = 4, 4, 5
     elif variant != "continuous":
         raise ValueError(

@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, evolve, metrics, setup, sharding
+from mstar_jax import __version__, evolve, metrics, report, setup, sharding, stages
 from mstar_jax.store import write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
@@ -128,8 +128,8 @@ def main(argv: list[str]) -> None:
         setup.check(config, mesh)  # an impossible run claims no workdir
         claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        stages = evolve.run(config, workdir, top, termination.asked.is_set)
-    except evolve.Stopped as stopped:
+        records = evolve.run(config, workdir, top, termination.asked.is_set)
+    except stages.Stopped as stopped:
         log.warning("%s. Start the same command again to go on.", stopped)
         sys.exit(143)
     except ValueError as error:
@@ -140,7 +140,12 @@ def main(argv: list[str]) -> None:
     spent = time.time() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
-    print(f"\n{metrics.table(stages)}\n\n{workdir.absolute()}: {inside}")
+    print(f"\n{metrics.table(records)}\n\n{workdir.absolute()}: {inside}")
+    if jax.process_index() == 0:
+        try:
+            print(f"{report.write([workdir])}: the report, one file for any browser")
+        except OSError as error:  # the run is whole without it
+            log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
 
 
 def _default_workdir() -> str:

@@ -1,15 +1,17 @@
 """From the config's values to what a run works with: checks, policy, optimizer and data."""
 
+import dataclasses
 import json
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 import optax
 
-from mstar_jax import models, sharding, train
+from mstar_jax import models, selection, sharding, train
 from mstar_jax.data import figures, mathv360k, prompts
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import DecoderConfig
@@ -31,19 +33,41 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         raise ValueError("policy.path is not set: give a checkpoint's folder, --config.policy.path=/...")
     if not c.data.labelled and "figures" not in c.data:
         raise ValueError("data.labelled is not set: give a MathV360K file, --config.data.labelled=/...")
-    for name in ("warmup", "evolve") if c.policy.path else ("base", "warmup", "evolve"):
+    trained = (
+        "warmup",
+        "evolve",
+        *(() if c.policy.path else ("base",)),
+        *(("prm",) if c.prm.queries else ()),
+    )
+    for name in trained:
         sharding.check_divides(f"{name}.batch", c[name].batch, mesh, c.train.accumulate)
     sharding.check_divides("sampling.batch", c.sampling.batch, mesh)
+    sharding.check_divides("prm.rows", c.prm.rows, mesh)
+    sharding.check_divides("prm.batch", c.prm.batch, mesh)
+    sharding.check_divides("explore.batch", c.explore.batch, mesh)
     for template in c.prompts.values():
         prompts.check(template)
     choices: list[tuple[str, Any, tuple[str, ...]]] = [
         ("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup")),
         ("evolve.start", c.evolve.start, ("last", "initial")),
         ("train.remat", c.train.remat, tuple(sorted(train.REMAT))),
+        ("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle")),
+        ("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES)),
+        ("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score")),
     ]
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name} = {value!r}: choose one of {known}")
+    if c.evolve.select == "prm" and not (c.prm.queries or c.prm.path):
+        raise ValueError("evolve.select = 'prm' needs a reward model: set prm.queries, or prm.path")
+    if c.evolve.select == "oracle" and (c.data.labelled or "figures" not in c.data):
+        raise ValueError("evolve.select = 'oracle' needs the embedded data set: only its steps are known")
+    if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
+        raise ValueError(f"evolve.threshold is of the reward model's, not of {c.evolve.select!r} selection")
+    if c.prm.samples % c.prm.completions:
+        raise ValueError(
+            f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
+        )
     if c.evolve.keep_checkpoints < 2:
         kept = c.evolve.keep_checkpoints
         raise ValueError(
@@ -54,17 +78,24 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
 def schedule_values(settings: ml_collections.ConfigDict) -> tuple[float, int, int, float]:
     """Peak, steps, warm-up steps and final fraction of a stage's schedule; one for all iterations that
     inherit it."""
-    rounds = settings.iterations if "iterations" in settings and not settings.reset else 1
+    rounds = settings.iterations if "iterations" in settings and not settings.reset_schedule else 1
     return settings.learning_rate, settings.steps * rounds, settings.warmup_steps, settings.final_fraction
 
 
 def optimizer(
-    settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict
+    settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, inside: str = ""
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """A stage's optimizer and schedule, from its settings and `config.train`."""
+    """A stage's optimizer and schedule, from its settings and `config.train`.
+
+    Args:
+      settings: learning_rate, steps, warmup_steps, final_fraction.
+      values: `config.train`.
+      inside: where the policy's parameters are in what is trained, `trunk.` in a reward model.
+    """
     schedule, v = train.make_schedule(*schedule_values(settings)), values
     how = {"b1": v.b1, "b2": v.b2, "weight_decay": v.weight_decay, "clip": v.clip}
-    return train.make_optimizer(schedule, **how, frozen=tuple(v.frozen)), schedule
+    frozen = tuple(re.sub(r"^\^", "^" + re.escape(inside), pattern) for pattern in v.frozen)
+    return train.make_optimizer(schedule, **how, frozen=frozen), schedule
 
 
 def base_examples(
@@ -123,8 +154,8 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[
     """Reads (and where it is the embedded one, makes) the data set.
 
     Returns:
-      labelled, validation and test queries; for a policy from scratch also base and base_validation, the
-      narrow set.
+      labelled, unlabelled, validation and test queries, and `hidden`, the answers of the unlabelled ones by
+      id; for a policy from scratch also base and base_validation, the narrow set.
     """
     c, own = config.data, dict[str, Any]()
     if not (c.labelled and config.policy.path):
@@ -133,15 +164,18 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[
     if not config.policy.path:
         own = {"base": figures.read_base(folder), "base_validation": validation[: config.base.check_queries]}
     if not c.labelled:
-        labelled, test = _read(folder / "train.json", folder), _read(folder / "test.json", folder)
-        return own | {"labelled": labelled, "validation": validation[: c.validation], "test": test}
+        labelled, more, test = (_read(folder / f"{s}.json", folder) for s in ("train", "unlabelled", "test"))
+        own |= {"hidden": {q.id: q.answer for q in more}, "validation": validation[: c.validation]}
+        more = [dataclasses.replace(q, answer=None) for q in more]
+        return own | {"labelled": labelled, "unlabelled": more, "test": test}
     queries = _read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
     held_out = {"validation": min(c.validation, len(queries) // 8), "test": min(c.test, len(queries) // 4)}
     splits = mathv360k.split(queries, seed=c.seed, **held_out)
     write_text(workdir / "splits.json", _ids(splits))
     for name, part in splits.items():
         log.info("%s: %d queries", name, len(part))
-    return own | splits
+    hidden = {q.id: q.answer for q in queries}
+    return own | splits | {"hidden": {q.id: hidden[q.id] for q in splits["unlabelled"]}}
 
 
 def _ids(splits: dict[str, list[Query]]) -> str:

@@ -1,9 +1,11 @@
-"""The rollout store: append-only, readable, and the reason that a restart samples nothing twice.
+"""The stores: append-only, readable, and the reason that a restart computes nothing twice.
 
     <workdir>/rollouts/<name>/settings.json    what the samples depend on
     <workdir>/rollouts/<name>/00012.jsonl      one shard per device batch, renamed into place when whole
+    <workdir>/labels/<name>/...                Monte-Carlo labels of steps, kept alike
+    <workdir>/scores/<name>/...                responses with the reward model's step scores
 
-A line of a shard is one query with its responses:
+A line of a shard of rollouts or scores is one query with its responses:
 
     {"query": "train_000012_0", "question": "What is the total of all bars?", "images": ["..."], "gold": "22",
      "responses": [{"sample": 0, "text": "Bars ...", "verdict": "correct", "tokens": [311, 9], ...}, ...]}
@@ -13,10 +15,12 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from mstar_jax.structs import Query, Response
+
+T = TypeVar("T")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -29,14 +33,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(part, path)
 
 
-class RolloutStore:
-    """Rollouts of one pass, e.g. of one iteration."""
+class Store:
+    """Records in shards; a shard is there whole or not at all."""
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
         """Opens or begins a store.
 
         Raises:
-          ValueError: the folder holds rollouts that were sampled with other settings.
+          ValueError: the folder holds records that were made with other settings.
         """
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ class RolloutStore:
             if there != settings:
                 pairs = {k: (there.get(k), settings.get(k)) for k in there | settings}
                 changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
-                raise ValueError(f"{self.folder} was sampled with other settings (there, now): {changed}")
+                raise ValueError(f"{self.folder} was made with other settings (there, now): {changed}")
         else:
             write_text(path, json.dumps(settings, indent=1))
 
@@ -58,18 +62,13 @@ class RolloutStore:
         """Which of the shards 0..shards-1 are not there yet."""
         return [number for number in range(shards) if not self._shard(number).exists()]
 
-    def write(self, number: int, groups: Iterable[tuple[Query, list[Response]]]) -> None:
-        """Writes shard `number`."""
-        lines = []
-        for query, responses in groups:
-            head: dict[str, Any] = {"query": query.id, "question": query.question}
-            head |= {"images": query.images, "gold": query.answer}
-            shown = [{k: v for k, v in dataclasses.asdict(r).items() if k != "query_id"} for r in responses]
-            lines.append(json.dumps(head | {"responses": shown}, ensure_ascii=False))
-        write_text(self._shard(number), "".join(line + "\n" for line in lines))
+    def write(self, number: int, records: Iterable[dict[str, Any]]) -> None:
+        """Writes shard `number`, a record a line."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        write_text(self._shard(number), "".join(lines))
 
-    def read(self) -> Iterator[tuple[str, list[Response]]]:
-        """(query id, its responses), shard by shard.
+    def read(self, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+        """Every record as `parse` takes it, shard by shard.
 
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
@@ -77,16 +76,28 @@ class RolloutStore:
         for path in sorted(self.folder.glob("[0-9]*.jsonl")):
             # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
             lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines if lines != [""] else [], start=1):
                 try:
-                    record = json.loads(line)
-                    found = record["query"], [_response(record["query"], r) for r in record["responses"]]
+                    found = parse(json.loads(line))
                 except (AttributeError, KeyError, TypeError, ValueError) as error:
                     where = f"{path}, line {number}"
                     raise ValueError(
-                        f"{where}: not a rollout ({error}); remove the file to redo it"
+                        f"{where}: not what this store holds ({error}); remove the file to redo it"
                     ) from error
                 yield found
+
+
+def rollout(query: Query, responses: Sequence[Response]) -> dict[str, Any]:
+    """The record of a query with its responses."""
+    head: dict[str, Any] = {"query": query.id, "question": query.question}
+    head |= {"images": query.images, "gold": query.answer}
+    shown = [{k: v for k, v in dataclasses.asdict(r).items() if k != "query_id"} for r in responses]
+    return head | {"responses": shown}
+
+
+def read_rollout(record: dict[str, Any]) -> tuple[str, list[Response]]:
+    """(query id, its responses) of such a record."""
+    return record["query"], [_response(record["query"], r) for r in record["responses"]]
 
 
 def _response(query_id: str, record: dict[str, Any]) -> Response:

@@ -109,14 +109,39 @@ def init_state(make_model: Callable[[], Any], tx: optax.GradientTransformation, 
     return jax.jit(init, out_shardings=layout)()
 
 
-def fresh_optimizer(params: Any, tx: optax.GradientTransformation, mesh: Any) -> TrainState:
-    """A state at step 0 around copies of given parameters."""
+def carry_on(
+    state: TrainState, tx: optax.GradientTransformation, mesh: Any, *, moments: bool, schedule: bool
+) -> TrainState:
+    """A stage's first state, from the last one of the stage before.
 
-    def init(model):
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, model), tx.init(model))
+    Args:
+      state: parameters and, where something is kept, the optimizer state of the same optimizer.
+      tx: the stage's optimizer.
+      mesh: the device mesh.
+      moments: keep Adam's moments (and their bias correction); new ones start from copies of the parameters.
+      schedule: keep the place in the learning rate's schedule, instead of its beginning.
+    """
+    if moments and schedule:
+        return state
 
-    layout = sharding.shardings(jax.eval_shape(init, params), sharding.TRAIN, mesh)
-    return jax.jit(init, out_shardings=layout)(params)
+    def place(leaf):
+        return isinstance(leaf, optax.ScaleByScheduleState)
+
+    def init(state):
+        params = jax.tree.map(jnp.copy, state.params)
+        new = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        if not (moments or schedule):
+            return new
+        kept = jax.tree.map(
+            lambda old, fresh: old if (schedule if place(old) else moments) else fresh,
+            state.opt_state,
+            new.opt_state,
+            is_leaf=place,
+        )
+        return new._replace(step=state.step if schedule else new.step, opt_state=kept)
+
+    layout = sharding.shardings(jax.eval_shape(init, state), sharding.TRAIN, mesh)
+    return jax.jit(init, out_shardings=layout)(state)
 
 
 def abstract_state(make_model: Callable[[], Any], tx: optax.GradientTransformation, mesh: Any) -> TrainState:

@@ -13,10 +13,11 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-FILE_LINES, LIBRARY_LINES = 400, 6000
+FILE_LINES, LIBRARY_LINES, REPORT_LINES = 400, 6000, 1300  # the report draws: a room of its own
 
 COMMANDS = ("main", "evaluate", "report", "plan", "ablate", "export")
-ABOVE = ("setup", "evolve", *COMMANDS)  # know the order of things and read a ConfigDict
+ORDER = ("setup", "stages", "reward", "dynamics", "evolve")
+ABOVE = (*ORDER, *COMMANDS)  # know the order of things and read a ConfigDict
 
 # What a module may import of the project; the first pattern that fits it counts. A name stands for the
 # module and for all below it.
@@ -36,8 +37,7 @@ ALLOWED = {
 # The rest of the library is given models, processors and tokenizers as arguments. prm is built on models.
 FORBIDDEN = {
     "prm": ABOVE,
-    "setup": ("evolve", *COMMANDS),
-    "evolve": COMMANDS,
+    **{name: (*ORDER[at + 1 :], *COMMANDS) for at, name in enumerate(ORDER)},
     **dict.fromkeys(COMMANDS, ()),
     "*": ("models", *ABOVE),
 }
@@ -218,7 +218,9 @@ def test_imports_form_no_circle():
 
 
 def test_library_stays_small():
-    assert sum(map(code_lines, SOURCES.values())) < LIBRARY_LINES
+    report = {module for module in SOURCES if within(module, ("report", "reporting"))}
+    assert sum(code_lines(SOURCES[module]) for module in report) < REPORT_LINES
+    assert sum(code_lines(SOURCES[module]) for module in set(SOURCES) - report) < LIBRARY_LINES
 
 
 def test_only_code_is_counted():

@@ -55,6 +55,19 @@ SMALL = {
     "sampling.max_new_tokens": 8,
     "eval.samples": 1,  # with the greedy one two branches, as in sampling: one program less
     "eval.k": 1,
+    "prm.queries": 8,
+    "prm.held_out": 4,
+    "prm.k": 2,
+    "prm.completions": 1,
+    "prm.samples": 2,  # as many as the others sample: one program less
+    "prm.rows": 8,
+    "prm.steps": 3,
+    "prm.warmup_steps": 1,
+    "prm.chunk": 8,
+    "explore.temperatures": (1.0,),
+    "explore.samples": 1,
+    "explore.queries": 8,
+    "explore.batch": 8,
     "train.save_every": 2,
     "train.log_every": 3,
 }

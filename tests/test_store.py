@@ -12,6 +12,10 @@ from mstar_jax.structs import Query, Response
 SETTINGS = {"branches": 4, "temperatures": (0.0, 0.7), "prompt": "{question}", "seed": 0}
 
 
+def records(*args):
+    return [store.rollout(*group) for group in groups(*args)]
+
+
 def groups(first, count, text="Sum 1 + 2 = 3"):
     out = []
     for i in range(first, first + count):
@@ -32,16 +36,18 @@ def groups(first, count, text="Sum 1 + 2 = 3"):
 
 @pytest.mark.parametrize("text", ["", 'a\nb\t"c" ½', "cut\u2028here\x85and\u2029there\x0c\x1e", "\ufffd\x00"])
 def test_round_trip(tmp_path, text):
-    one = store.RolloutStore(tmp_path / "iteration_01", SETTINGS)
-    one.write(1, groups(2, 3, text))
-    one.write(0, groups(0, 2, text))
-    again = store.RolloutStore(tmp_path / "iteration_01", SETTINGS)
-    assert list(again.read()) == [(query.id, responses) for query, responses in groups(0, 5, text)]
+    one = store.Store(tmp_path / "iteration_01", SETTINGS)
+    one.write(1, records(2, 3, text))
+    one.write(0, records(0, 2, text))
+    again = store.Store(tmp_path / "iteration_01", SETTINGS)
+    assert list(again.read(store.read_rollout)) == [
+        (query.id, responses) for query, responses in groups(0, 5, text)
+    ]
     assert again.missing(4) == [2, 3]
 
 
 def test_a_person_can_read_a_shard(tmp_path):
-    store.RolloutStore(tmp_path, SETTINGS).write(0, groups(0, 1, "½"))
+    store.Store(tmp_path, SETTINGS).write(0, records(0, 1, "½"))
     record = json.loads((tmp_path / "00000.jsonl").read_text("utf-8"))
     assert {k: record[k] for k in ("query", "question", "images", "gold")} == {
         "query": "q0",
@@ -53,29 +59,29 @@ def test_a_person_can_read_a_shard(tmp_path):
 
 
 def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
-    one = store.RolloutStore(tmp_path, SETTINGS)
-    one.write(0, groups(0, 1))
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(0, records(0, 1))
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        one.write(1, groups(1, 2))
+        one.write(1, records(1, 2))
     monkeypatch.undo()
     assert [p.name for p in tmp_path.glob("00001.jsonl.part*")]  # what the kill left behind
-    again = store.RolloutStore(tmp_path, SETTINGS)
+    again = store.Store(tmp_path, SETTINGS)
     assert again.missing(2) == [1]
-    assert [name for name, _ in again.read()] == ["q0"]
-    again.write(1, groups(1, 2))
-    assert [name for name, _ in again.read()] == ["q0", "q1", "q2"]
+    assert [name for name, _ in again.read(store.read_rollout)] == ["q0"]
+    again.write(1, records(1, 2))
+    assert [name for name, _ in again.read(store.read_rollout)] == ["q0", "q1", "q2"]
 
 
 def test_other_settings_are_refused(tmp_path):
-    store.RolloutStore(tmp_path, SETTINGS)
+    store.Store(tmp_path, SETTINGS)
     changed = SETTINGS | {"temperatures": (0.0, 1.0), "top_k": 5}
     with pytest.raises(ValueError) as error:
-        store.RolloutStore(tmp_path, changed)
+        store.Store(tmp_path, changed)
     assert "'temperatures': ([0.0, 0.7], [0.0, 1.0])" in str(error.value)
     assert "'top_k': (None, 5)" in str(error.value) and "seed" not in str(error.value)
 
@@ -85,9 +91,11 @@ def test_other_settings_are_refused(tmp_path):
     ['{"query": "q1", "resp', '{"query": "q1"}', "[1]", "3", "null", "", '{"query": "q1", "responses": [3]}'],
 )
 def test_broken_line_is_named(tmp_path, broken):
-    one = store.RolloutStore(tmp_path, SETTINGS)
-    one.write(3, groups(0, 1))
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(3, records(0, 1))
     path = tmp_path / "00003.jsonl"
     path.write_text(path.read_text() + broken + "\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"00003\.jsonl, line 2: not a rollout .*remove the file"):
-        list(one.read())
+    with pytest.raises(
+        ValueError, match=r"00003\.jsonl, line 2: not what this store holds .*remove the file"
+    ):
+        list(one.read(store.read_rollout))

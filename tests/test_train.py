@@ -149,7 +149,7 @@ def three_steps(policy, one, batch):
 def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
     _, want, losses = three_steps
     mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
-    state = train.fresh_optimizer(policy, tx, mesh)
+    state = train.carry_on(TrainState(0, policy, ()), tx, mesh, moments=False, schedule=False)
     step = train.make_train_step(tx, mesh, remat="full")
     for i in range(3):
         state, metrics = step(state, sharding.put_batch(batch, mesh))

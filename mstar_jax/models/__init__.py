@@ -76,10 +76,7 @@ class Pretrained:
         output.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             hf.copy_files(self.folder, output)
-        policy = model.trunk if isinstance(model, vlm.RewardModel) else model
-        hf.save_params(policy, self.family.table(self.config), output, like=self.folder)
-        if policy is not model:
-            hf.save_head(model.head[...], output)
+        _write(model, self.family.table(self.config), output, like=self.folder)
 
     def load_reward(
         self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN
@@ -91,8 +88,9 @@ class Pretrained:
         """
         head = hf.load_head(self.folder)
         model = vlm.RewardModel(self.load(dtype, mesh=mesh, rules=rules))
-        layout = sharding.named(sharding.shardings(model, rules, mesh))["head"] if mesh else None
-        model.head[...] = jax.device_put(head, layout)
+        layout = sharding.named(sharding.shardings(model, rules, mesh)) if mesh else {}
+        for name, value in head.items():
+            getattr(model, name)[...] = jax.device_put(value, layout.get(name))
         return model
 
 
@@ -138,11 +136,19 @@ class FromScratch:
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
     def save(self, model: Any, output: str | os.PathLike, dtype: str = "float32") -> None:
-        """Writes the model as a checkpoint folder in its family's format, which `load` reads."""
+        """Writes a policy, or a reward model with one as its trunk, as a checkpoint folder in its family's
+        format, which `load` reads."""
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             hf.copy_files(self.folder, output)
             for name, values in self.family.config_files(self.config, dtype).items():
                 (output / name).write_text(json.dumps(values, indent=2))
-        hf.save_params(model, self.family.table(self.config), output, like=None, dtype=dtype)
+        _write(model, self.family.table(self.config), output, like=None, dtype=dtype)
+
+
+def _write(model: Any, table: Any, output: pathlib.Path, **how: Any) -> None:
+    policy = model.trunk if isinstance(model, vlm.RewardModel) else model
+    hf.save_params(policy, table, output, **how)
+    if policy is not model:
+        hf.save_head({name: getattr(model, name)[...] for name in hf.HEAD_NAMES}, output)

@@ -20,6 +20,7 @@ from mstar_jax.models.names import Part, Tensor, layer_of, tensors
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 HEAD = "reward_head.safetensors"  # a reward model's head lies beside its trunk
+HEAD_NAMES = ("weight", "bias", "likelihood")
 SHARD = 5 * 10**9  # bytes; the largest file that is written
 
 
@@ -229,24 +230,25 @@ def _gathered(value: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
-def load_head(folder: pathlib.Path) -> np.ndarray:
-    """A reward model's head, float32[D].
+def load_head(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """A reward model's head: float32, weight [D], bias [] and likelihood [].
 
     Raises:
       ValueError: the folder holds none: it is a policy's.
     """
     try:
         with safetensors.safe_open(folder / HEAD, framework="numpy") as file:
-            return file.get_tensor("score.weight")[0]
+            values = {name: file.get_tensor(f"score.{name}") for name in HEAD_NAMES}
+            return {name: value[0] for name, value in values.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / HEAD}: {error}; a policy's folder has no head") from error
 
 
-def save_head(head: jax.Array, output: pathlib.Path) -> None:
-    """Writes a reward model's head, float32[D], as `score.weight` [1, D]. Process 0 writes."""
-    value = _gathered(head)[None]
+def save_head(head: dict[str, jax.Array], output: pathlib.Path) -> None:
+    """Writes a reward model's head (see `load_head`), each with a leading 1. Process 0 writes."""
+    values = {f"score.{name}": _gathered(value)[None] for name, value in head.items()}
     if jax.process_index() == 0:
-        save_file({"score.weight": value}, output / HEAD, metadata={"format": "pt"})
+        save_file(values, output / HEAD, metadata={"format": "pt"})
         (output / HEAD).chmod(0o644)
 
 

@@ -124,6 +124,16 @@ def row_layout(branch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return positions, predictor, mask
 
 
+def branch_sum(x: jax.Array, branch: jax.Array) -> jax.Array:
+    """float32[B, T]: for each token the sum of x over its own branch up to it, itself included."""
+    first = branch != jnp.pad(branch, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
+
+    def add(left, right):  # not a difference of sums over the row: other branches must not cost digits
+        return jnp.where(right[1], right[0], left[0] + right[0]), left[1] | right[1]
+
+    return jax.lax.associative_scan(add, (x, first), axis=1)[0]
+
+
 def _heads_first(q: jax.Array, groups: int) -> jax.Array:
     """Scaled queries [B, T, H, N] -> [B, G, H/G, T, N]."""
     q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1]) * (q.shape[-1] ** -0.5)

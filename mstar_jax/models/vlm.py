@@ -135,16 +135,33 @@ class VisionLanguageModel(nnx.Module):
 
 
 class RewardModel(nnx.Module):
-    """A policy as the trunk of a process reward model: a linear head on its hidden states.
+    """A process reward model: a policy as the trunk, and a score of what a branch holds up to each token,
 
-    The score of a step is read at the step's last token. In a checkpoint the head is `score.weight` [1, D].
+        z_t = v . h_t / sqrt(D) + b + a sum_i<=t max(log p(token_i), -FLOOR)
+
+    whose sigmoid at a step's last token is the step's score. h_t is the trunk's hidden state there and p the
+    trunk's own prediction: a small head has to learn from few labels what a wrong step looks like, and a
+    trunk that would not have written a step knows already. In a checkpoint the head is `score.weight` [1, D],
+    `score.bias` [1] and `score.likelihood` [1].
     """
 
-    def __init__(self, trunk: VisionLanguageModel):
-        """Starts from a policy, with a head of zeros: every score is 0."""
-        self.trunk = trunk
-        self.head = nnx.Param(jnp.zeros(trunk.decoder.norm[...].shape, jnp.float32), axes=("embed",))
+    FLOOR = 8.0  # nats: what one token can cost; several unlikely tokens are no worse than one impossible
 
-    def __call__(self, batch: Batch, remat=None) -> jax.Array:
-        """float32[B, T], the score (a logit) after each token of the rows; all branches in one pass."""
-        return self.trunk.hidden(batch, remat).astype(jnp.float32) @ self.head[...]
+    def __init__(self, trunk: VisionLanguageModel):
+        """Starts from a policy: scores order responses as its likelihood does."""
+        self.trunk = trunk
+        self.weight = nnx.Param(jnp.zeros(trunk.decoder.config.hidden_size, jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
+        self.likelihood = nnx.Param(jnp.full((), 0.3, jnp.float32), axes=())
+
+    def __call__(self, batch: Batch, remat=None) -> tuple[jax.Array, jax.Array]:
+        """The score (a logit) after each token of the rows, and the token's log probability under the trunk;
+        both float32[B, T], all branches in one pass."""
+        _, predictor, _ = layers.row_layout(batch.branch)
+        hidden = self.trunk.hidden(batch, remat)
+        logits = self.trunk.logits(jnp.take_along_axis(hidden, predictor[..., None], axis=1))
+        token = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0]
+        logprob = jnp.where(batch.branch > 0, token - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        so_far = layers.branch_sum(jnp.maximum(logprob, -self.FLOOR), batch.branch)
+        read = hidden.astype(jnp.float32) @ self.weight[...] * hidden.shape[-1] ** -0.5
+        return read + self.bias[...] + self.likelihood[...] * so_far, logprob

@@ -1,0 +1,336 @@
+"""R(y) = H( 1(a = a*) R_p(y) ): the reward of a run, from its reward model to the responses that are kept."""
+
+import dataclasses
+import functools
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mstar_jax import measures, models, prm, sampling, selection, sharding, train
+from mstar_jax.data import loader, prompts, truth
+from mstar_jax.models import vlm
+from mstar_jax.stages import Run
+from mstar_jax.store import Store, read_rollout, rollout
+from mstar_jax.structs import Query, Response, Row, TrainState
+
+log = logging.getLogger(__name__)
+
+Groups = dict[str, list[Response]]  # by query id
+
+
+class Reward:
+    """The answer checker, the process reward model, and how they select."""
+
+    def __init__(self, run: Run):
+        self.run, self.values = run, run.config.prm
+        self.likelihood = run.config.evolve.select == "likelihood"  # control: the warm-up policy, untrained
+        self.trained = bool(self.values.queries) and not self.values.path and not self.likelihood
+        self.exists = self.trained or self.likelihood or bool(self.values.path)
+        self.source = models.Pretrained(self.values.path) if self.values.path else None
+        self.processor = self.source.processor() if self.source else run.processor
+        self.texts = sampling.token_texts(self.processor) if self.source else run.texts
+        path = run.workdir / "figures" / "truth.jsonl"
+        embedded = path.exists() and not run.config.data.labelled
+        self.truth: dict[str, truth.Truth] = truth.read_truth(path) if embedded else {}
+        rest = run.labelled[run.config.warmup.queries :]  # the warm-up's are known by heart
+        held_out = min(self.values.held_out, len(rest) // 4)
+        self.held_out, self.queries = rest[:held_out], rest[held_out : held_out + self.values.queries]
+        if self.trained and len(self.queries) < self.values.queries:
+            there = f"{len(run.labelled)} labelled queries, {run.config.warmup.queries} of the warm-up"
+            if not self.queries:
+                raise ValueError(f"no query is left to train the reward model on: there are {there}")
+            log.warning(
+                "prm: %d queries to train on instead of %d: there are %s",
+                len(self.queries),
+                self.values.queries,
+                there,
+            )
+
+    # --------------------------------------------------------------------------------- reward model
+    def train(self) -> None:
+        """Labels the steps of the warm-up policy's responses and trains the reward model on them."""
+        run, v = self.run, self.values
+        if not self.trained or run.beyond("prm"):
+            return
+        asked = [*self.queries, *self.held_out]
+        policy = functools.partial(run.final, "warmup")
+        responses = run.generate("prm", policy, asked, run.ask, [v.temperature] * v.k)
+        labelled = self.label(asked, responses)
+        rows = self._rows(self.queries, responses, labelled)
+        start = TrainState(0, vlm.RewardModel(run.final("warmup").params), ())
+        run.improve("prm", 0, start, [(rows, 1.0)], v, processor=self.processor, temperature=v.temperature)
+        if not run.results.find("prm", 0, "held-out"):
+            run.results.add(self.report(responses, labelled))
+
+    def label(self, queries: Sequence[Query], responses: Groups) -> dict[tuple[str, int], tuple[float, ...]]:
+        """Monte-Carlo labels of the steps of every response, by query id and sample."""
+        run, v, c = self.run, self.values, self.run.config
+        settings, generate = run.sampler(v.samples)
+        rows = list[Row]()
+        for prompt in run.plan([(q, prompts.render(run.ask, q)) for q in queries], "prm"):
+            found = prm.prefixes(responses[prompt.query.id], run.texts)
+            rows += prm.stems(prompt, found, v.completions, v.samples, max(c.data.buckets))
+        plans = loader.plan_batches(rows, v.rows, c.data.buckets)
+        how = {"completions": v.completions, "samples": v.samples, "temperature": v.temperature}
+        store = Store(run.workdir / "labels" / "prm", how | {"rows": v.rows, "seed": c.seed})
+
+        def sampled(groups, batches):
+            found = sampling.rollouts(
+                generate,
+                train.for_sampling(run.final("warmup").params, run.mesh, jnp.dtype(c.sampling.dtype)),
+                batches,
+                run.processor,
+                settings,
+                key=jax.random.fold_in(run.key, zlib.crc32(b"labels")),
+                temperatures=np.full(v.samples, v.temperature),
+                iteration=0,
+                mesh=run.mesh,
+            )
+            for these, answered in zip(groups, found):
+                yield [self._labels(row, group) for row, group in zip(these, answered)]
+
+        run.fill(store, plans, "prm: step labels", sampled, run.processor, v.rows)
+        values: dict[str, dict[prm.Prefix, float]] = {q.id: {} for q in queries}
+        for query, reached in store.read(_read_labels):
+            values[query].update(reached)
+        return {
+            (q.id, r.sample): prm.label(r, values[q.id], run.texts, hard=v.hard)
+            for q in queries
+            for r in responses.get(q.id, ())
+        }
+
+    def _labels(self, row: Row, group: Sequence[Response]) -> dict[str, Any]:
+        """A record of the store of labels: how many completions of each prefix reached the gold answer."""
+        query, of = row.prompt.query, self.values.completions
+        records = []
+        for at in range(0, len(row.starts), of):
+            branch, kept, _ = row.starts[at]
+            if kept:
+                judged = [selection.judge(query, r) for r in group[at : at + of]]
+                tokens = row.responses[branch - 1][:kept]
+                reached = len(selection.correct(judged))
+                text = self.run.processor.decode(tokens)
+                records.append({"text": text, "reached": reached, "of": of, "tokens": tokens})
+        return {"query": query.id, "question": query.question, "gold": query.answer, "steps": records}
+
+    def _rows(self, queries: Sequence[Query], responses: Groups, labelled: dict) -> list[Row]:
+        """Rows to train the reward model on: the distinct responses of each query."""
+        rows, left_out = list[Row](), 0
+        pairs = [(q, prompts.render(self.run.ask, q)) for q in queries]
+        for prompt in self.run.plan(pairs, "prm", self.processor):
+            found = selection.distinct(responses.get(prompt.query.id, []))
+            labels = [labelled[r.query_id, r.sample] for r in found]
+            try:
+                rows.append(prm.row(prompt, found, self.processor.encode_response, self.texts, labels))
+            except ValueError as error:
+                left_out += 1
+                log.warning("prm: left out: %s", error)
+        if left_out:
+            log.warning("prm: %d of %d queries left out", left_out, len(pairs))
+        return rows
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The reward model, laid out for scoring."""
+        run, dtype = self.run, jnp.dtype(self.run.config.sampling.dtype)
+        if self.source:
+            return self.source.load_reward(dtype, mesh=run.mesh, rules=sharding.SAMPLE)
+        params = run.final("prm").params if self.trained else self.untrained()
+        return train.for_sampling(params, run.mesh, dtype)
+
+    def untrained(self) -> Any:
+        """The warm-up policy as a reward model: its scores order responses by likelihood."""
+        return vlm.RewardModel(self.run.final("warmup").params)
+
+    # ---------------------------------------------------------------------------------------- scores
+    def score(
+        self, name: str, queries: Sequence[Query], responses: Groups, *, only_correct: bool = False
+    ) -> Groups:
+        """The responses with their step scores, through the store of scores.
+
+        Args:
+          name: of the rollouts.
+          queries: whose responses.
+          responses: by query id.
+          only_correct: leave out responses that cannot be selected.
+        """
+        run, v = self.run, self.values
+        asked = [q for q in queries if q.id in responses]
+        chunks = [asked[at : at + v.chunk] for at in range(0, len(asked), v.chunk)]
+        how = {"path": v.path, "likelihood": self.likelihood, "only_correct": only_correct}
+        store = Store(run.workdir / "scores" / name, how | {"batch": v.batch, "chunk": v.chunk})
+        for number in store.missing(len(chunks)):
+            part = {q.id: responses[q.id] for q in chunks[number]}
+            some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
+            found = self.scored(self.model, chunks[number], some)
+            store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q in chunks[number]])
+            run.check_stop(f"{name}: scores")
+        return dict(store.read(read_rollout))
+
+    def scored(self, model: Any, queries: Sequence[Query], responses: Groups) -> Groups:
+        """The responses with their step scores by a reward model; copies of a text are scored once."""
+        run, v, buckets = self.run, self.values, self.run.config.data.buckets
+        pairs = [(q, prompts.render(run.ask, q)) for q in queries if responses[q.id]]
+        rows, encode = list[Row](), functools.cache(self.processor.encode_response)
+        for prompt in run.plan(pairs, "scores", self.processor):
+            group = selection.distinct(responses[prompt.query.id])
+            rows += loader.split_rows([prm.row(prompt, group, encode, self.texts)], max(buckets))
+        plans = loader.plan_batches(rows, v.batch, buckets)
+        batches = loader.row_batches(plans, self.processor, v.batch, workers=run.config.data.workers)
+        found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
+        for (_, these), values in zip(plans, prm.scores(model, batches, run.mesh)):
+            for row, each in zip(these, values):
+                found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
+        return {
+            q.id: [
+                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text)))))
+                for r in responses[q.id]
+            ]
+            for q in queries
+        }
+
+    # ------------------------------------------------------------------------------------- selection
+    def keep(self, name: str, queries: Sequence[Query], responses: Groups) -> list[list[Response]]:
+        """H: the responses of every query that train the policy, of the correct ones (Table 2).
+
+        Args:
+          name: of the rollouts; a lot depends on it.
+          queries: with the answers that count, gold or voted.
+          responses: judged by these.
+        """
+        e, how = self.run.config.evolve, self.values.aggregate
+        found = [selection.correct(responses.get(q.id, [])) for q in queries]
+        if e.distinct:
+            found = [selection.distinct(group) for group in found]
+        if e.select == "random":
+            return [self.by_lot(name, q, group, e.keep) for q, group in zip(queries, found)]
+        if e.select in ("prm", "likelihood"):
+            scored = self.score(name, queries, responses, only_correct=True)
+            rewards = [self._rewards(group, scored, how) for group in found]
+        elif e.select == "frequency":
+            rewards = [selection.frequencies(group) for group in found]
+        else:  # oracle: what the generator knows, a bound that no method can use
+            rewards = [
+                [float(truth.all_right(r.text, self.truth[r.query_id])) for r in group] for group in found
+            ]
+        if e.threshold is not None:
+            found = [selection.above(group, values, e.threshold) for group, values in zip(found, rewards)]
+            rewards = [[value for value in values if value > e.threshold] for values in rewards]
+        return [selection.top_k(group, values, e.keep) for group, values in zip(found, rewards)]
+
+    def rationales(
+        self, name: str, queries: Sequence[Query], responses: Groups, k: int
+    ) -> list[list[Response]]:
+        """What the warm-up trains on: k different correct responses of every query, by lot."""
+        found = [selection.distinct(selection.correct(responses.get(q.id, []))) for q in queries]
+        return [self.by_lot(name, q, group, k) for q, group in zip(queries, found)]
+
+    def by_lot(self, name: str, query: Query, found: Sequence[Response], k: int) -> list[Response]:
+        """Random-K; the lot depends on the run's seed, the pass and the query alone."""
+        lot = [self.run.config.seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())]
+        return selection.random_k(found, k, np.random.default_rng(lot))
+
+    def _rewards(self, group: Sequence[Response], scored: Groups, how: str) -> list[float]:
+        by_sample = {(r.query_id, r.sample): r for r in (s for g in group[:1] for s in scored[g.query_id])}
+        return [selection.reward(by_sample[r.query_id, r.sample], how) for r in group]
+
+    def pseudo_label(
+        self, name: str, queries: Sequence[Query], responses: Groups
+    ) -> tuple[list[Query], Groups, dict[str, float]]:
+        """Gives unlabelled queries the answer that their responses vote for, weighted by the reward.
+
+        Returns:
+          The queries that got an answer, their responses judged by it, and pseudo_coverage (share of the
+          queries) with, against the hidden answers, pseudo_precision.
+        """
+        u, hidden = self.run.config.evolve.unlabelled, self.run.data["hidden"]
+        scored = (
+            self.score(f"{name}_votes", queries, responses) if self.exists and not u.oracle else responses
+        )
+        answered, right = list[Query](), 0
+        for query in queries:
+            group, gold = scored.get(query.id, []), dataclasses.replace(query, answer=hidden[query.id])
+            if u.oracle:
+                answered.append(gold)
+                continue
+            weights = [selection.reward(r, self.values.aggregate) if self.exists else 1.0 for r in group]
+            if (voted := selection.pseudo_label(query, group, weights, u.threshold)) is not None:
+                answered.append(voted)
+                right += selection.checker(query)(voted.answer or "", gold.answer or "")
+        judged = {q.id: [selection.judge(q, r) for r in scored.get(q.id, [])] for q in answered}
+        shares = {"pseudo_coverage": len(answered) / max(len(queries), 1)}
+        shares["pseudo_precision"] = 1.0 if u.oracle else right / max(len(answered), 1)
+        return answered, judged, shares
+
+    # ---------------------------------------------------------------------------------------- report
+    def report(self, responses: Groups, labelled: dict[tuple[str, int], tuple[float, ...]]) -> dict[str, Any]:
+        """How good the reward model is on held-out queries: against their Monte-Carlo labels, as a verifier,
+        and, on the embedded data, against what the generator knows, beside the untrained one."""
+        asked = [q for q in self.held_out if q.id in responses]
+        scored = self.score("prm_held_out", asked, {q.id: responses[q.id] for q in asked})
+        groups = [(q, scored[q.id]) for q in asked]
+        pairs = [
+            (q.id, step, score, label)
+            for q, group in groups
+            for r in selection.distinct(group)
+            if r.step_scores is not None
+            for step, (score, label) in enumerate(zip(r.step_scores, labelled[q.id, r.sample]))
+        ]
+        flat = [score for *_, score, _ in pairs], [float(label >= 0.5) for *_, label in pairs]
+        within: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+        for query, step, score, label in pairs:
+            values = within.setdefault((query, step), ([], []))
+            values[0].append(score)
+            values[1].append(float(label >= 0.5))
+        found = measures.calibration([p[2] for p in pairs], [p[3] for p in pairs]) if pairs else {}
+        record = {"stage": "prm", "iteration": 0, "split": "held-out", "n": len(asked)}
+        record |= {"responses": sum(len(g) for _, g in groups), "steps": len(pairs)}
+        record |= {"label_auc": measures.auc(*flat), "label_auc_within": measures.within_auc(within.values())}
+        record |= {"ece": found.get("ece"), "brier": found.get("brier"), "calibration": found.get("bins")}
+        ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.values.k]
+        record["curve"] = measures.curve(groups, ns, aggregate=self.values.aggregate) if groups else []
+        if self.truth and asked:
+            plain = self.scored(self.untrained_for_scoring(), asked, {q.id: responses[q.id] for q in asked})
+            record["truth"] = self.against_truth(scored) | {
+                f"{name}_likelihood": value for name, value in self.against_truth(plain).items()
+            }
+        return record | {"temperature": self.values.temperature, "kept": None, "seconds": self.run.lap()}
+
+    def untrained_for_scoring(self) -> Any:
+        run = self.run
+        return train.for_sampling(self.untrained(), run.mesh, jnp.dtype(run.config.sampling.dtype))
+
+    def against_truth(self, scored: Groups) -> dict[str, float | None]:
+        """AUCs of scores within queries, on distinct responses, against the generator's knowledge:
+
+        step_auc: is this step, and all before it, right; pairs of the same query and step number.
+        all_right_auc: of the correct responses, which have all steps right; pairs of the same query.
+        """
+        steps: dict[tuple[str, int], tuple[list[float], list[bool]]] = {}
+        whole: dict[str, tuple[list[float], list[bool]]] = {}
+        for key, group in scored.items():
+            for r in selection.distinct(group):
+                if r.step_scores is None:
+                    continue
+                known = self.truth[key]
+                for step, (score, right) in enumerate(zip(r.step_scores, truth.check_steps(r.text, known))):
+                    into = steps.setdefault((key, step), ([], []))
+                    into[0].append(score)
+                    into[1].append(right)
+                if selection.correct([r]):
+                    into = whole.setdefault(key, ([], []))
+                    into[0].append(selection.reward(r, self.values.aggregate))
+                    into[1].append(truth.all_right(r.text, known))
+        return {
+            "step_auc": measures.within_auc(steps.values()),
+            "all_right_auc": measures.within_auc(whole.values()),
+        }
+
+
+def _read_labels(record: dict[str, Any]) -> tuple[str, list[tuple[prm.Prefix, float]]]:
+    return record["query"], [(tuple(s["tokens"]), s["reached"] / s["of"]) for s in record["steps"]]
