@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     prm.path = ""  # a trained one of any family instead: a folder that `export --stage=prm` wrote
     prm.queries, prm.held_out = 50_000, 500  # labelled queries to train on, and to report on
     prm.k, prm.temperature = 16, 1.0  # responses per query
+    prm.labelled = 50_000  # of the queries to train on: those whose steps get labels
     prm.completions = 16  # of every step
     prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
     prm.samples, prm.rows = 64, 16  # completions that one row holds; rows sampled together

@@ -1,9 +1,11 @@
 """The whole of self-evolving training on a CPU, in minutes, on the embedded data set.
 
-    python -m mstar_jax.main --config=configs/tiny.py                      # Continuous Self-Evolving
+    python -m mstar_jax.main --config=configs/tiny.py                      # M-STaR
+    python -m mstar_jax.main --config=configs/tiny.py:continuous           # Random-2, no reward model
     python -m mstar_jax.main --config=configs/tiny.py:iterative_rft        # or :rest_em, :sft
     python -m mstar_jax.main --config=configs/tiny.py:control              # as many steps, no new rollouts
-    python -m mstar_jax.main --config=configs/tiny.py:smoke                # a minute, to see that it runs
+    python -m mstar_jax.main --config=configs/tiny.py:smoke                # minutes, to see that it runs
+    python -m mstar_jax.ablate --config=configs/tiny.py:ablation --seeds=3 # the paper's tables, for hours
     python -m mstar_jax.main --config=configs/tiny.py --config.data.labelled=/data/train.json \
         --config.data.root=/data                                           # any file in MathV360K's format
 """
@@ -12,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def get_config(variant: str = "continuous") -> ConfigDict:
+def get_config(variant: str = "mstar") -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1 takes what is left
@@ -74,7 +76,7 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     warmup.final_fraction = 0.1
 
     c.evolve = evolve = ConfigDict()
-    evolve.iterations = 8
+    evolve.iterations = 6
     evolve.fraction = 0.25  # of the labelled queries, an iteration
     evolve.k = 16  # responses per query
     evolve.select = "prm"  # of the correct responses; or random, likelihood, frequency, oracle
@@ -100,8 +102,9 @@ def get_config(variant: str = "continuous") -> ConfigDict:
 
     c.prm = prm = ConfigDict()  # the process reward model, trained from the warm-up policy
     prm.path = ""  # one that is there already, of any family, instead
-    prm.queries, prm.held_out = 256, 96  # labelled queries to train on, and to report on; 0 for no model
+    prm.queries, prm.held_out = 512, 64  # labelled queries to train on, and to report on; 0 for no model
     prm.k, prm.temperature = 16, 1.0  # responses per query
+    prm.labelled = 96  # of the queries to train on: those whose steps get labels, which cost the most
     prm.completions = 4  # of every step
     prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
     prm.samples, prm.rows = 64, 16  # completions of a row, rows sampled together
@@ -116,7 +119,7 @@ def get_config(variant: str = "continuous") -> ConfigDict:
     explore.adapt = True  # sample at the best of them
     explore.criterion = "reward_pass_at_2"  # or balance_score
     explore.temperatures = tuple(t / 10 for t in range(3, 17))
-    explore.samples, explore.queries, explore.batch = 4, 128, 16  # per query and temperature; at a time
+    explore.samples, explore.queries, explore.batch = 4, 96, 16  # per query and temperature; at a time
 
     c.train = ConfigDict(
         {"b1": 0.9, "b2": 0.98, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1}
@@ -131,6 +134,12 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         {"samples": 8, "k": 8, "temperature": 1.0, "every": 1, "test_at": ("base", "warmup"), "show": 12}
     )
 
+    if variant not in (
+        "mstar",
+        "ablation",
+        "smoke",
+    ):  # no reward model: correct responses by lot, at one temperature
+        evolve.select, evolve.temperature, prm.queries, explore.every = "random", 0.7, 0, 0
     if variant in ("iterative_rft", "rest_em"):  # all queries an iteration, everything reset
         evolve.reset_moments = evolve.reset_schedule = True
         evolve.fraction = 1.0
@@ -140,6 +149,10 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         evolve.data = "answers"
     elif variant == "control":
         evolve.data = "warmup"
+    elif variant == "ablation":  # what `ablate` runs dozens of times: fewer queries, all at T = 1
+        data.figures.update({"train": 1280, "test": 2000})
+        evolve.iterations, evolve.steps, data.validation, c.eval.samples = 8, 40, 128, 4
+        explore.queries = 64
     elif variant == "smoke":
         data.figures.update({"train": 128, "unlabelled": 8, "validation": 64, "test": 64})
         data.figures.update({"captions": 128, "arithmetic": 100, "instruct": 64})
@@ -148,10 +161,10 @@ def get_config(variant: str = "continuous") -> ConfigDict:
         warmup.queries, warmup.steps, warmup.warmup_steps = 64, 6, 2
         evolve.iterations, evolve.steps, evolve.warmup_steps, evolve.k = 2, 6, 2, 4
         prm.queries, prm.held_out, prm.k, prm.completions, prm.steps, prm.warmup_steps = 24, 8, 4, 2, 6, 2
+        prm.labelled = 12
         prm.samples, explore.samples, explore.queries, explore.temperatures = 16, 2, 16, (0.5, 1.0)
         c.eval.samples, c.eval.k, c.train.save_every = 4, 4, 5
-    elif variant != "continuous":
-        raise ValueError(
-            f"unknown variant {variant!r}: continuous, iterative_rft, rest_em, sft, control, smoke"
-        )
+    elif variant not in ("mstar", "continuous"):
+        known = "mstar, continuous, iterative_rft, rest_em, sft, control, ablation, smoke"
+        raise ValueError(f"unknown variant {variant!r}: {known}")
     return c

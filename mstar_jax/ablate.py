@@ -1,6 +1,6 @@
 """The paper's ablations at small scale: Tables 1 to 3, and which part of continuous training matters.
 
-    python -m mstar_jax.ablate --config=configs/tiny.py --tables=1,2,3,4 --seeds=3 [--jobs=2]
+    python -m mstar_jax.ablate --config=configs/tiny.py:ablation --tables=1,2,3,4 --seeds=3 [--jobs=2]
 
 Every seed has one base model, one warm-up and one reward model; every row of the tables is a run of the main
 job that goes on from them, with its own folder, which can be looked at and reported on like any other.
@@ -127,8 +127,14 @@ def values_of(config: ml_collections.ConfigDict, row: Row | None, seed: int) -> 
     own = dict(row.values)
     if interval := own.pop("interval", None):
         count = round(e.iterations * e.fraction / interval)
+        if not math.isclose(count * interval, e.iterations * e.fraction):
+            passes = f"evolve.iterations x evolve.fraction = {e.iterations * e.fraction:g} passes"
+            raise ValueError(
+                f"{row.name}: {passes} over the queries cannot be cut into intervals of {interval}"
+            )
         values |= {"evolve.fraction": interval, "evolve.iterations": count}
-        values |= {"evolve.steps": e.iterations * e.steps // count, "eval.every": max(1, count // 4)}
+        values |= {"evolve.steps": e.iterations * e.steps // count}
+    values["eval.every"] = max(1, values.get("evolve.iterations", e.iterations) // 4)
     return values | own
 
 

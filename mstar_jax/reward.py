@@ -60,7 +60,7 @@ class Reward:
         asked = [*self.queries, *self.held_out]
         policy = functools.partial(run.final, "warmup")
         responses = run.generate("prm", policy, asked, run.ask, [v.temperature] * v.k)
-        labelled = self.label(asked, responses)
+        labelled = self.label([*self.queries[: v.labelled], *self.held_out], responses)
         rows = self._rows(self.queries, responses, labelled)
         start = TrainState(0, vlm.RewardModel(run.final("warmup").params), ())
         run.improve("prm", 0, start, [(rows, 1.0)], v, processor=self.processor, temperature=v.temperature)
@@ -119,14 +119,19 @@ class Reward:
         return {"query": query.id, "question": query.question, "gold": query.answer, "steps": records}
 
     def _rows(self, queries: Sequence[Query], responses: Groups, labelled: dict) -> list[Row]:
-        """Rows to train the reward model on: the distinct responses of each query."""
+        """Rows to train the reward model on: the distinct responses of each query, of those whose steps have
+        no labels the correct ones."""
         rows, left_out = list[Row](), 0
         pairs = [(q, prompts.render(self.run.ask, q)) for q in queries]
         for prompt in self.run.plan(pairs, "prm", self.processor):
             found = selection.distinct(responses.get(prompt.query.id, []))
-            labels = [labelled[r.query_id, r.sample] for r in found]
+            labels = [labelled[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labelled]
+            encode = self.processor.encode_response
             try:
-                rows.append(prm.row(prompt, found, self.processor.encode_response, self.texts, labels))
+                if labels:
+                    rows.append(prm.row(prompt, found, encode, self.texts, labels))
+                elif right := selection.correct(found):
+                    rows.append(Row(prompt, tuple(tuple(encode(r.text)) for r in right)))
             except ValueError as error:
                 left_out += 1
                 log.warning("prm: left out: %s", error)

@@ -58,7 +58,7 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name} = {value!r}: choose one of {known}")
-    if c.evolve.select == "prm" and not (c.prm.queries or c.prm.path):
+    if (c.evolve.data, c.evolve.select) == ("rollouts", "prm") and not (c.prm.queries or c.prm.path):
         raise ValueError("evolve.select = 'prm' needs a reward model: set prm.queries, or prm.path")
     if c.evolve.select == "oracle" and (c.data.labelled or "figures" not in c.data):
         raise ValueError("evolve.select = 'oracle' needs the embedded data set: only its steps are known")
@@ -160,15 +160,15 @@ def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[
     c, own = config.data, dict[str, Any]()
     if not (c.labelled and config.policy.path):
         folder = figures.make(workdir / "figures", seed=c.seed, **c.figures)
-        validation = _read(folder / "validation.json", folder)
+        validation = read(folder / "validation.json", folder)
     if not config.policy.path:
         own = {"base": figures.read_base(folder), "base_validation": validation[: config.base.check_queries]}
     if not c.labelled:
-        labelled, more, test = (_read(folder / f"{s}.json", folder) for s in ("train", "unlabelled", "test"))
+        labelled, more, test = (read(folder / f"{s}.json", folder) for s in ("train", "unlabelled", "test"))
         own |= {"hidden": {q.id: q.answer for q in more}, "validation": validation[: c.validation]}
         more = [dataclasses.replace(q, answer=None) for q in more]
         return own | {"labelled": labelled, "unlabelled": more, "test": test}
-    queries = _read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
+    queries = read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
     held_out = {"validation": min(c.validation, len(queries) // 8), "test": min(c.test, len(queries) // 4)}
     splits = mathv360k.split(queries, seed=c.seed, **held_out)
     write_text(workdir / "splits.json", _ids(splits))
@@ -182,7 +182,12 @@ def _ids(splits: dict[str, list[Query]]) -> str:
     return json.dumps({name: [q.id for q in part] for name, part in splits.items()}, indent=1)
 
 
-def _read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
+def read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
+    """The usable rows of a MathV360K file; what is dropped is counted and logged.
+
+    Raises:
+      ValueError: none is usable.
+    """
     queries, report = mathv360k.read(path, root)
     (log.warning if report.dropped else log.info)("%s", report)
     if not queries:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, main, selection, sharding
+from mstar_jax import evolve, main, prm, sampling, selection, sharding, stages, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -116,7 +116,7 @@ def whole(tmp_path_factory):
 def texts(workdir):
     """What must not depend on how often the run was stopped; image paths hold the workdir's name."""
     found = [
-        *workdir.glob("rollouts/*/*.json*"),
+        *(path for kind in ("rollouts", "labels", "scores") for path in workdir.glob(f"{kind}/*/*.json*")),
         *workdir.glob("metrics/*.csv"),
         *workdir.glob("samples/*.md"),
     ]
@@ -129,14 +129,14 @@ def arrays(workdir, stage=FINAL):
         return {name: np.asarray(x) for name, x in reader.restore((folder / "state").absolute()).items()}
 
 
-def stages(workdir):
+def results(workdir):
     """The records without their times."""
     records = json.loads((workdir / "results.json").read_text())["stages"]
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def assert_same_run(workdir, other):
-    assert stages(workdir) == stages(other)
+    assert results(workdir) == results(other)
     one, two = texts(workdir), texts(other)
     assert sorted(one) == sorted(two)
     assert [name for name in one if one[name] != two[name]] == []
@@ -153,6 +153,7 @@ def test_results(whole):
     assert places == [
         ("base", 0, "validation"),
         ("base", 0, "test"),
+        ("prm", 0, "held-out"),
         ("warmup", 0, "validation"),
         ("warmup", 0, "test"),
         ("iteration", 1, "validation"),
@@ -160,11 +161,45 @@ def test_results(whole):
         ("iteration", 2, "test"),
     ]
     fields = ("n", "greedy_accuracy", "pass_at_k", "k", "temperature", "kept", "seconds")
-    for record in results["stages"]:
+    own = [record for record in results["stages"] if record["stage"] != "prm"]
+    for record in own:
         assert set(fields) <= set(record) and record["n"] == 8 and record["k"] == 1
         assert 0 <= record["greedy_accuracy"] <= 1 and record["seconds"] > 0
-    kept = [record["kept"] for record in results["stages"]]
-    assert kept == [None, None, 24, 24, 24, 24, 24]  # 12 queries, 2 responses each
+        assert 0 <= record["all_right"] <= 1
+        assert ("reward_pass_at_2" in record) == (record["stage"] != "base")
+    assert [record["kept"] for record in own] == [None, None, 24, 24, 24, 24, 24]  # 12 queries, 2 responses
+    [record] = [record for record in results["stages"] if record["stage"] == "prm"]
+    assert record["n"] == 3 and record["responses"] == 6 and record["steps"] > 0  # of 12, a quarter
+    assert [row["n"] for row in record["curve"]] == [1, 2]
+    assert set(record["truth"]) == {
+        f"{name}{of}" for name in ("step_auc", "all_right_auc") for of in ("", "_likelihood")
+    }
+
+
+def test_temperatures(whole):
+    """Measured after the warm-up and every second iteration; the choice is what the next ones sample at."""
+    records = json.loads((whole / "results.json").read_text())["stages"]
+    explored = {(r["stage"], r["iteration"]): r for r in records if "grid" in r}
+    assert list(explored) == [("warmup", 0), ("iteration", 2)]
+    for record in explored.values():
+        [row] = record["grid"]
+        assert row["temperature"] == record["chosen"] == 1.0 and 0 <= row["reward_pass_at_2"] <= 1
+
+
+def test_labels_can_be_read(whole):
+    shards = sorted((whole / "labels" / "prm").glob("*.jsonl"))
+    records = [json.loads(line) for path in shards for line in path.read_text().splitlines()]
+    found = [step for record in records for step in record["steps"]]
+    assert found and all(step["of"] == 1 and step["reached"] in (0, 1) for step in found)
+    assert all(step["text"].strip() and step["tokens"] for step in found)
+
+
+def test_what_was_kept_was_scored(whole):
+    lines = (whole / "scores" / "iteration_01" / "00000.jsonl").read_text().splitlines()
+    responses = [r for line in lines for r in json.loads(line)["responses"]]
+    assert any(r["step_scores"] for r in responses)
+    for r in responses:
+        assert all(0 < score < 1 for score in r["step_scores"])
 
 
 def test_the_base_ends_at_its_target(whole):
@@ -189,13 +224,14 @@ def test_rollouts_can_be_read(whole):
     record = json.loads(lines[0])
     assert len(record["responses"]) == 2 and pathlib.Path(record["images"][0]).exists()
     assert {r["verdict"] for r in record["responses"]} <= {"correct", "wrong", "unparsed"}
-    assert {r["temperature"] for r in record["responses"]} == {0.7}
+    assert {r["temperature"] for r in record["responses"]} == {1.0}
 
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    monkeypatch.setattr(evolve.train, "make_train_step", None)
-    monkeypatch.setattr(evolve.sampling, "rollouts", None)
+    monkeypatch.setattr(train, "make_train_step", None)
+    monkeypatch.setattr(sampling, "rollouts", None)
+    monkeypatch.setattr(prm, "scores", None)
     records = run(small(), whole)
     assert records == json.loads((whole / "results.json").read_text())["stages"]
     after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
@@ -208,9 +244,9 @@ def stop_after(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 14, 26])  # in the base model's training, in sampling, in an iteration
+@pytest.mark.parametrize("count", [1, 14, 22, 26, 30])  # in base training, sampling, labels, scores, later
 def test_a_stopped_run_goes_on(whole, tmp_path, count):
-    with pytest.raises(evolve.Stopped):
+    with pytest.raises(stages.Stopped):
         run(small(), tmp_path, stop_after(count))
     run(small(), tmp_path)
     assert_same_run(tmp_path, whole)
@@ -233,10 +269,11 @@ def command(workdir, variant="smoke"):
 @pytest.mark.timeout(600)
 def test_a_killed_run_goes_on(whole, tmp_path):
     process = command(tmp_path / "run")
-    after = ("base_validation", "warmup", "iteration_01", "iteration_01_validation")
+    after = ("rollouts/base_validation", "rollouts/warmup", "labels/prm", "scores/prm_held_out")
+    after += ("rollouts/iteration_01", "scores/iteration_01", "scores/iteration_01_validation")
     moment = np.random.default_rng().choice(after)
-    print(f"killed once {moment} has rollouts")
-    while not list((tmp_path / "run" / "rollouts" / moment).glob("*.jsonl")):
+    print(f"killed once {moment} has a shard")
+    while not list((tmp_path / "run" / moment).glob("*.jsonl")):
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.02)
     time.sleep(np.random.default_rng().uniform(0, 2))
@@ -255,10 +292,23 @@ def test_variants(tmp_path, variant):
     assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
     sampled = (tmp_path / "rollouts" / "iteration_01").exists()
     assert sampled == (variant in ("rest_em", "iterative_rft"))
-    assert int(arrays(tmp_path)["step"]) == (3 if config.evolve.reset else 6)
+    assert int(arrays(tmp_path)["step"]) == (3 if config.evolve.reset_schedule else 6)
     responses = {"sft": 12, "control": 24}.get(variant, 12)
     assert [s["kept"] for s in records if s["stage"] == "iteration"] == [responses] * 3
     assert run(config, tmp_path) == records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("oracle", [False, True])
+def test_unlabelled_queries_join(tmp_path, oracle):
+    config = small()
+    config.evolve.unlabelled.mixin, config.evolve.unlabelled.oracle = 0.5, oracle
+    config.evolve.unlabelled.threshold = 0.0
+    records = [s for s in run(config, tmp_path) if s["stage"] == "iteration" and s["split"] == "validation"]
+    assert [("pseudo_coverage" in record) for record in records] == [False, True]  # half of the training is 1
+    assert records[1]["pseudo_coverage"] == 1.0 if oracle else 0 <= records[1]["pseudo_precision"] <= 1
+    assert (tmp_path / "rollouts" / "iteration_02_unlabelled").exists()
+    assert (tmp_path / "scores" / "iteration_02_unlabelled_votes").exists() == (not oracle)
 
 
 @pytest.mark.slow
@@ -270,4 +320,5 @@ def test_smoke(tmp_path):
     assert subprocess.run(line, cwd=ROOT, env=env).returncode == 0
     records = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
-    assert all(s["kept"] > 0 for s in records if s["stage"] != "base")
+    assert all(s["kept"] > 0 for s in records if s["stage"] not in ("base", "prm"))
+    assert "Figure 3" in (tmp_path / "report" / "report.html").read_text()

@@ -36,7 +36,9 @@ def test_claim(tmp_path):
     assert "old: 1 there, None now" in text and "new: None there, x now" in text and "seed" not in text
 
 
-@pytest.mark.parametrize("variant", ["continuous", "iterative_rft", "rest_em", "sft", "control", "smoke"])
+@pytest.mark.parametrize(
+    "variant", ["mstar", "continuous", "iterative_rft", "rest_em", "sft", "control", "smoke"]
+)
 def test_head(variant, tmp_path):
     config = tiny_config.get_config(variant)
     head = main.head(config)
@@ -49,7 +51,7 @@ def test_head(variant, tmp_path):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="unknown variant 'contnuous': continuous, iterative_rft"):
+    with pytest.raises(ValueError, match="unknown variant .*mstar, continuous, iterative_rft"):
         tiny_config.get_config("contnuous")
 
 

@@ -36,6 +36,19 @@ SMALL = {
     "evolve.k": 2,
     "evolve.batch": 8,
     "evolve.learning_rate": 1e-3,
+    "prm.queries": 3,
+    "prm.held_out": 1,
+    "prm.k": 2,
+    "prm.completions": 1,
+    "prm.samples": 2,
+    "prm.rows": 8,
+    "prm.batch": 8,
+    "prm.longest": 448,
+    "prm.steps": 2,
+    "prm.warmup_steps": 0,
+    "explore.temperatures": (1.0,),
+    "explore.samples": 1,
+    "explore.batch": 8,
     "sampling.batch": 8,
     "sampling.max_new_tokens": 6,
     "eval.samples": 1,  # with the greedy one two branches, as in sampling: one program less
@@ -87,7 +100,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):
         stages = evolve.run(config, work, {}, lambda: False)
     assert [(s["stage"], s["split"]) for s in stages][:2] == [("base", "validation"), ("base", "test")]
-    assert all(s["n"] and s["length"] > 0 for s in stages)
+    assert all(s["n"] and s.get("length", 1) > 0 for s in stages)
     assert [s["iteration"] for s in stages if s["stage"] == "iteration"] == [1, 1]
 
     assert export.export(work, tmp_path / "out") == "iteration_01"

@@ -1,0 +1,89 @@
+"""The ablations: that rows differ in what they say alone, and what is made of their results."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from mstar_jax import ablate, setup, sharding
+
+
+def rows():
+    return {row.name: row for table in ablate.ROWS_OF.values() for row in table}
+
+
+@pytest.mark.parametrize("name", [*rows(), "shared"])
+def test_rows_are_possible_and_equal_in_queries_and_steps(name):
+    config = tiny.get_config("ablation")
+    row = rows().get(name)
+    values = ablate.values_of(config, row, seed=7)
+    flat = dict(config.evolve)
+    config.update_from_flattened_dict(values)
+    config.lock()
+    setup.check(config, sharding.make_mesh())
+    assert config.seed == config.data.seed == 7 and config.explore.adapt == (name == "adaptive")
+    if row:
+        e = config.evolve
+        assert e.iterations * e.steps == flat["iterations"] * flat["steps"]
+        assert e.iterations * e.fraction == pytest.approx(flat["iterations"] * flat["fraction"])
+    else:
+        assert config.evolve.iterations == 0
+
+
+def test_rows_of_a_table_differ():
+    config = tiny.get_config("ablation")
+    for table in ablate.ROWS_OF.values():
+        found = [json.dumps(ablate.values_of(config, row, 0), sort_keys=True) for row in table]
+        assert len(set(found)) == len(found)
+
+
+def write(folder, stage, **values):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage, "iteration": 8 if stage == "iteration" else 0, "split": "test"} | values
+    (folder / "results.json").write_text(json.dumps({"stages": [record]}))
+
+
+def test_tables(tmp_path):
+    greedy = {"shared": (0.4, 0.5, 0.3), "top_2": (0.6, 0.66, 0.57), "random_2": (0.5, 0.55)}
+    for name, values in greedy.items():
+        for seed, value in enumerate(values):
+            stage = "warmup" if name == "shared" else "iteration"
+            write(tmp_path / f"seed_{seed}" / name, stage, greedy_accuracy=value, all_right=value / 2)
+    table = [row for row in ablate.ROWS_OF["2"] if row.name in ("top_2", "random_2", "top_1")]
+    found = {record["name"]: record for record in ablate.table(tmp_path, table, range(3))}
+    assert [found[name]["seeds"] for name in ("shared", "random_2", "top_1", "top_2")] == [3, 2, 0, 3]
+    top = found["top_2"]
+    assert top["greedy_accuracy"]["mean"] == pytest.approx(61.0)
+    sd = np.std([60, 66, 57], ddof=1)
+    assert top["greedy_accuracy"]["interval"] == pytest.approx(4.302653 * sd / math.sqrt(3), rel=1e-5)
+    assert top["gain"]["values"] == pytest.approx([20, 16, 27]) and top["paper"] == (45.3, 59.2)
+    text = ablate.markdown("Table", list(found.values()))
+    lines = text.splitlines()
+    assert len(lines) == 4 + 4 and all(line.count("|") == lines[2].count("|") for line in lines[3:])
+    assert "| PRM Top-2 | 61.0 ± 11.4 | 21.0 ± 13.8 |" in text and "45.3 / 59.2" in text
+
+
+def test_fork(tmp_path):
+    shared = tmp_path / "seed_0" / "shared"
+    (shared / "checkpoints" / "prm").mkdir(parents=True)
+    (shared / "checkpoints" / "prm" / "done.json").write_text("{}")
+    (shared / "config.json").write_text("{}")
+    write(shared, "warmup", greedy_accuracy=0.4)
+    folder = tmp_path / "seed_0" / "top_2"
+    ablate.fork(shared, folder)
+    assert (folder / "checkpoints" / "prm" / "done.json").exists()
+    assert not (folder / "config.json").exists()  # it has other values
+    assert ablate.finished(shared, 0) and not ablate.finished(folder, 8)
+    (folder / "results.json").unlink()  # as a run does, which replaces its files and never changes them
+    write(folder, "iteration", greedy_accuracy=0.6)
+    assert ablate.finished(folder, 8)
+    assert json.loads((shared / "results.json").read_text())["stages"][0]["stage"] == "warmup"
+
+
+def test_passes_that_an_interval_does_not_divide():
+    config = tiny.get_config("ablation")
+    config.evolve.iterations = 6  # one pass and a half
+    with pytest.raises(ValueError, match="continuous_100: .* = 1.5 passes .* intervals of 1.0"):
+        ablate.values_of(config, rows()["continuous_100"], 0)
