@@ -1,6 +1,7 @@
 """The whole loop, shrunk: what it writes, and that a run that was stopped or killed ends as one that was not.
 
-So small a policy is never right, so nearly all of these runs take every response for a correct one.
+So small a policy is never right and writes no second line, so nearly all of these runs take every response
+for a correct one, and label the step that its first three tokens would be.
 """
 
 import functools
@@ -76,8 +77,9 @@ FINAL = "iteration_02"
 DRIVER = """
 import functools, jax
 from absl import app
-from mstar_jax import main, selection, sharding
+from mstar_jax import main, prm, selection, sharding
 selection.correct = list
+prm.prefixes = lambda found, _: list(dict.fromkeys(r.tokens[:3] for r in found if len(r.tokens) > 3))
 one = jax.devices()[:1]
 sharding.make_mesh = functools.partial(sharding.make_mesh, devices=one)
 app.run(main.main)
@@ -96,10 +98,15 @@ def run(config, workdir, stop=lambda: False):
     return evolve.run(config, workdir, head, stop)
 
 
+def first_tokens(found, texts):
+    return list(dict.fromkeys(r.tokens[:3] for r in found if len(r.tokens) > 3))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def shrunk_further():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "correct", list)
+        patch.setattr(prm, "prefixes", first_tokens)
         one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # compiles sooner than eight
         patch.setattr(sharding, "make_mesh", one)
         yield
