@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
     explore.every = 2  # iterations
     explore.adapt = True  # False: measure, and keep evolve.temperature
     explore.criterion = "reward_pass_at_2"  # or balance_score
+    explore.alpha = 0.25  # the balance score's: rewards above it count as selected
     explore.temperatures = tuple(t / 10 for t in range(3, 17))
     explore.samples, explore.queries, explore.batch = 4, 250, 16  # per query and temperature; at a time
 

@@ -118,6 +118,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     explore.every = 2  # iterations; 0 measures no other temperatures
     explore.adapt = True  # sample at the best of them
     explore.criterion = "reward_pass_at_2"  # or balance_score
+    explore.alpha = 0.25  # the balance score's: rewards above it count as selected
     explore.temperatures = tuple(t / 10 for t in range(3, 17))
     explore.samples, explore.queries, explore.batch = 4, 96, 16  # per query and temperature; at a time
 
@@ -140,6 +141,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         "smoke",
     ):  # no reward model: correct responses by lot, at one temperature
         evolve.select, evolve.temperature, prm.queries, explore.every = "random", 0.7, 0, 0
+        evolve.iterations = 8
     if variant in ("iterative_rft", "rest_em"):  # all queries an iteration, everything reset
         evolve.reset_moments = evolve.reset_schedule = True
         evolve.fraction = 1.0

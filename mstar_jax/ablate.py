@@ -77,7 +77,7 @@ ROWS_OF = {
     "2": [
         Row("continuous_25", "no PRM: all correct", PLAIN | {"interval": 0.25}, (43.1, 57.2)),
         Row("random_2", "Random-2", BY_LOT, (41.0, 55.5)),
-        Row("above", "PRM > 0.5", {"evolve.keep": 0, "evolve.threshold": 0.5}, (43.8, 57.5)),
+        Row("above", "PRM > 0.25", {"evolve.keep": 0, "evolve.threshold": 0.25}, (43.8, 57.5)),
         Row("top_1", "PRM Top-1", {"evolve.keep": 1}, (43.0, 59.0)),
         Row("top_2", "PRM Top-2", {}, (45.3, 59.2)),
         Row("top_4", "PRM Top-4", {"evolve.keep": 4}, (44.0, 58.4)),

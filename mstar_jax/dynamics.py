@@ -54,7 +54,7 @@ class Dynamics:
                 continue
             where, queries = f"{name}_{split}", run.data[split]
             groups = self._sampled(where, queries, policy, c.eval.temperature, iteration)
-            measured = measures.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate)
+            measured = measures.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate, alpha=c.explore.alpha)
             used = {"warmup": c.warmup.temperature, "iteration": self.temperature(iteration)}.get(stage)
             record = {"stage": stage, "iteration": iteration, "split": split, "n": len(groups), **measured}
             record |= {"k": c.eval.k, "temperature": used, "kept": kept} | (extra or {})
@@ -101,7 +101,8 @@ class Dynamics:
         scored = self.reward.score(where, queries, found)
         groups = [scored[q.id] for q in queries if q.id in scored]
         k = min(run.config.eval.k, e.samples)
-        grid = measures.by_temperature(groups, k, aggregate=run.config.prm.aggregate)
+        how = {"aggregate": run.config.prm.aggregate, "alpha": e.alpha}
+        grid = [row | {"k": k, "n": len(groups)} for row in measures.by_temperature(groups, k, **how)]
         present = self.temperature(iteration + 1)
         chosen = explore.choose(grid, e.criterion, present) if e.adapt else None
         if chosen is not None:

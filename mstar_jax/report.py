@@ -96,7 +96,7 @@ def figure4(page: Page, run: Run, suffix: str) -> str:
     grids = _grids(run)
     if not grids:
         raise Missing("no stage was explored at several temperatures")
-    ticks, k = {float(x): runs.title(x) for x in grids}, _k([run])
+    ticks, (k, n) = {float(x): runs.title(x) for x in grids}, _grid_size(grids)
     every = sorted({t for grid in grids.values() for t in grid})
     names = {"pass_at_k": f"Pass@{k}", "gap": f"Pass@{k} − greedy", "reward_pass_at_2": "Reward-Pass@2"}
     text = ""
@@ -109,9 +109,16 @@ def figure4(page: Page, run: Run, suffix: str) -> str:
         if any(line.x for line in drawn):
             unit = "(points)" if key == "gap" else "(% of queries)"
             picture = plots.lines(drawn, STAGE_AXIS, f"{name} {unit}", ticks=ticks, columns=7, title="T")
-            note = f"Figure 4 of the paper: {name} for each temperature, validation split, n = {_n([run])}."
+            note = f"Figure 4 of the paper: {name} for each temperature, validation split, n = {n}."
             text += page.figure(f"figure4_{key}{suffix}", picture, note)
     return f'<div class="figures">{text}</div>'
+
+
+def _grid_size(grids: dict[float, dict[float, dict[str, Any]]]) -> tuple[str, str]:
+    """(K of Pass@K, queries) that the temperatures were measured with."""
+    rows = [row for grid in grids.values() for row in grid.values()]
+    k, n = ({str(row[key]) for row in rows if key in row} for key in ("k", "n"))
+    return (k.pop() if len(k) == 1 else "K"), ", ".join(sorted(n)) or "unknown"
 
 
 def _grids(run: Run) -> dict[float, dict[float, dict[str, Any]]]:
@@ -175,7 +182,7 @@ def path(page: Page, run: Run, suffix: str) -> str:
     note = (
         "The sampling temperature of every iteration. Columns: how far Reward-Pass@2 of the policy after the "
         "stage is below its best, at each temperature; above: the best, in %. A square marks the temperature "
-        f"used from then on. Validation split, n = {_n([run])} queries."
+        f"used from then on. Validation split, n = {_grid_size(_grids(run))[1]} queries."
     )
     return f'<div class="figures">{page.figure(f"temperature{suffix}", picture, note)}</div>'
 

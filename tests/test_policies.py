@@ -81,8 +81,17 @@ def minicpmv25_policy(words):
 FAMILIES = {"phi35": phi35_policy, "internvl2": internvl2_policy, "minicpmv25": minicpmv25_policy}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reward_model"),
+    [
+        ("phi35", False),
+        ("internvl2", False),
+        ("minicpmv25", True),  # its pixels are a tuple of arrays
+        pytest.param("phi35", True, marks=pytest.mark.slow),
+        pytest.param("internvl2", True, marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeypatch):
     folder, work = tmp_path / "official", tmp_path / "work"
     policy = FAMILIES[name](tmp_path / "words")
     policy.save(policy.build(), folder, "bfloat16")
@@ -93,6 +102,8 @@ def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
     config.update_from_flattened_dict(
         SMALL | {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
     )
+    if not reward_model:
+        config.prm.queries, config.evolve.select, config.explore.every = 0, "random", 0
     config.lock()
     monkeypatch.setattr(selection, "correct", list)  # so small a policy is never right
     work.mkdir()
@@ -112,6 +123,10 @@ def test_checkpoint_in_loop_checkpoint_out(name, tmp_path, monkeypatch):
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    if reward_model:
+        assert export.export(work, tmp_path / "reward", "prm") == "prm"
+        there = models.Pretrained(tmp_path / "reward").load_reward(jnp.float32)
+        assert np.isfinite(np.asarray(there.weight[...])).all() and float(there.likelihood[...]) != 0.3
     trained, _ = models.load(tmp_path / "out", jnp.float32)
     for leaf in jax.tree.leaves(trained):
         assert np.isfinite(np.asarray(leaf)).all()

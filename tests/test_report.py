@@ -343,7 +343,7 @@ def test_gallery_keeps_to_its_budget_and_to_the_run(tmp_path):
     store.write(0, [rollout(q, groups(False)[0]) for q in queries])
     found = runs.read_runs([run])[0]
     shown = gallery.Gallery()
-    assert shown.add(found, store.folder, "all", 10**7) > 40 * 4000
+    assert shown.add(found, store.folder, "all", 10**7) > gallery.QUERIES * 4000
     shown.add(found, store.folder, "few", 12_000)
     assert [len(stage["queries"]) for stage in shown.stages] == [gallery.QUERIES, 3]
     assert not shown.images and shown.stages[0]["queries"][0]["missing"] == 2
@@ -363,8 +363,8 @@ def test_gallery_chooses_the_ends_of_a_long_run(tmp_path):
         (tmp_path / "rollouts" / name).mkdir(parents=True)
         (tmp_path / "rollouts" / name / "00000.jsonl").write_text("")
     chosen = [f.name for f in gallery.folders(runs.Run("r", tmp_path, {"stages": []}), 12)]
-    assert len(chosen) == 12 and chosen[0] == "base_validation" and chosen[-1] == "prm_held_out"
-    assert "iteration_20_validation" in chosen and "base_check_00500" not in chosen
+    assert len(chosen) == 12 and chosen[0] == "base_validation" and chosen[-1] == "iteration_20_validation"
+    assert "prm_held_out" in chosen and "base_check_00500" not in chosen
 
 
 # ---- the judge ----------------------------------------------------------------------------------------

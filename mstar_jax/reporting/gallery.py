@@ -21,7 +21,7 @@ from mstar_jax import selection, steps
 from mstar_jax.data import images, truth
 from mstar_jax.reporting.runs import Missing, Run, lines, truths
 
-QUERIES, RESPONSES = 40, 8  # shown of a stage, of a query
+QUERIES, RESPONSES = 20, 8  # shown of a stage, of a query
 TEXT = 4000  # characters shown of a question or response
 SIDE, SMALL = 240, 96  # pixels: of a thumbnail; up to which an image stays a PNG
 PIXELS, PICTURES = 16_000_000, 240  # the largest image that is read; images in a report
@@ -47,9 +47,9 @@ def folders(run: Run, count: int) -> list[pathlib.Path]:
     return [there[name] for name in names if name in chosen]
 
 
-def _order(name: str) -> tuple[int, str]:
+def _order(name: str) -> tuple[float, str]:
     stage, iteration = STAGE.fullmatch(name).groups()[:2]  # type: ignore[union-attr]
-    return {"base": -1, "warmup": 0, "prm": 1_000_000}.get(stage, int(iteration or 0)), name
+    return {"base": -1.0, "warmup": 0.0, "prm": 0.5}.get(stage, float(iteration or 0)), name
 
 
 def _spread(found: list[Any], count: int) -> list[Any]:
