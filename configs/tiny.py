@@ -26,7 +26,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     data.validation = 256  # queries, measured after every stage
     data.test = 512  # queries, measured at the ends of the run
     data.max_prompt = 448  # tokens, image included; longer prompts are left out and counted
-    data.buckets = (24, 64, 80, 96, 120, 168, 192, 256, 320, 448, 512, 640)  # row lengths, tokens
+    data.buckets = (24, 64, 80, 96, 120, 192, 256, 320, 512, 640)  # row lengths, tokens
     data.workers = 0  # processes that decode images; 0 for threads: these images are 64 pixels wide
     data.figures = ConfigDict(
         {"train": 3072, "unlabelled": 256, "validation": 512, "test": 512}  # queries
@@ -102,9 +102,9 @@ def get_config(variant: str = "mstar") -> ConfigDict:
 
     c.prm = prm = ConfigDict()  # the process reward model, trained from the warm-up policy
     prm.path = ""  # one that is there already, of any family, instead
-    prm.queries, prm.held_out = 512, 64  # labelled queries to train on, and to report on; 0 for no model
+    prm.queries, prm.held_out = 512, 48  # labelled queries to train on, and to report on; 0 for no model
     prm.k, prm.temperature = 16, 1.0  # responses per query
-    prm.labelled = 96  # of the queries to train on: those whose steps get labels, which cost the most
+    prm.labelled = 64  # of the queries to train on: those whose steps get labels, which cost the most
     prm.completions = 4  # of every step
     prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
     prm.samples, prm.rows = 64, 16  # completions of a row, rows sampled together
@@ -120,7 +120,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     explore.criterion = "reward_pass_at_2"  # or balance_score
     explore.alpha = 0.25  # the balance score's: rewards above it count as selected
     explore.temperatures = tuple(t / 10 for t in range(3, 17))
-    explore.samples, explore.queries, explore.batch = 4, 96, 16  # per query and temperature; at a time
+    explore.samples, explore.queries, explore.batch = 4, 80, 16  # per query and temperature; at a time
 
     c.train = ConfigDict(
         {"b1": 0.9, "b2": 0.98, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1}
@@ -154,7 +154,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     elif variant == "ablation":  # what `ablate` runs dozens of times: fewer queries, all at T = 1
         data.figures.update({"train": 1280, "test": 2000})
         evolve.iterations, evolve.steps, data.validation, c.eval.samples = 8, 40, 128, 4
-        explore.queries = 64
+        prm.labelled, prm.held_out, explore.queries = 96, 64, 64
     elif variant == "smoke":
         data.figures.update({"train": 128, "unlabelled": 8, "validation": 64, "test": 64})
         data.figures.update({"captions": 128, "arithmetic": 100, "instruct": 64})

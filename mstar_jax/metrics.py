@@ -142,8 +142,9 @@ class Results:
         if jax.process_index() != 0:
             return
         stages = self.data["stages"]
-        names = list(dict.fromkeys(name for stage in stages for name in stage if name != "seconds"))
-        rows = [names, *([stage.get(name, "") for name in names] for stage in stages)]
+        flat = [{k: v for k, v in stage.items() if not isinstance(v, dict | list)} for stage in stages]
+        names = list(dict.fromkeys(name for stage in flat for name in stage if name != "seconds"))
+        rows = [names, *([stage.get(name, "") for name in names] for stage in flat)]
         text = "".join(",".join(map(str, row)) + "\n" for row in rows)
         write_text(self.workdir / "metrics" / "dynamics.csv", text)
         write_text(self.path, json.dumps(self.data, indent=1))  # last: a record here means all is written
@@ -157,8 +158,9 @@ class Results:
 
 def table(stages: Iterable[dict[str, Any]]) -> str:
     """The stages as a table for the terminal."""
-    head = ("stage", "split", "n", "greedy", "pass@k", "gap", "unparsed", "kept", "T", "seconds")
-    shares = ("greedy_accuracy", "pass_at_k", "gap", "unparsed")
+    head = ("stage", "split", "n", "greedy", "pass@k", "gap", "reward-pass@2", "unparsed")
+    head += ("kept", "T", "seconds")
+    shares = ("greedy_accuracy", "pass_at_k", "gap", "reward_pass_at_2", "unparsed")
     rows: list[Sequence[str]] = [head]
     for s in stages:
         name = s["stage"] if s["stage"] != "iteration" else f"iteration {s['iteration']}"

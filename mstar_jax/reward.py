@@ -65,7 +65,11 @@ class Reward:
         start = TrainState(0, vlm.RewardModel(run.final("warmup").params), ())
         run.improve("prm", 0, start, [(rows, 1.0)], v, processor=self.processor, temperature=v.temperature)
         if not run.results.find("prm", 0, "held-out"):
-            run.results.add(self.report(responses, labelled))
+            record = self.report(responses, labelled)
+            run.results.add(record)
+            shown = {"labels": record["label_auc_within"]} | record.get("truth", {})
+            text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items() if value is not None)
+            log.info("prm: AUC within held-out queries: %s", text)
 
     def label(self, queries: Sequence[Query], responses: Groups) -> dict[tuple[str, int], tuple[float, ...]]:
         """Monte-Carlo labels of the steps of every response, by query id and sample."""

@@ -288,3 +288,30 @@ def test_initialisation_is_born_in_its_layout():
         assert (x.shape, x.dtype, x.sharding) == (want.shape, want.dtype, want.sharding)
     assert state.params.blocks.gate[...].addressable_shards[0].data.shape == (2, 16, 24)
     assert float(jnp.std(state.params.embedding[...])) == pytest.approx(32**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("schedule", [False, True])
+def test_what_is_carried_on(policy, one, three_steps, moments, schedule):
+    """Moments and schedule, each alone or both."""
+    _, state, _ = three_steps
+    tx = adamw()
+    carried = train.carry_on(state, tx, one, moments=moments, schedule=schedule)
+    fresh = tx.init(policy)
+
+    def parts(opt_state):
+        adam, _, place = opt_state.inner_states["trained"].inner_state[1]
+        return named(adam.mu) | {"count": np.asarray(adam.count)}, int(place.count)
+
+    for ours, kept, new, keep in zip(
+        parts(carried.opt_state), parts(state.opt_state), parts(fresh), (moments, schedule)
+    ):
+        want = kept if keep else new
+        if isinstance(ours, int):
+            assert ours == want == (3 if keep else 0)
+        else:
+            assert [n for n in want if not np.array_equal(ours[n], want[n])] == []
+            assert int(ours["count"]) == (3 if keep else 0)
+    assert int(carried.step) == (3 if schedule else 0)
+    for name, value in named(carried.params).items():
+        np.testing.assert_array_equal(value, named(state.params)[name])
