@@ -158,8 +158,8 @@ class Results:
 
 def table(stages: Iterable[dict[str, Any]]) -> str:
     """The stages as a table for the terminal."""
-    head = ("stage", "split", "n", "greedy", "pass@k", "gap", "reward-pass@2", "unparsed")
-    head += ("kept", "T", "seconds")
+    names = "stage split n greedy pass@k gap reward-pass@2 unparsed kept T seconds"
+    head = tuple(names.split())
     shares = ("greedy_accuracy", "pass_at_k", "gap", "reward_pass_at_2", "unparsed")
     rows: list[Sequence[str]] = [head]
     for s in stages:

@@ -109,6 +109,11 @@ def label(
 # ---- 2. rows ------------------------------------------------------------------------------------------
 
 
+def same_steps(text: str, tokens: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether a text and its ids have the same steps: not so where several ids make one odd blank."""
+    return len(steps.ends(tokens, texts)) == len(steps.split(text))
+
+
 def row(
     prompt: Prompt,
     responses: Sequence[Response],

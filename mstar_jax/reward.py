@@ -185,19 +185,25 @@ class Reward:
         """The responses with their step scores by a reward model; copies of a text are scored once."""
         run, v, buckets = self.run, self.values, self.run.config.data.buckets
         pairs = [(q, prompts.render(run.ask, q)) for q in queries if responses[q.id]]
-        rows, encode = list[Row](), functools.cache(self.processor.encode_response)
+        rows, encode, odd = list[Row](), functools.cache(self.processor.encode_response), 0
         for prompt in run.plan(pairs, "scores", self.processor):
             group = selection.distinct(responses[prompt.query.id])
-            rows += loader.split_rows([prm.row(prompt, group, encode, self.texts)], max(buckets))
+            plain = [r for r in group if prm.same_steps(r.text, encode(r.text), self.texts)]
+            odd += len(group) - len(plain)
+            rows += loader.split_rows(
+                [prm.row(prompt, plain, encode, self.texts)] if plain else [], max(buckets)
+            )
         plans = loader.plan_batches(rows, v.batch, buckets)
         batches = loader.row_batches(plans, self.processor, v.batch, workers=run.config.data.workers)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
         for (_, these), values in zip(plans, prm.scores(model, batches, run.mesh)):
             for row, each in zip(these, values):
                 found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
+        if odd:
+            log.warning("scores: %d responses have 0: their steps cannot be told from their tokens", odd)
         return {
             q.id: [
-                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text)))))
+                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text))), ()))
                 for r in responses[q.id]
             ]
             for q in queries

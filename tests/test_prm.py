@@ -172,6 +172,16 @@ def test_a_text_of_another_family_is_tokenised_again(processor, texts):
         prm.row(prompt(processor), [foreign], processor.encode_response, texts, [(0.1, 0.2, 0.3)])
 
 
+def test_odd_blanks_are_noticed(processor, texts):
+    """U+2003 is blank as a line of text, and three bytes as tokens, none of which is blank."""
+    text = "area\n\u2003\nbase"
+    tokens = processor.encode_response(text)
+    assert steps.split(text) == ["area", "base"]
+    assert not prm.same_steps(text, tokens, texts) and prm.same_steps(
+        LINES, processor.encode_response(LINES), texts
+    )
+
+
 # ---- training ----------------------------------------------------------------------------------------
 
 
