@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from mstar_jax import evolve, export, models, selection, sharding
 from mstar_jax.data import figures
-from mstar_jax.models import internvl2, minicpmv25, phi35
+from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SMALL = {
@@ -130,6 +130,30 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     trained, _ = models.load(tmp_path / "out", jnp.float32)
     for leaf in jax.tree.leaves(trained):
         assert np.isfinite(np.asarray(leaf)).all()
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_family(tmp_path, monkeypatch):
+    """InternVL2's architecture scores what Phi-3.5-vision's writes."""
+    folder, work = tmp_path / "official", tmp_path / "work"
+    policy = FAMILIES["phi35"](tmp_path / "words")
+    policy.save(policy.build(), folder, "bfloat16")
+    judge = FAMILIES["internvl2"](tmp_path / "other")
+    judge.save(vlm.RewardModel(judge.build(1)), tmp_path / "judge", "bfloat16")
+    sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
+    data = figures.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
+    config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
+    given = {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
+    config.update_from_flattened_dict(SMALL | given | {"prm.path": str(tmp_path / "judge")})
+    monkeypatch.setattr(selection, "correct", list)
+    work.mkdir()
+    with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+        records = evolve.run(config, work, {}, lambda: False)
+    assert not any(record["stage"] == "prm" for record in records)  # it was trained elsewhere
+    assert all("reward_pass_at_2" in record for record in records if record["stage"] != "base")
+    lines = (work / "scores" / "iteration_01" / "00000.jsonl").read_text().splitlines()
+    scores = [s for line in lines for r in json.loads(line)["responses"] for s in r["step_scores"]]
+    assert scores and all(0 <= s <= 1 for s in scores) and len(set(scores)) > 2
 
 
 def test_what_has_to_be_given_is_asked_for(tmp_path):
