@@ -41,7 +41,7 @@ def folders(run: Run, count: int) -> list[pathlib.Path]:
     names = sorted(there, key=_order)
     evaluated = [name for name in names if name.endswith("_validation")]
     others = [name for name in names if name not in evaluated]
-    others = [*others[-1:], *others[:-1][::-1]]  # the newest first
+    others.sort(key=lambda name: (name == "prm_held_out", _order(name)), reverse=True)  # the newest first
     chosen = _spread(evaluated, max(count * 2 // 3, count - len(others)))
     chosen += others[: count - len(chosen)]
     return [there[name] for name in names if name in chosen]
