@@ -204,62 +204,71 @@ def _log(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 # ---- tables -------------------------------------------------------------------------------------------
 
-MEASURES = {"greedy_accuracy": "greedy", "pass_at_k": "Pass@K", "gap": "gap", "all_right": "all steps right"}
+MEASURES = {"greedy_accuracy": "greedy", "all_right": "all steps right", "pass_at_k": "Pass@K", "gap": "gap"}
+AGAINST = {"1": "continuous_25", "2": "random_2", "3": "top_2", "4": "random_2"}  # whom a table compares with
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of its 95 % confidence interval by Student's t; nan for fewer than two values)."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.nan
-    width = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return float(np.mean(values)), float(width)
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Values with their mean and the half width of its 95 % interval by Student's t; None for a single one."""
+    n, width = len(values), None
+    if n > 1:
+        width = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return {"values": list(values), "mean": float(np.mean(values)), "interval": width}
 
 
-def measured(folder: pathlib.Path) -> dict[str, float] | None:
-    """The last test record of a finished row or, of `shared`, the warm-up's; None where there is none."""
+def measured(folder: pathlib.Path) -> dict[str, float]:
+    """The last test record of a row or, of `shared`, the warm-up's, in %; empty where there is none."""
     path = folder / "results.json"
     records = json.loads(path.read_text())["stages"] if path.exists() else []
     stage = "warmup" if folder.name == "shared" else "iteration"
     found = [r for r in records if r["split"] == "test" and r["stage"] == stage]
-    return {key: found[-1][key] for key in MEASURES if key in found[-1]} if found else None
+    return {key: 100 * found[-1][key] for key in MEASURES if key in found[-1]} if found else {}
 
 
-def table(workdir: pathlib.Path, rows: Sequence[Row], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Per row: title, the paper's numbers, and of every measure its values, mean and interval, in %; of
-    greedy accuracy also the difference from the warm-up of the same seed."""
+def table(
+    workdir: pathlib.Path, rows: Sequence[Row], seeds: Sequence[int], against: str
+) -> list[dict[str, Any]]:
+    """Per row: title, the paper's numbers, `seeds` (how many are there), every measure's summary over the
+    seeds in %, and differences seed by seed: of greedy accuracy from the warm-up (`gain`), of greedy accuracy
+    and all steps right from the row `against` (`greedy_difference`, `all_right_difference`)."""
     out = []
     for row in [Row("shared", "warm-up", {}, (38.8, 52.6)), *rows]:
-        folders = [workdir / f"seed_{s}" for s in seeds]
-        pairs = [(measured(folder / row.name), measured(folder / "shared")) for folder in folders]
-        there = [(one, start) for one, start in pairs if one and start]
+        found = [
+            tuple(measured(workdir / f"seed_{s}" / name) for name in (row.name, "shared", against))
+            for s in seeds
+        ]
+        there = [each for each in found if each[0]]
         record: dict[str, Any] = {"name": row.name, "title": row.title, "paper": row.paper}
         record["seeds"] = len(there)
-        for key in MEASURES:
-            values = [100 * one[key] for one, _ in there if key in one]
-            if values:
-                mean, width = interval(values)
-                record[key] = {"values": values, "mean": mean, "interval": width}
-        gains = [100 * (one["greedy_accuracy"] - start["greedy_accuracy"]) for one, start in there]
-        if gains:
-            record["gain"] = dict(zip(("mean", "interval"), interval(gains)), values=gains)
-        out.append(record)
+        parts = {key: [one[key] for one, _, _ in there if key in one] for key in MEASURES}
+        for name, key, other in (
+            ("gain", "greedy_accuracy", 1),
+            ("greedy_difference", "greedy_accuracy", 2),
+            ("all_right_difference", "all_right", 2),
+        ):
+            if row.name != ("shared", against)[other - 1]:
+                parts[name] = [e[0][key] - e[other][key] for e in there if key in e[0] and key in e[other]]
+        out.append(record | {name: summary(values) for name, values in parts.items() if values})
     return out
 
 
-def markdown(title: str, records: Sequence[dict[str, Any]]) -> str:
+def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str:
     """A table as Markdown: mean and 95 % interval over the seeds, beside the paper's numbers."""
-    keys = [key for key in ("gain", *MEASURES) if any(key in record for record in records)]
-    keys = ["greedy_accuracy", "gain", *(key for key in keys if key not in ("greedy_accuracy", "gain"))]
-    names = {"gain": "over the warm-up"} | MEASURES
-    lines = [f"### {title}", "", "| | " + " | ".join(names[key] for key in keys) + " | seeds | paper |"]
-    lines.append("|---|" + "---:|" * (len(keys) + 1) + "---|")
+    names = MEASURES | {"gain": "greedy over the warm-up"}
+    names |= {
+        "greedy_difference": f"greedy over {against}",
+        "all_right_difference": f"all right over {against}",
+    }
+    names = {key: name for key, name in names.items() if any(key in record for record in records)}
+    lines = [f"### {title}", "", "| | " + " | ".join(names.values()) + " | seeds | paper |"]
+    lines.append("|---|" + "---:|" * (len(names) + 1) + "---|")
     for record in records:
         cells = []
-        for key in keys:
+        for key in names:
             found = record.get(key)
-            width = "" if not found or math.isnan(found["interval"]) else f" ± {found['interval']:.1f}"
-            cells.append(f"{found['mean']:.1f}{width}" if found else "")
+            width = f" ± {found['interval']:.1f}" if found and found["interval"] is not None else ""
+            signed = "+.1f" if key == "gain" or key.endswith("difference") else ".1f"
+            cells.append(f"{found['mean']:{signed}}{width}" if found else "")
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
     return "\n".join(lines)
@@ -279,9 +288,13 @@ def main(argv: list[str]) -> None:
     ready = [s for s in seeds if f"seed_{s}/shared" not in failed]
     todo = [(f"seed_{s}/{name}", values_of(config, row, s)) for name, row in rows.items() for s in ready]
     failed += run(todo, workdir, config.evolve.iterations)
-    tables = {number: table(workdir, ROWS_OF[number], seeds) for number in TABLES.value}
+    tables = {number: table(workdir, ROWS_OF[number], seeds, AGAINST[number]) for number in TABLES.value}
     write_text(workdir / "tables.json", json.dumps(tables, indent=1))
-    text = "\n\n".join(markdown(TITLES[number], records) for number, records in tables.items())
+    titles = {row.name: row.title for row in rows.values()}
+    text = "\n\n".join(
+        markdown(TITLES[number], records, titles.get(AGAINST[number], AGAINST[number]))
+        for number, records in tables.items()
+    )
     write_text(workdir / "tables.md", text + "\n")
     print(f"\n{text}\n\n{workdir.absolute()}: tables.md, tables.json, a folder for every seed and row")
     if failed:

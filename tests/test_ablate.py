@@ -52,17 +52,21 @@ def test_tables(tmp_path):
             stage = "warmup" if name == "shared" else "iteration"
             write(tmp_path / f"seed_{seed}" / name, stage, greedy_accuracy=value, all_right=value / 2)
     table = [row for row in ablate.ROWS_OF["2"] if row.name in ("top_2", "random_2", "top_1")]
-    found = {record["name"]: record for record in ablate.table(tmp_path, table, range(3))}
+    found = {record["name"]: record for record in ablate.table(tmp_path, table, range(3), "random_2")}
     assert [found[name]["seeds"] for name in ("shared", "random_2", "top_1", "top_2")] == [3, 2, 0, 3]
     top = found["top_2"]
     assert top["greedy_accuracy"]["mean"] == pytest.approx(61.0)
     sd = np.std([60, 66, 57], ddof=1)
     assert top["greedy_accuracy"]["interval"] == pytest.approx(4.302653 * sd / math.sqrt(3), rel=1e-5)
     assert top["gain"]["values"] == pytest.approx([20, 16, 27]) and top["paper"] == (45.3, 59.2)
-    text = ablate.markdown("Table", list(found.values()))
+    assert top["greedy_difference"]["values"] == pytest.approx([10, 11])
+    assert top["all_right_difference"]["values"] == pytest.approx([5, 5.5])
+    assert "greedy_difference" not in found["random_2"] and "gain" not in found["shared"]
+    text = ablate.markdown("Table", list(found.values()), "Random-2")
     lines = text.splitlines()
     assert len(lines) == 4 + 4 and all(line.count("|") == lines[2].count("|") for line in lines[3:])
-    assert "| PRM Top-2 | 61.0 ± 11.4 | 21.0 ± 13.8 |" in text and "45.3 / 59.2" in text
+    assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 |" in text
+    assert "45.3 / 59.2" in text and "greedy over Random-2" in text
 
 
 def test_fork(tmp_path):
