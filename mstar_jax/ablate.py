@@ -209,7 +209,7 @@ AGAINST = {"1": "continuous_25", "2": "random_2", "3": "top_2", "4": "random_2"}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Values with their mean and the half width of its 95 % interval by Student's t; None for a single one."""
+    """Values, their mean, and the half width of its 95 % interval by Student's t (None for a single value)."""
     n, width = len(values), None
     if n > 1:
         width = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
@@ -262,7 +262,7 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     names = {key: name for key, name in names.items() if any(key in record for record in records)}
     lines = [f"### {title}", "", "| | " + " | ".join(names.values()) + " | seeds | paper |"]
     lines.append("|---|" + "---:|" * (len(names) + 1) + "---|")
-    for record in records:
+    for record in (record for record in records if record["seeds"]):
         cells = []
         for key in names:
             found = record.get(key)
@@ -271,6 +271,8 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
             cells.append(f"{found['mean']:{signed}}{width}" if found else "")
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
+    if missing := [record["title"] for record in records if not record["seeds"]]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(lines)
 
 

@@ -64,7 +64,8 @@ def test_tables(tmp_path):
     assert "greedy_difference" not in found["random_2"] and "gain" not in found["shared"]
     text = ablate.markdown("Table", list(found.values()), "Random-2")
     lines = text.splitlines()
-    assert len(lines) == 4 + 4 and all(line.count("|") == lines[2].count("|") for line in lines[3:])
+    assert len(lines) == 4 + 3 + 2 and lines[-1] == "Not run: PRM Top-1."
+    assert all(line.count("|") == lines[2].count("|") for line in lines[3:-2])
     assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 |" in text
     assert "45.3 / 59.2" in text and "greedy over Random-2" in text
 
