@@ -209,7 +209,7 @@ AGAINST = {"1": "continuous_25", "2": "random_2", "3": "top_2", "4": "random_2"}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Values, their mean, and the half width of its 95 % interval by Student's t (None for a single value)."""
+    """Values, their mean, and the half width of its 95 % interval by Student's t (None for one value)."""
     n, width = len(values), None
     if n > 1:
         width = float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
