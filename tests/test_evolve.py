@@ -79,7 +79,9 @@ import functools, jax
 from absl import app
 from mstar_jax import main, prm, selection, sharding
 selection.correct = list
-prm.prefixes = lambda found, _: list(dict.fromkeys(r.tokens[:3] for r in found if len(r.tokens) > 3))
+true = prm.prefixes
+first = lambda found: [r.tokens[:3] for r in found if len(r.tokens) > 3]
+prm.prefixes = lambda found, texts: list(dict.fromkeys([*first(found), *true(found, texts)]))
 one = jax.devices()[:1]
 sharding.make_mesh = functools.partial(sharding.make_mesh, devices=one)
 app.run(main.main)
@@ -98,8 +100,9 @@ def run(config, workdir, stop=lambda: False):
     return evolve.run(config, workdir, head, stop)
 
 
-def first_tokens(found, texts):
-    return list(dict.fromkeys(r.tokens[:3] for r in found if len(r.tokens) > 3))
+def first_tokens(found, texts, true=prm.prefixes):
+    first = [r.tokens[:3] for r in found if len(r.tokens) > 3]
+    return list(dict.fromkeys([*first, *true(found, texts)]))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -294,7 +297,7 @@ def test_a_killed_run_goes_on(whole, tmp_path):
 @pytest.mark.parametrize("variant", ["rest_em", "iterative_rft", "sft", "control"])
 def test_variants(tmp_path, variant):
     config = small(variant)
-    config.base.target, config.evolve.keep = 0.0, 1
+    config.base.target, config.evolve.keep, config.prm.queries = 0.0, 1, 0
     records = run(config, tmp_path)
     assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
     sampled = (tmp_path / "rollouts" / "iteration_01").exists()
