@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     prm.labelled = 50_000  # of the queries to train on: those whose steps get labels
     prm.completions = 16  # of every step
     prm.hard = False  # a step's label is 1 where any completion was right, instead of their share
-    prm.samples, prm.rows = 64, 16  # completions that one row holds; rows sampled together
+    prm.samples, prm.rows = 32, 16  # completions that one row holds (6.4 GB of cache); rows sampled together
     prm.mc_weight = 0.2  # of the step labels, beside 1 for the likelihood of the correct responses
     prm.steps, prm.batch, prm.longest = 3000, 64, 3072  # about one pass; rows of a step, tokens of a row
     prm.chunk = 256  # queries of a shard of scores
@@ -99,7 +99,8 @@ def get_config() -> ConfigDict:
     explore.criterion = "reward_pass_at_2"  # or balance_score
     explore.alpha = 0.25  # the balance score's: rewards above it count as selected
     explore.temperatures = tuple(t / 10 for t in range(3, 17))
-    explore.samples, explore.queries, explore.batch = 4, 250, 16  # per query and temperature; at a time
+    # per query and temperature; at a time: a query's 57 responses take up to 12 GB of cache
+    explore.samples, explore.queries, explore.batch = 4, 250, 16
 
     c.train = train = ConfigDict()
     train.b1, train.b2, train.weight_decay, train.clip = 0.9, 0.95, 0.0, 1.0  # AdamW; global norm

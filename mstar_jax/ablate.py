@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -171,31 +172,46 @@ def run(todo: Sequence[tuple[str, dict[str, Any]]], workdir: pathlib.Path, itera
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     compiled = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute())}
-    given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+    given = _config_flags(sys.argv[1:])
     (workdir / "logs").mkdir(parents=True, exist_ok=True)
-    while waiting or running:
-        while waiting and len(running) < JOBS.value:
-            name, values = waiting.pop(0)
-            folder = workdir / name
-            if folder.name != "shared" and not folder.exists():
-                fork(folder.with_name("shared"), folder)
-            own = [f"--config.{key}={value}" for key, value in values.items()]
-            command = [sys.executable, "-m", "mstar_jax.main", *given, *own, f"--workdir={folder}"]
-            with open(_log(workdir, name), "ab") as file:
-                file.write((" ".join(command) + "\n").encode())
-                file.flush()
-                running[name] = subprocess.Popen(command, env=compiled | os.environ, stdout=file, stderr=file)
-            print(f"{name}: started, {len(waiting)} wait", flush=True)
-        for name, process in list(running.items()):
-            try:
-                code = process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
-            del running[name]
-            if code:
-                failed.append(name)
-                print(f"{name}: ended with {code}, see {_log(workdir, name)}", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < JOBS.value:
+                name, values = waiting.pop(0)
+                folder = workdir / name
+                if folder.name != "shared" and not folder.exists():
+                    fork(folder.with_name("shared"), folder)
+                own = [f"--config.{key}={value}" for key, value in values.items()]
+                command = [sys.executable, "-m", "mstar_jax.main", *given, *own, f"--workdir={folder}"]
+                with open(_log(workdir, name), "ab") as file:
+                    file.write((" ".join(command) + "\n").encode())
+                    file.flush()
+                    running[name] = subprocess.Popen(
+                        command, env=compiled | os.environ, stdout=file, stderr=file
+                    )
+                print(f"{name}: started, {len(waiting)} wait", flush=True)
+            for name, process in list(running.items()):
+                try:
+                    code = process.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    continue
+                del running[name]
+                if code:
+                    failed.append(name)
+                    print(f"{name}: ended with {code}, see {_log(workdir, name)}", flush=True)
+    finally:  # told to stop: so are the rows, which save and go on another time
+        for process in running.values():
+            process.terminate()
     return failed
+
+
+def _config_flags(arguments: Sequence[str]) -> list[str]:
+    """Those of --config and below it, as one argument each."""
+    found = list[str]()
+    for at, argument in enumerate(arguments):
+        if argument.lstrip("-").split("=")[0].split(".")[0] == "config" and argument.startswith("-"):
+            found.append(argument if "=" in argument else f"{argument}={arguments[at + 1]}")
+    return found
 
 
 def _log(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -281,6 +297,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     if unknown := sorted(set(TABLES.value) - set(ROWS_OF)):
         raise app.UsageError(f"there is no table {', '.join(unknown)}; there are {', '.join(ROWS_OF)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value or "runs/ablation")
     seeds = range(config.seed, config.seed + SEEDS.value)
     rows = {row.name: row for number in TABLES.value for row in ROWS_OF[number]}

@@ -27,6 +27,11 @@ class Dynamics:
         chosen = [r["chosen"] for r in records if r.get("chosen") is not None]
         return chosen[-1] if chosen else self.run.config.evolve.temperature
 
+    def explores(self, iteration: int) -> bool:
+        """Whether several temperatures are measured after an iteration (0: after the warm-up)."""
+        every = self.run.config.explore.every
+        return bool(self.reward.exists and every and iteration % every == 0)
+
     def measure(
         self,
         stage: str,
@@ -86,14 +91,12 @@ class Dynamics:
         return [found[q.id] for q in queries if q.id in found]
 
     def _explored(self, name: str, iteration: int, policy: Callable[[], TrainState]) -> dict[str, Any]:
-        """Every so many iterations: the dynamics at a list of temperatures, and the one that is chosen."""
+        """The dynamics at a list of temperatures, and the one that is chosen, where it is time for that."""
         run, e = self.run, self.run.config.explore
-        if not self.reward.exists or not e.every or iteration % e.every:
+        if not self.explores(iteration):
             return {}
-        queries, temperatures = (
-            run.data["validation"][: e.queries],
-            np.repeat(list(e.temperatures), e.samples),
-        )
+        queries = run.data["validation"][: e.queries]
+        temperatures = np.repeat(list(e.temperatures), e.samples)
         where = f"{name}_temperatures"
         found = run.generate(
             where, policy, queries, run.ask, [0.0, *temperatures.tolist()], iteration, e.batch

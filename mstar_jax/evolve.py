@@ -99,7 +99,7 @@ def run(
         r.improve(stage, t, start, sources, evolve, inherit=inherit, temperature=temperature)
         # explore: the dynamics, and the temperature that they ask for
         kept = sum(len(row.responses) for rows, _ in sources for row in rows)
-        if t % config.eval.every == 0 or t == evolve.iterations:
+        if t % config.eval.every == 0 or dynamics.explores(t) or t == evolve.iterations:
             dynamics.measure("iteration", t, final(stage), kept, more)
         r.forget(t - evolve.keep_checkpoints)
 

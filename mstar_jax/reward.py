@@ -37,19 +37,13 @@ class Reward:
         path = run.workdir / "figures" / "truth.jsonl"
         embedded = path.exists() and not run.config.data.labelled
         self.truth: dict[str, truth.Truth] = truth.read_truth(path) if embedded else {}
-        rest = run.labelled[run.config.warmup.queries :]  # the warm-up's are known by heart
-        held_out = min(self.values.held_out, len(rest) // 4)
-        self.held_out, self.queries = rest[:held_out], rest[held_out : held_out + self.values.queries]
-        if self.trained and len(self.queries) < self.values.queries:
-            there = f"{len(run.labelled)} labelled queries, {run.config.warmup.queries} of the warm-up"
-            if not self.queries:
-                raise ValueError(f"no query is left to train the reward model on: there are {there}")
-            log.warning(
-                "prm: %d queries to train on instead of %d: there are %s",
-                len(self.queries),
-                self.values.queries,
-                there,
-            )
+        known = run.config.warmup.queries  # by heart: they come last
+        order = [*run.labelled[known:], *run.labelled[:known]]
+        held_out = min(self.values.held_out, len(order) // 4)
+        self.held_out, self.queries = order[:held_out], order[held_out : held_out + self.values.queries]
+        if self.trained and held_out + self.values.queries > len(run.labelled) - known:
+            text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
+            log.warning(text, len(order), len(self.queries))
 
     # --------------------------------------------------------------------------------- reward model
     def train(self) -> None:
@@ -133,7 +127,9 @@ class Reward:
             encode = self.processor.encode_response
             try:
                 if labels:
-                    rows.append(prm.row(prompt, found, encode, self.texts, labels))
+                    row = prm.row(prompt, found, encode, self.texts, labels)
+                    least = prompt.length + max(map(len, row.responses))  # a long prompt makes a longer row
+                    rows += loader.split_rows([row], max(self.values.longest, least))
                 elif right := selection.correct(found):
                     rows.append(Row(prompt, tuple(tuple(encode(r.text)) for r in right)))
             except ValueError as error:

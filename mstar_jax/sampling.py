@@ -281,7 +281,7 @@ def _responses(row, at, host, processor, config, temperatures, iteration) -> lis
         before = row.responses[parent - 1][:kept] if kept else ()
         tokens = [*before, *host.tokens[at, sample, : int(host.length[at, sample])].tolist()]
         text = processor.decode(tokens)
-        cuts = [at for at in (text.find(stop) for stop in config.stop_strings) if at >= 0]
+        cuts = [cut for cut in (text.find(stop) for stop in config.stop_strings) if cut >= 0]
         out.append(
             Response(
                 query_id=row.prompt.query.id,

@@ -49,6 +49,8 @@ class Run:
         self.labelled, self.unlabelled = (
             splits.shuffled(self.data[name], config.seed, 0) for name in ("labelled", "unlabelled")
         )
+        if config.evolve.unlabelled.mixin is not None and not self.unlabelled:
+            raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
         self.ask = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
         self.policy = setup.make_policy(config, workdir, self.data.get("base", ()))
         self.make_model = functools.partial(self.policy.build, config.seed)
@@ -270,7 +272,7 @@ class Run:
             sources,
             processor or self.processor,
             settings.batch,
-            [size for size in c.data.buckets if size <= settings.get("longest", size)],
+            c.data.buckets,
             seed=(c.seed * 1_000_003 + zlib.crc32(stage.encode())) % 2**31,
             workers=c.data.workers,
             process=(jax.process_index(), jax.process_count()),

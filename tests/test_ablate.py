@@ -92,3 +92,13 @@ def test_passes_that_an_interval_does_not_divide():
     config.evolve.iterations = 6  # one pass and a half
     with pytest.raises(ValueError, match="continuous_100: .* = 1.5 passes .* intervals of 1.0"):
         ablate.values_of(config, rows()["continuous_100"], 0)
+
+
+def test_config_flags_are_passed_on():
+    given = ["--config", "a.py:b", "--config.seed=1", "--config.x.y", "2", "--tables=1", "-config=c.py"]
+    assert ablate._config_flags(given) == [
+        "--config=a.py:b",
+        "--config.seed=1",
+        "--config.x.y=2",
+        "-config=c.py",
+    ]

@@ -179,7 +179,7 @@ def test_results(whole):
         assert ("reward_pass_at_2" in record) == (record["stage"] != "base")
     assert [record["kept"] for record in own] == [None, None, 24, 24, 24, 24, 24]  # 12 queries, 2 responses
     [record] = [record for record in results["stages"] if record["stage"] == "prm"]
-    assert record["n"] == 3 and record["responses"] == 6 and record["steps"] > 0  # of 12, a quarter
+    assert record["n"] == 4 and record["responses"] == 8 and record["steps"] > 0
     assert [row["n"] for row in record["curve"]] == [1, 2]
     assert set(record["truth"]) == {
         f"{name}{of}" for name in ("step_auc", "all_right_auc") for of in ("", "_likelihood")

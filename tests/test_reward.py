@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
 from mstar_jax.reward import Reward
-from mstar_jax.structs import Query, Response
+from mstar_jax.structs import Prompt, Query, Response
 
 QUERY = Query("q", (), "What is the total of all bars?", answer="6", answer_type="integer")
 FAITHFUL = "Bars red 4 blue 2\nSum 4 + 2 = 6\nThe answer is 6"
@@ -116,3 +116,34 @@ def test_against_truth():
     assert found["step_auc"] == pytest.approx(2 / 4)
     assert found["all_right_auc"] == 1.0  # .7 against .3 and .5
     assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize(("labelled", "trained"), [(40, 20), (16, 12), (6, 5)])
+def test_queries_of_the_reward_model(labelled, trained, tmp_path):
+    """The warm-up's come last; few queries are used up, never refused, and never twice."""
+    found = [dataclasses.replace(QUERY, id=f"q{i}") for i in range(labelled)]
+    prm = {"queries": 20, "held_out": 5, "path": ""}
+    config = {"prm": prm, "evolve": {"select": "prm"}, "warmup": {"queries": 12}, "data": {"labelled": "x"}}
+    run = types.SimpleNamespace(
+        config=ConfigDict(config), labelled=found, processor=None, texts=(), workdir=tmp_path
+    )
+    out = Reward(run)
+    ids = [q.id for q in [*out.held_out, *out.queries]]
+    assert len(out.queries) == trained and len(ids) == len(set(ids))
+    fresh = [q.id for q in found[12:]]
+    assert ids[: len(fresh)] == fresh[: len(ids)]
+
+
+def test_long_prompts_make_longer_rows(monkeypatch):
+    """A row is parted at prm.longest, unless a prompt alone needs more."""
+    out = reward()
+    out.values = ConfigDict({"longest": 40})
+    encode = lambda text: list(range(len(text.split("\n")) * 5))  # noqa: E731  (five ids a line)
+    out.processor, out.texts = types.SimpleNamespace(encode_response=encode), ["a"] * 4 + ["\n"] + ["b"] * 20
+    out.run.ask = "{question}"
+    labelled = {("q", r.sample): tuple(0.5 for _ in r.text.split("\n")) for r in RESPONSES}
+    monkeypatch.setattr("mstar_jax.steps.ends", lambda ids, texts: list(range(4, len(ids), 5)))
+    for length, parts in ((8, 2), (300, 4)):
+        out.run.plan = lambda pairs, *_, n=length: [Prompt(q, text, n, 0) for q, text in pairs]
+        rows = out._rows([QUERY], {"q": RESPONSES}, labelled)
+        assert len(rows) == parts and sum(len(row.responses) for row in rows) == 4  # different ones
