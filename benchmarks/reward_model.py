@@ -33,7 +33,7 @@ def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str
     queries = setup.read(folder / "test.json", folder)[:count]
     with tempfile.TemporaryDirectory() as scratch:  # nothing is added to the run
         run.workdir = pathlib.Path(scratch)
-        found = run.generate("fresh", lambda: run.final("warmup"), queries, run.ask, [1.0] * 16)
+        found = run.generate("fresh", lambda: run.final("warmup"), queries, run.template, [1.0] * 16)
     out = {"queries": len(found)}
     for name, model in (("prm", reward.model), ("likelihood", reward.untrained_for_scoring())):
         scored = reward.scored(model, [q for q in queries if q.id in found], found)

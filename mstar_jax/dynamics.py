@@ -8,7 +8,8 @@ import numpy as np
 
 from mstar_jax import explore, measures, metrics, selection
 from mstar_jax.data import truth
-from mstar_jax.reward import Groups, Reward
+from mstar_jax.inference import Groups
+from mstar_jax.reward import Reward
 from mstar_jax.stages import Run
 from mstar_jax.structs import Query, Response, TrainState
 
@@ -85,7 +86,7 @@ class Dynamics:
     ) -> list[list[Response]]:
         """Per query its greedy response and its samples, scored where there is a reward model."""
         run, temperatures = self.run, [0.0] + [temperature] * self.run.config.eval.samples
-        found: Groups = run.generate(name, policy, queries, run.ask, temperatures, iteration)
+        found: Groups = run.generate(name, policy, queries, run.template, temperatures, iteration)
         if self.reward.exists and not name.startswith("base"):
             found = self.reward.score(name, queries, found)
         return [found[q.id] for q in queries if q.id in found]
@@ -99,7 +100,7 @@ class Dynamics:
         temperatures = np.repeat(list(e.temperatures), e.samples)
         where = f"{name}_temperatures"
         found = run.generate(
-            where, policy, queries, run.ask, [0.0, *temperatures.tolist()], iteration, e.batch
+            where, policy, queries, run.template, [0.0, *temperatures.tolist()], iteration, e.batch
         )
         scored = self.reward.score(where, queries, found)
         groups = [scored[q.id] for q in queries if q.id in scored]

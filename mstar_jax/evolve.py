@@ -77,14 +77,14 @@ def run(
 
         if evolve.data == "rollouts":
             # generate: y_1..y_K ~ pi_t( . | x, o; T), for this iteration's share of the queries
-            responses = r.generate(stage, policy, queries, r.ask, sampled, iteration=t)
+            responses = r.generate(stage, policy, queries, r.template, sampled, iteration=t)
             # reward: H( 1(a = a*) R_p(y) )
             sources = [(r.rows(queries, reward.keep(stage, queries, responses)), 1.0)]
             # prompts: unlabelled queries join once T_mixin of the training is done, with voted answers
             if unlabelled.mixin is not None and t - 1 >= unlabelled.mixin * evolve.iterations:
                 name = f"{stage}_unlabelled"
                 queries = splits.share(r.unlabelled, evolve.fraction, t, config.seed)
-                responses = r.generate(name, policy, queries, r.ask, sampled, iteration=t)
+                responses = r.generate(name, policy, queries, r.template, sampled, iteration=t)
                 queries, responses, more = reward.pseudo_label(name, queries, responses)
                 rows = r.rows(queries, reward.keep(name, queries, responses))
                 sources.append((rows, unlabelled.weight))

@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, evolve, metrics, report, setup, sharding, stages
+from mstar_jax import __version__, evolve, inference, metrics, report, setup, sharding
 from mstar_jax.store import write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
         records = evolve.run(config, workdir, top, termination.asked.is_set)
-    except stages.Stopped as stopped:
+    except inference.Stopped as stopped:
         log.warning("%s. Start the same command again to go on.", stopped)
         sys.exit(143)
     except ValueError as error:

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mstar_jax import measures, models, prm, sampling, selection, sharding, train
-from mstar_jax.data import loader, prompts, truth
+from mstar_jax.data import loader, truth
+from mstar_jax.inference import Groups, Scorer
 from mstar_jax.models import vlm
 from mstar_jax.stages import Run
-from mstar_jax.store import Store, read_rollout, rollout
+from mstar_jax.store import Store
 from mstar_jax.structs import Query, Response, Row, TrainState
 
 log = logging.getLogger(__name__)
-
-Groups = dict[str, list[Response]]  # by query id
 
 
 class Reward:
@@ -32,8 +31,7 @@ class Reward:
         self.trained = bool(self.values.queries) and not self.values.path and not self.likelihood
         self.exists = self.trained or self.likelihood or bool(self.values.path)
         self.source = models.Pretrained(self.values.path) if self.values.path else None
-        self.processor = self.source.processor() if self.source else run.processor
-        self.texts = sampling.token_texts(self.processor) if self.source else run.texts
+        self.scorer = Scorer(run, self.source.processor() if self.source else None)
         path = run.workdir / "figures" / "truth.jsonl"
         embedded = path.exists() and not run.config.data.labelled
         self.truth: dict[str, truth.Truth] = truth.read_truth(path) if embedded else {}
@@ -53,11 +51,13 @@ class Reward:
             return
         asked = [*self.queries, *self.held_out]
         policy = functools.partial(run.final, "warmup")
-        responses = run.generate("prm", policy, asked, run.ask, [v.temperature] * v.k)
+        responses = run.generate("prm", policy, asked, run.template, [v.temperature] * v.k)
         labelled = self.label([*self.queries[: v.labelled], *self.held_out], responses)
         rows = self._rows(self.queries, responses, labelled)
         start = TrainState(0, vlm.RewardModel(run.final("warmup").params), ())
-        run.improve("prm", 0, start, [(rows, 1.0)], v, processor=self.processor, temperature=v.temperature)
+        run.improve(
+            "prm", 0, start, [(rows, 1.0)], v, processor=self.scorer.processor, temperature=v.temperature
+        )
         if not run.results.find("prm", 0, "held-out"):
             record = self.report(responses, labelled)
             run.results.add(record)
@@ -70,7 +70,7 @@ class Reward:
         run, v, c = self.run, self.values, self.run.config
         settings, generate = run.sampler(v.samples)
         rows = list[Row]()
-        for prompt in run.plan([(q, prompts.render(run.ask, q)) for q in queries], "prm"):
+        for prompt in run.plan(run.asked(queries), "prm"):
             found = prm.prefixes(responses[prompt.query.id], run.texts)
             rows += prm.stems(prompt, found, v.completions, v.samples, max(c.data.buckets))
         plans = loader.plan_batches(rows, v.rows, c.data.buckets)
@@ -92,7 +92,7 @@ class Reward:
             for these, answered in zip(groups, found):
                 yield [self._labels(row, group) for row, group in zip(these, answered)]
 
-        run.fill(store, plans, "prm: step labels", sampled, run.processor, v.rows)
+        run.fill(store, plans, "prm: step labels", sampled, v.rows)
         values: dict[str, dict[prm.Prefix, float]] = {q.id: {} for q in queries}
         for query, reached in store.read(_read_labels):
             values[query].update(reached)
@@ -120,14 +120,14 @@ class Reward:
         """Rows to train the reward model on: the distinct responses of each query, of those whose steps have
         no labels the correct ones."""
         rows, left_out = list[Row](), 0
-        pairs = [(q, prompts.render(self.run.ask, q)) for q in queries]
-        for prompt in self.run.plan(pairs, "prm", self.processor):
+        asked, processor, texts = self.run.asked(queries), self.scorer.processor, self.scorer.texts
+        for prompt in self.run.plan(asked, "prm", processor):
             found = selection.distinct(responses.get(prompt.query.id, []))
             labels = [labelled[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labelled]
-            encode = self.processor.encode_response
+            encode = processor.encode_response
             try:
                 if labels:
-                    row = prm.row(prompt, found, encode, self.texts, labels)
+                    row = prm.row(prompt, found, encode, texts, labels)
                     least = prompt.length + max(map(len, row.responses))  # a long prompt makes a longer row
                     rows += loader.split_rows([row], max(self.values.longest, least))
                 elif right := selection.correct(found):
@@ -136,7 +136,7 @@ class Reward:
                 left_out += 1
                 log.warning("prm: left out: %s", error)
         if left_out:
-            log.warning("prm: %d of %d queries left out", left_out, len(pairs))
+            log.warning("prm: %d of %d queries left out", left_out, len(asked))
         return rows
 
     @functools.cached_property
@@ -156,54 +156,15 @@ class Reward:
     def score(
         self, name: str, queries: Sequence[Query], responses: Groups, *, only_correct: bool = False
     ) -> Groups:
-        """The responses with their step scores, through the store of scores.
-
-        Args:
-          name: of the rollouts.
-          queries: whose responses.
-          responses: by query id.
-          only_correct: leave out responses that cannot be selected.
-        """
-        run, v = self.run, self.values
-        asked = [q for q in queries if q.id in responses]
-        chunks = [asked[at : at + v.chunk] for at in range(0, len(asked), v.chunk)]
-        how = {"path": v.path, "likelihood": self.likelihood, "only_correct": only_correct}
-        store = Store(run.workdir / "scores" / name, how | {"batch": v.batch, "chunk": v.chunk})
-        for number in store.missing(len(chunks)):
-            part = {q.id: responses[q.id] for q in chunks[number]}
-            some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
-            found = self.scored(self.model, chunks[number], some)
-            store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q in chunks[number]])
-            run.check_stop(f"{name}: scores")
-        return dict(store.read(read_rollout))
+        """The responses with their step scores; see `Scorer.score`."""
+        how, asked = {"path": self.values.path, "likelihood": self.likelihood}, self.run.asked(queries)
+        return self.scorer.score(
+            name, lambda: self.model, asked, responses, how=how, only_correct=only_correct
+        )
 
     def scored(self, model: Any, queries: Sequence[Query], responses: Groups) -> Groups:
-        """The responses with their step scores by a reward model; copies of a text are scored once."""
-        run, v, buckets = self.run, self.values, self.run.config.data.buckets
-        pairs = [(q, prompts.render(run.ask, q)) for q in queries if responses[q.id]]
-        rows, encode, odd = list[Row](), functools.cache(self.processor.encode_response), 0
-        for prompt in run.plan(pairs, "scores", self.processor):
-            group = selection.distinct(responses[prompt.query.id])
-            plain = [r for r in group if prm.same_steps(r.text, encode(r.text), self.texts)]
-            odd += len(group) - len(plain)
-            rows += loader.split_rows(
-                [prm.row(prompt, plain, encode, self.texts)] if plain else [], max(buckets)
-            )
-        plans = loader.plan_batches(rows, v.batch, buckets)
-        batches = loader.row_batches(plans, self.processor, v.batch, workers=run.config.data.workers)
-        found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
-        for (_, these), values in zip(plans, prm.scores(model, batches, run.mesh)):
-            for row, each in zip(these, values):
-                found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
-        if odd:
-            log.warning("scores: %d responses have 0: their steps cannot be told from their tokens", odd)
-        return {
-            q.id: [
-                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text))), ()))
-                for r in responses[q.id]
-            ]
-            for q in queries
-        }
+        """The responses with their step scores by another reward model, without a store."""
+        return self.scorer.scored(model, self.run.asked(queries), responses)
 
     # ------------------------------------------------------------------------------------- selection
     def keep(self, name: str, queries: Sequence[Query], responses: Groups) -> list[list[Response]]:

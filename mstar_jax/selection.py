@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ def judge(query: Query, response: Response) -> Response:
     if query.answer is None:
         found = answers.extract(response.text)
         return dataclasses.replace(response, answer=found)
-    grade = answers.grade(response.text, query.answer, options=query.options, answer_type=query.answer_type)
+    how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
+    grade = answers.grade(response.text, query.answer, precision=query.precision, **how)
     return dataclasses.replace(response, answer=grade.answer, verdict=grade.verdict)
 
 
@@ -120,7 +122,8 @@ def checker(query: Query) -> Callable[[str, str], bool]:
     """`same(a, b)` of two extracted answers to the query: by letter where it has options, else by value."""
 
     def same(a: str, b: str) -> bool:
-        return answers.equivalent(a, b, options=query.options, answer_type=query.answer_type)
+        how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
+        return answers.equivalent(a, b, precision=query.precision, **how)
 
     return same
 

@@ -6,26 +6,21 @@ import logging
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
-from mstar_jax import measures, metrics, models, prm, sampling, selection, setup, sharding, train
+from mstar_jax import measures, metrics, models, prm, setup, sharding, train
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.data import figures, loader, prompts, splits
+from mstar_jax.inference import Generator, Groups, Stopped
 from mstar_jax.models import vlm
-from mstar_jax.store import Store, read_rollout, rollout
-from mstar_jax.structs import EvolveState, Prompt, Query, Response, Row, TrainState
+from mstar_jax.structs import EvolveState, Query, Response, Row, TrainState
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The run was told to stop and has saved where it stands."""
 
 
 @dataclasses.dataclass
@@ -36,13 +31,11 @@ class _Trained:
     state: TrainState
 
 
-class Run:
+class Run(Generator):
     """What the stages share: data, policy, mesh, stores; its methods generate, lay out and improve."""
 
     def __init__(self, config, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]):
-        self.config, self.workdir, self.stop = config, workdir, stop
-        self.mesh = sharding.make_mesh(**config.mesh)
-        setup.check(config, self.mesh)
+        setup.check(config, sharding.make_mesh(**config.mesh))
         self.results = metrics.Results(workdir, head)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         self.data = setup.load_data(config, workdir)
@@ -51,14 +44,12 @@ class Run:
         )
         if config.evolve.unlabelled.mixin is not None and not self.unlabelled:
             raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
-        self.ask = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
+        self.template = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
         self.policy = setup.make_policy(config, workdir, self.data.get("base", ()))
+        super().__init__(config, workdir, self.policy.processor(), stop)
         self.make_model = functools.partial(self.policy.build, config.seed)
-        self.processor = self.policy.processor()
-        self.texts = sampling.token_texts(self.processor)
         train.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
         self.prm_loss = prm.make_loss(config.prm.mc_weight)
-        self.key = jax.random.key(config.seed)
         self.started = time.time()
         self.done: _Trained | None = None
         count = config.evolve.iterations
@@ -81,11 +72,6 @@ class Run:
             self.done = _Trained(stage, state)
         return self.done.state
 
-    def check_stop(self, where: str) -> None:
-        """Raises Stopped if the run was told to stop; what is on disk by now is whole."""
-        if self.stop():
-            raise Stopped(f"{where}: stopped")
-
     def lap(self) -> float:
         """Seconds since the last call, or since the start."""
         before, self.started = self.started, time.time()
@@ -106,14 +92,9 @@ class Run:
         return setup.optimizer(settings, self.config.train, "trunk." if stage == "prm" else "")
 
     # ------------------------------------------------------------------------------------- generate
-    @functools.cache  # noqa: B019  (a Run lives as long as the process)
-    def sampler(self, branches: int):
-        """(settings, compiled function) that sample so many responses of a row."""
-        s = self.config.sampling
-        settings = sampling.SamplingConfig(
-            branches, s.max_new_tokens, s.top_k, s.top_p, s.min_p, tuple(s.stop_strings)
-        )
-        return settings, sampling.make_generate(self.processor, settings)
+    def asked(self, queries: Sequence[Query], template: str = "") -> list[tuple[Query, str]]:
+        """Queries with their prompts: what the policy is asked while it evolves, or by another template."""
+        return [(q, prompts.render(template or self.template, q)) for q in queries]
 
     def generate(
         self,
@@ -124,86 +105,12 @@ class Run:
         temperatures: Sequence[float],
         iteration: int = 0,
         batch: int | None = None,
-    ) -> dict[str, list[Response]]:
-        """Samples and judges responses through the rollout store; what is there is not sampled again.
-
-        Args:
-          name: of the pass; samples depend on it.
-          state: the policy's, called only where something is missing.
-          queries: what is asked.
-          template: how.
-          temperatures: one for every response of a query.
-          iteration: written into the responses.
-          batch: queries sampled together; None for `sampling.batch`.
-        """
-        c, batch = self.config, batch or self.config.sampling.batch
-        settings, generate = self.sampler(len(temperatures))
-        planned = self.plan([(q, prompts.render(template, q)) for q in queries], name)
-        plans = loader.plan_batches([Row(p) for p in planned], batch, c.data.buckets)
-        how = dataclasses.asdict(settings)
-        how |= {"temperatures": list(temperatures), "prompt": template, "seed": c.seed}
-        store = Store(self.workdir / "rollouts" / name, how | {"batch": batch})
-
-        def sampled(groups, batches):
-            found = sampling.rollouts(
-                generate,
-                train.for_sampling(state().params, self.mesh, jnp.dtype(c.sampling.dtype)),
-                batches,
-                self.processor,
-                settings,
-                key=jax.random.fold_in(self.key, zlib.crc32(name.encode())),
-                temperatures=np.asarray(temperatures),
-                iteration=iteration,
-                mesh=self.mesh,
-            )
-            for rows, answered in zip(groups, found):
-                asked = [row.prompt.query for row in rows]
-                judged = [[selection.judge(q, r) for r in group] for q, group in zip(asked, answered)]
-                yield [rollout(q, group) for q, group in zip(asked, judged)]
-
-        self.fill(store, plans, f"{name}: rollouts", sampled, self.processor, batch)
-        return dict(store.read(read_rollout))
-
-    def fill(
-        self,
-        store: Store,
-        plans: Sequence[tuple[int, list[Row]]],
-        title: str,
-        compute: Callable[[list[list[Row]], Iterator[Any]], Iterator[Iterable[dict[str, Any]]]],
-        processor: Any,
-        size: int,
-    ) -> None:
-        """Makes the missing shards of a store.
-
-        Args:
-          store: where the records go.
-          plans: (bucket, rows) of every shard.
-          title: of the progress bar.
-          compute: (rows of every missing shard, iterator of them as arrays) -> each shard's records.
-          processor: of the model that looks at the rows.
-          size: rows of a device batch; a short plan is filled up with empty ones.
-        """
-        missing = store.missing(len(plans))
-        if not missing:
-            return
-        rows, workers = [plans[i][1] for i in missing], self.config.data.workers
-        batches = loader.row_batches([plans[i] for i in missing], processor, size, workers=workers)
-        total = sum(len(plan) for _, plan in plans)
-        with metrics.progress(total, title, total - sum(map(len, rows)), "row") as bar:
-            for number, these, records in zip(missing, rows, compute(rows, batches)):
-                store.write(number, records)
-                bar.update(len(these))
-                self.check_stop(title)
-
-    def plan(self, pairs: Sequence[tuple[Query, str]], name: str, processor: Any = None) -> list[Prompt]:
-        """The prompts that fit, for the policy or another model's processor; the others are reported."""
-        longest = self.config.data.max_prompt
-        planned, left_out = loader.plan_prompts(pairs, processor or self.processor, longest)
-        if left_out:
-            ids = ", ".join(q.id for q in left_out[:3])
-            text = "%s: left out %d prompts (%s ...): over data.max_prompt = %d tokens, or no room to answer"
-            log.warning(text, name, len(left_out), ids, longest)
-        return planned
+    ) -> Groups:
+        """Samples and judges responses of queries that are asked by a template; see `sample`."""
+        how, asked = {"prompt": template}, self.asked(queries, template)
+        return self.sample(
+            name, lambda: state().params, asked, temperatures, how=how, iteration=iteration, batch=batch
+        )
 
     def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[Row]:
         """Training rows: each query's prompt, without the answer, and its kept responses."""

@@ -22,6 +22,7 @@ class Query:
       answer: gold answer, the option's letter where there are options; None means unlabelled.
       answer_type: `choice`, `integer`, `float`, `boolean`, `math` or `text`.
       source: the data set's name, the first component of the image path.
+      precision: decimals that a float answer is asked for; None where the data set does not say.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Query:
     answer: str | None = None
     answer_type: str = "text"
     source: str = ""
+    precision: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 FILE_LINES, LIBRARY_LINES, REPORT_LINES = 400, 6000, 1300  # the report draws: a room of its own
 
 COMMANDS = ("main", "evaluate", "report", "plan", "ablate", "export")
-ORDER = ("setup", "stages", "reward", "dynamics", "evolve")
+ORDER = ("setup", "inference", "stages", "reward", "dynamics", "evolve")
 ABOVE = (*ORDER, *COMMANDS)  # know the order of things and read a ConfigDict
 
 # What a module may import of the project; the first pattern that fits it counts. A name stands for the

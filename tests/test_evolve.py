@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, main, prm, sampling, selection, sharding, stages, train
+from mstar_jax import evolve, inference, main, prm, sampling, selection, sharding, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -256,7 +256,7 @@ def stop_after(count):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 14, 22, 26, 30])  # in base training, sampling, labels, scores, later
 def test_a_stopped_run_goes_on(whole, tmp_path, count):
-    with pytest.raises(stages.Stopped):
+    with pytest.raises(inference.Stopped):
         run(small(), tmp_path, stop_after(count))
     run(small(), tmp_path)
     assert_same_run(tmp_path, whole)

@@ -124,9 +124,8 @@ def test_queries_of_the_reward_model(labelled, trained, tmp_path):
     found = [dataclasses.replace(QUERY, id=f"q{i}") for i in range(labelled)]
     prm = {"queries": 20, "held_out": 5, "path": ""}
     config = {"prm": prm, "evolve": {"select": "prm"}, "warmup": {"queries": 12}, "data": {"labelled": "x"}}
-    run = types.SimpleNamespace(
-        config=ConfigDict(config), labelled=found, processor=None, texts=(), workdir=tmp_path
-    )
+    shared = {"labelled": found, "processor": None, "texts": (), "workdir": tmp_path}
+    run = types.SimpleNamespace(config=ConfigDict(config), **shared)
     out = Reward(run)
     ids = [q.id for q in [*out.held_out, *out.queries]]
     assert len(out.queries) == trained and len(ids) == len(set(ids))
@@ -139,8 +138,9 @@ def test_long_prompts_make_longer_rows(monkeypatch):
     out = reward()
     out.values = ConfigDict({"longest": 40})
     encode = lambda text: list(range(len(text.split("\n")) * 5))  # noqa: E731  (five ids a line)
-    out.processor, out.texts = types.SimpleNamespace(encode_response=encode), ["a"] * 4 + ["\n"] + ["b"] * 20
-    out.run.ask = "{question}"
+    processor, texts = types.SimpleNamespace(encode_response=encode), ["a"] * 4 + ["\n"] + ["b"] * 20
+    out.scorer = types.SimpleNamespace(processor=processor, texts=texts)
+    out.run.asked = lambda queries: [(q, q.question) for q in queries]
     labelled = {("q", r.sample): tuple(0.5 for _ in r.text.split("\n")) for r in RESPONSES}
     monkeypatch.setattr("mstar_jax.steps.ends", lambda ids, texts: list(range(4, len(ids), 5)))
     for length, parts in ((8, 2), (300, 4)):

@@ -1,0 +1,223 @@
+"""A policy that answers and a reward model that scores, through the stores of a workdir.
+
+What is in a store is not computed again, so whatever is killed here goes on where it was.
+"""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mstar_jax import metrics, prm, sampling, selection, sharding, train
+from mstar_jax.data import loader
+from mstar_jax.store import Store, read_rollout, rollout
+from mstar_jax.structs import Prompt, Query, Response, Row
+
+log = logging.getLogger(__name__)
+
+Asked = Sequence[tuple[Query, str]]  # queries, each with its rendered prompt
+Groups = dict[str, list[Response]]  # by query id
+
+
+class Stopped(Exception):
+    """The run was told to stop and has saved where it stands."""
+
+
+class Generator:
+    """A policy's host side and compiled programs: prompts in, judged responses out."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        processor: Any,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.config, self.workdir, self.processor, self.stop = config, workdir, processor, stop
+        self.mesh = sharding.make_mesh(**config.mesh)
+        self.texts = sampling.token_texts(processor)
+        self.key = jax.random.key(config.seed)
+
+    def check_stop(self, where: str) -> None:
+        """Raises Stopped if the run was told to stop; what is on disk by now is whole."""
+        if self.stop():
+            raise Stopped(f"{where}: stopped")
+
+    @functools.cache  # noqa: B019  (a Generator lives as long as the process)
+    def sampler(self, branches: int):
+        """(settings, compiled function) that sample so many responses of a row."""
+        s = self.config.sampling
+        settings = sampling.SamplingConfig(
+            branches, s.max_new_tokens, s.top_k, s.top_p, s.min_p, tuple(s.stop_strings)
+        )
+        return settings, sampling.make_generate(self.processor, settings)
+
+    def plan(self, asked: Asked, name: str, processor: Any = None, longest: int = 0) -> list[Prompt]:
+        """The prompts that fit, for the policy or another model's processor; the others are reported."""
+        longest = longest or self.config.data.max_prompt
+        planned, left_out = loader.plan_prompts(asked, processor or self.processor, longest)
+        if left_out:
+            ids = ", ".join(q.id for q in left_out[:3])
+            text = "%s: left out %d prompts (%s ...): over data.max_prompt = %d tokens, or no room to answer"
+            log.warning(text, name, len(left_out), ids, longest)
+        return planned
+
+    def sample(
+        self,
+        name: str,
+        params: Callable[[], Any],
+        asked: Asked,
+        temperatures: Sequence[float],
+        *,
+        how: dict[str, Any],
+        iteration: int = 0,
+        batch: int | None = None,
+        longest: int = 0,
+    ) -> Groups:
+        """Samples and judges responses through the store of rollouts.
+
+        Args:
+          name: of the pass; samples depend on it.
+          params: the policy's parameters, called only where something is missing.
+          asked: queries with their prompts.
+          temperatures: one for every response of a query; 0 is greedy.
+          how: what else the samples depend on, for the store's settings.
+          iteration: written into the responses.
+          batch: queries sampled together; None for `sampling.batch`.
+          longest: tokens of a prompt; 0 for `data.max_prompt`.
+        """
+        c, batch = self.config, batch or self.config.sampling.batch
+        settings, generate = self.sampler(len(temperatures))
+        planned = self.plan(asked, name, longest=longest)
+        plans = loader.plan_batches([Row(p) for p in planned], batch, c.data.buckets)
+        how = dataclasses.asdict(settings) | {"temperatures": list(temperatures)} | how
+        store = Store(self.workdir / "rollouts" / name, how | {"seed": c.seed, "batch": batch})
+
+        def sampled(groups, batches):
+            found = sampling.rollouts(
+                generate,
+                train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
+                batches,
+                self.processor,
+                settings,
+                key=jax.random.fold_in(self.key, zlib.crc32(name.encode())),
+                temperatures=np.asarray(temperatures),
+                iteration=iteration,
+                mesh=self.mesh,
+            )
+            for rows, answered in zip(groups, found):
+                queries = [row.prompt.query for row in rows]
+                judged = [[selection.judge(q, r) for r in group] for q, group in zip(queries, answered)]
+                yield [rollout(q, group) for q, group in zip(queries, judged)]
+
+        self.fill(store, plans, f"{name}: rollouts", sampled, batch)
+        return dict(store.read(read_rollout))
+
+    def fill(
+        self,
+        store: Store,
+        plans: Sequence[tuple[int, list[Row]]],
+        title: str,
+        compute: Callable[[list[list[Row]], Iterator[Any]], Iterator[Iterable[dict[str, Any]]]],
+        size: int,
+    ) -> None:
+        """Makes the missing shards of a store.
+
+        Args:
+          store: where the records go.
+          plans: (bucket, rows) of every shard.
+          title: of the progress bar.
+          compute: (rows of every missing shard, iterator of them as arrays) -> each shard's records.
+          size: rows of a device batch; a short plan is filled up with empty ones.
+        """
+        missing = store.missing(len(plans))
+        if not missing:
+            return
+        rows, workers = [plans[i][1] for i in missing], self.config.data.workers
+        batches = loader.row_batches([plans[i] for i in missing], self.processor, size, workers=workers)
+        total = sum(len(plan) for _, plan in plans)
+        with metrics.progress(total, title, total - sum(map(len, rows)), "row") as bar:
+            for number, these, records in zip(missing, rows, compute(rows, batches)):
+                store.write(number, records)
+                bar.update(len(these))
+                self.check_stop(title)
+
+
+class Scorer:
+    """A reward model's host side: responses in, their step scores out."""
+
+    def __init__(self, generator: Generator, processor: Any = None):
+        """Takes the generator's processor where the reward model is of its family."""
+        self.generator, self.values = generator, generator.config.prm
+        self.processor = processor or generator.processor
+        self.texts = sampling.token_texts(processor) if processor else generator.texts
+
+    def score(
+        self,
+        name: str,
+        model: Callable[[], Any],
+        asked: Asked,
+        responses: Groups,
+        *,
+        how: dict[str, Any],
+        only_correct: bool = False,
+        longest: int = 0,
+    ) -> Groups:
+        """The responses with their step scores, through the store of scores.
+
+        Args:
+          name: of the rollouts.
+          model: the reward model laid out for scoring, called only where something is missing.
+          asked: queries with their prompts.
+          responses: by query id.
+          how: what else the scores depend on, for the store's settings.
+          only_correct: leave out responses that cannot be selected.
+          longest: tokens of a prompt; 0 for `data.max_prompt`.
+        """
+        host, v = self.generator, self.values
+        asked = [(q, text) for q, text in asked if q.id in responses]
+        chunks = [asked[at : at + v.chunk] for at in range(0, len(asked), v.chunk)]
+        how = how | {"only_correct": only_correct, "batch": v.batch, "chunk": v.chunk}
+        store = Store(host.workdir / "scores" / name, how)
+        for number in store.missing(len(chunks)):
+            part = {q.id: responses[q.id] for q, _ in chunks[number]}
+            some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
+            found = self.scored(model(), chunks[number], some, longest)
+            store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q, _ in chunks[number]])
+            host.check_stop(f"{name}: scores")
+        return dict(store.read(read_rollout))
+
+    def scored(self, model: Any, asked: Asked, responses: Groups, longest: int = 0) -> Groups:
+        """The responses with their step scores by a reward model; copies of a text are scored once."""
+        host, v, buckets = self.generator, self.values, self.generator.config.data.buckets
+        some = [(q, text) for q, text in asked if responses[q.id]]
+        rows, encode, odd = list[Row](), functools.cache(self.processor.encode_response), 0
+        for prompt in host.plan(some, "scores", self.processor, longest):
+            group = selection.distinct(responses[prompt.query.id])
+            plain = [r for r in group if prm.same_steps(r.text, encode(r.text), self.texts)]
+            odd += len(group) - len(plain)
+            whole = [prm.row(prompt, plain, encode, self.texts)] if plain else []
+            rows += loader.split_rows(whole, max(buckets))
+        plans = loader.plan_batches(rows, v.batch, buckets)
+        batches = loader.row_batches(plans, self.processor, v.batch, workers=host.config.data.workers)
+        found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
+        for (_, these), values in zip(plans, prm.scores(model, batches, host.mesh)):
+            for row, each in zip(these, values):
+                found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
+        if odd:
+            log.warning("scores: %d responses have 0: their steps cannot be told from their tokens", odd)
+        return {
+            q.id: [
+                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text))), ()))
+                for r in responses[q.id]
+            ]
+            for q, _ in asked
+        }
