@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     c.data.max_prompt = 4096  # 256 tokens a tile, so at most 3328 for an image
     c.data.buckets = (768, 1280, 2048, 3072, 4096, 5120)
     c.sampling.batch = 64  # 98 KB of cache a token
+    c.benchmarks.paper = "InternVL2-2B"
     return c

@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     c.policy.max_crops = 9  # most slices of an image, beside the whole of it (official: 9)
     c.data.max_prompt = 1536  # 98 tokens a slice, so about 1000 for an image
     c.sampling.batch = 32  # 131 KB of cache a token
+    c.benchmarks.paper = "MiniCPM-V-2.5"
     return c

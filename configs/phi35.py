@@ -124,4 +124,12 @@ def get_config() -> ConfigDict:
     c.eval.every = 1  # iterations
     c.eval.test_at = ("base", "warmup")  # stages that are measured on the test split, beside the last
     c.eval.show = 50  # queries in the tables of samples
+
+    # What base, warm-up and final policy are measured on at the end of the run, and `evaluate` asks
+    c.benchmarks = benchmarks = ConfigDict()
+    benchmarks.names = ()  # ("mathvista", "m3cot", "mmstar_r", "mmbench_r", "ai2d") are the paper's
+    benchmarks.root = ""  # folder of their official files
+    benchmarks.prompt = "cot"  # which of `prompts` is asked; "official": each benchmark's own
+    benchmarks.samples, benchmarks.temperature = 0, 1.0  # per question, beside the greedy response: votes
+    benchmarks.paper = "Phi-3.5-vision"  # whose numbers of the paper's table stand beside
     return c

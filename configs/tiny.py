@@ -135,11 +135,12 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         {"samples": 8, "k": 8, "temperature": 1.0, "every": 1, "test_at": ("base", "warmup"), "show": 12}
     )
 
-    if variant not in (
-        "mstar",
-        "ablation",
-        "smoke",
-    ):  # no reward model: correct responses by lot, at one temperature
+    # What base, warm-up and final policy are measured on at the end of the run, and `evaluate` asks
+    c.benchmarks = ConfigDict({"names": (), "root": "", "prompt": "cot"})  # a key of prompts, or "official"
+    c.benchmarks.update({"samples": 0, "temperature": 1.0})  # per question, beside the greedy response: votes
+    c.benchmarks.paper = ""  # whose numbers of the paper's table stand beside
+
+    if variant not in ("mstar", "ablation", "smoke"):  # no reward model: by lot, at one temperature
         evolve.select, evolve.temperature, prm.queries, explore.every = "random", 0.7, 0, 0
         evolve.iterations = 8
     if variant in ("iterative_rft", "rest_em"):  # all queries an iteration, everything reset

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mstar_jax import sharding
+from mstar_jax import processes, sharding
 from mstar_jax.store import write_text
 from mstar_jax.structs import EvolveState, TrainState
 
@@ -61,7 +61,7 @@ class Checkpoints:
             manager.save(run.cursor, args=args, force=True)
         if wait or run.done:
             manager.wait_until_finished()
-        if run.done and jax.process_index() == 0:  # a mark of its own: the stage may end where it just saved
+        if run.done and processes.first():  # a mark of its own: the stage may end where it just saved
             write_text(self.folder / stage / "done.json", json.dumps(dataclasses.asdict(run)))
 
     def has(self, stage: str) -> bool:
@@ -126,7 +126,8 @@ class Checkpoints:
         manager = self._managers.pop(stage, None)
         if manager is not None:
             manager.close()
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until everything is written."""

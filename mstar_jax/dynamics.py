@@ -8,6 +8,7 @@ import numpy as np
 
 from mstar_jax import explore, measures, metrics, selection
 from mstar_jax.data import truth
+from mstar_jax.evaluation import Evaluation, Policy, Voter
 from mstar_jax.inference import Groups
 from mstar_jax.reward import Reward
 from mstar_jax.stages import Run
@@ -21,6 +22,15 @@ class Dynamics:
 
     def __init__(self, run: Run, reward: Reward):
         self.run, self.reward = run, reward
+        self.evaluation = Evaluation(run.workdir, run.config.benchmarks)
+
+    def benchmark(self, stage: str, policy: Callable[[], TrainState]) -> None:
+        """Asks a stage's policy the configured benchmarks; the reward model votes over samples."""
+        run, reward, voter = self.run, self.reward, None
+        if run.config.benchmarks.samples and reward.exists:
+            voter = Voter(reward.scorer, lambda: reward.model, {"path": reward.values.path})
+        asked = Policy(stage, run, lambda: policy().params, {"policy": stage})
+        self.evaluation.evaluate(asked, voter)
 
     def temperature(self, iteration: int) -> float:
         """What an iteration samples at: the last one that was chosen before it, else the config's."""

@@ -103,5 +103,9 @@ def run(
             dynamics.measure("iteration", t, final(stage), kept, more)
         r.forget(t - evolve.keep_checkpoints)
 
+    # ---------------------------------------------------------------------------------- benchmarks
+    for stage in ("base", "warmup", *r.stages[3:][-1:]) if config.benchmarks.names else ():
+        dynamics.benchmark(stage, final(stage))
+
     r.checkpoints.wait()
     return r.results.data["stages"]

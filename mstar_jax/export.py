@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import sys
+from typing import Any
 
 import absl.logging
 import jax
@@ -20,6 +21,56 @@ import ml_collections
 from mstar_jax import setup, sharding
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.models import vlm
+
+
+def restore(workdir: pathlib.Path, stage: str = "") -> tuple[Any, str, Any]:
+    """Reads a stage's parameters back, onto the first device.
+
+    Args:
+      workdir: of a run.
+      stage: which policy, or `prm`; empty for the last policy whose training is complete.
+
+    Returns:
+      The run's policy (`models.Pretrained` or `models.FromScratch`), the stage's name, the parameters.
+
+    Raises:
+      ValueError: there is no such run or stage.
+    """
+    policy, stage = policy_of(workdir), finished(workdir, stage)
+    abstract = jax.eval_shape(policy.build)
+    if stage == "prm":
+        abstract = jax.eval_shape(vlm.RewardModel, abstract)
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    return policy, stage, Checkpoints(workdir / "checkpoints").params(stage, abstract)
+
+
+def policy_of(workdir: pathlib.Path) -> Any:
+    """A run's policy, without its parameters.
+
+    Raises:
+      ValueError: there is no such run.
+    """
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no run: it holds no config.json")
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    return setup.make_policy(config, workdir)
+
+
+def finished(workdir: pathlib.Path, stage: str = "") -> str:
+    """The stage itself if its training is complete; for '' the last policy's.
+
+    Raises:
+      ValueError: it is not.
+    """
+    done = {path.parent.name for path in (workdir / "checkpoints").glob("*/done.json")}
+    first = ("base", "prm", "warmup")  # the default is the last policy, never the reward model
+    found = [*(name for name in first if name in done), *sorted(done - set(first))]
+    if not found or (stage and stage not in found):
+        there = ", ".join(found) or "none"
+        raise ValueError(f"{workdir}: no finished training of {stage or 'any stage'}; there is {there}")
+    return stage or found[-1]
 
 
 def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
@@ -36,27 +87,9 @@ def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
     Raises:
       ValueError: there is no such run or stage, or `output` holds something.
     """
-    if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is no run: it holds no config.json")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there and not empty: nothing is overwritten")
-    values = json.loads((workdir / "config.json").read_text())
-    config = ml_collections.ConfigDict(values)
-    done = {path.parent.name for path in (workdir / "checkpoints").glob("*/done.json")}
-    first = ("base", "prm", "warmup")  # the default is the last policy, never the reward model
-    finished = [*(name for name in first if name in done), *sorted(done - set(first))]
-    if not finished or (stage and stage not in finished):
-        there = ", ".join(finished) or "none"
-        raise ValueError(f"{workdir}: no finished training of {stage or 'any stage'}; there is {there}")
-    stage = stage or finished[-1]
-    policy = setup.make_policy(config, workdir)
-    abstract = jax.eval_shape(policy.build)
-    if stage == "prm":
-        abstract = jax.eval_shape(vlm.RewardModel, abstract)
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    params = Checkpoints(workdir / "checkpoints").params(stage, abstract)
+    policy, stage, params = restore(workdir, stage)
     policy.save(params, output)
     return stage
 

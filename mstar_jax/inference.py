@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mstar_jax import metrics, prm, sampling, selection, sharding, train
+from mstar_jax import metrics, prm, processes, sampling, selection, sharding, train
 from mstar_jax.data import loader
 from mstar_jax.store import Store, read_rollout, rollout
 from mstar_jax.structs import Prompt, Query, Response, Row
@@ -46,9 +46,16 @@ class Generator:
         self.texts = sampling.token_texts(processor)
         self.key = jax.random.key(config.seed)
 
+    def stopping(self, at: int = 0, every: int = 1) -> bool:
+        """Whether any process was told to stop; several ask each other at every `every`-th place only, where
+        they wait for the device anyway."""
+        if jax.process_count() == 1:
+            return self.stop()
+        return at % every == 0 and processes.agree(self.stop())
+
     def check_stop(self, where: str) -> None:
         """Raises Stopped if the run was told to stop; what is on disk by now is whole."""
-        if self.stop():
+        if self.stopping():
             raise Stopped(f"{where}: stopped")
 
     @functools.cache  # noqa: B019  (a Generator lives as long as the process)
@@ -138,17 +145,17 @@ class Generator:
           compute: (rows of every missing shard, iterator of them as arrays) -> each shard's records.
           size: rows of a device batch; a short plan is filled up with empty ones.
         """
-        missing = store.missing(len(plans))
-        if not missing:
-            return
-        rows, workers = [plans[i][1] for i in missing], self.config.data.workers
-        batches = loader.row_batches([plans[i] for i in missing], self.processor, size, workers=workers)
-        total = sum(len(plan) for _, plan in plans)
-        with metrics.progress(total, title, total - sum(map(len, rows)), "row") as bar:
-            for number, these, records in zip(missing, rows, compute(rows, batches)):
-                store.write(number, records)
-                bar.update(len(these))
-                self.check_stop(title)
+        if missing := store.missing(len(plans)):
+            rows, todo = [plans[i][1] for i in missing], [plans[i] for i in missing]
+            how = {"workers": self.config.data.workers, "process": processes.here()}
+            batches = loader.row_batches(todo, self.processor, size, **how)
+            total = sum(len(plan) for _, plan in plans)
+            with metrics.progress(total, title, total - sum(map(len, rows)), "row") as bar:
+                for number, these, records in zip(missing, rows, compute(rows, batches)):
+                    store.write(number, records)
+                    bar.update(len(these))
+                    self.check_stop(title)
+        store.complete(len(plans))
 
 
 class Scorer:
@@ -193,6 +200,7 @@ class Scorer:
             found = self.scored(model(), chunks[number], some, longest)
             store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q, _ in chunks[number]])
             host.check_stop(f"{name}: scores")
+        store.complete(len(chunks))
         return dict(store.read(read_rollout))
 
     def scored(self, model: Any, asked: Asked, responses: Groups, longest: int = 0) -> Groups:
@@ -207,7 +215,8 @@ class Scorer:
             whole = [prm.row(prompt, plain, encode, self.texts)] if plain else []
             rows += loader.split_rows(whole, max(buckets))
         plans = loader.plan_batches(rows, v.batch, buckets)
-        batches = loader.row_batches(plans, self.processor, v.batch, workers=host.config.data.workers)
+        how = {"workers": host.config.data.workers, "process": processes.here()}
+        batches = loader.row_batches(plans, self.processor, v.batch, **how)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
         for (_, these), values in zip(plans, prm.scores(model, batches, host.mesh)):
             for row, each in zip(these, values):

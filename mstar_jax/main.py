@@ -17,11 +17,17 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, evolve, inference, metrics, report, setup, sharding
+from mstar_jax import __version__, evolve, inference, metrics, processes, report, setup, sharding
 from mstar_jax.store import write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config>.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes; on TPU pods, GKE and SLURM they find each other."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where nothing tells.")
+COUNT = flags.DEFINE_integer("num_processes", None, "How many there are, where nothing tells.")
+INDEX = flags.DEFINE_integer("process_id", None, "Which one this is, where nothing tells.")
 GRACE = flags.DEFINE_float("grace", 8.0, "Seconds from SIGTERM until the process is gone, saved or not.")
 
 log = logging.getLogger("mstar_jax")
@@ -104,13 +110,19 @@ def _differences(there: Any, now: Any, name: str = ""):
         yield name, there, now
 
 
+def begin() -> None:
+    """Joins the other processes, if there are any; only process 0 says how things go."""
+    if DISTRIBUTED.value or COORDINATOR.value:
+        processes.start(COORDINATOR.value, COUNT.value, INDEX.value)
+    log.setLevel(logging.INFO if processes.first() else logging.WARNING)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     absl.logging.set_verbosity(absl.logging.WARNING)  # JAX and Orbax report through absl
     log.addHandler(metrics.ProgressHandler())
     log.propagate = False
-    log.setLevel(logging.INFO)
     termination = Termination(GRACE.value)
     compiled: list[float] = []
 
@@ -121,12 +133,14 @@ def main(argv: list[str]) -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
     config, started = CONFIG.value, time.time()
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
-    top = head(config)
     try:
+        begin()
+        top = head(config)
         mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(mesh)
         setup.check(config, mesh)  # an impossible run claims no workdir
-        claim(workdir, top["config"])
+        with processes.first_alone("claim"):
+            claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
         records = evolve.run(config, workdir, top, termination.asked.is_set)
     except inference.Stopped as stopped:
@@ -139,13 +153,16 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     spent = time.time() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
+    if not processes.first():
+        return
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
-    print(f"\n{metrics.table(records)}\n\n{workdir.absolute()}: {inside}")
-    if jax.process_index() == 0:
-        try:
-            print(f"{report.write([workdir])}: the report, one file for any browser")
-        except OSError as error:  # the run is whole without it
-            log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
+    asked = workdir / "benchmarks" / "table.md" if config.benchmarks.names else None
+    shown = [metrics.table(records), *([asked.read_text().strip()] if asked else [])]
+    print("\n" + "\n\n".join([*shown, f"{workdir.absolute()}: {inside}"]))
+    try:
+        print(f"{report.write([workdir])}: the report, one file for any browser")
+    except OSError as error:  # the run is whole without it
+        log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
 
 
 def _default_workdir() -> str:

@@ -201,6 +201,33 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
+def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+    """Compares two policies on the same questions.
+
+    Args:
+      first: per question, was the one right.
+      second: was the other.
+
+    Returns:
+      difference (share right of the second less that of the first), interval (its 95 % interval, from the
+      variance of the paired differences), gained and lost (questions), and p, two-sided, of McNemar's exact
+      test: were gains and losses equally likely.
+
+    Raises:
+      ValueError: other numbers of questions, or none.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"need the same questions, got {len(first)} and {len(second)}")
+    gained = sum(b and not a for a, b in zip(first, second))
+    lost = sum(a and not b for a, b in zip(first, second))
+    n, changed, change = len(first), gained + lost, (gained - lost) / len(first)
+    width = 1.959964 * math.sqrt(max(changed / n - change**2, 0.0) / n)
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    p = min(1.0, 2 * tail / 2**changed)  # whole numbers: exact for any number of questions
+    interval = [change - width, change + width]
+    return {"difference": change, "interval": interval, "gained": gained, "lost": lost, "p": p}
+
+
 # ---- 3. the reward model ------------------------------------------------------------------------------
 
 

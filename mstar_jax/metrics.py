@@ -19,6 +19,7 @@ import tensorboardX
 import tqdm
 from clu import metrics as clu_metrics
 
+from mstar_jax import processes
 from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Response
 
@@ -38,7 +39,7 @@ def progress(total: int, text: str, initial: int = 0, unit: str = "it") -> tqdm.
         unit=unit,
         mininterval=rare,
         dynamic_ncols=True,
-        disable=jax.process_index() != 0,
+        disable=not processes.first(),
         file=sys.stderr,
     )
 
@@ -67,7 +68,7 @@ class StageLog:
           pending: what `pending()` gave after step `start`.
         """
         self.path = workdir / "metrics" / f"{stage}.csv"
-        self.writing = jax.process_index() == 0
+        self.writing = processes.first()
         self.collected: Any = None  # a TrainMetrics
         if pending:
             empty = TrainMetrics.empty()
@@ -126,10 +127,12 @@ class Results:
     def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
         self.workdir = workdir
         self.path = workdir / "results.json"
-        (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         self.data: dict[str, Any] = {**head, "stages": []}
+        if processes.first():
+            (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.data["stages"] = json.loads(self.path.read_text())["stages"]
+        processes.barrier("results")  # read by all before one adds to them
 
     def find(self, stage: str, iteration: int, split: str) -> dict[str, Any] | None:
         """The record of a stage, None where it is not there yet."""
@@ -139,7 +142,7 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         """Appends a record and writes the file; also as TensorBoard events and a CSV of all records."""
         self.data["stages"].append(record)
-        if jax.process_index() != 0:
+        if not processes.first():
             return
         stages = self.data["stages"]
         flat = [{k: v for k, v in stage.items() if not isinstance(v, dict | list)} for stage in stages]
@@ -181,7 +184,7 @@ def write_samples(
     path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int
 ) -> None:
     """A readable Markdown table of the first responses: question, link to the image, responses, verdicts."""
-    if jax.process_index() != 0:
+    if not processes.first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     names = ("query", "image", "question", "gold", "T", "verdict", "response")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mstar_jax import sharding, steps
+from mstar_jax import processes, sharding, steps
 from mstar_jax.models import layers
 from mstar_jax.structs import Batch, Prompt, Response, Row
 
@@ -201,18 +201,17 @@ def scores(
         result = token_scores(model, sharding.put_batch(batch, mesh))
         if pending is not None:
             yield _read(*pending)
-        pending = rows, batch, result
+        pending = rows, result
     if pending is not None:
         yield _read(*pending)
 
 
-def _read(rows: Sequence[Row], batch: Batch, result: jax.Array) -> list[list[tuple[float, ...]]]:
-    values, ends = np.asarray(result), np.asarray(batch.labels) >= 0
-    out = []
-    for at, one in enumerate(rows):
-        found, scored = iter(values[at][ends[at]].tolist()), list[tuple[float, ...]]()
-        for marks in one.labels:
-            at_place = {place: next(found) for place in dict.fromkeys(place for place, _ in marks)}
-            scored.append(tuple(at_place[place] for place, _ in marks))  # a token may end two steps
+def _read(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[float, ...]]]:
+    values, out = processes.fetch(result), []
+    for at, row in enumerate(rows):
+        start, scored = row.prompt.length, list[tuple[float, ...]]()
+        for response, marks in zip(row.responses, row.labels):
+            scored.append(tuple(float(values[at, start + place]) for place, _ in marks))
+            start += len(response)
         out.append(scored)
     return out

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mstar_jax import sharding
+from mstar_jax import processes, sharding
 from mstar_jax.structs import Batch, Response, Row
 
 
@@ -223,7 +223,8 @@ def rollouts(
     Args:
       generate: from `make_generate` with the same processor and config.
       model: the policy, laid out for sampling.
-      batches: (rows, batch) pairs from `loader.row_batches`; a batch may end in empty rows.
+      batches: (rows, batch) pairs from `loader.row_batches`: all rows, and this process's share of them as
+        arrays; a batch may end in empty rows.
       processor: the family's host side.
       config: the sampling settings.
       key: PRNG key of this seed and iteration.
@@ -242,7 +243,7 @@ def rollouts(
         )
 
     def read(rows, generated):
-        host = Generated(*(np.asarray(array) for array in generated))
+        host = Generated(*processes.fetch(generated))
         return [
             _responses(row, at, host, processor, config, temperatures, iteration)
             for at, row in enumerate(rows)
@@ -250,7 +251,8 @@ def rollouts(
 
     pending = None  # the device works on a batch while the one before it is turned into text
     for rows, batch in batches:
-        placed = sharding.put_batch((batch, *_places(rows, len(batch.tokens), processor, config)), mesh)
+        places = _places(rows, len(batch.tokens), processor, config)
+        placed = sharding.put_batch((batch, *places), mesh)
         batch, query_keys, limits, sample_keys, starts = placed
         result = generate(model, batch, query_keys, key, temperatures, limits, sample_keys, starts)
         if pending is not None:
@@ -261,7 +263,9 @@ def rollouts(
 
 
 def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
-    """query keys [B], limits [B, K], sample keys [B, K], and starts (parent, kept) [B, K] or None."""
+    """query keys [B], limits [B, K], sample keys [B, K], and starts (parent, kept) [B, K] or None: the `size`
+    rows of each that are this process's share."""
+    size *= jax.process_count()
     query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
     sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
     limits, parent, kept = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -271,7 +275,9 @@ def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConf
         if row.starts:
             parent[at], kept[at], sample_keys[at] = np.array(row.starts).T
             limits[at] -= kept[at]
-    return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
+    mine = sharding.share(size, processes.here())
+    starts = (parent[mine], kept[mine]) if rows[0].starts else None
+    return query_keys[mine], limits[mine], sample_keys[mine], starts
 
 
 def _responses(row, at, host, processor, config, temperatures, iteration) -> list[Response]:

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 
 from mstar_jax import models, selection, sharding, train
-from mstar_jax.data import figures, mathv360k, prompts
+from mstar_jax.data import benchmarks, figures, mathv360k, prompts
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -47,6 +47,7 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
     sharding.check_divides("explore.batch", c.explore.batch, mesh)
     for template in c.prompts.values():
         prompts.check(template)
+    check_benchmarks(c)
     choices: list[tuple[str, Any, tuple[str, ...]]] = [
         ("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup")),
         ("evolve.start", c.evolve.start, ("last", "initial")),
@@ -73,6 +74,19 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         raise ValueError(
             f"evolve.keep_checkpoints = {kept}: a restart needs 2, an iteration starts from the last"
         )
+
+
+def check_benchmarks(config: ml_collections.ConfigDict) -> None:
+    """Refuses unknown benchmarks and prompts.
+
+    Raises:
+      ValueError: with those that there are.
+    """
+    b = config.benchmarks
+    if unknown := sorted(set(b.names) - set(benchmarks.NAMES)):
+        raise ValueError(f"benchmarks.names: {', '.join(unknown)}: there are {', '.join(benchmarks.NAMES)}")
+    if b.prompt != "official" and b.prompt not in config.prompts:
+        raise ValueError(f"benchmarks.prompt = {b.prompt!r}: choose official, {', '.join(config.prompts)}")
 
 
 def schedule_values(settings: ml_collections.ConfigDict) -> tuple[float, int, int, float]:

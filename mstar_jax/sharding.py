@@ -146,6 +146,18 @@ def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules["batch"]))
 
 
+def share(size: int, process: tuple[int, int]) -> slice:
+    """A process's rows of a global batch, (index, count): those that its devices of the mesh hold.
+
+    Raises:
+      ValueError: the processes do not divide the batch.
+    """
+    index, count = process
+    if size % count:
+        raise ValueError(f"a global batch of {size} rows cannot be shared by {count} processes")
+    return slice(index * size // count, (index + 1) * size // count)
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
     """Places host arrays (each process its share of the global batch) as global device arrays."""
     sharding = batch_sharding(mesh)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mstar_jax import measures, metrics, models, prm, setup, sharding, train
+from mstar_jax import measures, metrics, models, prm, processes, setup, sharding, train
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.data import figures, loader, prompts, splits
 from mstar_jax.inference import Generator, Groups, Stopped
@@ -38,14 +38,16 @@ class Run(Generator):
         setup.check(config, sharding.make_mesh(**config.mesh))
         self.results = metrics.Results(workdir, head)
         self.checkpoints = Checkpoints(workdir / "checkpoints")
-        self.data = setup.load_data(config, workdir)
+        with processes.first_alone("data"):  # makes the embedded data set
+            self.data = setup.load_data(config, workdir)
         self.labelled, self.unlabelled = (
             splits.shuffled(self.data[name], config.seed, 0) for name in ("labelled", "unlabelled")
         )
         if config.evolve.unlabelled.mixin is not None and not self.unlabelled:
             raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
         self.template = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
-        self.policy = setup.make_policy(config, workdir, self.data.get("base", ()))
+        with processes.first_alone("policy"):  # and its tokenizer
+            self.policy = setup.make_policy(config, workdir, self.data.get("base", ()))
         super().__init__(config, workdir, self.policy.processor(), stop)
         self.make_model = functools.partial(self.policy.build, config.seed)
         train.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
@@ -182,7 +184,7 @@ class Run(Generator):
             c.data.buckets,
             seed=(c.seed * 1_000_003 + zlib.crc32(stage.encode())) % 2**31,
             workers=c.data.workers,
-            process=(jax.process_index(), jax.process_count()),
+            process=processes.here(),
             state=saved.loader if saved else None,
         )
         step = self._train_step(stage, settings, tx)
@@ -204,7 +206,7 @@ class Run(Generator):
                 if cursor % c.train.log_every == 0 or cursor == steps:
                     means = curve.write(cursor, float(schedule(state.step - 1)))
                     bar.set_postfix_str(f"loss {means['loss']:.3f}")
-                if self.stop():
+                if self.stopping(cursor, c.train.log_every):
                     save(done=False, wait=True)
                     raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
                 if cursor % c.train.save_every == 0 and cursor < steps:

@@ -15,9 +15,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
+from mstar_jax import processes
 from mstar_jax.structs import Query, Response
 
 T = TypeVar("T")
@@ -25,7 +29,7 @@ T = TypeVar("T")
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(path.name + f".part{os.getpid()}")
+    part = path.with_name(f"{path.name}.part{uuid.uuid4().hex[:8]}")  # several hosts may write the same
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -43,29 +47,41 @@ class Store:
           ValueError: the folder holds records that were made with other settings.
         """
         self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         settings = json.loads(json.dumps(settings))
+        if processes.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             there = json.loads(path.read_text())
             if there != settings:
                 pairs = {k: (there.get(k), settings.get(k)) for k in there | settings}
                 changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
                 raise ValueError(f"{self.folder} was made with other settings (there, now): {changed}")
-        else:
+        elif processes.first():
             write_text(path, json.dumps(settings, indent=1))
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05d}.jsonl"
 
     def missing(self, shards: int) -> list[int]:
-        """Which of the shards 0..shards-1 are not there yet."""
-        return [number for number in range(shards) if not self._shard(number).exists()]
+        """Which of the shards 0..shards-1 are not there yet, as process 0 sees it."""
+        there = np.array([self._shard(number).exists() for number in range(shards)])
+        return np.flatnonzero(~processes.from_first(there)).tolist() if shards else []
 
     def write(self, number: int, records: Iterable[dict[str, Any]]) -> None:
-        """Writes shard `number`, a record a line."""
+        """Writes shard `number`, a record a line, if this is process 0."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        write_text(self._shard(number), "".join(lines))
+        if processes.first():
+            write_text(self._shard(number), "".join(lines))
+
+    def complete(self, shards: int) -> None:
+        """Waits until all shards can be read here.
+
+        Raises:
+          ValueError: another process wrote one where this one does not see it.
+        """
+        processes.barrier(f"{self.folder.name}: complete")
+        processes.visible(lambda: all(self._shard(n).exists() for n in range(shards)), self.folder)
 
     def read(self, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
         """Every record as `parse` takes it, shard by shard.

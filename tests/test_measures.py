@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,6 +295,26 @@ def test_curve_refuses():
 # ---- the reward model ---------------------------------------------------------------------------------
 
 SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_paired(pairs):
+    found = measures.paired(*zip(*pairs))
+    changes = [int(b) - int(a) for a, b in pairs]
+    assert found["difference"] == pytest.approx(np.mean(changes))
+    width = 1.959964 * np.std(changes) / math.sqrt(len(changes))
+    assert found["interval"] == pytest.approx([np.mean(changes) - width, np.mean(changes) + width])
+    gained, lost = changes.count(1), changes.count(-1)
+    assert (found["gained"], found["lost"]) == (gained, lost)
+    expected = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert found["p"] == pytest.approx(expected)
+
+
+def test_paired_needs_the_same_questions():
+    for first, second in (([True], [True, False]), ([], [])):
+        with pytest.raises(ValueError, match="the same questions"):
+            measures.paired(first, second)
 
 
 def columns(rows):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from mstar_jax import sharding
 from mstar_jax.data.images import load_image
 from mstar_jax.structs import Batch, Prompt, Query, Row
 
@@ -105,12 +106,11 @@ def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.pad(x, [(0, size - there) for there, size in zip(x.shape, shape)])
 
 
-def _stack(rows: Sequence[Batch], size: int) -> Batch:
-    """Stacks rows, images to their common shape, and fills up with empty rows."""
-    first = rows[0]
-    nothing = np.full_like(first.branch, -1)
-    unlabelled = np.full_like(first.labels, -1)
-    empty = jax.tree.map(np.zeros_like, first)
+def _stack(rows: Sequence[Batch], size: int, like: Batch) -> Batch:
+    """Stacks rows, images to their common shape, and fills up with empty rows of the shapes of `like`."""
+    nothing = np.full_like(like.branch, -1)
+    unlabelled = np.full_like(like.labels, -1)
+    empty = jax.tree.map(np.zeros_like, like)
     empty = empty._replace(branch=nothing, image_index=nothing, labels=unlabelled)
     rows = [*rows, *[empty] * (size - len(rows))]
 
@@ -123,16 +123,22 @@ def _stack(rows: Sequence[Batch], size: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _EncodeRows(grain.transforms.Map):
-    """One planned batch of rows to arrays."""
+    """One planned batch of rows to arrays: this process's share of it."""
 
     processor: Any
     size: int
+    process: tuple[int, int]
 
     def map(self, plan):
         length, rows = plan
         crops = max(row.prompt.crops for row in rows)
-        encoded = [encode_row(row, self.processor, length, crops) for row in rows]
-        return tuple(rows), _stack(encoded, self.size)
+        encoded = [
+            encode_row(row, self.processor, length, crops)
+            for row in rows[sharding.share(self.size, self.process)]
+        ]
+        # a share without rows has the shapes of the first row
+        like = encoded[0] if encoded else encode_row(rows[0], self.processor, length, crops)
+        return tuple(rows), _stack(encoded, self.size // self.process[1], like)
 
 
 def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
@@ -148,7 +154,12 @@ def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list
 
 
 def row_batches(
-    plans: Sequence[tuple[int, list[Row]]], processor: Any, size: int, *, workers: int = 0
+    plans: Sequence[tuple[int, list[Row]]],
+    processor: Any,
+    size: int,
+    *,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[tuple[Row, ...], Batch]]:
     """Encodes planned batches in order, ahead of their use.
 
@@ -157,23 +168,27 @@ def row_batches(
       processor: the family's host side.
       size: rows of a batch; a short one is filled up with empty rows.
       workers: processes that decode images; 0 decodes in threads of this one.
+      process: (index, count); a process gets its share of every batch, and all of the rows.
     """
     if not plans:
         return iter(())
-    data = grain.MapDataset.source(plans).map(_EncodeRows(processor, size))
+    data = grain.MapDataset.source(plans).map(_EncodeRows(processor, size, process))
     return iter(_prefetched(data, workers))
 
 
 @dataclasses.dataclass(frozen=True)
-class _EncodeRow(grain.transforms.Map):
-    """One training row to arrays."""
+class _EncodeBatch(grain.transforms.Map):
+    """The rows of a training batch to arrays: this process's share of them."""
 
     processor: Any
     length: int
     crops: int
+    process: tuple[int, int]
 
-    def map(self, row):
-        return encode_row(row, self.processor, self.length, self.crops)
+    def map(self, rows):
+        mine = rows[sharding.share(len(rows), self.process)]
+        encoded = [encode_row(row, self.processor, self.length, self.crops) for row in mine]
+        return _stack(encoded, len(mine), encoded[0])
 
 
 def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
@@ -238,9 +253,7 @@ def train_batches(
     ]
     if not filled:
         raise ValueError("there is nothing to train on: no source has rows")
-    index, count = process
-    if size % count:
-        raise ValueError(f"a global batch of {size} rows cannot be shared by {count} processes")
+    sharding.share(size, process)
     shapes: dict[tuple[int, int], list[tuple[Any, float]]] = {}
     for part, weight in filled:
         shape = bucket(max(row.length for row in part), buckets), max(row.prompt.crops for row in part)
@@ -248,8 +261,9 @@ def train_batches(
         shapes.setdefault(shape, []).append((rows, weight))
     streams = []
     for (length, crops), parts in shapes.items():
-        encoded = _mix(parts)[index::count].map(_EncodeRow(processor, length, crops))
-        streams.append((encoded.batch(size // count, batch_fn=_batch), sum(weight for _, weight in parts)))
+        batches = _mix(parts).batch(size, batch_fn=list)  # whole, so that they do not depend on the count
+        encoded = batches.map(_EncodeBatch(processor, length, crops, process))
+        streams.append((encoded, sum(weight for _, weight in parts)))
     encoded = _mix(streams)
     iterator = iter(_prefetched(encoded, workers))
     if state:
@@ -260,10 +274,6 @@ def train_batches(
 def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     datasets, weights = zip(*parts)
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
-
-
-def _batch(rows: Sequence[Batch]) -> Batch:
-    return _stack(rows, len(rows))
 
 
 def _prefetched(data: grain.MapDataset, workers: int) -> grain.IterDataset:

@@ -1,0 +1,275 @@
+"""Tables that benchmarks are published as: parquet, TSV with images in base64, JSON.
+
+A row is a dict of its columns, whatever the file; `cell` and `texts` read a column of it in the three files'
+ways of writing text, numbers, lists and nothing. Images in a table are written once to a cache folder, named
+by their content, and only after they were decoded: a file in the cache is a good image.
+"""
+
+import ast
+import base64
+import binascii
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mstar_jax.data.images import FORMATS, ImageError, load_image, resolve
+
+LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's own limit of 128 KiB is less than most images
+LONGEST_LIST = 1 << 14  # characters of a list that is written as text
+REFERENCE = 64  # characters; a shorter image cell of a TSV is the index of the row that has the image
+IMAGES = ("decoded_image", "image", "image_path")  # columns, the first that says something counts
+
+Row = dict[str, Any]
+
+
+# ---- 1. files and rows --------------------------------------------------------------------------------
+
+
+def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[str]:
+    """Files of the first pattern that has any, in `folder` or its `data`; `folder` itself if it is a file.
+
+    Raises:
+      FileNotFoundError: there is none; says what was looked for.
+    """
+    folder = os.fspath(folder)
+    if os.path.isfile(folder):
+        return [folder]
+    for pattern in patterns:
+        for place in (folder, os.path.join(folder, "data")):
+            if found := sorted(glob.glob(os.path.join(glob.escape(place), pattern))):
+                return found
+    raise FileNotFoundError(
+        f"{folder}: no benchmark file there or in data/; looked for {', '.join(patterns)}"
+    )
+
+
+def rows(path: str) -> Iterator[tuple[str, Row | Exception]]:
+    """Yields (`row 7` or `line 7`, the row as {column: value} or why it is none) of one file.
+
+    Raises:
+      ValueError: the file as a whole cannot be read.
+      ImportError: pyarrow is not installed and the file is a parquet one.
+    """
+    kinds = {".parquet": _parquet, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
+    kind = kinds.get(os.path.splitext(path)[1].lower())
+    if kind is None:
+        raise ValueError(f"{path}: expected one of {', '.join(kinds)}")
+    for place, row in kind(path):
+        yield place, row if isinstance(row, dict | Exception) else ValueError("not a row of columns")
+
+
+def _parquet(path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path}: parquet needs pyarrow: pip install 'mstar_jax[benchmarks]'") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=32):
+                for at in range(batch.num_rows):
+                    row: Any
+                    try:
+                        row = batch.slice(at, 1).to_pylist()[0]
+                    except UnicodeDecodeError as error:  # parquet does not check its strings
+                        row = error
+                    yield f"row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}, from row {number}: broken parquet, fetch it again ({error})") from error
+
+
+def _tsv(path: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        number = 0
+        while True:
+            row: Any
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = error
+            yield f"row {number}", row
+            number += 1
+
+
+def _json(path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            table = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(table, dict):  # {id: row}
+        for key, row in table.items():
+            yield f"row {key}", {"pid": key, **row} if isinstance(row, dict) else row
+    elif isinstance(table, list):
+        yield from ((f"row {number}", row) for number, row in enumerate(table))
+    else:
+        raise ValueError(f"{path}: expected a JSON list or {{id: row}}, found {type(table).__name__}")
+
+
+def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                row: Any
+                try:
+                    row = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    row = error
+                yield f"line {number}", row
+
+
+# ---- 2. cells -----------------------------------------------------------------------------------------
+
+
+def cell(row: Row, *names: str) -> str:
+    """Text of the first of these columns that says something; '' where none does.
+
+    None, NaN in pandas' spelling and blanks say nothing. A whole float is written without its `.0`: pandas
+    makes floats of a column of integers with gaps.
+    """
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, float):
+            value = "" if value != value else str(int(value)) if value.is_integer() else str(value)
+        text = "" if value is None else str(value)
+        if text.strip() and text.strip() not in ("nan", "NaN"):
+            return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    return ""
+
+
+def texts(value: object) -> list[str]:
+    """A list of texts, from a list or from Python's way of writing one (`"['yes', 'no']"`); else empty."""
+    if isinstance(value, str) and value.strip().startswith("[") and len(value) <= LONGEST_LIST:
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return []
+    if not isinstance(value, list | tuple):
+        return []
+    return ["" if each is None else str(each) for each in value]
+
+
+# ---- 3. images ----------------------------------------------------------------------------------------
+
+
+def unpack(text: str) -> bytes:
+    """Bytes of an image in base64, with or without `data:image/png;base64,` before it.
+
+    Raises:
+      ImageError: it is not base64.
+    """
+    try:
+        return base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError("broken base64", f"an image is not valid base64 ({error})") from error
+
+
+def store(data: bytes, cache: str) -> str:
+    """Writes an image file's bytes to the cache folder, once, and returns the absolute path.
+
+    Named by the SHA-256 of the bytes, with the ending of what they are. Its size is checked before it is
+    decoded, and it is decoded before it gets its name.
+
+    Raises:
+      ImageError: it is empty, too large or cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            ending = str(image.format).lower()
+    except Exception as error:
+        cause = "undecodable image" if data else "empty image"
+        cause = "image too large" if isinstance(error, Image.DecompressionBombError) else cause
+        raise ImageError(cause, f"{len(data)} bytes are no image ({type(error).__name__})") from error
+    path = os.path.join(os.path.abspath(cache), f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}")
+    if os.path.exists(path) and os.path.getsize(path) == len(data):
+        return path
+    os.makedirs(cache, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=cache, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        load_image(scratch)
+        os.chmod(scratch, 0o644)  # mkstemp's own 0600 would hide a shared cache from others
+        os.replace(scratch, path)
+    finally:
+        if os.path.exists(scratch):
+            os.remove(scratch)
+    return path
+
+
+def locate(relative: str, roots: Sequence[str]) -> str:
+    """Absolute path of an image file of the data set, in the first of the roots that has it.
+
+    Raises:
+      ImageError: it leads out of the roots, is in none of them, or cannot be decoded.
+    """
+    try:
+        paths = [resolve(root, relative) for root in roots]
+    except ValueError as error:
+        raise ImageError("image path leaves the root", str(error)) from error
+    path = next(filter(os.path.exists, paths), paths[0])
+    load_image(path)
+    return path
+
+
+def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Row | Exception, str | ImageError]]:
+    """Rows of a data set's files, each with its image.
+
+    The image is bytes, alone or as `{"bytes": ..., "path": ...}`, in a TSV base64 or the index of the row
+    that has it, otherwise a path relative to the file's folder or the one above.
+
+    Yields:
+      Where it stands, the row without its images or why it is none, and the image's absolute path or what is
+      wrong with it.
+    """
+    found: list[tuple[str, Row | Exception, str | ImageError]] = []
+    pictures: dict[str, str | ImageError] = {}  # by index
+    for path in paths:
+        folder = os.path.dirname(os.path.abspath(path))
+        for place, row in rows(path):
+            place = f"{os.path.basename(path)} {place}" if len(paths) > 1 else place
+            picture: str | ImageError = ""
+            if isinstance(row, dict):
+                try:
+                    picture = _picture(row, path.lower().endswith(".tsv"), folder, cache)
+                except ImageError as error:
+                    picture = error
+                if not isinstance(picture, _Index):
+                    pictures.setdefault(cell(row, "index").strip(), picture)
+                row = {k: v for k, v in row.items() if isinstance(k, str) and k not in IMAGES}
+            found.append((place, row, picture))
+    for place, row, picture in found:
+        if isinstance(picture, _Index):  # the row that has it may come later
+            none = ImageError("no such row's image", f"{place}: no row {picture!r} has an image")
+            picture = pictures.get(picture, none)
+        yield place, row, picture
+
+
+class _Index(str):
+    """Not a path, but the index of the row that has the image."""
+
+
+def _picture(row: Row, encoded: bool, folder: str, cache: str) -> str:
+    value = next((row[name] for name in IMAGES if row.get(name)), None)
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return store(value, cache)
+    if not isinstance(value, str) or not value.strip():
+        raise ImageError("no image", "the row has no image")
+    if not encoded:
+        return locate(value, [folder, os.path.dirname(folder)])
+    return _Index(value.strip()) if len(value) <= REFERENCE else store(unpack(value), cache)

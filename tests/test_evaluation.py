@@ -1,0 +1,250 @@
+"""Evaluation: methods, tables and files on prepared responses; and the command on a small policy."""
+
+import csv
+import json
+import shutil
+import types
+
+import openpyxl
+import pytest
+from ml_collections import ConfigDict
+
+from configs import tiny as tiny_config
+from mstar_jax import evaluate, evaluation, inference, setup
+from mstar_jax.data import figures
+from mstar_jax.data.benchmarks import Item
+from mstar_jax.models import vlm
+from mstar_jax.structs import Query, Response
+
+OPTIONS = ("red", "blue", "green")
+SETTINGS = {"names": (), "root": "", "prompt": "cot", "samples": 0, "temperature": 1.0, "paper": ""}
+
+
+def item(name, answer="B", base=None, options=OPTIONS, **groups):
+    query = Query(name, (), "Which?", options, answer, "choice" if options else "integer")
+    record = {"index": name, "question": "=1+1", "answer": answer, "category": "a"}
+    return Item(query, f"official {name}", {k: (v,) for k, v in groups.items()}, base or name, record)
+
+
+def answers(name, *texts, scores=()):
+    """A greedy response and samples; 'x' ends truncated."""
+    return [
+        Response(
+            name,
+            i,
+            text.removeprefix("x"),
+            (1,) * len(text),
+            0.0,
+            text.startswith("x"),
+            answer=text.rpartition(" ")[2].rstrip(".") or None,
+            verdict="correct",
+            step_scores=(scores[i],) if scores else None,
+            temperature=float(i > 0),
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+class Host:
+    """Answers as prepared, and remembers how it was asked."""
+
+    def __init__(self, found):
+        sampling = {"max_new_tokens": 8, "dtype": "float32", "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        sampling["stop_strings"] = ()
+        prompts = {"cot": "{question}{choices} Think."}
+        config = {"sampling": sampling, "prompts": prompts, "data": {"buckets": (64,)}, "seed": 0}
+        self.config, self.found, self.asked = ConfigDict(config), found, []
+
+    def sample(self, name, params, asked, temperatures, *, how, longest):
+        self.asked.append((name, {q.id: text for q, text in asked}, list(temperatures), how, longest))
+        return {q.id: self.found[q.id] for q, _ in asked if q.id in self.found}
+
+
+def evaluated(tmp_path, items, hosts, scores=False, **settings):
+    out = evaluation.Evaluation(tmp_path, ConfigDict(SETTINGS | settings))
+    out.items = items
+    voter = None
+    if scores:
+        scorer = types.SimpleNamespace(score=lambda name, model, asked, found, **_: found)
+        voter = evaluation.Voter(scorer, lambda: None, {})
+    for name, host in hosts.items():
+        out.evaluate(evaluation.Policy(name, host, lambda: None, {"policy": name}), voter)
+    return out
+
+
+ITEMS = {"m3cot": [item("1", "B"), item("2", "A"), item("3", "C"), item("4", "B")]}
+FIRST = {
+    "1": answers("1", "The answer is B"),
+    "2": answers("2", "The answer is B"),
+    "3": answers("3", "C, I think"),  # no mark
+}  # 4 did not fit
+SECOND = FIRST | {"2": answers("2", "The answer is A"), "4": answers("4", "x The answer is B")}
+
+
+def test_scores_files_and_the_paired_test(tmp_path):
+    hosts = {"base": Host(FIRST), "final": Host(SECOND)}
+    out = evaluated(tmp_path, ITEMS, hosts, paper="InternVL2-2B")
+    record = json.loads((tmp_path / "benchmarks/base/m3cot.json").read_text())
+    greedy = record["greedy"]
+    assert greedy["n"] == 4 and greedy["strict"]["correct"] == 1 and record["left_out"] == 1
+    assert greedy["strict"]["unparsed"] == 0.5 and greedy["fallback"]["correct"] == 2
+    assert record["settings"]["max_new_tokens"] == 8 and record["settings"]["prompt"] == "cot"
+    lines = [json.loads(x) for x in (tmp_path / "benchmarks/base/m3cot.jsonl").read_text().splitlines()]
+    assert [x["greedy"]["verdict"] for x in lines] == ["correct", "wrong", "unparsed", "unparsed"]
+    assert lines[3]["greedy"]["response"] is None
+    assert lines[0]["prompt"] == "Which?\nChoices:\n(A) red\n(B) blue\n(C) green Think."
+    assert out.hits["final"]["m3cot"] == {"1": True, "2": True, "3": False, "4": True}
+    table = out.table()
+    assert table == (tmp_path / "benchmarks/table.md").read_text().rstrip("\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
+    assert rows[0] == ["", "M3CoT"] and rows[2] == ["base", "25.0"] and rows[3] == ["final", "75.0"]
+    assert rows[4] == ["the paper's InternVL2-2B, base", "16.7"]
+    assert [row for row in rows if row[0] == "final"][-1][2:] == ["+50.0", "+1.0 to +99.0", "2", "0", "0.5"]
+
+
+def test_five_benchmarks_have_a_mean(tmp_path):
+    items = {name: [item("1"), item("2")] for name in evaluation.FIVE}
+    right = {"1": answers("1", "The answer is B"), "2": answers("2", "The answer is C")}
+    rows = evaluated(tmp_path, items, {"policy": Host(right)}, paper="Phi-3.5-vision").table().splitlines()
+    assert rows[0].endswith("| AI2D | mean of five |")
+    assert rows[2].endswith("| 50.0 | 50.0 |")
+    assert rows[5] == "| the paper's Phi-3.5-vision, M-STaR | 54.5 | 51.3 | 48.8 | 73.6 | 67.9 | 59.2 |"
+
+
+def test_the_papers_means():
+    """As its table prints them."""
+    printed = {"MiniCPM-V-2.5": (55.0, 57.7, 61.6), "Phi-3.5-vision": (46.5, 55.3, 59.2)}
+    printed["InternVL2-2B"] = (26.2, 52.8, 53.3)
+    for name, means in printed.items():
+        found = [sum(row) / 5 for row in evaluation.PAPER[name].values()]
+        assert found == pytest.approx(means, abs=0.051)
+
+
+def test_votes(tmp_path):
+    texts = ("The answer is A", "The answer is C", "The answer is B", "The answer is C", "xThe answer is B")
+    found = {"1": answers("1", *texts, scores=(0.0, 0.2, 0.9, 0.3, 0.99))}
+    host, items = Host(found), {"m3cot": [item("1", "B")]}
+    record = evaluated(tmp_path, items, {"p": host}, scores=True, samples=4).records["p"]["m3cot"]
+    chosen = json.loads((tmp_path / "benchmarks/p/m3cot.jsonl").read_text())
+    # majority: C twice; weighted: B .9 against C .5; best of n: B .9 (the truncated one has no reward)
+    assert [chosen[m]["answer"] for m in ("greedy", "majority", "weighted_vote", "best_of_n")] == list("ACBB")
+    assert [record[m]["accuracy"] for m in ("greedy", "majority", "weighted_vote", "best_of_n")] == [
+        0,
+        0,
+        1,
+        1,
+    ]
+    assert host.asked[0][2] == [0.0, 1.0, 1.0, 1.0, 1.0]
+    plain = evaluated(tmp_path / "plain", items, {"p": Host(found)}, samples=4).records["p"]["m3cot"]
+    assert "majority" in plain and "best_of_n" not in plain
+
+
+def test_a_question_counts_where_all_its_rotations_do(tmp_path):
+    rotations = [item("7"), item("1000007", "C", base="7"), item("8")]
+    texts = {"7": "The answer is B", "1000007": "The answer is B", "8": "The answer is B"}
+    found = {name: answers(name, text) for name, text in texts.items()}
+    out = evaluated(tmp_path, {"mmbench": rotations}, {"p": Host(found)})
+    assert out.hits["p"]["mmbench"] == {"7": False, "8": True}
+    assert out.records["p"]["mmbench"]["greedy"]["accuracy"] == 0.5
+
+
+def test_official_prompts_and_identity_reach_the_store(tmp_path):
+    host = Host(FIRST)
+    evaluated(tmp_path, ITEMS, {"p": host}, prompt="official")
+    name, asked, _, how, longest = host.asked[0]
+    assert name == "p_m3cot" and asked["1"] == "official 1" and longest == 64
+    assert how == {"policy": "p", "prompt": "official"}
+
+
+def test_vlmevalkit_layout(tmp_path):
+    found = {"7": answers("7", "=The answer is\x07 B\n\tdone")}
+    evaluated(tmp_path, {"mmstar": [item("7")]}, {"p": Host(found)})
+    stem = tmp_path / "benchmarks/p/p_MMStar"
+    sheet = openpyxl.load_workbook(f"{stem}.xlsx").active
+    head, row = sheet.iter_rows(values_only=True)
+    assert head == ("index", "question", "answer", "category", "prediction")
+    assert row == (7, "=1+1", "B", "a", "=The answer is B\n\tdone")  # an index is a number, a text no formula
+    assert sheet["B2"].data_type == "s"
+    with open(f"{stem}.tsv", newline="") as file:
+        assert list(csv.reader(file, delimiter="\t"))[1][-1] == "=The answer is\x07 B\n\tdone"
+
+
+# ---- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two policies and a reward model of random weights, as checkpoints, and questions."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    small = {"train": 2, "unlabelled": 2, "validation": 2, "test": 12, "captions": 2, "arithmetic": 2}
+    data = figures.make(folder / "data", seed=0, instruct=2, **small)
+    config = tiny_config.get_config("smoke")
+    changes = {"policy.decoder.num_layers": 1, "policy.decoder.unroll": 1, "policy.vision.num_layers": 1}
+    changes |= {"sampling.batch": 8, "sampling.max_new_tokens": 6, "data.buckets": (160,), "prm.batch": 8}
+    config.update_from_flattened_dict(changes | {"benchmarks.names": ("mathv360k",)})
+    config.benchmarks.root = str(data)
+    (folder / "tokenizer").mkdir()
+    policy = setup.make_policy(config, folder, figures.read_base(data))
+    for name, seed in (("first", 0), ("second", 1)):
+        policy.save(policy.build(seed), folder / name)
+    policy.save(vlm.RewardModel(policy.build(2)), folder / "reward")
+    return folder, config
+
+
+def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    config.benchmarks.samples = 2
+    names, prm = [str(folder / "first"), str(folder / "second")], str(folder / "reward")
+    whole = evaluate.run(config, tmp_path / "whole", names, prm, lambda: False)
+    asked = 0
+
+    def stop_after_one() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 2 == 0
+
+    for _ in range(10):
+        try:
+            again = evaluate.run(config, tmp_path / "broken", names, prm, stop_after_one)
+            break
+        except inference.Stopped:
+            continue
+    assert asked > 4
+    assert again.table() == whole.table()
+    for path in (tmp_path / "whole").rglob("*.json*"):
+        other = tmp_path / "broken" / path.relative_to(tmp_path / "whole")
+        assert other.read_text() == path.read_text(), path
+    record = json.loads((tmp_path / "whole/benchmarks/first/mathv360k.json").read_text())
+    assert record["greedy"]["n"] == 12 and {"majority", "weighted_vote", "best_of_n"} <= set(record)
+    lines = (tmp_path / "whole/benchmarks/first/mathv360k.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["greedy"]["response"] for line in lines}) > 1
+
+
+def test_other_weights_of_the_same_name_are_refused(place, tmp_path):
+    folder, config = place
+    evaluate.run(config, tmp_path / "work", [str(folder / "first")], None, lambda: False)
+    shutil.copytree(folder / "second", tmp_path / "first")
+    with pytest.raises(ValueError, match="made with other settings"):
+        evaluate.run(config, tmp_path / "work", [str(tmp_path / "first")], None, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints", "prm", "message"),
+    [
+        ({"names": ()}, ["first"], None, "no benchmark is named"),
+        ({"names": ("mathvista",)}, ["first"], None, "mathvista: .*looked for testmini"),
+        ({"names": ("nonsense",)}, ["first"], None, "nonsense: there are mathvista"),
+        ({"prompt": "nonsense"}, ["first"], None, "choose official, "),
+        ({}, ["nowhere"], None, "neither a run nor a checkpoint's folder"),
+        ({}, ["first", "./first"], None, "have the same name"),
+        ({}, ["first"], "reward", "--samples=16"),
+    ],
+)
+def test_refuses(place, tmp_path, changes, checkpoints, prm, message):
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    config.benchmarks.update(changes)
+    names = [f"{folder}/{name}" for name in checkpoints]
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(config, tmp_path, names, prm and f"{folder}/{prm}", lambda: False)
