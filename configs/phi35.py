@@ -130,6 +130,7 @@ def get_config() -> ConfigDict:
     benchmarks.names = ()  # ("mathvista", "m3cot", "mmstar_r", "mmbench_r", "ai2d") are the paper's
     benchmarks.root = ""  # folder of their official files
     benchmarks.prompt = "cot"  # which of `prompts` is asked; "official": each benchmark's own
+    benchmarks.limit = 0  # questions of each, with their rotations; 0 asks all
     benchmarks.samples, benchmarks.temperature = 0, 1.0  # per question, beside the greedy response: votes
     benchmarks.paper = "Phi-3.5-vision"  # whose numbers of the paper's table stand beside
     return c

@@ -137,6 +137,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
 
     # What base, warm-up and final policy are measured on at the end of the run, and `evaluate` asks
     c.benchmarks = ConfigDict({"names": (), "root": "", "prompt": "cot"})  # a key of prompts, or "official"
+    c.benchmarks.limit = 0  # questions of each, with their rotations; 0 asks all
     c.benchmarks.update({"samples": 0, "temperature": 1.0})  # per question, beside the greedy response: votes
     c.benchmarks.paper = ""  # whose numbers of the paper's table stand beside
 

@@ -32,7 +32,7 @@ from mstar_jax.evaluation import Evaluation, Policy, Voter, identity
 from mstar_jax.inference import Generator, Scorer
 from mstar_jax.main import CONFIG, GRACE, WORKDIR, Termination
 
-CHECKPOINTS = flags.DEFINE_list("checkpoint", [], "Folders of checkpoints, or runs, with :stage.")
+CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
 ROOT = flags.DEFINE_string("root", None, "Their official files; default the config's benchmarks.root.")
 PRM = flags.DEFINE_string("prm", None, "A reward model that votes over the samples: a run, or an export.")
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     b.root, b.samples = ROOT.value or b.root, b.samples if SAMPLES.value is None else SAMPLES.value
     workdir = pathlib.Path(WORKDIR.value or "runs/benchmarks")
     try:
-        evaluation = run(config, workdir, CHECKPOINTS.value, PRM.value, termination.asked.is_set)
+        evaluation = run(config, workdir, CHECKPOINTS.value or [], PRM.value, termination.asked.is_set)
     except inference.Stopped as stopped:
         log.warning("%s. Start the same command again to go on.", stopped)
         sys.exit(143)

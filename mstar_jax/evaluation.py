@@ -57,6 +57,9 @@ PAPER = {  # accuracy, %: arXiv 2412.17451, the table over the five
         "M-STaR": (50.3, 47.1, 42.0, 67.3, 59.7),
     },
 }
+PARTS = dict.fromkeys(("mathvista", "mathv360k"), "task") | {"m3cot": "domain"}
+PARTS |= dict.fromkeys(("mmstar", "mmstar_r"), "category")
+PARTS |= dict.fromkeys(("mmbench", "mmbench_r"), "l2_category")
 VLMEVALKIT = {  # the names that it knows the data sets by; it has neither M3CoT nor MathV360K
     "mathvista": "MathVista_MINI",
     "mmstar": "MMStar",
@@ -102,7 +105,7 @@ class Evaluation:
 
         Args:
           workdir: where all of it goes.
-          settings: `config.benchmarks`: names, root, prompt, samples, temperature, paper.
+          settings: `config.benchmarks`: names, root, limit, prompt, samples, temperature, paper.
 
         Raises:
           ValueError: an unknown benchmark, or its files are not there.
@@ -121,7 +124,8 @@ class Evaluation:
             log.info("%s", report)
             if not found:
                 raise ValueError(f"{name}: no usable item in {place} (benchmarks.root)")
-            self.items[name] = found
+            some = set(list(dict.fromkeys(item.base for item in found))[: settings.limit or None])
+            self.items[name] = [item for item in found if item.base in some]
 
     def evaluate(self, policy: Policy, voter: Voter | None = None) -> None:
         """Asks a policy all the questions and writes what came of it."""
@@ -232,7 +236,7 @@ class Evaluation:
             cells = [f"{paper[name]:.1f}" if name in paper else "" for name in names]
             cells += [f"{sum(row) / 5:.1f}"] if len(five) == 5 else []
             lines.append(f"| the paper's {self.settings.paper}, {policy} | {' | '.join(cells)} |")
-        return "\n".join([*lines, *self._details(names), *self._pairs(names)])
+        return "\n".join([*lines, *self._details(names), *self._parts(names), *self._pairs(names)])
 
     def _details(self, names: Sequence[str]) -> list[str]:
         head = "policy | benchmark | method | n | accuracy | 95 % | unparsed | with fallback | official"
@@ -245,6 +249,20 @@ class Evaluation:
                 ):
                     cells = [policy, TITLES[name], method.replace("_", " "), *row(record[method])]
                     lines.append(f"| {' | '.join([*cells, str(record['left_out'])])} |")
+        return lines
+
+    def _parts(self, names: Sequence[str]) -> list[str]:
+        """The greedy accuracy of each of a benchmark's own parts."""
+        lines = []
+        for name in (name for name in names if PARTS.get(name)):
+            found = {policy: records[name]["greedy"]["groups"] for policy, records in self.records.items()}
+            parts = next(iter(found.values())).get(PARTS[name], {})
+            if len(parts) > 1:
+                titles = [f"{part} ({one['count']})" for part, one in parts.items()]
+                lines += ["", f"| {TITLES[name]} | {' | '.join(titles)} |", "|---|" + "---:|" * len(parts)]
+            for policy, groups in found.items() if len(parts) > 1 else ():
+                cells = [f"{100 * groups[PARTS[name]][part]['accuracy']:.1f}" for part in parts]
+                lines.append(f"| {policy} | {' | '.join(cells)} |")
         return lines
 
     def _pairs(self, names: Sequence[str]) -> list[str]:
@@ -290,7 +308,7 @@ def row(summary: Mapping[str, Any]) -> list[str]:
     low, high = (f"{100 * end:.1f}" for end in summary["interval"])
     shares = (strict["unparsed"], summary["fallback"]["accuracy"], summary["official"]["accuracy"])
     cells = [f"{100 * share:.1f}" for share in (*shares, summary["truncated"])]
-    return [str(summary["n"]), f"{100 * summary['accuracy']:.1f}", f"{low} to {high}", *cells]
+    return [str(strict["count"]), f"{100 * summary['accuracy']:.1f}", f"{low} to {high}", *cells]
 
 
 def line(record: Mapping[str, Any]) -> str:

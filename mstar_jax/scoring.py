@@ -140,7 +140,7 @@ def normalize(extraction: str, item: Item) -> str | None:
     if number is None:
         return None
     if item.query.answer_type == "float":
-        return str(round(number, item.precision)) if math.isfinite(number) else str(number)
+        return str(round(number, item.query.precision)) if math.isfinite(number) else str(number)
     return str(int(number)) if math.isfinite(number) else None
 
 
@@ -213,7 +213,7 @@ def judge(name: str, item: Item, text: str, truncated: bool) -> Score:
     if query.answer is None:
         raise ValueError(f"{name}: item {query.id!r} has no gold answer")
     how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
-    how["precision"] = item.precision
+    how["precision"] = item.query.precision
     strict = answers.grade(text, query.answer, **how)
     loose = answers.grade(text, query.answer, fallback=True, **how)
     right, variants = _OFFICIAL[name][1](item, text, loose.answer)

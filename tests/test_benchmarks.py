@@ -113,8 +113,13 @@ def test_mathvista_parquet(tmp_path):
     causes = {"options without gold": 1, "no options": 1, "no answer": 1, "duplicate id": 1, "no question": 1}
     check(items, report, 5, causes | {"undecodable image": 2, "no image": 1})
     one, two, three, four_, five = items
-    assert (one.query.answer, one.query.answer_type, one.precision, one.unit) == ("1.2", "float", 1, "cm")
-    assert one.query.precision == 1 and one.query.question == "How long? (Unit: cm)"
+    assert (one.query.answer, one.query.answer_type, one.query.precision, one.unit) == (
+        "1.2",
+        "float",
+        1,
+        "cm",
+    )
+    assert one.query.question == "How long? (Unit: cm)"
     assert one.prompt == "Hint: as stored\nQuestion: How long? 1" and one.base == one.query.id == "1"
     assert two.query.options == tuple(four) and two.query.answer == "B" and two.query.answer_type == "choice"
     assert [i.query.answer_type for i in (three, four_, five)] == ["math", "integer", "text"]
@@ -141,7 +146,7 @@ def test_mathvista_json_with_image_folder(tmp_path):
     items, report = read("mathvista", tmp_path, tmp_path / "cache")
     check(items, report, 1, {"missing image": 1, "empty image": 1, "image path leaves the root": 1})
     assert items[0].query.images == (str((tmp_path / "images" / "1.jpg").resolve()),)
-    assert items[0].query.id == "1" and items[0].precision == 2
+    assert items[0].query.id == "1" and items[0].query.precision == 2
     hint = "with two decimal places and provide the final value, e.g., 1.23, 1.34, 1.45, at the end."
     number = "Hint: Please answer the question requiring a floating-point number"
     assert items[0].prompt == f"{number} {hint}\nQuestion: How long?"

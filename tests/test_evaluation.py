@@ -17,7 +17,15 @@ from mstar_jax.models import vlm
 from mstar_jax.structs import Query, Response
 
 OPTIONS = ("red", "blue", "green")
-SETTINGS = {"names": (), "root": "", "prompt": "cot", "samples": 0, "temperature": 1.0, "paper": ""}
+SETTINGS = {
+    "names": (),
+    "root": "",
+    "limit": 0,
+    "prompt": "cot",
+    "samples": 0,
+    "temperature": 1.0,
+    "paper": "",
+}
 
 
 def item(name, answer="B", base=None, options=OPTIONS, **groups):
@@ -137,6 +145,14 @@ def test_votes(tmp_path):
     assert host.asked[0][2] == [0.0, 1.0, 1.0, 1.0, 1.0]
     plain = evaluated(tmp_path / "plain", items, {"p": Host(found)}, samples=4).records["p"]["m3cot"]
     assert "majority" in plain and "best_of_n" not in plain
+
+
+def test_parts_of_a_benchmark(tmp_path):
+    items = [item("1", domain="science"), item("2", domain="science"), item("3", domain="algebra")]
+    found = {name: answers(name, f"The answer is {letter}") for name, letter in zip("123", "BCB")}
+    lines = evaluated(tmp_path, {"m3cot": items}, {"p": Host(found)}).table().splitlines()
+    at = lines.index("| M3CoT | algebra (1) | science (2) |")
+    assert lines[at + 2] == "| p | 100.0 | 50.0 |"
 
 
 def test_a_question_counts_where_all_its_rotations_do(tmp_path):

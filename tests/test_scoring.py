@@ -26,8 +26,9 @@ def item(
     answer="B", options=("cat", "dog", "cow"), kind="choice", id="1", base=None, precision=None, **groups
 ):
     members = {key: value if isinstance(value, tuple) else (value,) for key, value in groups.items()}
-    query = Query(id, ("/x.png",), "?", options, answer, kind if not options else "choice")
-    return Item(query, "?", members, base or id, {}, precision)
+    kind = kind if not options else "choice"
+    query = Query(id, ("/x.png",), "?", options, answer, kind, precision=precision)
+    return Item(query, "?", members, base or id, {})
 
 
 # ---- the official rules, read again -------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_mathvista_normal_form_of_values(text, kind, precision):
 def mathvista_right(one, text):
     """The official extraction, with our own in place of GPT's, then normal form and equality."""
     query = one.query
-    how = {"options": query.options, "answer_type": query.answer_type, "precision": one.precision}
+    how = {"options": query.options, "answer_type": query.answer_type, "precision": one.query.precision}
     extraction = answers.grade(text, query.answer, fallback=True, **how).answer or ""
     if query.options:
         gold = query.options["ABCDEF".index(query.answer)]
@@ -245,7 +246,7 @@ def mathvista_right(one, text):
                 with contextlib.suppress(ValueError):
                     extraction = str(to(text))
         extraction = extraction if text else ""
-    return mathvista_normal(extraction, query.options, query.answer_type, one.precision) == gold
+    return mathvista_normal(extraction, query.options, query.answer_type, one.query.precision) == gold
 
 
 @settings(max_examples=200, deadline=None)

@@ -59,7 +59,6 @@ class Item:
       base: id of the question that this is a rotation of; `query.id` where there are no rotations.
       record: the official columns but the image, as VLMEvalKit's table of the data set names them (index,
         question, A, B, ..., answer, category, l2-category): with a `prediction` it can be scored there.
-      precision: decimals of a float answer; the query's own.
       unit: unit of the answer; also in the question.
     """
 
@@ -68,7 +67,6 @@ class Item:
     groups: Mapping[str, tuple[str, ...]]
     base: str
     record: Mapping[str, str]
-    precision: int | None = None
     unit: str = ""
 
 
@@ -118,7 +116,9 @@ def _item(
     if not question.strip():
         raise _Bad("no question")
     query = Query(id, (), question.strip(), tuple(options) or None, answer, more.pop("kind", "choice"))
-    query = dataclasses.replace(query, source=more.pop("source", "") or name, precision=more.get("precision"))
+    query = dataclasses.replace(
+        query, source=more.pop("source", "") or name, precision=more.pop("precision", None)
+    )
     groups = {key: (v,) if isinstance(v, str) else tuple(v) for key, v in more.pop("groups").items()}
     groups = {key: tuple(v for v in values if v) for key, values in groups.items()}
     return Item(query, groups=groups, record=_record(row, columns), **({"base": id} | more))

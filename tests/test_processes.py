@@ -1,0 +1,139 @@
+"""Several processes on this machine run one job: the same rollouts as one process, and they stop together."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mstar_jax import processes, sharding
+from tests.test_evolve import DRIVER, FINAL, ROOT, SMALL
+
+DEVICES = 4
+
+
+def test_one_process_is_free():
+    assert processes.here() == (0, 1) and processes.first()
+    assert [processes.agree(asked) for asked in (True, False)] == [True, False]
+    value = np.array([1, 0])
+    assert processes.from_first(value) is value
+    with processes.first_alone("x"):
+        processes.barrier("x")
+    tree = processes.fetch({"a": jax.numpy.ones((2, 3))})
+    assert isinstance(tree["a"], np.ndarray)
+
+
+def test_shares_are_the_rows_in_order():
+    rows = list(range(12))
+    for count in (1, 2, 3, 4):
+        assert sum((rows[sharding.share(12, (i, count))] for i in range(count)), []) == rows
+    with pytest.raises(ValueError, match="12 rows cannot be shared by 5"):
+        sharding.share(12, (0, 5))
+
+
+def test_waiting_for_a_file_ends(monkeypatch):
+    monkeypatch.setattr(processes, "LATE", 0.3)
+    with pytest.raises(ValueError, match="is the workdir shared"):
+        processes.visible(lambda: False, "x")
+
+
+def test_a_half_described_cluster_is_refused():
+    with pytest.raises(ValueError, match="go together"):
+        processes.start("localhost:1", None, None)
+
+
+# ---- whole jobs ---------------------------------------------------------------------------------------
+
+
+class Job:
+    """The shrunk tiny job, in so many processes with four devices in all."""
+
+    def __init__(self, count: int, workdir: pathlib.Path):
+        flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
+        env = os.environ | {"XLA_FLAGS": flags + " --xla_backend_optimization_level=0"}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        values = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in SMALL.items()]
+        driver = DRIVER.replace("one = jax.devices()[:1]", "one = None")
+        self.processes, self.log = [], workdir.with_suffix(".log")
+        for index in range(count):
+            command = [sys.executable, "-c", driver, "--config=configs/tiny.py:smoke", *values]
+            command += [f"--workdir={workdir}"]
+            if count > 1:
+                command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+                command += [f"--process_id={index}"]
+            with open(self.log, "ab") as log:
+                started = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
+            self.processes.append(started)
+
+    def ends(self, seconds: float = 280) -> list[int]:
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def sampled(workdir):
+    """Every response's tokens and verdict."""
+    found = {}
+    for path in sorted(workdir.glob("rollouts/*/0*.jsonl")):
+        for line in path.read_text().split("\n")[:-1]:
+            record = json.loads(line)
+            shown = [(r["tokens"], r["verdict"]) for r in record["responses"]]
+            found[path.parent.name, record["query"]] = shown
+    return found
+
+
+def parameters(workdir):
+    [folder] = [p for p in (workdir / "checkpoints" / FINAL).iterdir() if p.name.isdigit()]
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata((folder / "state").absolute()).item_metadata.tree
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore((folder / "state").absolute(), restore_args=how)
+    return {name: value for name, value in state.items() if name.startswith("params")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert Job(1, workdir).ends() == [0]
+    return workdir
+
+
+def assert_as_alone(workdir, alone):
+    assert sampled(workdir) == sampled(alone) and len(sampled(alone)) > 50
+    mine, theirs = parameters(workdir), parameters(alone)
+    for name, value in theirs.items():
+        assert np.abs(mine[name] - value).max() <= 1e-3 * np.abs(value).max(), name
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(alone, tmp_path):
+    assert Job(2, tmp_path / "run").ends() == [0, 0]
+    assert_as_alone(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_one_that_is_told_to_end_takes_the_others_along(kind, alone, tmp_path):
+    job = Job(2, tmp_path / "run")
+    begun = time.monotonic()
+    while not (tmp_path / "run/rollouts/warmup/00000.jsonl").exists() and time.monotonic() < begun + 200:
+        time.sleep(0.1)
+    job.processes[1].send_signal(kind)
+    codes = job.ends(100)
+    assert all(codes), codes  # none of them thinks that it is done
+    if kind == signal.SIGTERM:
+        assert codes == [143, 143]
+    assert Job(2, tmp_path / "run").ends() == [0, 0]
+    assert_as_alone(tmp_path / "run", alone)
