@@ -24,11 +24,9 @@ def token_loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, 
 
     A sum, not a mean: microbatches and devices are averaged by tokens afterwards.
     """
-    logits = model.logits(model(batch, remat))
-    target = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0]
-    loss = (jax.nn.logsumexp(logits, axis=-1) - target) * batch.loss_mask
-    right = (jnp.argmax(logits, axis=-1) == batch.tokens) * batch.loss_mask
-    return loss.sum(), {"tokens": batch.loss_mask.sum(), "right": right.sum()}
+    logprob, right = model.token_logprobs(model(batch, remat), batch.tokens)
+    loss = -(logprob * batch.loss_mask).sum()
+    return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
 
 
 def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:

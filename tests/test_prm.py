@@ -150,7 +150,8 @@ def test_the_score_is_head_and_likelihood(reward, processor, texts):
     one = response(LINES, processor)
     row = prm.row(prompt(processor), [one], processor.encode_response, texts)
     [[got]] = scored(reward, [row], processor, texts)
-    batch = loader._stack([loader.encode_row(row, processor, 64, 0)], 1)
+    encoded = loader.encode_row(row, processor, 64, 0)
+    batch = loader._stack([encoded], 1, encoded)
     hidden = np.asarray(reward.trunk.hidden(batch))[0]
     logits = np.asarray(reward.trunk.logits(hidden), np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

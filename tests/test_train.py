@@ -9,6 +9,7 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from mstar_jax import sharding, train
+from mstar_jax.models import vlm
 from mstar_jax.structs import TrainState
 
 LENGTH = 40
@@ -88,6 +89,24 @@ def test_loss_by_hand(policy, batch):
     assert float(loss) == pytest.approx(total, rel=1e-5)
     assert float(extra["tokens"]) == pytest.approx(weights[0].sum())
     assert float(extra["right"]) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("piece", [LENGTH - 1, 16, 5])
+def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
+    """The same losses and gradients, without the logits of a whole row."""
+    step = jax.value_and_grad(lambda model: train.token_loss(model, text), has_aux=True)
+    (value, extra), grads = jax.jit(step)(policy)
+    monkeypatch.setattr(vlm, "PIECE", piece)
+    lowered = jax.jit(jax.value_and_grad(lambda model: train.token_loss(model, text), has_aux=True)).lower(
+        policy
+    )
+    whole = f"tensor<{text.tokens.shape[0]}x{LENGTH}x{policy.decoder.config.vocab_size}xf32>"
+    assert whole not in lowered.as_text()
+    (again, more), others = lowered.compile()(policy)
+    assert float(again) == pytest.approx(float(value), rel=1e-6)
+    assert jax.tree.map(float, more) == jax.tree.map(float, extra)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-12)
 
 
 def test_only_branch_tokens_are_targets(policy, batch):

@@ -16,6 +16,8 @@ from mstar_jax import sharding
 from mstar_jax.models import layers
 from mstar_jax.structs import Batch, KVCache
 
+PIECE = 512  # tokens of a row whose logits are there together
+
 
 class EncodedPrompt(NamedTuple):
     """One prompt as arrays.
@@ -89,6 +91,38 @@ class VisionLanguageModel(nnx.Module):
         """float32[..., V]."""
         return self.decoder.logits(hidden)
 
+    def token_logprobs(self, hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """How likely tokens are to the hidden states that predict them.
+
+        Long rows go piece by piece, in the backward pass too: logits [B, T, V] are never all in memory.
+
+        Args:
+          hidden: [B, T, D].
+          tokens: int32[B, T].
+
+        Returns:
+          Log probability (nats) float32[B, T], and whether it is the likeliest token bool[B, T].
+        """
+
+        def piece(part):
+            hidden, tokens = part
+            logits = self.logits(hidden)
+            target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+            return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
+
+        length = tokens.shape[1]
+        count = -(-length // PIECE)
+        if count <= 1:
+            return piece((hidden, tokens))
+        short = -length % count
+
+        def cut(x):  # [B, T, ...] -> [count, B, T / count, ...]
+            x = jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(len(x), count, -1, *x.shape[2:]), 1, 0)
+
+        found = jax.lax.map(jax.checkpoint(piece), (cut(hidden), cut(tokens)))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], found)
+
     def prefill(
         self, batch: Batch, branches: int, room: int, starts: tuple[jax.Array, jax.Array] | None = None
     ) -> tuple[jax.Array, KVCache]:
@@ -159,9 +193,8 @@ class RewardModel(nnx.Module):
         both float32[B, T], all branches in one pass."""
         _, predictor, _ = layers.row_layout(batch.branch)
         hidden = self.trunk.hidden(batch, remat)
-        logits = self.trunk.logits(jnp.take_along_axis(hidden, predictor[..., None], axis=1))
-        token = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0]
-        logprob = jnp.where(batch.branch > 0, token - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        before = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+        logprob = jnp.where(batch.branch > 0, self.trunk.token_logprobs(before, batch.tokens)[0], 0.0)
         so_far = layers.branch_sum(jnp.maximum(logprob, -self.FLOOR), batch.branch)
         read = hidden.astype(jnp.float32) @ self.weight[...] * hidden.shape[-1] ** -0.5
         return read + self.bias[...] + self.likelihood[...] * so_far, logprob
