@@ -20,10 +20,11 @@ import functools
 import re
 from collections.abc import Sequence
 
-from mstar_jax.values import LINE, Number, boolean, number, plain, same, same_number, tidy
+from mstar_jax.choices import LETTERS, THEREFORE, choice, hushed, lettered, mentioned, search, table
+from mstar_jax.equality import same
+from mstar_jax.values import LINE, NUMBER_WORDS, boolean, number, plain, sentence, tidy
 
 TAIL = 8192  # characters at the end of a response that are looked at
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,15 @@ class Grade:
 
 _BRACE = re.compile(r"\\boxed\s{0,9}\{|\\[{}]|[{}]")
 _MARKER = re.compile(
-    r"(?:\b(?:answer|correct\s+(?:option|choice))(?:\s+to\s+(?:the|this)\s+(?:question|problem))?[\s*_]*"
-    r"(?:(?:is|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)|[:：=])"
-    r"|答案\s*[是为選选:：]|\bfinal\s+answer[\s*_]*\n(?=\s*\S))[\s*_:：]*(?:\$\$|\\\[)?\s*",
+    r"(?:\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:option|choice)(?:\s+letter)?)"
+    r"(?:\s+to\s+(?:the|this|your)\s+(?:question|problem))?[\s*_]*"
+    r"(?:(?:is|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)"
+    r"(?:\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：=])"
+    r"|答案\s*(?:选项)?\s*[是为选:：]|(?P<heading>answer[\s*_\]]*\n(?=\s*\S)|answer\]))[\s*_:：]*(?:\$\$|\\\[)?\s*",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=[\"')\]*$]*(?:\s|$))|[。！？]")
-_ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
+_KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "案")  # each marker has one, at its second character
+_END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
 def _boxed(text: str) -> str | None:
@@ -67,130 +70,104 @@ def _boxed(text: str) -> str | None:
     return text[best[0] : best[1]] if best else None
 
 
+def _tail(response: str) -> str:
+    """The end of a response, without a tokenizer's `</s>` or `<|im_end|>`."""
+    tail = response[-TAIL:]
+    return _END_TOKEN.sub("", tail) if ">" in tail[-24:] else tail
+
+
+def _after_marker(text: str) -> int:
+    """Where the last marker ends, -1 without one. From the back: most of a response is never looked at."""
+    last = {key: text.rfind(key) for key in _KEYS}
+    while (at := max(last.values())) >= 0:
+        key = next(k for k in last if last[k] == at)
+        m = _MARKER.match(text, at - 1) if at else None
+        if m and (not m["heading"] or _heads(text[: at - 1][-24:])):
+            return m.end()
+        last[key] = text.rfind(key, 0, at + len(key) - 1)
+    return -1
+
+
+def _heads(before: str) -> bool:
+    """`Final answer` and `[Answer]` before a line break are markers, `this is my answer` is none."""
+    return before.rstrip(" *_").lower().endswith(("final", "[", "[final"))
+
+
 def _marked(text: str) -> tuple[str, str] | None:
     """(the marked answer up to the end of its line, rule), or None; `text` is the tail of a response."""
     if "\\boxed" in text and (content := (_boxed(text) or "").strip()):
         return content[:LINE], "boxed"
-    start = max((m.end() for m in _MARKER.finditer(text)), default=-1)
+    start = _after_marker(text)
     if start < 0:
         return None
     line = text[start : start + LINE].split("\n", 1)[0].strip()
     return (line, "marker") if line.strip("*_$.:` ") else None
 
 
-def _sentence(line: str) -> str:
-    """First sentence of a line; a dot inside 3.5, after `B` in `B. text` or in an abbreviation ends none."""
-    for m in _SENTENCE_END.finditer(line):
-        if m[0] != "." or not _ABBREVIATION.search(line[max(0, m.start() - 8) : m.start()]):
-            return line[: m.start()]
-    return line
-
-
 def _last_line(text: str) -> str:
     return text.rstrip().rsplit("\n", 1)[-1].strip()[-LINE:]
 
 
-def extract(text: str, *, fallback: bool = False) -> str | None:
+def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool = False) -> str | None:
     """The marked final answer of a response as plain text, None where there is none.
 
     The last balanced \\boxed{} wins, then the last of `the answer is`, `answer:`, `final answer`, `correct
     option is` ... up to the end of its sentence; with `fallback` then the last line.
+    With `options`, one that is said behind its letter and talks of answers itself is no second answer.
     """
-    text = text[-TAIL:]
+    text = _tail(text)
+    if options:
+        text = hushed(text, tuple(options[: len(LETTERS)]))
     found = _marked(text)
     if found is None:
         return (tidy(_last_line(text)) or None) if fallback else None
     line, rule = found
-    return tidy(line if rule == "boxed" else _sentence(line)) or None
+    return tidy(line if rule == "boxed" else sentence(line)) or None
 
 
-# ---- 2. multiple choice -------------------------------------------------------------------------------
+# ---- 2. fallback ----------------------------------------------------------------------------------------
 
-_LETTER = re.compile(
-    r"(?P<named>(?i:(?:the\s)?(?:correct\s)?(?:option|choice|answer|letter)\s(?:is\s)?:?\s?)|选项\s?)?"
-    r"(?:[(\[{]\s?(?P<bracketed>[A-Za-z])\s?[)\]}]|(?P<bare>[A-Za-z])(?![A-Za-z0-9_']))\s?(?P<rest>.*)$"
+_N = (
+    r"(?<![\w.,])(?:[-+]\s?(?=[\d$]))?[$€£]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?(?:/\d{1,9})?%?"
+    rf"(?![\d:])|\b(?:{'|'.join(NUMBER_WORDS)})\b(?!-))"
 )
-_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with|and|or)\b|[(-]")
-_ALSO = re.compile(r"(?:and|or|&|/|,)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
-_MENTION = re.compile(r"\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice|选项)\s?([A-Z])(?![A-Za-z0-9_'])")
-_REASON = re.compile(r",|\b(?:because|since|as)\b")
-_NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
-_NOT_WORD = re.compile(r"[^\w%°.+/^√π-]+")
+_ANY_NUMBER = re.compile(_N, re.IGNORECASE)
+_BOLD = re.compile(rf"\*\*[^*\d]{{0,12}}({_N})[^*\n]{{0,24}}\*\*", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:=|≈|\b(?:is|are|was|were|be|equals?|has|have|costs?|spend|spends|takes?|need|needs|left with))"
+    r"(?:\s+(?:about|approximately|around|roughly|only|exactly|also|a total of|equal to)){0,2}"
+    rf"\s{{0,3}}({_N})",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"\(?[A-Z][).:]")
+_BREAK = re.compile(r"\n+|(?<=[^\s.][.!?])\s+|(?<=[。！？])")
 
 
-def _words(text: str) -> str:
-    return f" {_NOT_WORD.sub(' ', plain(text)).strip(' .')} "
+def _sentences(text: str) -> list[str]:
+    return [part[:LINE] for part in _BREAK.split(text) if part and part.strip()][-64:]
 
 
-@functools.lru_cache(8192)
-def _table(options: tuple[str, ...]) -> tuple[dict[str, str], dict[str, Number], dict[str, str]]:
-    """Per letter: plain text, number (where it is one), words (none if options contain each other)."""
-    texts = dict(zip(LETTERS, map(plain, options), strict=False))
-    numbers = {letter: n for letter, text in zip(LETTERS, options, strict=False) if (n := number(text))}
-    words = {letter: _words(text) for letter, text in zip(LETTERS, options, strict=False)}
-    nested = any(a != b and words[a] in words[b] for a in words for b in words)
-    return texts, numbers, {} if nested or "  " in words.values() else words
+def _number(sentences: list[str]) -> str | None:
+    """The number that an unmarked response settles on.
 
-
-@functools.lru_cache(65536)
-def choice(text: str, options: tuple[str, ...]) -> str | None:
-    """The option's letter that a marked answer names, None where it names none or more than one.
-
-    `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
-    sentence that holds one option and no negation. A letter with another option's text names none.
+    The one stated by the last conclusion (therefore, so ...) with a number; else the last in bold type, else
+    `there are three`, else the last number.
     """
-    texts, numbers, _ = _table(options)
-    text = tidy(_sentence(text))
-    single = len(text) == 1 and text.isupper()
-    if not single:
-        exact = [letter for letter in texts if texts[letter] and texts[letter] == plain(text)]
-        if exact:
-            return exact[0]
-    if (m := _LETTER.match(text)) and (letter := (m["bracketed"] or m["bare"]).upper()) in texts:
-        rest = m["rest"]
-        own = bool(rest) and plain(rest) == texts[letter]
-        delimited = not rest or rest[0] in ").:,;/&=" or rest[0] > "\u2e80"
-        because = m["bare"] and m["bare"].isupper() and _AFTER_LETTER.match(rest)
-        if m["named"] or m["bracketed"] or own or delimited or because:
-            return _agreed(letter, rest, texts, numbers)
-    if single:
-        return next((letter for letter in texts if texts[letter] == plain(text)), None)
-    if n := number(text):
-        equal = [letter for letter in numbers if same_number(numbers[letter], n, None, None)]
-        return equal[0] if len(equal) == 1 else None
-    said = boolean(text)  # "no, there are not fewer ..."
-    if said is not None and sorted(texts.values()) == ["no", "yes"]:
-        return next(letter for letter in texts if boolean(texts[letter]) is said)
-    return _mentioned(text, options)
+    for line in reversed(sentences):
+        if THEREFORE.search(line) and (found := _stated(line)):
+            return found
+    text = "\n".join(sentences)
+    if bold := _BOLD.findall(text):
+        return bold[-1]
+    return (_stated(sentences[-1]) if sentences else None) or next(reversed(_ANY_NUMBER.findall(text)), None)
 
 
-def _agreed(letter: str, rest: str, texts: dict[str, str], numbers: dict[str, Number]) -> str | None:
-    """`letter` unless the text after it names another option, by its letter, its text or its number."""
-    stripped = rest.lstrip(").:;= ")
-    for text in (plain(stripped.lstrip(",-")), plain(_REASON.split(stripped.lstrip(",- "), maxsplit=1)[0])):
-        if text and text == texts[letter]:
-            return letter
-        if text and text in texts.values():
-            return None
-    others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
-    others += [a or b for a, b in _MENTION.findall(stripped)]
-    if any(other in texts and other != letter for other in others):
-        return None
-    n = number(stripped)
-    equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
-    return None if equal and letter in numbers and letter not in equal else letter
-
-
-def _mentioned(text: str, options: tuple[str, ...]) -> str | None:
-    """The one option that a sentence mentions, by `(B)` or `option B` or by its text; None in doubt."""
-    if _NEGATION.search(text):
-        return None
-    texts, _, words = _table(options)
-    found = {a or b for a, b in _MENTION.findall(text)} & texts.keys()
-    if words:
-        spaced = _words(text)
-        found |= {letter for letter in words if words[letter] in spaced}
-    return found.pop() if len(found) == 1 else None
+def _stated(line: str) -> str | None:
+    """The number that a sentence says: in bold, after its last `is` or `=`, or its last."""
+    for pattern in (_BOLD, _STATED, _ANY_NUMBER):
+        if found := pattern.findall(line):
+            return found[-1]
+    return None
 
 
 # ---- 3. grading ---------------------------------------------------------------------------------------
@@ -209,8 +186,14 @@ def equivalent(
     if options:
         options = tuple(options)
         first, second = choice(a, options), choice(b, options)
-        return first == second if first and second else plain(a) == plain(b)
+        return _same_option(first, second, options) if first and second else plain(a) == plain(b)
     return same(a, b, answer_type, precision) or same(b, a, answer_type, precision)
+
+
+def _same_option(a: str, b: str, options: tuple[str, ...]) -> bool:
+    """Of two letters; two options with the same text are the same answer, unless they are pictures."""
+    texts = table(options).texts
+    return a == b or bool(texts[a]) and texts[a] == texts[b]
 
 
 @functools.lru_cache(65536)
@@ -222,13 +205,10 @@ def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -
         gold = _boxed(gold) or gold
     text = tidy(gold)
     if options:
-        if (
-            len(text.strip("()")) == 1
-            and text.strip("()").isupper()
-            and text.strip("()") in _table(options)[0]
-        ):
-            return text.strip("()")
-        return next((letter for letter, option in _table(options)[0].items() if option == plain(text)), None)
+        known = table(options)
+        if (letter := text.strip("()")) in known.texts:
+            return letter
+        return next((letter for letter, option in known.texts.items() if option == known.text(text)), None)
     readable = {
         "choice": lambda: False,
         "integer": lambda: number(text),
@@ -250,17 +230,6 @@ def as_gold(
     return _gold(letter or answer, options, answer_type)
 
 
-_ANY_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?%?")
-
-
-def _search(text: str, options: tuple[str, ...] | None, numeric: bool) -> str | None:
-    """Fallback: the one option that a text mentions, or its last number."""
-    if options:
-        return _mentioned(text, options)
-    found = _ANY_NUMBER.findall(text) if numeric else []
-    return found[-1] if found else None
-
-
 def grade(
     response: str,
     gold: str,
@@ -276,44 +245,67 @@ def grade(
       response: what the model wrote; only its last TAIL characters are looked at.
       gold: an option's letter or text where there are options, otherwise the value.
       options: the texts of the choices (A), (B), ...; None for a free-form question.
-      answer_type: `choice`, `integer`, `float`, `boolean`, `math` or `text`; None: judged from `gold`.
+      answer_type: `choice`, `integer`, `float`, `boolean`, `list`, `math`, `text`; None: judged from `gold`.
       precision: decimals that a float is asked for; None: those that `gold` is written with, at least 2.
       fallback: without a readable marked answer, also try the last line, then search for a number or option.
     """
     options = tuple(options[: len(LETTERS)]) if options else None
     expected = _gold(gold, options, answer_type)
-    numeric = answer_type in ("integer", "float") or (expected is not None and number(expected) is not None)
-    tail = response[-TAIL:]
-    answer, rule, verdict = None, "none", "unparsed"
-    for line, found_by in _candidates(tail, fallback):
-        if found_by == "search":
-            text = _search(line, options, numeric)
-        else:
-            text = tidy(line if found_by == "boxed" else _sentence(line))
-        if not text:
-            continue
-        letter = choice(text if found_by == "search" else line, options) if options else None
-        if answer is None or letter or (not options and numeric and number(text)):
-            answer, rule = letter or text, found_by
-        if letter or not fallback or (not options and (not numeric or number(text))):
-            break
+    tail = _tail(response)
+    if options:
+        answer, rule = _choice(hushed(tail, options), options, fallback)
+    else:
+        numeric = answer_type in ("integer", "float") or (
+            expected is not None and number(expected) is not None
+        )
+        answer, rule = _value(tail, numeric, fallback)
     if expected is None:
         verdict = "gold-unparsed"
-    elif answer is not None:
+    elif answer is None:
+        verdict = "unparsed"
+    else:
         verdict = "correct" if _right(expected, answer, options, answer_type, precision) else "wrong"
     return Grade(verdict, answer, rule)
 
 
-def _candidates(tail: str, fallback: bool):
-    """Yields (text, rule) in the order they are tried; without fallback only the marked answer."""
-    if found := _marked(tail):
-        yield found
-        if fallback:
-            yield found[0], "search"
-    elif fallback:
-        yield _last_line(tail), "last line"
-        yield _last_line(tail), "search"
-        yield tail, "search"
+def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
+    """(letter or what was said instead of one, rule)."""
+    found = _marked(tail)
+    text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
+    if found and text and ((letter := choice(found[0], options)) or not fallback):
+        return letter or text, found[1]
+    if fallback and not (found and _NAMED.match(text)):  # `(B) and (C)` is an answer, and a wrong one
+        if found and (letter := mentioned(found[0], options)):
+            return letter, "search"
+        last, parts = _last_line(tail), _sentences(tail)
+        if letter := lettered(parts, options):
+            return letter, "search"
+        if not found and (letter := choice(last, options)):
+            return letter, "last line"
+        if letter := search(parts, options):
+            return letter, "search"
+        if not text and (last := tidy(sentence(last))):
+            return last, "last line"
+    return (text, found[1]) if found and text else (None, "none")
+
+
+def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
+    """(answer, rule) of a free-form question."""
+    found = _marked(tail)
+    text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
+    if found and text and not (fallback and numeric and number(text) is None):
+        return text, found[1]
+    if fallback:
+        if numeric and found and (said := _stated(found[0])):
+            return said, "search"
+        last = tidy(sentence(_last_line(tail)))
+        if last and (not numeric or number(last)):
+            return last, "last line"
+        if numeric and (said := _number(_sentences(tail))):
+            return said, "search"
+        if last and not text:
+            return last, "last line"
+    return (text, found[1]) if found and text else (None, "none")
 
 
 def _right(
@@ -321,5 +313,4 @@ def _right(
 ) -> bool:
     if not options:
         return same(gold, answer, answer_type, precision)
-    texts = _table(options)[0]  # two options with the same text are the same answer
-    return answer in texts and (answer == gold or bool(texts[gold]) and texts[answer] == texts[gold])
+    return answer in table(options).texts and _same_option(gold, answer, options)

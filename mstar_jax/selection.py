@@ -26,7 +26,7 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 def judge(query: Query, response: Response) -> Response:
     """Fills in `answer` and `verdict` by the answer checker; an unlabelled query gets no verdict."""
     if query.answer is None:
-        found = answers.extract(response.text)
+        found = answers.extract(response.text, options=query.options)
         return dataclasses.replace(response, answer=found)
     how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
     grade = answers.grade(response.text, query.answer, precision=query.precision, **how)

@@ -30,22 +30,34 @@ def _fraction(m: re.Match) -> str:
     return f" {top}/{bottom} " if numeric else f"({top})/({bottom})"
 
 
+def _matrix(m: re.Match) -> str:
+    """A matrix as the list of its rows."""
+    rows = re.split(r"\\\\\s*|\\\s+", m[2].strip())
+    return "[" + ", ".join("[" + ", ".join(map(str.strip, row.split("&"))) + "]" for row in rows if row) + "]"
+
+
 _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r"\\begin\{([pbB]?)matrix\}(.{0,200}?)\\end\{\1matrix\}", re.DOTALL), _matrix),
     (re.compile(r"\\[()\[\]]|\$\$|\\(?:left|right|displaystyle|!|,)"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|operatorname)\s?\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\\[;: ]|~|\\q?quad"), " "),
     (re.compile(r"\^?\{?\\circ\}?|\\degrees?"), "°"),
-    (re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))"), _fraction),
     (re.compile(r"\\sqrt\s?\{([^{}]*)\}"), r"√(\1)"),
-    (re.compile(r"\\sqrt\s?"), "√"),
+    (re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))"), _fraction),
+    (re.compile(r"\\sqrt\s?(?!\[)"), "√"),
     (re.compile(r"\\(?:times)"), "×"),
     (re.compile(r"\\cdot"), "·"),
     (re.compile(r"\\pi(?![A-Za-z])"), "π"),
     (re.compile(r"\\approx"), "≈"),
+    (re.compile(r"\\cup(?![A-Za-z])"), "∪"),
+    (re.compile(r"\\infty(?![A-Za-z])"), "∞"),
     (re.compile(r"\\angle\s?"), "∠"),
     (re.compile(r"(?<=[\d\s])\{([A-Za-z ]+)\}"), r" \1"),  # 69{degrees}
 ]
+
+
+_SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to be tidied but spaces
 
 
 @functools.lru_cache(65536)
@@ -54,6 +66,9 @@ def tidy(text: str) -> str:
 
     `$\text{B}$.` -> `B`, `1\frac{1}{2}` -> `1 1/2`, `10⁴` -> `10^4`, `\$13.00` -> `$13.00`.
     """
+    if _SIMPLE.fullmatch(text):
+        text = " ".join(text[:LINE].split())
+        return text[:-1].rstrip() if text.endswith(".") else text
     text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # eaten escapes in golds
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
@@ -70,10 +85,20 @@ def tidy(text: str) -> str:
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
 
+_SENTENCE_END = re.compile(r"[.!](?=[\"')\]*$]*(?:\s|$))|[。！]")
+_ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
+
+
+def sentence(line: str) -> str:
+    """First sentence of a line; a dot inside 3.5, after `B` in `B. text` or in an abbreviation ends none."""
+    for m in _SENTENCE_END.finditer(line):
+        if m[0] != "." or not _ABBREVIATION.search(line[max(0, m.start() - 8) : m.start()]):
+            return line[: m.start()]
+    return line
+
+
 _ARTICLE = re.compile(r"(?:the|an?)\s+(?=\S)")
 _ROOT = re.compile(r"(?:√|sqrt)\s?[({](\w+)[)}]")
-_PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
-_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _COLON = re.compile(r"\s?:\s?")
 
 
@@ -85,11 +110,6 @@ def plain(text: str) -> str:
         text = text[1:-1].strip()
     text = _ROOT.sub(r"√\1", _COLON.sub(":", text))
     return _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
-
-
-def _formula(text: str) -> str:
-    """What formulas are compared by: right-hand side, no spaces, no product signs. Text, not algebra."""
-    return _SPACE.sub("", _PRODUCT.sub("", plain(text.rsplit("=", 1)[-1])))
 
 
 # ---- 2. numbers ---------------------------------------------------------------------------------------
@@ -110,19 +130,23 @@ _NUMBER = re.compile(
     r"|(?P<ten>\s?[×x*·]\s?10)?\s?\^\s?[({]?(?P<pow>[-+]?\d{1,3})[)}]?|e(?P<exp>[-+]?\d{1,3})(?!\w))?)",
     re.IGNORECASE,
 )
-_WORDS = (  # their place is their value
+NUMBER_WORDS = (  # their place is their value
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
 _WORD = re.compile(
-    rf"(?P<sign>minus |negative )?(?P<word>{'|'.join(sorted(_WORDS, key=len, reverse=True))})\b(?!-)"
+    rf"(?P<sign>minus |negative )?(?P<word>{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})\b(?!-)"
 )
 _LEAD = re.compile(
     r"(?:(?:is|equals?|equal to|approximately|approx\.?|about|around|roughly|nearly|exactly|only|just"
     r"|(?:a )?total of|there (?:is|are)|it is)(?![a-z])\s?|[≈=:]\s?)+"
 )
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_OPERATOR = re.compile(r"[-+*/^×·√]|\d\s?[A-Za-z]")
 _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
+_DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf"\s?({'|'.join(_SCALES)})s?\b")
 _UNIT_NAMES = """
 m meter meters metre metres; cm centimeter centimeters centimetre centimetres; km kilometer kilometers
 mm millimeter millimeters; in inch inches; ft foot feet; yd yard yards; mi mile miles; g gram grams
@@ -133,30 +157,31 @@ min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months
 n newton newtons; j joule joules; w watt watts; v volt volts; a amp amps; ω ohm ohms; hz; mph; °c c; °f f
 pa; kpa; mol; nm; kj; n/m; m/s; km/h
 """  # the first of each is its canonical name
-_UNITS = {
-    name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()
-}
+UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()}
 _SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\^?\{?2\}?))$")
 _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\^?\{?3\}?))$")
 _NOT_UNIT = re.compile(
     r"\d|[\\^√π+*/=<>|\[\]{}]|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|root|squared|half|halves|thirds?"
-    rf"|quarters?|(?:six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|factorial|sin|cos|tan|log|ln|over|by|x|y|n|{'|'.join(_WORDS)})\b"
+    rf"|quarters?|(?:six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|pairs?|factorial"
+    r"|not|wrong|incorrect|maybe|perhaps"
+    r"|january|february|march|april|may|june|july|august|september|october|november|december"
+    rf"|sin|cos|tan|log|ln|over|by|x|y|n|{'|'.join(NUMBER_WORDS)})\b"
 )
 _LETTER_UNIT = re.compile(r"[\d)]\s?([A-Za-zπ])$")  # 5m is 5 metres, 5a is algebra
 _ASIDE = re.compile(r",?\s(?:because|since|with|which|where)\b")
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left|per)\b")
 
 
-def _unit(tail: str) -> str | None:
+def unit(tail: str) -> str | None:
     """Canonical unit of the words after a number, '' for none; None where the tail is not a unit."""
     text = _ASIDE.split(tail, maxsplit=1)[0].strip()
     if not text:
         return ""
     for pattern, power in ((_SQUARE, 2), (_CUBE, 3)):
-        if (m := pattern.fullmatch(text)) and (m["a"] or m["b"]) in _UNITS:
-            return f"{_UNITS[m['a'] or m['b']]}^{power}"
-    if text in _UNITS:
-        return _UNITS[text]
+        if (m := pattern.fullmatch(text)) and (m["a"] or m["b"]) in UNITS:
+            return f"{UNITS[m['a'] or m['b']]}^{power}"
+    if text in UNITS:
+        return UNITS[text]
     glued, first = tail[0] != " ", text[0]
     if first.isalpha() and "/" in text:
         text = text.replace("/", " per ")
@@ -168,7 +193,7 @@ def _unit(tail: str) -> str | None:
         return None
     words = _CLAUSE.split(text, maxsplit=1)[0].strip(" -")
     head = words.split(" ", 1)[0]
-    return _UNITS.get(words) or _UNITS.get(head) or words.rstrip("s")
+    return UNITS.get(words) or UNITS.get(head) or words.rstrip("s")
 
 
 @functools.lru_cache(65536)
@@ -176,11 +201,18 @@ def number(text: str) -> Number | None:
     """Reads a text that *is* one number with at most a lead (`x =`, `about`) and a unit; else None.
 
     `$1,234.50`, `-3`, `1 1/2`, `2×10^4`, `1.5e3`, `twelve apples`, `50%`, `5 cm^2`; but neither `25π` nor
-    `3:4`, `3 and 5`, `7:30`, `2x+3`, `[1, 2]`.
+    `3:4`, `3 and 5`, `7:30`, `2x+3`, `2x = 4`, `[1, 2]`.
     """
+    if _DIGITS.fullmatch(text):
+        whole, _, decimals = text.partition(".")
+        value = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+        return Number(value, "", len(decimals))
     text = tidy(text)
     if "=" in text and not _SEVERAL.search(text):
-        text = text.rsplit("=", 1)[1].strip()
+        left, _, text = text.rpartition("=")
+        if "=" not in left and _VARIABLE.search(left) and _OPERATOR.search(left):
+            return None  # an equation
+        text = text.strip()
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
         return None
     text = text.lower()
@@ -189,7 +221,7 @@ def number(text: str) -> Number | None:
         text = text[1:-1].strip()
     places = None
     if m := _WORD.match(text):
-        value, money = Fraction(_WORDS.index(m["word"])), ""
+        value, money = Fraction(NUMBER_WORDS.index(m["word"])), ""
         negative = bool(m["sign"])
         places = 0
     elif m := _NUMBER.match(text):
@@ -201,11 +233,10 @@ def number(text: str) -> Number | None:
     else:
         return None
     tail = text[m.end() :]
-    scale = next((s for s in _SCALES if re.match(rf"\s?{s}s?\b", tail)), None) if tail else None
-    if scale:
-        tail, value, places = re.sub(rf"^\s?{scale}s?", "", tail), value * _SCALES[scale], None
-    unit = _unit(tail)
-    return None if unit is None else Number(-value if negative else value, unit or money, places)
+    if tail and (scale := _SCALE.match(tail)):
+        tail, value, places = tail[scale.end() :], value * _SCALES[scale[1]], None
+    name = unit(tail)
+    return None if name is None else Number(-value if negative else value, name or money, places)
 
 
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
@@ -251,72 +282,20 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
     return any(abs(value - gold.value) <= tolerance for value in values)
 
 
-# ---- 3. comparison ------------------------------------------------------------------------------------
+# ---- 3. kinds ------------------------------------------------------------------------------------
 
+_CHANGED = re.compile(r"\b(?:but|wait|actually|however|rather)\b")
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
-_OPENING = re.compile(r"[\[({]")
-_SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]]|\d\s?/\s?\d|\d[a-z]\b")
+SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥]|[\da-z]\s?/\s?\d|\d[a-z]\b")
 
 
 def boolean(text: str) -> bool | None:
     """Reads `yes`, `true`, `No, because ...`; None where the text is no such answer."""
-    m = _BOOLEAN.match(plain(text))
-    return m[1] in ("yes", "true") if m else None
-
-
-def _elements(text: str) -> tuple[str, list[str]]:
-    """(opening and closing bracket or '', the parts between top-level commas); no parts if not a list."""
-    text = tidy(text).replace("\\{", "{").replace("\\}", "}")
-    ends = text[:1] + text[-1:]
-    brackets = ends if ends in ("[]", "()", "{}", "[)", "(]") else ""
-    inner = text[1:-1] if brackets else text
-    if "," not in inner:
-        return brackets, [inner.strip()] if brackets == "[]" else []
-    spaced, parts, depth, start = ", " in inner, [], 0, 0
-    for i, c in enumerate(inner):
-        depth += (c in "([{") - (c in ")]}")
-        if c == "," and depth == 0 and (not spaced or inner[i + 1 : i + 2] == " "):
-            parts.append(inner[start:i].strip())
-            start = i + 1
-    if not brackets and not parts:  # unbalanced: the commas are all inside
-        return "", []
-    return brackets, [*parts, inner[start:].strip()]
-
-
-def _same_list(gold: str, other: str, answer_type: str | None, precision: int | None) -> bool:
-    brackets, expected = _elements(gold)
-    given_brackets, given = _elements(other)
-    plain_pair = {brackets, given_brackets} <= {"[]", "()"}
-    if len(expected) != len(given) or not (given_brackets in ("", brackets) or plain_pair):
-        return False
-    if brackets != "{}":
-        return all(same(a, b, None, precision) for a, b in zip(expected, given, strict=True))
-    for element in expected:  # a set: every element finds its partner
-        match = next((g for g in given if same(element, g, None, precision)), None)
-        if match is None:
-            return False
-        given.remove(match)
-    return True
-
-
-def same(gold: str, other: str, answer_type: str | None, precision: int | None) -> bool:
-    """Whether `other` answers a free-form `gold`; both are extracted answers. Not symmetric in rounding."""
-    if gold == other:
-        return True
-    if (expected := boolean(gold)) is not None:
-        return boolean(other) is expected
-    if n := number(gold):
-        m = number(other)
-        return m is not None and same_number(n, m, answer_type, precision)
-    if (
-        gold[:1] in "[({\\"
-        and len(_OPENING.findall(gold)) <= 20
-        and len(_elements(gold)[1]) > (gold[:1] != "[")
-    ):
-        return _same_list(gold, other, answer_type, precision)
-    return plain(gold) == plain(other) or bool(_SYMBOLIC.search(gold)) and _formula(gold) == _formula(other)
+    text = plain(text)
+    m = _BOOLEAN.match(text)
+    return m[1] in ("yes", "true") if m and not _CHANGED.search(text) else None
 
 
 def kind(answer: str) -> str:
@@ -328,4 +307,4 @@ def kind(answer: str) -> str:
         if n.places is None:
             return "math"
         return "float" if n.places else "integer"
-    return "math" if _SYMBOLIC.search(answer) else "text"
+    return "math" if SYMBOLIC.search(answer) else "text"

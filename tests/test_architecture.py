@@ -27,7 +27,12 @@ ALLOWED = {
     "sharding": ("structs",),
     "models.*": ("models", "structs", "sharding"),
     "values": (),
-    "answers": ("values", "structs"),
+    "formulas": (),
+    "algebra": (),  # runs in a process of its own
+    "symbolic": ("formulas",),
+    "equality": ("symbolic", "values"),
+    "choices": ("values",),
+    "answers": ("choices", "equality", "values", "structs"),
     "steps": (),
     "selection": ("answers", "structs", "values", "steps"),
     "measures": ("selection", "answers", "values", "structs", "steps"),
@@ -43,7 +48,20 @@ FORBIDDEN = {
     "*": ("models", *ABOVE),
 }
 
-TEXT = ("values", "answers", "scoring", "steps", "selection", "measures", "explore")  # pure Python and numpy
+TEXT = (
+    "values",
+    "formulas",
+    "algebra",
+    "symbolic",
+    "equality",
+    "choices",
+    "answers",
+    "scoring",
+    "steps",
+    "selection",
+    "measures",
+    "explore",
+)  # pure Python and numpy
 DATA = ("figures", "mathv360k", "images", "splits", "prompts", "benchmarks", "tables")
 TEXT += tuple(f"data.{name}" for name in DATA)
 

@@ -259,7 +259,8 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
     assert not left_out and [prompt.crops for prompt in prompts] == [5, 0, 1]
     branches = tuple(tuple(processor.encode_response(text)) for text in ("one", "Step 2"))
     rows = [Row(prompt, branches) for prompt in prompts]
-    batch = loader._stack([loader.encode_row(row, processor, 160, 5) for row in rows], 4)
+    encoded = [loader.encode_row(row, processor, 160, 5) for row in rows]
+    batch = loader._stack(encoded, 4, encoded[0])
 
     @jax.jit
     def run(model, batch):

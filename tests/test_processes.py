@@ -67,7 +67,7 @@ class Job:
         self.processes, self.log = [], workdir.with_suffix(".log")
         for index in range(count):
             command = [sys.executable, "-c", driver, "--config=configs/tiny.py:smoke", *values]
-            command += [f"--workdir={workdir}"]
+            command += [f"--workdir={workdir}", "--grace=100"]  # a busy machine compiles for long
             if count > 1:
                 command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
                 command += [f"--process_id={index}"]
