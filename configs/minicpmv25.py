@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = runpy.run_path(str(pathlib.Path(__file__).with_name("phi35.py")))["get_config"]()
+    c.policy.family = "minicpmv"
     c.policy.max_crops = 9  # most slices of an image, beside the whole of it (official: 9)
     c.data.max_prompt = 1536  # 98 tokens a slice, so about 1000 for an image
     c.sampling.batch = 32  # 131 KB of cache a token

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
 
     c.policy = policy = ConfigDict()
     policy.path = ""  # the official checkpoint's folder, or its hub id; has to be given
+    policy.family = "phi3_v"  # what `plan` takes without a path; else the checkpoint's own
     policy.max_crops = 4  # most high-resolution crops of an image, beside its global view (official: 4)
 
     c.data = data = ConfigDict()

@@ -142,7 +142,6 @@ def run(
     mesh = sharding.make_mesh(**config.mesh)
     setup.check_benchmarks(config)
     sharding.check_divides("sampling.batch", config.sampling.batch, mesh)
-    jax.set_mesh(mesh)
     dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.get("max_crops")
     evaluation = Evaluation(workdir, config.benchmarks)
     for checkpoint in found:
@@ -151,7 +150,8 @@ def run(
             model = judge.load(mesh, dtype, reward=True)
             voter = Voter(Scorer(host, judge.processor(crops)), model, judge.identity)
         params = checkpoint.load(mesh, dtype)
-        evaluation.evaluate(Policy(checkpoint.name, host, params, checkpoint.identity), voter)
+        with jax.set_mesh(mesh):
+            evaluation.evaluate(Policy(checkpoint.name, host, params, checkpoint.identity), voter)
     return evaluation
 
 

@@ -6,36 +6,18 @@ import pathlib
 
 import jax
 import pytest
-import test_internvl2_checkpoint
-import test_minicpmv25_checkpoint
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import internvl2, layers, minicpmv25, names, phi35
+from mstar_jax.models import internvl2, minicpmv25, names, official, phi35
 
 PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).parent
 
 
-PHI35 = phi35.Phi35Config(
-    layers.DecoderConfig(
-        vocab_size=32064,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=96,
-        short_factor=(1.0,) * 48,
-        long_factor=(1.0,) * 48,
-        max_position=131072,
-        original_max_position=4096,
-    ),
-    phi35.CLIP,
-)
 FULL = {  # family, config, tensors, parameters
-    "phi35_vision": (phi35.FAMILY, PHI35, 592, 4_146_621_440),
-    "internvl2": (internvl2.FAMILY, test_internvl2_checkpoint.FULL, 517, 2_205_754_368),
-    "minicpmv25": (minicpmv25.FAMILY, test_minicpmv25_checkpoint.FULL, 741, 8_537_092_336),
+    "phi35_vision": (phi35.FAMILY, official.PHI35, 592, 4_146_621_440),
+    "internvl2": (internvl2.FAMILY, official.INTERNVL2, 517, 2_205_754_368),
+    "minicpmv25": (minicpmv25.FAMILY, official.MINICPMV25, 741, 8_537_092_336),
 }
 
 

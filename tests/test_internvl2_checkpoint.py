@@ -15,38 +15,8 @@ from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
 
 from mstar_jax import models, sharding
 from mstar_jax.models import hf, internvl2, layers
-from mstar_jax.models.layers import DecoderConfig
-from mstar_jax.models.vision import VitConfig, gelu, patchify
-
-FULL = internvl2.InternVL2Config(
-    DecoderConfig(
-        vocab_size=92553,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=24,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=1e6,
-        max_position=32768,
-        original_max_position=32768,
-    ),
-    VitConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_layers=24,
-        num_heads=16,
-        image_size=448,
-        patch_size=14,
-        layer_norm_eps=1e-6,
-        activation=gelu,
-        select_layer=-1,
-        patch_bias=True,
-        pre_norm=False,
-        post_norm=False,
-        layer_scale=True,
-    ),
-)
+from mstar_jax.models.official import INTERNVL2
+from mstar_jax.models.vision import patchify
 
 
 def model(seed=0):
@@ -72,15 +42,15 @@ def leaves(policy):
 def test_config_is_read_back(folder, tmp_path):
     assert models.Pretrained(folder).config == CONFIG
     assert models.Pretrained(folder, max_crops=3).config == dataclasses.replace(CONFIG, num_crops=3)
-    files = internvl2.config_files(FULL, "bfloat16")
+    files = internvl2.config_files(INTERNVL2, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(files["config.json"]))
-    assert internvl2.read_config(tmp_path) == FULL
+    assert internvl2.read_config(tmp_path) == INTERNVL2
 
 
 @golden
 def test_config_of_the_official_code():
     decoder = dataclasses.replace(
-        FULL.decoder,
+        INTERNVL2.decoder,
         hidden_size=64,
         intermediate_size=128,
         num_layers=3,
@@ -88,7 +58,9 @@ def test_config_of_the_official_code():
         num_kv_heads=2,
         head_dim=16,
     )
-    vision = dataclasses.replace(FULL.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4)
+    vision = dataclasses.replace(
+        INTERNVL2.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4
+    )
     assert internvl2.read_config(GOLDEN) == internvl2.InternVL2Config(decoder, vision, 12, 1, True)
 
 

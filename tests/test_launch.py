@@ -239,6 +239,8 @@ def test_host_passes_the_signal_on(place, sent):
         cwd=place.folder,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # a shell cannot trap what it was started to ignore, as jobs in the background are
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 20
     while not (place.folder / "begun").exists() and time.time() < deadline:

@@ -10,32 +10,7 @@ import tiny_minicpm as tiny
 from safetensors.numpy import load_file
 
 from mstar_jax import models, sharding
-from mstar_jax.models import layers, minicpmv25
-
-FULL = minicpmv25.MiniCPMV25Config(
-    layers.DecoderConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        max_position=8192,
-        original_max_position=8192,
-    ),
-    dataclasses.replace(
-        tiny.SIGLIP,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_layers=27,
-        num_heads=16,
-        image_size=980,
-        patch_size=14,
-    ),
-)
+from mstar_jax.models import minicpmv25
 
 
 @pytest.fixture(scope="module")

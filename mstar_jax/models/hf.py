@@ -293,6 +293,7 @@ class Family:
       model: (config, nnx.Rngs) -> the model.
       processor: (config, tokenizer) -> its host side.
       load_tokenizer: (folder) -> the tokenizer.
+      pixels: (config, crops) -> shapes of the pixels of a prompt with so many crops.
     """
 
     read_config: Callable[[pathlib.Path], Any]
@@ -301,3 +302,4 @@ class Family:
     model: Callable[..., Any]
     processor: Callable[..., Any]
     load_tokenizer: Callable[[pathlib.Path], Any]
+    pixels: Callable[[Any, int], Any]

@@ -364,4 +364,9 @@ def table(config: InternVL2Config) -> list[names.Tensor]:
     return out
 
 
-FAMILY = hf.Family(read_config, config_files, table, InternVL2, InternVL2Processor, load_tokenizer)
+def pixels(config: InternVL2Config, crops: int) -> jax.ShapeDtypeStruct:
+    """Of a prompt with so many tiles, thumbnails included."""
+    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
+
+
+FAMILY = hf.Family(read_config, config_files, table, InternVL2, InternVL2Processor, load_tokenizer, pixels)

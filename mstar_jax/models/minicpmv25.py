@@ -210,8 +210,7 @@ class MiniCPMV25Processor:
         """Pads the images of a conversation to one length, the same for all but very long images."""
         c = self.config
         longest = max((len(patches) for patches, _ in crops), default=0)
-        usual = 9 * (c.scale_resolution // c.vision.patch_size) ** 2 // 8  # whole patches: not quite square
-        length = -(-max(longest, usual) // LENGTH) * LENGTH
+        length = padded_length(c, longest)
         out = Slices(
             np.zeros((len(crops), length, 3 * c.vision.patch_size**2), np.float32),
             np.zeros((len(crops), length), np.int32),
@@ -237,6 +236,14 @@ class MiniCPMV25Processor:
     def length_limit(self, prefix_tokens: int) -> int:
         """Longest sequence: the decoder's context."""
         return self.config.decoder.max_position
+
+
+def padded_length(config: MiniCPMV25Config, longest: int) -> int:
+    """Patches that every image is padded to: the same for all but very long images."""
+    usual = (
+        9 * (config.scale_resolution // config.vision.patch_size) ** 2 // 8
+    )  # whole ones: not quite square
+    return -(-max(longest, usual) // LENGTH) * LENGTH
 
 
 def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
@@ -328,4 +335,15 @@ def table(config: MiniCPMV25Config) -> list[names.Tensor]:
     ]
 
 
-FAMILY = hf.Family(read_config, config_files, table, MiniCPMV25, MiniCPMV25Processor, tokenizer.load)
+def pixels(config: MiniCPMV25Config, crops: int) -> Slices:
+    """Of a prompt with so many images and slices, none of them very long."""
+    length = padded_length(config, 0)
+    return Slices(
+        jax.ShapeDtypeStruct((crops, length, 3 * config.vision.patch_size**2), jnp.float32),
+        jax.ShapeDtypeStruct((crops, length), jnp.int32),
+        jax.ShapeDtypeStruct((crops,), jnp.int32),
+        jax.ShapeDtypeStruct((crops, 2), jnp.int32),
+    )
+
+
+FAMILY = hf.Family(read_config, config_files, table, MiniCPMV25, MiniCPMV25Processor, tokenizer.load, pixels)

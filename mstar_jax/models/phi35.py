@@ -335,4 +335,9 @@ def table(config: Phi35Config) -> list[names.Tensor]:
     return rest
 
 
-FAMILY = hf.Family(read_config, config_files, table, Phi35Vision, Phi35Processor, tokenizer.load)
+def pixels(config: Phi35Config, crops: int) -> jax.ShapeDtypeStruct:
+    """Of a prompt with so many crops, views included."""
+    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
+
+
+FAMILY = hf.Family(read_config, config_files, table, Phi35Vision, Phi35Processor, tokenizer.load, pixels)

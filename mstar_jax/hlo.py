@@ -1,0 +1,265 @@
+"""What a compiled program does on one device, read from its HLO text with loops multiplied out.
+
+XLA's own cost analysis counts the body of a loop once, and the blocks of these models are a loop.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0}
+BITS |= {f"{kind}{size}": size for kind in "su" for size in (2, 4, 8, 16, 32, 64)}
+BITS |= {"opaque": 0}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# These move nothing: they name or group what is there, or their work is in what they call.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "domain", "iota"}
+
+Shape = tuple[str, tuple[int, ...]]  # element type, dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      bytes: of its result on one device; of a reduce-scatter, of its operand.
+      group: devices that take part together.
+      times: how often it runs.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One run of a program, on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions; two a multiply-add.
+      bytes: read and written by operations that the compiler left apart; an estimate of memory traffic.
+      collectives: in the order of the text.
+    """
+
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+
+    def moved(self) -> dict[str, int]:
+        """Bytes that a device receives, by kind of collective."""
+        out: dict[str, int] = collections.defaultdict(int)
+        for c in self.collectives:
+            share = (c.group - 1) / max(c.group, 1)
+            ways = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(c.kind, share)
+            out[c.kind] += round(c.bytes * ways * c.times)
+        return dict(out)
+
+
+@dataclasses.dataclass
+class _Op:
+    name: str
+    shapes: list[Shape]  # of its result; several for a tuple
+    code: str
+    operands: list[str]
+    text: str  # attributes
+
+    def calls(self) -> list[str]:
+        found = re.findall(
+            r"(?:calls|body|condition|to_apply|called_computations)=\{?%?([\w.\-]+)", self.text
+        )
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.text)
+        return found + (re.findall(r"%?([\w.\-]+)", branches[1]) if branches else [])
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
+_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+
+
+def _shapes(text: str) -> list[Shape]:
+    return [(kind, tuple(map(int, dims.split(","))) if dims else ()) for kind, dims in _SHAPE.findall(text)]
+
+
+def _size(shapes: Sequence[Shape]) -> int:
+    return sum(-(-BITS.get(kind, 8) * math.prod(dims) // 8) for kind, dims in shapes)
+
+
+def _split(rest: str) -> tuple[str, str]:
+    """(operands, attributes) of what follows the opening bracket."""
+    depth = 1
+    for at, character in enumerate(rest):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return rest[:at], rest[at + 1 :]
+    return rest, ""
+
+
+def parse(text: str) -> tuple[str, dict[str, dict[str, _Op]]]:
+    """(name of the entry computation, its and the others' operations by name)."""
+    entry, current = "", ""
+    found: dict[str, dict[str, _Op]] = {}
+    for line in text.splitlines():
+        if m := _COMPUTATION.match(line):
+            current = m[2]
+            entry = current if m[1] else entry
+            found[current] = {}
+        elif current and (m := _OP.match(line)):
+            operands, attributes = _split(m[4])
+            names = re.findall(r"%([\w.\-]+)", operands)
+            if m[3] == "parameter":
+                names, attributes = [operands], attributes
+            found[current][m[1]] = _Op(m[1], _shapes(m[2]), m[3], names, attributes)
+    return entry, found
+
+
+def work(text: str) -> Work:
+    """Reads the text of `compiled.as_text()`.
+
+    Raises:
+      ValueError: it holds no entry computation.
+    """
+    entry, computations = parse(text)
+    if not entry:
+        raise ValueError("this is no HLO text: it has no ENTRY computation")
+    flops = bytes_ = 0.0
+    collectives = []
+    for computation, times, inside in _runs(entry, computations):
+        ops = computations[computation]
+        for op in ops.values():
+            flops += times * _flops(op, ops)
+            kind = op.code.removesuffix("-start")
+            if kind in COLLECTIVES:
+                collectives.append(Collective(kind, _moved(op, ops), _group(op.text), times))
+            if not inside and op.code not in FREE and not op.code.endswith("-done"):
+                bytes_ += times * _traffic(op, ops, computations)
+    return Work(flops, bytes_, tuple(collectives))
+
+
+def _runs(entry: str, computations: dict[str, dict[str, _Op]]) -> Iterator[tuple[str, int, bool]]:
+    """(computation, how often it runs, whether it is the inside of one operation), the entry first."""
+    todo = [(entry, 1, False)]
+    while todo:
+        name, times, inside = todo.pop()
+        if name not in computations:
+            continue
+        yield name, times, inside
+        for op in computations[name].values():
+            count = (
+                re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.text)
+                if op.code == "while"
+                else None
+            )
+            apart = op.code in ("while", "conditional", "call") or op.code.startswith("async")
+            for called in op.calls():
+                todo.append((called, times * (int(count[1]) if count else 1), inside or not apart))
+
+
+def _flops(op: _Op, ops: dict[str, _Op]) -> float:
+    if op.code not in ("dot", "convolution") or any(name not in ops for name in op.operands[:2]):
+        return 0.0
+    left, right = (ops[name].shapes[0][1] for name in op.operands[:2])
+    out = op.shapes[0][1]
+    if op.code == "dot":
+        m = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.text)
+        summed = [left[int(at)] for at in m[1].split(",") if at] if m else []
+        return 2.0 * math.prod(out) * math.prod(summed)
+    return _convolution(op.text, left, right, out)
+
+
+def _convolution(text: str, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> float:
+    """Multiply-adds with what is there, not with padding: TPUs write batched products as convolutions."""
+    m = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+    if not m:
+        return 0.0
+    labels = m[1], m[2], m[3]
+    window = re.search(r"window=\{([^}]*)\}", text)
+    given = dict(part.split("=") for part in window[1].split()) if window else {}
+    places = sorted(set(labels[2]) - set("bf"))
+    valid = 1
+    for at, place in enumerate(places):
+        size = left[labels[0].index(place)], right[labels[1].index(place)], out[labels[2].index(place)]
+        valid *= _pairs(*size, *(_each(given, key, at, default) for key, default in _WINDOW))
+    features = right[labels[1].index("i")] * out[labels[2].index("f")]
+    groups = re.search(r"batch_group_count=(\d+)", text)
+    return 2.0 * valid * features * out[labels[2].index("b")] / (int(groups[1]) if groups else 1)
+
+
+_WINDOW = (("stride", "1"), ("pad", "0_0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
+
+
+def _each(given: dict[str, str], key: str, at: int, default: str) -> int:
+    """The value of a spatial dimension; of a padding, the lower one."""
+    values = given[key].split("x") if key in given else []
+    return int((values[at] if at < len(values) else default).split("_")[0])
+
+
+def _pairs(size: int, kernel: int, out: int, stride: int, pad: int, base: int, dilation: int) -> int:
+    """Places of output and kernel that meet an input that is there."""
+    long = (size - 1) * base + 1
+    total = 0
+    for k in range(kernel):
+        first = k * dilation - pad
+        places = range(first, first + stride * out, stride)
+        total += sum(0 <= at < long and at % base == 0 for at in places)
+    return total
+
+
+def _group(text: str) -> int:
+    if m := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(m[2])
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", m[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", m[2]))
+    if m := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(m[1].split(","))
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
+    return 2 if pairs else 1
+
+
+def _moved(op: _Op, ops: dict[str, _Op]) -> int:
+    operands = [shape for name in op.operands if name in ops for shape in ops[name].shapes]
+    if op.code.startswith("reduce-scatter"):
+        return _size(operands)
+    if op.code == "all-gather-start":  # its result is (operands, results)
+        return max(_size(op.shapes) - _size(operands), 0)
+    if op.code in ("all-reduce-start", "all-reduce", "all-to-all", "all-gather"):
+        return _size(op.shapes)
+    return _size(operands)
+
+
+def _traffic(op: _Op, ops: dict[str, _Op], computations: dict[str, dict[str, _Op]]) -> float:
+    """Bytes of operands and result; of what is only cut out of, or written into, the part."""
+    if op.code in ("dynamic-slice", "slice", "gather"):
+        return 2.0 * _size(op.shapes)
+    if op.code == "dynamic-update-slice" and len(op.operands) > 1 and op.operands[1] in ops:
+        return 2.0 * _size(ops[op.operands[1]].shapes)
+    inner = computations.get(next(iter(op.calls()), ""), {}) if op.code == "fusion" else {}
+    parameters = {int(o.operands[0]): o.name for o in inner.values() if o.code == "parameter"}
+    total = float(_written(op, inner))
+    for at, name in enumerate(op.operands):
+        if name in ops:
+            total += _read(parameters[at], inner) if at in parameters else _size(ops[name].shapes)
+    return total
+
+
+def _read(name: str, inner: dict[str, _Op]) -> float:
+    """What a fusion reads of a parameter."""
+    users = [op for op in inner.values() if name in op.operands and op.code != "parameter"]
+    if users and all(op.code == "dynamic-slice" and op.operands[0] == name for op in users):
+        return float(sum(_size(op.shapes) for op in users))
+    if users and all(op.code == "dynamic-update-slice" and op.operands[0] == name for op in users):
+        return 0.0
+    return float(_size(inner[name].shapes))
+
+
+def _written(op: _Op, inner: dict[str, _Op]) -> int:
+    updates = [o for o in inner.values() if o.code == "dynamic-update-slice"]
+    if updates and any(o.shapes == op.shapes for o in updates):  # in place
+        return sum(_size(inner[o.operands[1]].shapes) for o in updates if o.operands[1] in inner)
+    return _size(op.shapes)

@@ -1,0 +1,341 @@
+"""What a config's programs cost on a machine, before it is rented.
+
+    python -m mstar_jax.plan --config=configs/phi35.py --topology=v5e:4x4
+    python -m mstar_jax.plan --config=configs/tiny.py                      # the local devices
+
+Compiles the real programs of the full-size model, without a weight and, for a TPU topology, without a TPU
+(`pip install libtpu`): the train step, the prefill and one step of the decoding of rollouts, and the scoring
+of the reward model. Printed for each of them, per chip: memory by kind against what the chip has, FLOPs,
+bytes, collectives, and the time that the slowest of compute, memory and network would take at its peak: a
+bound, not a forecast. What does not fit is tried again with other settings until it does.
+
+Without `policy.path` the released model's dimensions are taken (`policy.family`).
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import app, flags
+from flax import nnx
+from jax.experimental import topologies
+
+from mstar_jax import hlo, models, prm, sampling, setup, sharding, train
+from mstar_jax.data import loader
+from mstar_jax.main import CONFIG
+from mstar_jax.models import official, vlm
+from mstar_jax.structs import Batch
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU's, e.g. v5e:4x4; default the local devices.")
+PROGRAMS = flags.DEFINE_list("programs", ["train", "rollouts", "score"], "Which of them.")
+ADVISE = flags.DEFINE_bool("advise", True, "Look for settings with which a program fits.")
+
+GB, TERA = 1e9, 1e12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device can do; vendors' figures.
+
+    Attributes:
+      memory: bytes of HBM that programs may use.
+      flops: dense bfloat16 a second.
+      bandwidth: of the memory, bytes a second.
+      network: bytes a second that it can receive from the others.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    network: float
+
+
+CHIPS = {  # by the device kind that JAX reports; cloud.google.com/tpu/docs, and the GPUs' data sheets
+    "TPU v4": Chip(32e9, 275e12, 1228e9, 300e9),
+    "TPU v5 lite": Chip(16e9, 197e12, 819e9, 200e9),
+    "TPU v5": Chip(95e9, 459e12, 2765e9, 600e9),
+    "TPU v6 lite": Chip(32e9, 918e12, 1640e9, 448e9),
+    "NVIDIA A100": Chip(80e9, 312e12, 2039e9, 300e9),
+    "NVIDIA H100": Chip(80e9, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One program on one device.
+
+    Attributes:
+      memory: bytes by kind: arguments, outputs, temporary, code; `shared` of the outputs lie in arguments.
+      work: FLOPs, bytes and collectives of one run.
+    """
+
+    memory: dict[str, float]
+    work: hlo.Work
+
+    @property
+    def peak(self) -> float:
+        """Bytes that have to be there at once."""
+        return sum(self.memory.values()) - 2 * self.memory["shared"]
+
+
+# ---- 1. the programs ----------------------------------------------------------------------------------
+
+
+def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]:
+    """The family and the dimensions of the config's policy, without a weight.
+
+    Raises:
+      ValueError: it names none.
+    """
+    values = config.policy
+    if values.path:
+        source = models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        return source.family, source.config
+    if "decoder" in values:
+        return models.phi35.FAMILY, setup.policy_config(values)
+    if values.get("family") not in official.OFFICIAL:
+        known = ", ".join(official.OFFICIAL)
+        raise ValueError(f"policy.family = {values.get('family')!r}: give policy.path, or one of {known}")
+    found = official.OFFICIAL[values.family]
+    crops = values.get("max_crops")
+    return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
+
+
+class Programs:
+    """The programs of a config for a mesh, lowered from shapes alone."""
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Any):
+        self.config, self.mesh = config, mesh
+        self.family, self.dimensions = policy_of(config)
+        self.crops = self.dimensions.num_crops + 1  # and the image as a whole
+        self.build = lambda: self.family.model(self.dimensions, nnx.Rngs(0))
+
+    def lower(self, name: str) -> Iterator[tuple[str, Any]]:
+        """(program, lowered) of one of train, rollouts and score."""
+        yield from {"train": self._train, "rollouts": self._rollouts, "score": self._score}[name]()
+
+    def _placed(self, tree: Any, layout: Any) -> Any:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+    def _weights(self, build: Callable[[], Any]) -> Any:
+        """Parameters as they are sampled with."""
+        c = self.config.sampling
+        abstract = jax.eval_shape(lambda: sharding.cast(build(), jnp.dtype(c.dtype)))
+        return self._placed(abstract, sharding.shardings(abstract, sharding.SAMPLE, self.mesh))
+
+    def _batch(self, rows: int, length: int) -> Batch:
+        """A batch of rows, each with an image of the greatest number of crops."""
+        number = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        value = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        pixels = self.family.pixels(self.dimensions, self.crops)
+        pixels = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), pixels)
+        batch = Batch(number, number, value, number, pixels, value)
+        return self._placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
+
+    def _train(self) -> Iterator[tuple[str, Any]]:
+        c, e = self.config.train, self.config.evolve
+        sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
+        tx, _ = setup.optimizer(e, c)
+        state = train.abstract_state(self.build, tx, self.mesh)
+        how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
+        step: Any = train.make_train_step(tx, self.mesh, **how)
+        kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
+        length = loader.bucket(
+            min(self.config.data.max_prompt + kept, max(self.config.data.buckets)), self.config.data.buckets
+        )
+        yield f"train step, {e.batch} rows of {length}", step.lower(state, self._batch(e.batch, length))
+
+    def _rollouts(self) -> Iterator[tuple[str, Any]]:
+        c, k = self.config.sampling, self.config.evolve.k
+        sharding.check_divides("sampling.batch", c.batch, self.mesh)
+        length = loader.bucket(self.config.data.max_prompt, self.config.data.buckets)
+        settings = sampling.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p)
+        host = _Host(self.dimensions.decoder.vocab_size)
+        batch, model = self._batch(c.batch, length), self._weights(self.build)
+        prefill = jax.jit(lambda model, batch: model.prefill(batch, k, c.max_new_tokens))
+        yield f"prefill, {c.batch} rows of {length}", prefill.lower(model, batch)
+        per = sharding.batch_sharding(self.mesh)
+        keys = jax.ShapeDtypeStruct((c.batch,), jnp.uint32, sharding=per)
+        limits = jax.ShapeDtypeStruct((c.batch, k), jnp.int32, sharding=per)
+        samples = jax.ShapeDtypeStruct((c.batch, k), jnp.uint32, sharding=per)
+        temperatures = jax.ShapeDtypeStruct((k,), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        generate: Any = sampling.make_generate(host, settings)
+        lowered = generate.lower(model, batch, keys, key, temperatures, limits, samples)
+        yield f"rollouts, {k} a row, {c.max_new_tokens} tokens (prefill and one step)", lowered
+
+    def _score(self) -> Iterator[tuple[str, Any]]:
+        v = self.config.prm
+        sharding.check_divides("prm.batch", v.batch, self.mesh)
+        length = max(self.config.data.buckets)
+        model = self._weights(lambda: vlm.RewardModel(self.build()))
+        yield (
+            f"score, {v.batch} rows of {length}",
+            prm.token_scores.lower(model, self._batch(v.batch, length)),
+        )
+
+
+class _Host:
+    """As much of a processor as sampling is compiled from."""
+
+    stop_ids, forbidden_ids = (0,), ()
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+
+# ---- 2. what they cost --------------------------------------------------------------------------------
+
+
+class TooLarge(Exception):
+    """A program that the device's memory does not hold; says how much it wanted."""
+
+
+def compile_(lowered: Any) -> Cost:
+    """Compiles a program.
+
+    Raises:
+      TooLarge: it does not fit.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if found := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)):
+            raise TooLarge(f"needs {found[1]} of {found[2]}") from error
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLarge(str(error).splitlines()[0]) from error
+        raise
+    m = compiled.memory_analysis()
+    memory = {"arguments": m.argument_size_in_bytes, "outputs": m.output_size_in_bytes}
+    memory |= {"temporary": m.temp_size_in_bytes, "code": m.generated_code_size_in_bytes}
+    memory |= {"shared": m.alias_size_in_bytes}
+    return Cost(memory, hlo.work(compiled.as_text()))
+
+
+def times(cost: Cost, chip: Chip) -> dict[str, float]:
+    """Seconds that computing, memory and network take at their peak."""
+    moved = sum(cost.work.moved().values())
+    found = {"compute": cost.work.flops / chip.flops, "memory": cost.work.bytes / chip.bandwidth}
+    return found | {"network": moved / chip.network}
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The figures of a device kind, None where they are not known."""
+    found = [name for name in CHIPS if kind.startswith(name)]
+    return CHIPS[max(found, key=len)] if found else None
+
+
+# ---- 3. the table -------------------------------------------------------------------------------------
+
+
+def shown(name: str, cost: Cost, chip: Chip | None) -> str:
+    """A program's lines."""
+    kinds = {kind: size for kind, size in cost.memory.items() if kind != "shared"}
+    parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds.items())
+    of = f" of {chip.memory / GB:.0f}" if chip else ""
+    lines = [
+        name,
+        f"  memory    {cost.peak / GB:.2f}{of} GB: {parts}, in place {cost.memory['shared'] / GB:.2f}",
+    ]
+    moved = {kind: size for kind, size in cost.work.moved().items() if size}
+    text = ", ".join(f"{kind} {size / GB:.3f}" for kind, size in sorted(moved.items())) or "none"
+    lines.append(
+        f"  work      {cost.work.flops / TERA:.3f} TFLOP, {cost.work.bytes / GB:.2f} GB read and written"
+    )
+    lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
+    if chip:
+        found = times(cost, chip)
+        slowest = max(found, key=found.__getitem__)
+        each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
+        share = found["compute"] / max(found.values())
+        lines.append(f"  at peak   {each} ms: bound by {slowest}, {100 * share:.0f} % of peak FLOPs at best")
+    return "\n".join(lines)
+
+
+def smaller(name: str, config: ml_collections.ConfigDict, mesh: Any) -> Iterator[dict[str, Any]]:
+    """Settings to try in turn for a program that does not fit; each keeps what the one before it changed."""
+    shards, c = sharding.batch_shards(mesh), config
+    if name == "train":
+        if c.train.remat != "full":
+            yield {"train.remat": "full"}
+        accumulate = 2 * c.train.accumulate
+        while c.evolve.batch % (accumulate * shards) == 0:
+            yield {"train.accumulate": accumulate}
+            accumulate *= 2
+    else:
+        key = {"rollouts": "sampling.batch", "score": "prm.batch"}[name]
+        size = (c.sampling if name == "rollouts" else c.prm).batch // 2
+        while size >= shards and size % shards == 0:
+            yield {key: size}
+            size //= 2
+    for tensor in (2, 4, 8):
+        if mesh.size % tensor == 0:
+            yield {"mesh.tensor": tensor}
+
+
+def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], advise: bool) -> Iterator[str]:
+    """The lines of one of PROGRAMS, and of what makes it fit."""
+    mesh, changes = sharding.make_mesh(**config.mesh, devices=devices), dict[str, Any]()
+    chip, steps = chip_of(devices[0].device_kind), smaller(name, config, mesh)
+    while True:
+        tried = config.copy_and_resolve_references()
+        tried.update_from_flattened_dict(changes)
+        mesh = sharding.make_mesh(**tried.mesh, devices=devices)
+        try:
+            with jax.set_mesh(mesh):
+                for title, lowered in Programs(tried, mesh).lower(name):
+                    try:
+                        cost = compile_(lowered)
+                    except TooLarge as error:
+                        yield f"{title}\n  does not fit: {error}"
+                        raise
+                    yield shown(title, cost, chip)
+        except TooLarge:
+            change = next(steps, None) if advise else None
+            if change is None:
+                if advise:
+                    yield f"{name}: nothing that was tried makes it fit; more chips, or LoRA, would"
+                return
+            changes |= change
+            yield "with " + " ".join(f"--config.{key}={value}" for key, value in changes.items())
+            continue
+        return
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    config = CONFIG.value
+    try:
+        if TOPOLOGY.value:
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            devices: list[Any] = list(topologies.get_topology_desc(TOPOLOGY.value, "tpu").devices)
+        else:
+            devices = jax.devices()
+        _, dimensions = policy_of(config)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        abstract = jax.eval_shape(Programs(config, mesh).build)
+        size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+        what = f"{type(dimensions).__name__.removesuffix('Config')}, {size:,} parameters"
+        print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {what}")
+        for name in PROGRAMS.value:
+            for text in planned(config, name, devices, ADVISE.value):
+                print(f"\n{text}", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,141 @@
+"""Reading compiled programs: products, loops, convolutions and collectives, against what they do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mstar_jax import hlo, sharding
+
+
+def work(fn, *shapes, **how):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.work(jax.jit(fn, **how).lower(*arguments).compile().as_text())
+
+
+def test_a_product():
+    assert work(jnp.matmul, (8, 32), (32, 16)).flops == 2 * 8 * 32 * 16
+    batched = work(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 8, 32), (4, 32, 16))
+    assert batched.flops == 4 * 2 * 8 * 32 * 16 and not batched.collectives
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_loop_counts_as_often_as_it_runs(length):
+    def blocks(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    found = work(blocks, (8, 32), (length, 32, 32))
+    assert found.flops == length * 2 * 8 * 32 * 32
+    # every block reads its own weights, not those of all blocks
+    assert found.bytes < length * 4 * (3 * 32 * 32 + 20 * 8 * 32)
+
+    def nested(x, w):
+        return jax.lax.scan(lambda x, _: (blocks(x, w), None), x, None, length=3)[0]
+
+    assert work(nested, (8, 32), (length, 32, 32)).flops == 3 * length * 2 * 8 * 32 * 32
+
+
+def test_a_gradient_is_twice_the_product():
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    found = work(jax.grad(loss, argnums=(0, 1)), (32, 16), (8, 32))
+    assert found.flops == 3 * 2 * 8 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "base", "dilation"),
+    [(8, 1, 1, 0, 1, 1), (8, 3, 1, 1, 1, 1), (9, 3, 2, 0, 1, 1), (6, 2, 1, 1, 2, 1), (9, 3, 1, 2, 1, 2)],
+)
+def test_convolutions_count_what_is_there(size, kernel, stride, padding, base, dilation):
+    """Against counting by hand, with padding and both dilations."""
+    fn = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride,),
+        padding=[(padding, padding)],
+        lhs_dilation=(base,),
+        rhs_dilation=(dilation,),
+    )
+    there = np.zeros((size - 1) * base + 1 + 2 * padding, bool)
+    there[padding : len(there) - padding : base] = True
+    reach = (kernel - 1) * dilation
+    pairs = sum(
+        there[at + k * dilation] for at in range(0, len(there) - reach, stride) for k in range(kernel)
+    )
+    out = (len(there) - reach - 1) // stride + 1
+    assert hlo._pairs(size, kernel, out, stride, padding, base, dilation) == pairs
+    text = jax.jit(fn).lower(jnp.zeros((2, 3, size)), jnp.zeros((5, 3, kernel))).compile().as_text()
+    if "convolution(" in text:  # a backend may call a library instead
+        assert hlo.work(text).flops == 2 * 2 * 3 * 5 * pairs
+
+
+def test_collectives_of_a_sharded_step():
+    mesh = sharding.make_mesh(fsdp=8)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    def loss(w, x):
+        return jnp.sum((x @ w) ** 2)
+
+    weights = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=split)
+    data = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss), out_shardings=split).lower(weights, data)
+    found = hlo.work(lowered.compile().as_text())
+    gathered = [c for c in found.collectives if c.kind == "all-gather"]
+    assert [(c.bytes, c.group, c.times) for c in gathered] == [(4 * 64 * 128, 8, 1)]
+    assert found.moved()["all-gather"] == 4 * 64 * 128 * 7 // 8
+    summed = {c.kind for c in found.collectives} & {"all-reduce", "reduce-scatter", "all-to-all"}
+    assert summed and found.flops == 2 * 2 * 2 * 64 * 128  # a device has two of the rows
+
+
+LINES = """
+HloModule jit_f, entry_computation_layout={()->f32[8]{0}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %p = (s32[], bf16[16,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[16,8]{1,0} get-tuple-element(%p), index=1
+  %g = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), replica_groups=[4,4]<=[16], dimensions={0}
+  %d = bf16[64,8]{1,0} all-gather-done(%g)
+  %r = f32[16,8]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%sum
+  %s = bf16[4,8]{1,0} reduce-scatter(%x), replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%sum
+  ROOT %t = (s32[], bf16[16,8]{1,0}) tuple(%i, %x)
+}
+
+%cond (p: (s32[], bf16[16,8])) -> pred[] {
+  %p = (s32[], bf16[16,8]{1,0}) parameter(0)
+  ROOT %k = pred[] constant(true)
+}
+
+ENTRY %main () -> f32[8] {
+  %z = (s32[], bf16[16,8]{1,0}) constant({...})
+  %w = (s32[], bf16[16,8]{1,0}) while(%z), condition=%cond, body=%body, backend_config=KNOWN
+  %c = f32[2,3,8,16]{3,2,1,0} constant({...})
+  ROOT %out = f32[8]{0} constant({...})
+}
+"""
+
+
+def test_asynchronous_and_tuple_forms():
+    found = hlo.work(LINES.replace("KNOWN", '{"known_trip_count":{"n":"5"}}'))
+    assert [(c.kind, c.bytes, c.group, c.times) for c in found.collectives] == [
+        ("all-gather", 64 * 8 * 2, 4, 5),
+        ("all-reduce", 16 * 8 * 4, 2, 5),
+        ("reduce-scatter", 16 * 8 * 2, 4, 5),
+    ]
+    assert found.moved() == {"all-gather": 5 * 768, "all-reduce": 5 * 512, "reduce-scatter": 5 * 192}
+
+
+def test_no_hlo():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.work("nothing")
