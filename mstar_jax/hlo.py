@@ -112,8 +112,8 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, _Op]]]:
         elif current and (m := _OP.match(line)):
             operands, attributes = _split(m[4])
             names = re.findall(r"%([\w.\-]+)", operands)
-            if m[3] == "parameter":
-                names, attributes = [operands], attributes
+            if m[3] in ("parameter", "constant"):  # their number, their value
+                names = [operands]
             found[current][m[1]] = _Op(m[1], _shapes(m[2]), m[3], names, attributes)
     return entry, found
 
@@ -128,17 +128,19 @@ def work(text: str) -> Work:
     if not entry:
         raise ValueError("this is no HLO text: it has no ENTRY computation")
     flops = bytes_ = 0.0
-    collectives = []
+    collectives: dict[str, Collective] = {}  # one that runs asynchronously is written down several times
     for computation, times, inside in _runs(entry, computations):
         ops = computations[computation]
         for op in ops.values():
             flops += times * _flops(op, ops)
             kind = op.code.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives.append(Collective(kind, _moved(op, ops), _group(op.text), times))
+                channel = re.search(r"channel_id=(\d+)", op.text)
+                key = f"{kind} {channel[1]}" if channel else f"{computation} {op.name}"
+                collectives.setdefault(key, Collective(kind, _moved(op, ops), _group(op.text), times))
             if not inside and op.code not in FREE and not op.code.endswith("-done"):
                 bytes_ += times * _traffic(op, ops, computations)
-    return Work(flops, bytes_, tuple(collectives))
+    return Work(flops, bytes_, tuple(collectives.values()))
 
 
 def _runs(entry: str, computations: dict[str, dict[str, _Op]]) -> Iterator[tuple[str, int, bool]]:
@@ -150,14 +152,26 @@ def _runs(entry: str, computations: dict[str, dict[str, _Op]]) -> Iterator[tuple
             continue
         yield name, times, inside
         for op in computations[name].values():
-            count = (
-                re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.text)
-                if op.code == "while"
-                else None
-            )
             apart = op.code in ("while", "conditional", "call") or op.code.startswith("async")
             for called in op.calls():
-                todo.append((called, times * (int(count[1]) if count else 1), inside or not apart))
+                todo.append((called, times * _trips(op, computations), inside or not apart))
+
+
+def _trips(op: _Op, computations: dict[str, dict[str, _Op]]) -> int:
+    """How often a loop runs; 1 where that depends on what it computes."""
+    if op.code != "while":
+        return 1
+    if m := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', op.text):
+        return int(m[1])
+    m = re.search(r"condition=%?([\w.\-]+)", op.text)
+    inner = computations.get(m[1], {}) if m else {}
+    # a counted loop asks nothing but: is the counter, from 0 on, less than a constant
+    asked = [o for o in inner.values() if o.code not in ("parameter", "get-tuple-element", "constant")]
+    if len(asked) == 1 and asked[0].code == "compare" and "direction=LT" in asked[0].text:
+        bound = inner.get(asked[0].operands[-1])
+        if bound and bound.code == "constant" and bound.operands[0].isdecimal():
+            return int(bound.operands[0])
+    return 1
 
 
 def _flops(op: _Op, ops: dict[str, _Op]) -> float:

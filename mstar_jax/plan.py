@@ -317,7 +317,8 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     try:
         if TOPOLOGY.value:
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for ourselves
             devices: list[Any] = list(topologies.get_topology_desc(TOPOLOGY.value, "tpu").devices)
         else:
             devices = jax.devices()

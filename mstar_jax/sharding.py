@@ -78,7 +78,7 @@ def check_divides(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None
         )
 
 
-def spec(axes: tuple[str | None, ...], rules: Rules, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], rules: Rules, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Returns the PartitionSpec of an array with these logical axes.
 
     A dimension that its mesh axes do not divide stays whole (a small test model on a big mesh).
@@ -122,6 +122,15 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
         return jax.tree.map(lambda x: lay(x, axes), leaf)
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...], rules: Rules = SAMPLE) -> jax.Array:
+    """Pins an array inside a compiled function to the layout of its logical axes, on the mesh in force; for
+    arrays that nothing else gives a layout, such as an empty cache. Without a mesh it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, rules, x.shape, mesh))
 
 
 def parameter_name(path: Any) -> str:

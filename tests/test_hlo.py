@@ -136,6 +136,38 @@ def test_asynchronous_and_tuple_forms():
     assert found.moved() == {"all-gather": 5 * 768, "all-reduce": 5 * 512, "reduce-scatter": 5 * 192}
 
 
+COUNTED = """
+%body.2 (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[]{:T(128)}, f32[8,8]{1,0:T(8,128)S(1)}) parameter(0)
+  %x = f32[8,8]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
+  %g = f32[8,8]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  %h = f32[8,8]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+  %d = f32[8,8]{1,0:T(8,128)} convolution(%x, %g), dim_labels=bf_io->bf
+}
+
+%cond.3 (p: (s32[], f32[8,8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  %p = (s32[]{:T(128)}, f32[8,8]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = (s32[]{:T(128)}, f32[8,8]{1,0}) parameter(0)
+  %w = (s32[]{:T(128)}, f32[8,8]{1,0}) while(%a), condition=%cond.3, body=%body.2
+}
+"""
+
+
+def test_loops_and_collectives_as_tpus_write_them():
+    """The bound is a constant of the condition; one collective stands where it starts and where it ends."""
+    found = hlo.work(COUNTED)
+    assert found.flops == 32 * 2 * 8**3
+    assert [(c.bytes, c.group, c.times) for c in found.collectives] == [(256, 4, 32)]
+    open_ended = COUNTED.replace("direction=LT", "direction=NE")
+    assert hlo.work(open_ended).flops == 2 * 8**3
+
+
 def test_no_hlo():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.work("nothing")

@@ -138,3 +138,15 @@ def test_put_batch_and_replicate(mesh):
     whole = sharding.replicate({"x": np.arange(5)}, mesh)["x"]
     assert whole.sharding.is_fully_replicated and len(whole.addressable_shards) == 8
     assert whole.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_constrain():
+    """A layout for what has none, on the mesh in force; without one nothing; what is indivisible stays whole."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    axes = ("layers", "batch", None, "heads")
+    pinned = jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 4)), axes))
+    with jax.set_mesh(mesh):
+        assert pinned().sharding.spec == PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+        odd = jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 3)), axes))()
+        assert odd.sharding.spec[:2] == (None, ("data", "fsdp")) and len(odd.sharding.spec) == 2
+    assert len(jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 4)), axes))().devices()) == 1

@@ -160,7 +160,8 @@ class VisionLanguageModel(nnx.Module):
             last = jnp.where(kept > 0, own.shape[-1] - 1 - jnp.argmax(own[..., ::-1], axis=-1), last)
         before = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
         shape = (*k.shape[:2], branches, k.shape[2], room, k.shape[4])
-        suffix = jnp.zeros(shape, k.dtype), jnp.zeros(shape, v.dtype)
+        axes = ("layers", "batch", None, "heads", None, "head_dim")
+        suffix = [sharding.constrain(jnp.zeros(shape, x.dtype), axes) for x in (k, v)]
         return before, KVCache(k, v, visible, start, long, *suffix)
 
     def decode(self, tokens: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:

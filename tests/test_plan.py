@@ -1,0 +1,111 @@
+"""Plans: which programs are compiled, what is said of them, and what is tried where they do not fit."""
+
+import importlib
+
+import jax
+import pytest
+
+from configs import tiny as tiny_config
+from mstar_jax import hlo, plan, sharding
+
+
+def small():
+    config = tiny_config.get_config("smoke")
+    changes = {"policy.decoder.num_layers": 1, "policy.decoder.unroll": 1, "policy.vision.num_layers": 1}
+    changes |= {"data.buckets": (128, 160), "data.max_prompt": 120, "evolve.batch": 8, "evolve.keep": 1}
+    changes |= {"sampling.batch": 8, "sampling.max_new_tokens": 8, "prm.batch": 8}
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("phi35", 4_146_621_440), ("internvl2", 2_205_754_368), ("minicpmv25", 8_537_092_336)],
+)
+def test_released_models_need_no_checkpoint(name, parameters):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    programs = plan.Programs(config, sharding.make_mesh(fsdp=-1, data=1))
+    abstract = jax.eval_shape(programs.build)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters
+    assert programs.dimensions.num_crops == config.policy.max_crops
+
+
+def test_no_family():
+    config = importlib.import_module("configs.phi35").get_config()
+    config.policy.family = "nonsense"
+    with pytest.raises(ValueError, match="'nonsense': give policy.path, or one of phi3_v"):
+        plan.policy_of(config)
+
+
+def test_programs_of_the_local_devices():
+    config, devices = small(), jax.devices()
+    lines = {name: list(plan.planned(config, name, devices, advise=False)) for name in ("train", "score")}
+    [train], [score] = lines["train"], lines["score"]
+    assert train.startswith("train step, 8 rows of 128\n  memory") and "all-gather" not in score
+    assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # of a CPU nothing is known
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        [(_, lowered)] = plan.Programs(config, mesh).lower("score")
+        cost = plan.compile_(lowered)
+    d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
+    block = 2 * 160 * (d * width * (2 * heads + 2 * 2) + 3 * d * f) + 2 * 2 * heads * width * 160**2
+    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower's
+    assert cost.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
+    assert cost.peak > 4 * 160 * v  # a row's logits
+
+
+def test_rollouts_are_two_programs():
+    config = small()
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        found = dict(plan.Programs(config, mesh).lower("rollouts"))
+    first, second = found
+    assert first == "prefill, 8 rows of 128" and second.startswith("rollouts, 4 a row, 8 tokens")
+    text = found[first].as_text()  # the empty cache lies where the rows are, not whole on every device
+    assert "tensor<1x8x4x2x8x24xf32>" in text and "sharding_constraint" in text
+
+
+def test_what_is_tried():
+    config, mesh = small(), sharding.make_mesh(fsdp=8, data=1)
+    config.evolve.batch = 32
+    assert list(plan.smaller("train", config, mesh)) == [
+        {"train.remat": "full"},
+        {"train.accumulate": 2},
+        {"train.accumulate": 4},
+        {"mesh.tensor": 2},
+        {"mesh.tensor": 4},
+        {"mesh.tensor": 8},
+    ]
+    config.sampling.batch = 32
+    assert list(plan.smaller("rollouts", config, mesh))[:2] == [{"sampling.batch": 16}, {"sampling.batch": 8}]
+
+
+def test_what_does_not_fit_is_tried_again(monkeypatch):
+    tries = []
+
+    def compile_(lowered):
+        tries.append(lowered)
+        if len(tries) < 3:
+            raise plan.TooLarge("needs 2G of 1G")
+        memory = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
+        gathered = hlo.Collective("all-gather", 16 * 10**8, 16, 2)
+        return plan.Cost(memory, hlo.Work(197e12, 819e9, (gathered,)))
+
+    monkeypatch.setattr(plan, "compile_", compile_)
+    monkeypatch.setattr(plan, "chip_of", lambda kind: plan.CHIPS["TPU v5 lite"])
+    monkeypatch.setattr(plan.Programs, "lower", lambda self, name: iter([("a program", "lowered")]))
+    config = small()
+    config.evolve.batch = 32
+    lines = list(plan.planned(config, "train", jax.devices(), advise=True))
+    assert lines[0] == lines[2] == "a program\n  does not fit: needs 2G of 1G"
+    assert lines[3] == "with --config.train.remat=full --config.train.accumulate=2"
+    assert "memory    5.00 of 16 GB" in lines[4]  # the output lies in the arguments
+    assert "network   3.000 GB received: all-gather 3.000" in lines[4]
+    assert "compute 1000.0, memory 1000.0, network 15.0 ms" in lines[4] and "100 % of peak" in lines[4]
+    assert len(list(plan.planned(config, "train", jax.devices(), advise=False))) == 1
+
+
+def test_chips():
+    assert plan.chip_of("TPU v5 lite") == plan.CHIPS["TPU v5 lite"] != plan.chip_of("TPU v5")
+    assert plan.chip_of("NVIDIA H100 80GB HBM3") == plan.CHIPS["NVIDIA H100"]
+    assert plan.chip_of("cpu") is None
