@@ -141,7 +141,7 @@ def test_put_batch_and_replicate(mesh):
 
 
 def test_constrain():
-    """A layout for what has none, on the mesh in force; without one nothing; what is indivisible stays whole."""
+    """A layout for what has none, on the mesh in force; what is indivisible stays whole."""
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     axes = ("layers", "batch", None, "heads")
     pinned = jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 4)), axes))
