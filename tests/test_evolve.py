@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,20 @@ def test_rollouts_can_be_read(whole):
     assert len(record["responses"]) == 2 and pathlib.Path(record["images"][0]).exists()
     assert {r["verdict"] for r in record["responses"]} <= {"correct", "wrong", "unparsed"}
     assert {r["temperature"] for r in record["responses"]} == {1.0}
+
+
+def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
+    """Base, warm-up and final policy, with votes by the run's own reward model."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    config = small()
+    config.benchmarks.update({"names": ("mathv360k",), "root": str(workdir / "figures"), "samples": 1})
+    evolve.run(config, workdir, main.head(config), lambda: False)
+    found = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("benchmarks/*/*.json")}
+    assert set(found) == {"base", "warmup", FINAL}
+    assert all(record["greedy"]["n"] == 8 and "weighted_vote" in record for record in found.values())
+    rows = (workdir / "benchmarks/table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:5]] == ["base", "warmup", FINAL]
 
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
