@@ -264,6 +264,8 @@ def write(
         lambda: each(functools.partial(figure2.figures, page, judge=judge)),
     )
     page.section("prm", "Process reward model", lambda: each(functools.partial(figure2.reward_model, page)))
+    if any(any((run.workdir / "benchmarks").glob("*/*.json")) for run in found):
+        page.section("benchmarks", "Benchmarks", lambda: each(lambda run, _: tables.benchmarks(run)))
     page.section("samples", "Sampled responses", lambda: samples(found))
     target = output / "report.html"
     title = "M-STaR: " + ", ".join(run.name for run in found)

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from mstar_jax import measures, report
-from mstar_jax.reporting import figure2, gallery, page, plots, relativity, runs
+from mstar_jax.reporting import figure2, gallery, page, plots, relativity, runs, tables
 from mstar_jax.store import Store, rollout
 from mstar_jax.structs import Query, Response
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 STEPS = ["Bars red 4 blue 2", "Sum 4 + 2 = 6"]
-SECTIONS = ("runs", "figure3", "stages", "figure4", "figure5", "temperature", "figure2", "prm", "samples")
+SECTIONS = ("runs", "figure3", "stages", "figure4", "figure5", "temperature", "figure2", "prm")
+SECTIONS += ("samples",)
 
 
 def response(sample, steps, answer, gold="6", temperature=1.0, scores=None, truncated=False):
@@ -212,6 +213,21 @@ def test_broken_and_missing_parts_do_not_crash(tmp_path):
     names = [stage["name"] for stage in browsed(text)["stages"]]
     assert names == ["warmup_validation", "iteration_01"]
     assert browsed(text)["stages"][0]["queries"][0]["missing"] == 1
+
+
+def test_benchmarks(tmp_path):
+    folder = tmp_path / "run" / "benchmarks" / "warmup"
+    folder.mkdir(parents=True)
+    part = {"accuracy": 0.5, "count": 8}
+    greedy = {"accuracy": 0.25, "strict": part | {"unparsed": 0.125}, "official": part, "fallback": part}
+    shown = {"policy": "warmup", "benchmark": "m3cot", "greedy": greedy | {"truncated": 0.0}}
+    (folder / "m3cot.json").write_text(json.dumps(shown))
+    make_run(tmp_path / "run")
+    assert '<section id="benchmarks">' in read(report.write([tmp_path / "run"]))[0]
+    text = tables.benchmarks(runs.Run("run", tmp_path / "run", {"stages": []}))
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text.partition("<tbody>")[2])
+    assert cells[:4] == ["warmup", "m3cot", "greedy", "8"]
+    assert cells[4].startswith("25.0<small>7–59") and cells[5:] == ["50.0", "50.0", "12.5", "0.0"]
 
 
 def test_run_that_has_only_begun(tmp_path):

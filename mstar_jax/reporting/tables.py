@@ -146,6 +146,28 @@ def comparison(found: Sequence[Run]) -> str:
     return text
 
 
+def benchmarks(run: Run) -> str:
+    """What the run's policies scored on benchmarks."""
+    rows = []
+    for path in sorted((run.workdir / "benchmarks").glob("*/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for method in (
+            name for name in ("greedy", "majority", "weighted_vote", "best_of_n") if name in record
+        ):
+            found = record[method]
+            official = {"official": found["official"]["accuracy"], "fallback": found["fallback"]["accuracy"]}
+            shown = official | {"unparsed": found["strict"]["unparsed"], "cut": found["truncated"]}
+            values = {"strict": found["accuracy"], "n": found["strict"]["count"], **shown}
+            cells = [record["policy"], record["benchmark"], method.replace("_", " "), values["n"]]
+            shares = [percent(values, key, key == "strict") for key in ("strict", *shown)]
+            rows.append([*map(escape, cells), *shares])
+    if not rows:
+        raise Missing("no benchmark was asked; set benchmarks.names, or see mstar_jax.evaluate")
+    head = ["policy", "benchmark", "method", "n", "strict %", "official %", "with fallback %"]
+    note = f"Benchmarks. strict: the answer has to be marked; n: questions. {SMALL}"
+    return table([*head, "unparsed %", "cut %"], rows, note)
+
+
 def stages(run: Run) -> str:
     """All records of the dynamics."""
     records = [r for split in ("validation", "test") for r in run.records(split)]
