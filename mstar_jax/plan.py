@@ -27,8 +27,9 @@ from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 
-from mstar_jax import hlo, models, prm, sampling, setup, sharding, train
+from mstar_jax import flops, hlo, models, prm, sampling, setup, sharding, train
 from mstar_jax.data import loader
+from mstar_jax.flops import Chip, chip_of
 from mstar_jax.main import CONFIG
 from mstar_jax.models import official, vlm
 from mstar_jax.structs import Batch
@@ -41,44 +42,18 @@ GB, TERA = 1e9, 1e12
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one device can do; vendors' figures.
-
-    Attributes:
-      memory: bytes of HBM that programs may use.
-      flops: dense bfloat16 a second.
-      bandwidth: of the memory, bytes a second.
-      network: bytes a second that it can receive from the others.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-    network: float
-
-
-CHIPS = {  # by the device kind that JAX reports; cloud.google.com/tpu/docs, and the GPUs' data sheets
-    "TPU v4": Chip(32e9, 275e12, 1228e9, 300e9),
-    "TPU v5 lite": Chip(16e9, 197e12, 819e9, 200e9),
-    "TPU v5": Chip(95e9, 459e12, 2765e9, 600e9),
-    "TPU v6 lite": Chip(32e9, 918e12, 1640e9, 448e9),
-    "NVIDIA A100": Chip(80e9, 312e12, 2039e9, 300e9),
-    "NVIDIA H100": Chip(80e9, 989e12, 3350e9, 450e9),
-    "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Cost:
     """One program on one device.
 
     Attributes:
       memory: bytes by kind: arguments, outputs, temporary, code; `shared` of the outputs lie in arguments.
       work: FLOPs, bytes and collectives of one run.
+      model: FLOPs of the model itself on all devices, by part, without what is computed twice.
     """
 
     memory: dict[str, float]
     work: hlo.Work
+    model: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -118,8 +93,8 @@ class Programs:
         self.crops = self.dimensions.num_crops + 1  # and the image as a whole
         self.build = lambda: self.family.model(self.dimensions, nnx.Rngs(0))
 
-    def lower(self, name: str) -> Iterator[tuple[str, Any]]:
-        """(program, lowered) of one of train, rollouts and score."""
+    def lower(self, name: str) -> Iterator[tuple[str, Any, dict[str, float]]]:
+        """(program, lowered, FLOPs of the model by part) of one of train, rollouts and score."""
         yield from {"train": self._train, "rollouts": self._rollouts, "score": self._score}[name]()
 
     def _placed(self, tree: Any, layout: Any) -> Any:
@@ -140,7 +115,7 @@ class Programs:
         batch = Batch(number, number, value, number, pixels, value)
         return self._placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
 
-    def _train(self) -> Iterator[tuple[str, Any]]:
+    def _train(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         c, e = self.config.train, self.config.evolve
         sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
         tx, _ = setup.optimizer(e, c)
@@ -151,9 +126,12 @@ class Programs:
         length = loader.bucket(
             min(self.config.data.max_prompt + kept, max(self.config.data.buckets)), self.config.data.buckets
         )
-        yield f"train step, {e.batch} rows of {length}", step.lower(state, self._batch(e.batch, length))
+        batch = self._batch(e.batch, length)
+        loss = jax.grad(lambda model, batch: train.token_loss(model, batch)[0])
+        own = flops.count(loss, state.params, batch)
+        yield f"train step, {e.batch} rows of {length}", step.lower(state, batch), own
 
-    def _rollouts(self) -> Iterator[tuple[str, Any]]:
+    def _rollouts(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         c, k = self.config.sampling, self.config.evolve.k
         sharding.check_divides("sampling.batch", c.batch, self.mesh)
         length = loader.bucket(self.config.data.max_prompt, self.config.data.buckets)
@@ -161,7 +139,8 @@ class Programs:
         host = _Host(self.dimensions.decoder.vocab_size)
         batch, model = self._batch(c.batch, length), self._weights(self.build)
         prefill = jax.jit(lambda model, batch: model.prefill(batch, k, c.max_new_tokens))
-        yield f"prefill, {c.batch} rows of {length}", prefill.lower(model, batch)
+        own = flops.count(prefill, model, batch)
+        yield f"prefill, {c.batch} rows of {length}", prefill.lower(model, batch), own
         per = sharding.batch_sharding(self.mesh)
         keys = jax.ShapeDtypeStruct((c.batch,), jnp.uint32, sharding=per)
         limits = jax.ShapeDtypeStruct((c.batch, k), jnp.int32, sharding=per)
@@ -170,16 +149,19 @@ class Programs:
         key = jax.eval_shape(lambda: jax.random.key(0))
         generate: Any = sampling.make_generate(host, settings)
         lowered = generate.lower(model, batch, keys, key, temperatures, limits, samples)
-        yield f"rollouts, {k} a row, {c.max_new_tokens} tokens (prefill and one step)", lowered
+        own = flops.count(generate, model, batch, keys, key, temperatures, limits, samples)
+        yield f"rollouts, {k} a row, {c.max_new_tokens} tokens (prefill and one step)", lowered, own
 
-    def _score(self) -> Iterator[tuple[str, Any]]:
+    def _score(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         v = self.config.prm
         sharding.check_divides("prm.batch", v.batch, self.mesh)
         length = max(self.config.data.buckets)
         model = self._weights(lambda: vlm.RewardModel(self.build()))
+        batch, score = self._batch(v.batch, length), prm.token_scores
         yield (
             f"score, {v.batch} rows of {length}",
-            prm.token_scores.lower(model, self._batch(v.batch, length)),
+            score.lower(model, batch),
+            flops.count(score, model, batch),
         )
 
 
@@ -227,16 +209,10 @@ def times(cost: Cost, chip: Chip) -> dict[str, float]:
     return found | {"network": moved / chip.network}
 
 
-def chip_of(kind: str) -> Chip | None:
-    """The figures of a device kind, None where they are not known."""
-    found = [name for name in CHIPS if kind.startswith(name)]
-    return CHIPS[max(found, key=len)] if found else None
-
-
 # ---- 3. the table -------------------------------------------------------------------------------------
 
 
-def shown(name: str, cost: Cost, chip: Chip | None) -> str:
+def shown(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
     """A program's lines."""
     kinds = {kind: size for kind, size in cost.memory.items() if kind != "shared"}
     parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds.items())
@@ -250,13 +226,16 @@ def shown(name: str, cost: Cost, chip: Chip | None) -> str:
     lines.append(
         f"  work      {cost.work.flops / TERA:.3f} TFLOP, {cost.work.bytes / GB:.2f} GB read and written"
     )
+    if whole := sum(cost.model.values()):
+        each = ", ".join(f"{part} {100 * size / whole:.0f} %" for part, size in cost.model.items())
+        lines.append(f"  model     {whole / count / TERA:.3f} TFLOP of its own: {each}")
     lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
     if chip:
         found = times(cost, chip)
         slowest = max(found, key=found.__getitem__)
         each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
-        share = found["compute"] / max(found.values())
-        lines.append(f"  at peak   {each} ms: bound by {slowest}, {100 * share:.0f} % of peak FLOPs at best")
+        best = sum(cost.model.values()) / count / chip.flops / max(found.values())
+        lines.append(f"  at peak   {each} ms: bound by {slowest}; MFU at most {100 * best:.0f} %")
     return "\n".join(lines)
 
 
@@ -291,13 +270,13 @@ def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], ad
         mesh = sharding.make_mesh(**tried.mesh, devices=devices)
         try:
             with jax.set_mesh(mesh):
-                for title, lowered in Programs(tried, mesh).lower(name):
+                for title, lowered, own in Programs(tried, mesh).lower(name):
                     try:
-                        cost = compile_(lowered)
+                        cost = dataclasses.replace(compile_(lowered), model=own)
                     except TooLarge as error:
                         yield f"{title}\n  does not fit: {error}"
                         raise
-                    yield shown(title, cost, chip)
+                    yield shown(title, cost, chip, len(devices))
         except TooLarge:
             change = next(steps, None) if advise else None
             if change is None:

@@ -249,6 +249,7 @@ class Decoder(nnx.Module):
         if not c.tie_word_embeddings:
             self.head = param(rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"), std)
 
+    @jax.named_scope("language")
     def hidden(self, x, positions, long, attend, *, state=None, layers=None, remat=None):
         """Runs the blocks and the final norm.
 
@@ -278,6 +279,7 @@ class Decoder(nnx.Module):
         (x, state), kept = jax.lax.scan(block, (x, state), (self.blocks, layers), unroll=unroll)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, kept
 
+    @jax.named_scope("language")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] of hidden [..., D]."""
         head = self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]

@@ -129,6 +129,7 @@ class Vit(nnx.Module):
             self.post_norm = param(rngs, (d,), ("embed",), 1.0)
             self.post_norm_bias = param(rngs, (d,), ("embed",), 0.0)
 
+    @jax.named_scope("vision")
     def __call__(self, patches: jax.Array, remat=None, *, positions=None, mask=None) -> jax.Array:
         """Features of every patch, without the class token.
 

@@ -70,7 +70,8 @@ class VisionLanguageModel(nnx.Module):
         x = self.decoder.embedding[...][tokens]
         if jax.tree.leaves(pixels)[0].shape[1] == 0:  # a text-only batch
             return x
-        features = self.image_features(sharding.cast(pixels, x.dtype), remat)
+        with jax.named_scope("projector"):  # and, within, the tower's "vision"
+            features = self.image_features(sharding.cast(pixels, x.dtype), remat)
         picked = jnp.take_along_axis(features, jnp.maximum(image_index, 0)[..., None], axis=1)
         return jnp.where((image_index >= 0)[..., None], picked, x)
 
