@@ -183,7 +183,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch):
         size = batch.tokens.shape[0] // accumulate  # said outright: a text-only batch has empty pixels
-        micro = jax.tree.map(lambda x: x.reshape(accumulate, size, *x.shape[1:]), batch)
+
+        def cut(x):  # every accumulate-th row, so that a device's rows stay its own
+            x = jnp.swapaxes(x.reshape(size, accumulate, *x.shape[1:]), 0, 1)
+            return sharding.constrain(x, (None, "batch", *(None,) * (x.ndim - 2)), sharding.TRAIN)
+
+        micro = jax.tree.map(cut, batch)
 
         def add(total, part):
             (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, part)

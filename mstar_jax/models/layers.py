@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mstar_jax import sharding
 from mstar_jax.structs import KVCache
 
 
@@ -270,8 +271,10 @@ class Decoder(nnx.Module):
         def block(carry, inputs):
             x, state = carry
             blocks, layer = inputs
+            # rows stay where they are and weights come to them; else they may be cut along D, as weights are
+            x = sharding.constrain(x, ("batch", None, None))
             x, state, kept = blocks(x, rope, attend, state, layer)
-            return (x, state), kept
+            return (sharding.constrain(x, ("batch", None, None)), state), kept
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)

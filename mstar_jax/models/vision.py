@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mstar_jax import sharding
 from mstar_jax.models.layers import layer_norm, param
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -154,7 +155,8 @@ class Vit(nnx.Module):
             x = layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.layer_norm_eps)
 
         def block(x, blocks):
-            return blocks(x, mask), None
+            x = sharding.constrain(x, ("batch", None, None))  # see layers.Decoder.hidden
+            return sharding.constrain(blocks(x, mask), ("batch", None, None)), None
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)
