@@ -39,6 +39,9 @@ PROGRAMS = flags.DEFINE_list("programs", ["train", "rollouts", "score"], "Which 
 ADVISE = flags.DEFINE_bool("advise", True, "Look for settings with which a program fits.")
 
 GB, TERA = 1e9, 1e12
+# There is no TPU that libtpu could ask about itself, or keep from others; a type and a host end its search.
+COMPILE_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+COMPILE_ONLY |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +292,27 @@ def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], ad
         return
 
 
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a TPU that is not there.
+
+    Raises:
+      ValueError: libtpu is not installed, or does not know it.
+    """
+    for name, value in COMPILE_ONLY.items():
+        os.environ.setdefault(name, value)
+    try:
+        found = list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # whatever a compiler for another machine may raise
+        first = str(error).splitlines()[0]
+        text = (
+            f"--topology={topology}: {first}; one like v5e:4x4 or v5p:2x2x4 is wanted, and pip install libtpu"
+        )
+        raise ValueError(text) from error
+    if any(device.core_on_chip for device in found):
+        raise ValueError(f"--topology={topology}: chips of two devices each, as of TPU v4, cannot be planned")
+    return found
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
@@ -296,9 +320,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     try:
         if TOPOLOGY.value:
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
-            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one to keep for ourselves
-            devices: list[Any] = list(topologies.get_topology_desc(TOPOLOGY.value, "tpu").devices)
+            devices = devices_of(TOPOLOGY.value)
         else:
             devices = jax.devices()
         _, dimensions = policy_of(config)
