@@ -301,7 +301,7 @@ def devices_of(topology: str) -> list[Any]:
     for name, value in COMPILE_ONLY.items():
         os.environ.setdefault(name, value)
     try:
-        found = list(topologies.get_topology_desc(topology, "tpu").devices)
+        found: list[Any] = list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # whatever a compiler for another machine may raise
         first = str(error).splitlines()[0]
         text = (
