@@ -233,14 +233,15 @@ def test_host_passes_the_signal_on(place, sent):
         f"here = {str(place.folder)!r}\n"
         "signal.signal(signal.SIGTERM, stop)\npathlib.Path(here, 'begun').touch()\ntime.sleep(30)\n"
     )
+    # a shell cannot trap what it was started to ignore, as jobs in the background are
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    heard += "os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [LAUNCH / "gpu_host.sh", "--", *FLAGS],
+        [sys.executable, "-c", heard, LAUNCH / "gpu_host.sh", "--", *FLAGS],
         env=place.env,
         cwd=place.folder,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # a shell cannot trap what it was started to ignore, as jobs in the background are
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 20
     while not (place.folder / "begun").exists() and time.time() < deadline:
