@@ -168,10 +168,23 @@ def _trips(op: _Op, computations: dict[str, dict[str, _Op]]) -> int:
     # a counted loop asks nothing but: is the counter, from 0 on, less than a constant
     asked = [o for o in inner.values() if o.code not in ("parameter", "get-tuple-element", "constant")]
     if len(asked) == 1 and asked[0].code == "compare" and "direction=LT" in asked[0].text:
-        bound = inner.get(asked[0].operands[-1])
-        if bound and bound.code == "constant" and bound.operands[0].isdecimal():
-            return int(bound.operands[0])
+        counter, bound = (inner.get(name) for name in asked[0].operands)
+        if bound and counter and bound.code == "constant" and bound.operands[0].isdecimal():
+            return -(-int(bound.operands[0]) // _step(op, counter, computations))
     return 1
+
+
+def _step(op: _Op, counter: _Op, computations: dict[str, dict[str, _Op]]) -> int:
+    """What a loop's body adds to the counter that its condition reads; 1 where that is not to be seen."""
+    place, body = re.search(r"index=(\d+)", counter.text), re.search(r"body=%?([\w.\-]+)", op.text)
+    inner = computations.get(body[1], {}) if body else {}
+    results = [o for o in inner.values() if o.code == "tuple"][-1:]  # the last is the body's own
+    if not place or not results:
+        return 1
+    added = inner.get(results[0].operands[int(place[1])])
+    names = added.operands if added and added.code == "add" else []
+    steps = [inner[n].operands[0] for n in names if n in inner and inner[n].code == "constant"]
+    return int(steps[0]) if steps and steps[0].isdecimal() and int(steps[0]) else 1
 
 
 def _flops(op: _Op, ops: dict[str, _Op]) -> float:

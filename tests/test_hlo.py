@@ -143,6 +143,10 @@ COUNTED = """
   %g = f32[8,8]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
   %h = f32[8,8]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
   %d = f32[8,8]{1,0:T(8,128)} convolution(%x, %g), dim_labels=bf_io->bf
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %step = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %step)
+  ROOT %t = (s32[]{:T(128)}, f32[8,8]{1,0}) tuple(%next, %d)
 }
 
 %cond.3 (p: (s32[], f32[8,8])) -> pred[] {
@@ -164,6 +168,7 @@ def test_loops_and_collectives_as_tpus_write_them():
     found = hlo.work(COUNTED)
     assert found.flops == 32 * 2 * 8**3
     assert [(c.bytes, c.group, c.times) for c in found.collectives] == [(256, 4, 32)]
+    assert hlo.work(COUNTED.replace("constant(1)", "constant(3)")).flops == 11 * 2 * 8**3  # 0, 3, ... 30
     open_ended = COUNTED.replace("direction=LT", "direction=NE")
     assert hlo.work(open_ended).flops == 2 * 8**3
 
