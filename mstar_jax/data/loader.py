@@ -161,18 +161,19 @@ def row_batches(
     workers: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[tuple[Row, ...], Batch]]:
-    """Encodes planned batches in order, ahead of their use.
+    """Encodes planned rows in order, ahead of their use.
 
     Args:
       plans: from `plan_batches`.
       processor: the family's host side.
-      size: rows of a batch; a short one is filled up with empty rows.
+      size: rows of a batch: a longer plan gives several, a short one is filled up with empty rows.
       workers: processes that decode images; 0 decodes in threads of this one.
       process: (index, count); a process gets its share of every batch, and all of the rows.
     """
-    if not plans:
+    parts = [(length, rows[at : at + size]) for length, rows in plans for at in range(0, len(rows), size)]
+    if not parts:
         return iter(())
-    data = grain.MapDataset.source(plans).map(_EncodeRows(processor, size, process))
+    data = grain.MapDataset.source(parts).map(_EncodeRows(processor, size, process))
     return iter(_prefetched(data, workers))
 
 

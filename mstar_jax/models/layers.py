@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.structs import KVCache
+from mstar_jax.structs import Int8, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,23 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
     return attend
 
 
-def branch_attention(visible: jax.Array, index: jax.Array) -> Callable[..., Any]:
+def stored(x: jax.Array, dtype: str) -> Any:
+    """Keys or values [..., N] as a cache holds them: `int8` gives `Int8`, an empty dtype leaves them."""
+    if dtype != "int8":
+        return x.astype(dtype or x.dtype)
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
+    return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+
+
+def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    """Values of a dtype, and their scale or 1."""
+    if isinstance(cached, Int8):
+        return cached.values.astype(dtype), cached.scale
+    return cached.astype(dtype), None
+
+
+def branch_attention(visible: jax.Array, own_visible: jax.Array, column: jax.Array, dtype: str) -> Callable:
     """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
 
     The two parts are scored apart and normalised together, so the prefix is read once for its K
@@ -177,29 +193,44 @@ def branch_attention(visible: jax.Array, index: jax.Array) -> Callable[..., Any]
 
     Args:
       visible: bool[B, K or 1, P], the columns of the shared part that a branch sees.
-      index: int32[]; how many tokens the branches hold already.
+      own_visible: bool[B, R], the columns of its suffix that a branch sees, the new token's among them.
+      column: int32[]; where the new tokens stand.
+      dtype: of the cache, see `stored`.
     """
 
     def attend(q, k, v, state, layer):
-        suffix_k, suffix_v = state
         number, prefix_k, prefix_v = layer
         branches, groups, width = k.shape[1:]
-        at = (number, 0, 0, 0, index, 0)
-        suffix_k = jax.lax.dynamic_update_slice(suffix_k, k[None, :, :, :, None], at)
-        suffix_v = jax.lax.dynamic_update_slice(suffix_v, v[None, :, :, :, None], at)
-        own_k = jax.lax.dynamic_index_in_dim(suffix_k, number, keepdims=False)
-        own_v = jax.lax.dynamic_index_in_dim(suffix_v, number, keepdims=False)
-        shared = jnp.where(visible[:, None, None], _scores(q, prefix_k), -jnp.inf)
+
+        def put(suffix, new):  # [L, B, K, G, R, N] and [B, K, G, N]; scales have no N
+            at = (number, 0, 0, 0, column, 0)[: suffix.ndim]
+            return jax.lax.dynamic_update_slice(suffix, jnp.expand_dims(new, (0, 4)), at)
+
+        def own(suffix):
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), suffix)
+
+        state = jax.tree.map(put, state, (stored(k, dtype), stored(v, dtype)))
+        (prefix_k, scale_k), (prefix_v, scale_v) = _read(prefix_k, q.dtype), _read(prefix_v, q.dtype)
+        (own_k, own_scale_k), (own_v, own_scale_v) = (_read(own(x), q.dtype) for x in state)
+
+        def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
+            return x if scale is None else x * scale[:, :, None, None]
+
+        def own_scaled(x, scale):  # [B, K, G, H/G, R] by [B, K, G, R]
+            return x if scale is None else x * scale[:, :, :, None]
+
+        shared = scaled(_scores(q, prefix_k), scale_k)
+        shared = jnp.where(visible[:, None, None], shared, -jnp.inf)
         grouped = q.reshape(-1, branches, groups, q.shape[2] // groups, width) * (width**-0.5)
-        own = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
-        own = own.transpose(0, 2, 3, 1, 4)
-        own = jnp.where(jnp.arange(own.shape[-1]) <= index, own, -jnp.inf)
-        top = jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True))
-        shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-        total = shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-        own = (own / total).astype(v.dtype).transpose(0, 3, 1, 2, 4)
-        own = jnp.einsum("bkgqr,bkgrn->bkgqn", own, own_v)
-        return _values(shared / total, prefix_v) + own.reshape(q.shape), (suffix_k, suffix_v), None
+        suffix = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
+        suffix = jnp.where(own_visible[:, None, None, None], own_scaled(suffix, own_scale_k), -jnp.inf)
+        suffix = suffix.transpose(0, 2, 3, 1, 4)
+        top = jnp.maximum(shared.max(-1, keepdims=True), suffix.max(-1, keepdims=True))
+        shared, suffix = jnp.exp(shared - top), jnp.exp(suffix - top)
+        total = shared.sum(-1, keepdims=True) + suffix.sum(-1, keepdims=True)
+        suffix = own_scaled((suffix / total).transpose(0, 3, 1, 2, 4), own_scale_v)
+        suffix = jnp.einsum("bkgqr,bkgrn->bkgqn", suffix.astype(own_v.dtype), own_v)
+        return _values(scaled(shared / total, scale_v), prefix_v) + suffix.reshape(q.shape), state, None
 
     return attend
 
@@ -289,21 +320,24 @@ class Decoder(nnx.Module):
         return (hidden @ head).astype(jnp.float32)
 
 
-def decode_hidden(
-    decoder: Decoder, x: jax.Array, cache: KVCache, index: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """One decoding step: x [B, K, D], the embeddings of the branches' token number `index`.
+def decode_hidden(decoder: Decoder, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """One decoding step: x [B, K, D], the embeddings of the branches' next token.
 
     Returns:
-      hidden [B, K, D] and the cache with this token's keys and values written at `index`.
+      hidden [B, K, D] and the cache with this token's keys and values.
     """
-    layers = (jnp.arange(cache.prefix_k.shape[0]), cache.prefix_k, cache.prefix_v)
+    suffix = cache.suffix_k
+    room = suffix.values.shape[4] if isinstance(suffix, Int8) else suffix.shape[4]
+    layers = (jnp.arange(decoder.config.num_layers), cache.prefix_k, cache.prefix_v)
+    ago = (cache.clock - jnp.arange(room)) % room  # steps since a column was written
+    dtype = "int8" if isinstance(suffix, Int8) else suffix.dtype.name
     hidden, (suffix_k, suffix_v), _ = decoder.hidden(
         x,
-        cache.start + index,
+        cache.start + cache.age[:, None],
         cache.long,
-        branch_attention(cache.visible, index),
+        branch_attention(cache.visible, ago <= cache.age[:, None], cache.clock % room, dtype),
         state=(cache.suffix_k, cache.suffix_v),
         layers=layers,
     )
-    return hidden, cache._replace(suffix_k=suffix_k, suffix_v=suffix_v)
+    new = {"suffix_k": suffix_k, "suffix_v": suffix_v, "age": cache.age + 1, "clock": cache.clock + 1}
+    return hidden, cache._replace(**new)
