@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mstar_jax import processes, sharding
 from mstar_jax.draws import SamplingConfig, draw, stop_table, token_texts
-from mstar_jax.structs import Batch, KVCache, Response, Row
+from mstar_jax.structs import Batch, KVCache, Response, Row, ring
 
 
 class Generated(NamedTuple):
@@ -73,8 +73,9 @@ class Sampler:
         uint32[E, K], starts or None, source int32[B]) -> Slots`. Prefills the rows (see
         `VisionLanguageModel.prefill` for starts). Where source is not -1 a slot takes the row of this number,
         counted within the part of the batch that lies on the slot's device. The slots given are donated.
-      advance: `(model, slots, temperatures float32[K], free int32[]) -> Slots`. Decodes until so many slots
-        of each part of the batch are free. Branch k samples at temperatures[k]. The slots are donated.
+      advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`. Decodes until so many
+        slots of each part of the batch are free, or the rows need more chunks of the cache than the number
+        given (see `chunks`). Branch k samples at temperatures[k]. The slots are donated.
     """
 
     def __init__(self, processor: Any, config: SamplingConfig, slots: int, shards: int = 1):
@@ -94,7 +95,7 @@ class Sampler:
         self._tables = [stop_table(texts, stop) for stop in config.stop_strings]
         self.blank = jax.jit(self._blank)
         self.enter = jax.jit(self._enter, donate_argnums=1)
-        self.advance = jax.jit(self._advance, donate_argnums=1)
+        self.advance = jax.jit(self._advance, donate_argnums=1, static_argnames="chunks")
 
     def _prefilled(self, model, batch, keys, limits, starts) -> Slots:
         c, shape = self.config, limits.shape
@@ -172,7 +173,14 @@ class Sampler:
         placed = self._by_axes(place, slots, new._replace(cache=new.cache._replace(**kept)))
         return placed._replace(cache=placed.cache._replace(**kept))
 
-    def _advance(self, model, slots: Slots, temperatures, free) -> Slots:
+    def chunks(self, ages: np.ndarray, clock: int) -> int:
+        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 for all."""
+        columns, size = ring(self.config.max_new_tokens)
+        missing = int(ages.max(initial=0)) - clock % columns % size
+        count = 1 + max(-(-missing // size), 0)
+        return count if count * size < columns else 0
+
+    def _advance(self, model, slots: Slots, temperatures, free, chunks: int = 0) -> Slots:
         c = self.config
         temperature = jnp.broadcast_to(temperatures, slots.done.shape)
 
@@ -197,12 +205,16 @@ class Sampler:
             tokens, logprobs = put(out.tokens, token), put(out.logprobs, logprob)
             out = Generated(tokens, logprobs, out.length + ~done, out.stopped | (stop & ~done))
             ended = done | stop | (cache.age[:, None] + 1 >= limits)
-            hidden, cache = model.decode(jnp.where(done, 0, token), cache)
+            hidden, cache = model.decode(jnp.where(done, 0, token), cache, chunks)
             return Slots(hidden, cache, keys, limits, ended, states, out)
 
         def waiting(slots: Slots):
-            ended = jnp.all(slots.done, axis=1).reshape(self.shards, -1)
-            return ended.sum(axis=1).min() < free
+            ended, (columns, size) = jnp.all(slots.done, axis=1), ring(c.max_new_tokens)
+            go_on = ended.reshape(self.shards, -1).sum(axis=1).min() < free
+            if not chunks:
+                return go_on
+            oldest = jnp.where(ended, 0, slots.cache.age).max()
+            return go_on & (oldest <= slots.cache.clock % columns % size + (chunks - 1) * size)
 
         return jax.lax.while_loop(waiting, step, slots)
 
@@ -253,6 +265,7 @@ def rollouts(
         slots, entered = None, 0
         ended = list[tuple[int, Generated]]()
         free, owner = np.ones(count, bool), np.zeros(count, int)  # of every slot, its row in the shard
+        age, clock = np.zeros(count, int), 0
         pending: tuple[tuple[Row, ...], Batch] | None = next(batches)
         while pending or not free.all():
             while pending and _room(free, pending[1], parts):
@@ -266,9 +279,11 @@ def rollouts(
                 if slots is None:
                     slots = sampler.blank(model, batch, starts)
                 slots = sampler.enter(model, slots, batch, query_keys, key, limits, keys, starts, to)
+                age = np.where(source < 0, age, 0)
                 pending = next(batches) if entered < len(rows) else None
-            wanted = (_size(pending[1]) if pending else count) // parts
-            slots = sampler.advance(model, slots, temperatures, np.int32(wanted))
+            wanted = np.int32((_size(pending[1]) if pending else count) // parts)
+            chunks = sampler.chunks(age[~free], clock)
+            slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
             for row, host in ended:  # text is made of what has ended while the device works on
                 answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
             here = slots.done, slots.out, slots.cache.age, slots.cache.clock

@@ -132,11 +132,18 @@ class Int8(NamedTuple):
     scale: jax.Array
 
 
+def ring(room: int) -> tuple[int, int]:
+    """(columns, columns of a chunk) of a cache's suffixes with room for so many tokens. A decoding step may
+    read the last chunks that were written and leave out the others."""
+    chunk = max(32, -(-room // 4)) if room > 64 else room
+    return -(-room // chunk) * chunk, chunk
+
+
 class KVCache(NamedTuple):
     """Keys and values of decoding: one row per query, shared by the K branches, never copied.
 
-    Rows may enter at different times, so the suffixes are rings: a row's token i lies in column
-    (clock - age + i) mod R.
+    Rows may enter at different times, so the suffixes are rings of R columns (see `ring`): a row's token i
+    lies in column (clock - age + i) mod R.
 
     Attributes:
       prefix_k, prefix_v: [L, B, G, P, N]; the query's prompt, and the responses that branches continue.

@@ -12,7 +12,7 @@ import tiny
 
 from mstar_jax import draws, sampling, sharding, train
 from mstar_jax.draws import SamplingConfig
-from mstar_jax.models import layers
+from mstar_jax.models import layers, vlm
 from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
@@ -389,6 +389,29 @@ def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, orde
     return {group[0].query_id: group for group in groups}, counts
 
 
+@pytest.mark.parametrize("count", [4, 3, 2])
+@pytest.mark.parametrize("slots, entering", [(8, 8), (2, 1), (3, 2)])
+def test_what_holds_no_token_is_not_read(
+    policy, processor, rows, responses, monkeypatch, slots, entering, count
+):
+    """In rings of several chunks, of which only those with tokens of rows still there are read."""
+
+    def small(room):
+        size = -(-room // count)
+        return count * size, size
+
+    for module in (sampling, layers, vlm):
+        monkeypatch.setattr(module, "ring", small)
+    used, chunks = [], sampling.Sampler.chunks
+    monkeypatch.setattr(
+        sampling.Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1]
+    )
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    found, _ = refilled(policy, processor, rows, one, slots, entering)
+    same(found, responses)
+    assert used[0] == 1 and set(used) == set(range(count))
+
+
 @pytest.mark.parametrize("slots, entering", [(1, 1), (2, 1), (3, 2), (4, 3), (5, 1)])
 def test_refilled_slots_give_the_same_samples(policy, processor, rows, responses, slots, entering):
     one = sharding.make_mesh(devices=jax.devices()[:1])
@@ -420,8 +443,8 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
     sampler, counted = sampler_for(processor, CONFIG, one, 2), []
     advance = sampler.advance
 
-    def count(*args):
-        counted.append(advance(*args))
+    def count(*args, **how):
+        counted.append(advance(*args, **how))
         return counted[-1]
 
     sampler.advance = count

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.structs import Int8, KVCache
+from mstar_jax.structs import Int8, KVCache, ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,9 @@ def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
     return cached.astype(dtype), None
 
 
-def branch_attention(visible: jax.Array, own_visible: jax.Array, column: jax.Array, dtype: str) -> Callable:
+def branch_attention(
+    visible: jax.Array, own_visible: jax.Array, column: jax.Array, chunks: list[jax.Array], dtype: str
+) -> Callable[..., Any]:
     """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
 
     The two parts are scored apart and normalised together, so the prefix is read once for its K
@@ -193,8 +195,10 @@ def branch_attention(visible: jax.Array, own_visible: jax.Array, column: jax.Arr
 
     Args:
       visible: bool[B, K or 1, P], the columns of the shared part that a branch sees.
-      own_visible: bool[B, R], the columns of its suffix that a branch sees, the new token's among them.
+      own_visible: bool[B, S], the columns of its suffix that a branch sees, the new token's among them: of
+        the chunks that are read.
       column: int32[]; where the new tokens stand.
+      chunks: int32[] each, the first columns of the chunks of the suffix that are read.
       dtype: of the cache, see `stored`.
     """
 
@@ -206,12 +210,15 @@ def branch_attention(visible: jax.Array, own_visible: jax.Array, column: jax.Arr
             at = (number, 0, 0, 0, column, 0)[: suffix.ndim]
             return jax.lax.dynamic_update_slice(suffix, jnp.expand_dims(new, (0, 4)), at)
 
-        def own(suffix):
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), suffix)
+        def own(suffix, first):
+            def cut(x):
+                size = (1, *x.shape[1:4], own_visible.shape[1] // len(chunks), *x.shape[5:])
+                return jax.lax.dynamic_slice(x, (number, 0, 0, 0, first, 0)[: x.ndim], size)[0]
+
+            return _read(jax.tree.map(cut, suffix), q.dtype)
 
         state = jax.tree.map(put, state, (stored(k, dtype), stored(v, dtype)))
         (prefix_k, scale_k), (prefix_v, scale_v) = _read(prefix_k, q.dtype), _read(prefix_v, q.dtype)
-        (own_k, own_scale_k), (own_v, own_scale_v) = (_read(own(x), q.dtype) for x in state)
 
         def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
             return x if scale is None else x * scale[:, :, None, None]
@@ -222,15 +229,23 @@ def branch_attention(visible: jax.Array, own_visible: jax.Array, column: jax.Arr
         shared = scaled(_scores(q, prefix_k), scale_k)
         shared = jnp.where(visible[:, None, None], shared, -jnp.inf)
         grouped = q.reshape(-1, branches, groups, q.shape[2] // groups, width) * (width**-0.5)
-        suffix = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
-        suffix = jnp.where(own_visible[:, None, None, None], own_scaled(suffix, own_scale_k), -jnp.inf)
+        parts = []
+        for first in chunks:
+            own_k, scale = own(state[0], first)
+            part = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
+            parts.append(own_scaled(part, scale))
+        suffix = jnp.where(own_visible[:, None, None, None], jnp.concatenate(parts, -1), -jnp.inf)
         suffix = suffix.transpose(0, 2, 3, 1, 4)
         top = jnp.maximum(shared.max(-1, keepdims=True), suffix.max(-1, keepdims=True))
         shared, suffix = jnp.exp(shared - top), jnp.exp(suffix - top)
         total = shared.sum(-1, keepdims=True) + suffix.sum(-1, keepdims=True)
-        suffix = own_scaled((suffix / total).transpose(0, 3, 1, 2, 4), own_scale_v)
-        suffix = jnp.einsum("bkgqr,bkgrn->bkgqn", suffix.astype(own_v.dtype), own_v)
-        return _values(scaled(shared / total, scale_v), prefix_v) + suffix.reshape(q.shape), state, None
+        out = _values(scaled(shared / total, scale_v), prefix_v)
+        parts = jnp.split((suffix / total).transpose(0, 3, 1, 2, 4), len(chunks), axis=-1)
+        for first, part in zip(chunks, parts):
+            own_v, scale = own(state[1], first)
+            part = own_scaled(part, scale).astype(own_v.dtype)
+            out += jnp.einsum("bkgqr,bkgrn->bkgqn", part, own_v).reshape(q.shape)
+        return out, state, None
 
     return attend
 
@@ -320,8 +335,17 @@ class Decoder(nnx.Module):
         return (hidden @ head).astype(jnp.float32)
 
 
-def decode_hidden(decoder: Decoder, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """One decoding step: x [B, K, D], the embeddings of the branches' next token.
+def decode_hidden(
+    decoder: Decoder, x: jax.Array, cache: KVCache, chunks: int = 0
+) -> tuple[jax.Array, KVCache]:
+    """One decoding step.
+
+    Args:
+      decoder: the language model.
+      x: [B, K, D], the embeddings of the branches' next token.
+      cache: the keys and values before it.
+      chunks: how many chunks of the suffixes are read (see `structs.ring`), the last ones that were written;
+        0 reads all. Rows whose tokens go further back come out wrong.
 
     Returns:
       hidden [B, K, D] and the cache with this token's keys and values.
@@ -329,13 +353,17 @@ def decode_hidden(decoder: Decoder, x: jax.Array, cache: KVCache) -> tuple[jax.A
     suffix = cache.suffix_k
     room = suffix.values.shape[4] if isinstance(suffix, Int8) else suffix.shape[4]
     layers = (jnp.arange(decoder.config.num_layers), cache.prefix_k, cache.prefix_v)
-    ago = (cache.clock - jnp.arange(room)) % room  # steps since a column was written
+    size = ring(room)[1] if chunks else room
+    last, count = cache.clock % room // size, room // size
+    firsts = [(last - at) % count * size for at in range(chunks or 1)]
+    columns = jnp.concatenate([first + jnp.arange(size) for first in firsts])
+    ago = (cache.clock - columns) % room  # steps since a column was written
     dtype = "int8" if isinstance(suffix, Int8) else suffix.dtype.name
     hidden, (suffix_k, suffix_v), _ = decoder.hidden(
         x,
         cache.start + cache.age[:, None],
         cache.long,
-        branch_attention(cache.visible, ago <= cache.age[:, None], cache.clock % room, dtype),
+        branch_attention(cache.visible, ago <= cache.age[:, None], cache.clock % room, firsts, dtype),
         state=(cache.suffix_k, cache.suffix_v),
         layers=layers,
     )

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models import layers
-from mstar_jax.structs import Batch, KVCache
+from mstar_jax.structs import Batch, KVCache, ring
 
 PIECE = 512  # tokens of a row whose logits are there together
 
@@ -166,7 +166,7 @@ class VisionLanguageModel(nnx.Module):
             visible, start = visible | own, start + kept
             last = jnp.where(kept > 0, own.shape[-1] - 1 - jnp.argmax(own[..., ::-1], axis=-1), last)
         before = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
-        shape = (*k.shape[:2], branches, k.shape[2], room, k.shape[4])
+        shape = (*k.shape[:2], branches, k.shape[2], ring(room)[0], k.shape[4])
         axes = ("layers", "batch", None, "heads", None, "head_dim")
 
         def empty(x):
@@ -177,9 +177,10 @@ class VisionLanguageModel(nnx.Module):
         age, clock = jnp.zeros(len(x), jnp.int32), jnp.zeros((), jnp.int32)
         return before, KVCache(prefix[0], prefix[1], visible, start, long, suffix[0], suffix[1], age, clock)
 
-    def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One token per branch: tokens int32[B, K] -> hidden [B, K, D] and the cache."""
-        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache)
+    def decode(self, tokens: jax.Array, cache: KVCache, chunks: int = 0) -> tuple[jax.Array, KVCache]:
+        """One token per branch: tokens int32[B, K] -> hidden [B, K, D] and the cache; for `chunks` see
+        `layers.decode_hidden`."""
+        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, chunks)
 
 
 class RewardModel(nnx.Module):
