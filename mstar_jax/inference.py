@@ -169,7 +169,7 @@ class Generator:
                     train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
                     [these for _, these in todo],
                     loader.row_batches(
-                        todo, self.processor, size, workers=c.data.workers, process=processes.here()
+                        todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
                     ),
                     self.processor,
                     key=key,
@@ -241,7 +241,7 @@ class Scorer:
             whole = [prm.row(prompt, plain, encode, self.texts)] if plain else []
             rows += loader.split_rows(whole, max(buckets))
         plans = loader.plan_batches(rows, v.batch, buckets)
-        how = {"workers": host.config.data.workers, "process": processes.here()}
+        how = {"workers": host.config.data.workers, "share": sharding.share_of(host.mesh)}
         batches = loader.row_batches(plans, self.processor, v.batch, **how)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
         for (_, these), values in zip(plans, prm.scores(model, batches, host.mesh)):

@@ -259,7 +259,8 @@ def rollouts(
             f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
         )
     count, parts = sampler.slots, sampler.shards
-    mine = sharding.share(count, processes.here())
+    share = sharding.share_of(mesh)
+    mine = share.rows(count)
     for rows in shards:
         answered: list[list[Response]] = [[] for _ in rows]
         slots, entered = None, 0
@@ -268,20 +269,19 @@ def rollouts(
         age, clock = np.zeros(count, int), 0
         pending: tuple[tuple[Row, ...], Batch] | None = next(batches)
         while pending or not free.all():
-            while pending and _room(free, pending[1], parts):
+            while pending and _room(free, size := share.whole(len(pending[1].tokens)), parts):
                 these, batch = pending
-                source = _assign(free, owner, entered, len(these), _size(batch), parts)
+                source = _assign(free, owner, entered, len(these), size, parts)
                 entered += len(these)
-                places = _places(these, _size(batch), processor, config)
-                batch, query_keys, limits, keys, starts, to = sharding.put_batch(
-                    (batch, *places, source[mine]), mesh
-                )
+                places = jax.tree.map(lambda x: x[share.rows(size)], _places(these, size, processor, config))
+                placed = sharding.put_batch((batch, *places, source[mine]), mesh)
+                batch, query_keys, limits, keys, starts, to = placed
                 if slots is None:
                     slots = sampler.blank(model, batch, starts)
                 slots = sampler.enter(model, slots, batch, query_keys, key, limits, keys, starts, to)
                 age = np.where(source < 0, age, 0)
                 pending = next(batches) if entered < len(rows) else None
-            wanted = np.int32((_size(pending[1]) if pending else count) // parts)
+            wanted = np.int32((size if pending else count) // parts)
             chunks = sampler.chunks(age[~free], clock)
             slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
             for row, host in ended:  # text is made of what has ended while the device works on
@@ -298,13 +298,8 @@ def rollouts(
         yield answered
 
 
-def _size(batch: Batch) -> int:
-    """Rows of the global batch."""
-    return len(batch.tokens) * jax.process_count()
-
-
-def _room(free: np.ndarray, batch: Batch, parts: int) -> bool:
-    return bool(free.reshape(parts, -1).sum(axis=1).min() >= _size(batch) // parts)
+def _room(free: np.ndarray, size: int, parts: int) -> bool:
+    return bool(free.reshape(parts, -1).sum(axis=1).min() >= size // parts)
 
 
 def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: int, parts: int):
@@ -324,9 +319,7 @@ def _unrolled(out: Any, first: int) -> Generated:
 
 
 def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
-    """query keys [B], limits [B, K], sample keys [B, K], and starts (parent, kept) [B, K] or None: the `size`
-    rows of each that are this process's share."""
-    size *= jax.process_count()
+    """query keys [E], limits [E, K], sample keys [E, K], and starts (parent, kept) [E, K] or None."""
     query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
     sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
     limits, parent, kept = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -336,9 +329,7 @@ def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConf
         if row.starts:
             parent[at], kept[at], sample_keys[at] = np.array(row.starts).T
             limits[at] -= kept[at]
-    mine = sharding.share(size, processes.here())
-    starts = (parent[mine], kept[mine]) if rows[0].starts else None
-    return query_keys[mine], limits[mine], sample_keys[mine], starts
+    return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
 
 
 def _responses(row, host, processor, config, temperatures, iteration) -> list[Response]:
