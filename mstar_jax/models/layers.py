@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
+from mstar_jax.models import attention
 from mstar_jax.structs import Int8, KVCache, ring
 
 
@@ -154,17 +155,20 @@ def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
-    """Attention within whole rows.
+    """Attention within whole rows, fused where the machine has it (see `attention.fused`).
 
     Args:
-      mask: bool[B, T, S], as `row_layout` gives it.
+      mask: bool[B, T, T], as `row_layout` gives it.
       keep: also hand out every layer's keys and values (prefill).
     """
 
     def attend(q, k, v, state, layer):
+        out = attention.fused(q, k, v, mask)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
-        return _values(jax.nn.softmax(scores, axis=-1), v), state, (k, v) if keep else None
+        if out is None:
+            scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
+            out = _values(jax.nn.softmax(scores, axis=-1), v)
+        return out, state, (k, v) if keep else None
 
     return attend
 
