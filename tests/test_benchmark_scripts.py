@@ -1,0 +1,49 @@
+"""The measuring commands run at their smallest size; one that compares also has its two sides agree."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def measured(script: str, folder: pathlib.Path, *flags: str) -> dict:
+    """What a script of benchmarks/ writes with --smoke."""
+    command = [sys.executable, ROOT / "benchmarks" / script, "--smoke", "--repeats=1", *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, f"--out={folder}/out.json"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((folder / "out.json").read_text())
+    for row in record["results"]:
+        assert row["least"] <= row["seconds"] <= row["greatest"]
+        assert f"| {row['what']} |" in done.stdout
+    assert record["machine"]["device"] == "cpu: cpu" and "jax" in record["versions"]
+    return record
+
+
+@pytest.mark.parity
+def test_against_transformers(tmp_path):
+    pytest.importorskip("torch")
+    record = measured("against_transformers.py", tmp_path)
+    assert record["rollouts agree"]["equal greedy tokens"] == 12
+    assert record["sft agree"]["losses differ by"] < 1e-4
+    assert record["prm agree"]["differ by"] < 1e-5
+    parts = [(row["part"], row["ratio"] is None) for row in record["results"]]
+    assert parts == [(part, alone) for part in ("rollouts", "sft", "prm") for alone in (True, False)]
+
+
+def test_gpu(tmp_path):
+    """On a CPU, whose peak nobody tells: no shares."""
+    record = measured("gpu.py", tmp_path)
+    assert [row["what"].split(",")[0] for row in record["results"]] == [
+        "decode", "prefill", "rollouts", "prm", "train"
+    ]  # fmt: skip
+    assert all(row["MFU"] is None and row["bandwidth"] is None for row in record["results"])
+    # 2 layers, 2 rows of 48 prompt tokens, keys and values of 64 numbers in bfloat16
+    assert record["rollouts"]["a step reads prompts"] == f"{2 * 48 * 2 * 2 * 64 * 2 / 1e9:.4g} GB"
+    assert {"vision", "language", "projector"} <= set(record["train"])
