@@ -74,8 +74,9 @@ class Sampler:
         `VisionLanguageModel.prefill` for starts). Where source is not -1 a slot takes the row of this number,
         counted within the part of the batch that lies on the slot's device. The slots given are donated.
       advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`. Decodes until so many
-        slots of each part of the batch are free, or the rows need more chunks of the cache than the number
-        given (see `chunks`). Branch k samples at temperatures[k]. The slots are donated.
+        slots of each part of the batch are free, or the first chunk of the cache is full (see
+        `KVCache.turned`), or the rows need more than the given number of chunks (see `chunks`). Branch k
+        samples at temperatures[k]. The slots are donated.
     """
 
     def __init__(self, processor: Any, config: SamplingConfig, slots: int, shards: int = 1):
@@ -112,9 +113,7 @@ class Sampler:
         like = jax.eval_shape(self._prefilled, model, batch, keys, limits, starts)
 
         def empty(x, axes):
-            at = axes.index("batch")
-            shape = (*x.shape[:at], self.slots, *x.shape[at + 1 :])
-            return sharding.constrain(jnp.zeros(shape, x.dtype), axes[: x.ndim])
+            return sharding.constrain(jnp.zeros((self.slots, *x.shape[1:]), x.dtype), axes)
 
         slots = self._by_axes(empty, like)
         done = jnp.ones_like(slots.done)
@@ -124,7 +123,7 @@ class Sampler:
         """The sharding of every array of the slots."""
 
         def one(x, axes):
-            return NamedSharding(mesh, sharding.spec(axes[: x.ndim], sharding.SAMPLE, x.shape, mesh))
+            return NamedSharding(mesh, sharding.spec(axes, sharding.SAMPLE, x.shape, mesh))
 
         found = self._by_axes(one, slots)
         clock: Any = NamedSharding(mesh, PartitionSpec())
@@ -133,23 +132,21 @@ class Sampler:
     @staticmethod
     def _by_axes(fn: Callable[..., Any], *slots: Slots) -> Slots:
         """Maps over all that has a row for each slot: fn(arrays..., logical axes)."""
-        rows = ("batch", *(None,) * 4)
-        prefix = ("layers", "batch", "heads", None, "head_dim")
-        suffix = ("layers", "batch", None, "heads", None, "head_dim")
-        kinds = {"prefix_k": prefix, "prefix_v": prefix, "suffix_k": suffix, "suffix_v": suffix}
+        heads = {"prefix_k": 1, "prefix_v": 1, "suffix_k": 2, "suffix_v": 2}
 
-        def over(axes, trees):
-            return jax.tree.map(lambda *x: fn(*x, axes), *trees)
+        def over(tree, field=""):
+            def one(*x):
+                axes = ["batch", *[None] * (x[0].ndim - 1)]
+                if field in heads:
+                    axes[heads[field]] = "heads"
+                return fn(*x, tuple(axes))
+
+            return jax.tree.map(one, *tree)
 
         caches = [s.cache for s in slots]
-        cache = {
-            name: over(kinds.get(name, rows), [getattr(c, name) for c in caches])
-            for name in KVCache._fields
-            if name != "clock"
-        }
-        others = {
-            name: over(rows, [getattr(s, name) for s in slots]) for name in Slots._fields if name != "cache"
-        }
+        fields = [name for name in KVCache._fields if name != "clock"]
+        cache = {name: over([getattr(c, name) for c in caches], name) for name in fields}
+        others = {name: over([getattr(s, name) for s in slots]) for name in Slots._fields if name != "cache"}
         return Slots(**others, cache=KVCache(**cache, clock=caches[0].clock))
 
     def _enter(
@@ -161,12 +158,10 @@ class Sampler:
         source = source.reshape(self.shards, -1)
 
         def place(old, new, axes):  # every slot takes its row from its own part of the batch
-            at = axes.index("batch")
-            parts = new.reshape(*new.shape[:at], self.shards, -1, *new.shape[at + 1 :])
-            take = jax.vmap(lambda x, row: jnp.take(x, row, axis=at, mode="clip"), (at, 0), at)
-            picked = take(parts, source)
-            stay = (source < 0).reshape(-1, *(1,) * (old.ndim - at - 1))
-            return sharding.constrain(jnp.where(stay, old, picked.reshape(old.shape)), axes[: old.ndim])
+            parts = new.reshape(self.shards, -1, *new.shape[1:])
+            picked = jax.vmap(lambda x, row: jnp.take(x, row, axis=0, mode="clip"))(parts, source)
+            stay = (source < 0).reshape(-1, *(1,) * (old.ndim - 1))
+            return sharding.constrain(jnp.where(stay, old, picked.reshape(old.shape)), axes)
 
         # a new row sees nothing of the suffixes and of what the slot's last row said
         kept = {name: getattr(slots.cache, name) for name in ("suffix_k", "suffix_v", "clock")}
@@ -175,10 +170,10 @@ class Sampler:
 
     def chunks(self, ages: np.ndarray, clock: int) -> int:
         """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 for all."""
-        columns, size = ring(self.config.max_new_tokens)
-        missing = int(ages.max(initial=0)) - clock % columns % size
-        count = 1 + max(-(-missing // size), 0)
-        return count if count * size < columns else 0
+        count, size = ring(self.config.max_new_tokens)
+        missing = int(ages.max(initial=0)) - clock % size
+        needed = 1 + max(-(-missing // size), 0)
+        return needed if needed < count else 0
 
     def _advance(self, model, slots: Slots, temperatures, free, chunks: int = 0) -> Slots:
         c = self.config
@@ -208,13 +203,16 @@ class Sampler:
             hidden, cache = model.decode(jnp.where(done, 0, token), cache, chunks)
             return Slots(hidden, cache, keys, limits, ended, states, out)
 
+        count, size = ring(c.max_new_tokens)
+        full = (slots.cache.clock // size + 1) * size if count > 1 else jnp.iinfo(jnp.int32).max
+
         def waiting(slots: Slots):
-            ended, (columns, size) = jnp.all(slots.done, axis=1), ring(c.max_new_tokens)
-            go_on = ended.reshape(self.shards, -1).sum(axis=1).min() < free
+            clock, ended = slots.cache.clock, jnp.all(slots.done, axis=1)
+            go_on = (ended.reshape(self.shards, -1).sum(axis=1).min() < free) & (clock < full)
             if not chunks:
                 return go_on
             oldest = jnp.where(ended, 0, slots.cache.age).max()
-            return go_on & (oldest <= slots.cache.clock % columns % size + (chunks - 1) * size)
+            return go_on & (oldest <= clock % size + (chunks - 1) * size)
 
         return jax.lax.while_loop(waiting, step, slots)
 
@@ -259,6 +257,7 @@ def rollouts(
             f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
         )
     count, parts = sampler.slots, sampler.shards
+    chunked, chunk = ring(config.max_new_tokens)
     share = sharding.share_of(mesh)
     mine = share.rows(count)
     for rows in shards:
@@ -282,12 +281,14 @@ def rollouts(
                 age = np.where(source < 0, age, 0)
                 pending = next(batches) if entered < len(rows) else None
             wanted = np.int32((size if pending else count) // parts)
-            chunks = sampler.chunks(age[~free], clock)
+            chunks, before = sampler.chunks(age[~free], clock), clock
             slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
             for row, host in ended:  # text is made of what has ended while the device works on
                 answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
             here = slots.done, slots.out, slots.cache.age, slots.cache.clock
             done, out, age, clock = processes.fetch(here)
+            if chunked > 1 and clock % chunk == 0 and clock > before:
+                slots = slots._replace(cache=slots.cache.turned())
             new = np.flatnonzero(~free & done.all(axis=1))
             free[new] = True
             first = (clock - age) % config.max_new_tokens

@@ -126,31 +126,36 @@ class Batch(NamedTuple):
 
 
 class Int8(NamedTuple):
-    """An array kept in 8 bits: values int8[..., N], times scale float32[...]."""
+    """Keys or values in 8 bits: values int8 of their shape, scale float32, one number a token and head."""
 
     values: jax.Array
     scale: jax.Array
 
 
 def ring(room: int) -> tuple[int, int]:
-    """(columns, columns of a chunk) of a cache's suffixes with room for so many tokens. A decoding step may
-    read the last chunks that were written and leave out the others."""
-    chunk = max(32, -(-room // 4)) if room > 64 else room
-    return -(-room // chunk) * chunk, chunk
+    """(chunks, columns of a chunk) of a cache's suffixes with room for so many tokens."""
+    size = max(32, -(-room // 4)) if room > 64 else room
+    return -(-room // size), size
 
 
 class KVCache(NamedTuple):
     """Keys and values of decoding: one row per query, shared by the K branches, never copied.
 
-    Rows may enter at different times, so the suffixes are rings of R columns (see `ring`): a row's token i
-    lies in column (clock - age + i) mod R.
+    Rows may enter at different times, so their suffixes are one ring of columns, cut in chunks. A step writes
+    column `clock mod C` of the first chunk; before a full one is written again, the last one is moved to the
+    front (`turned`). A step that needs no old columns reads the first chunks only.
+
+        chunks     [ t4 t5 __ __ ] [ t0 t1 t2 t3 ] [ .. .. .. .. ]     clock 6, C = 4; a row of age 6
+
+    Every layer has arrays of its own: cut out of larger ones they would be copied in every step.
 
     Attributes:
-      prefix_k, prefix_v: [L, B, G, P, N]; the query's prompt, and the responses that branches continue.
+      prefix_k, prefix_v: for each layer [B, G, N, P] and [B, G, P, N]; the query's prompt, and the responses
+        that branches continue.
       visible: bool[B, K or 1, P]; the columns that a branch sees: the prompt, and its parent up to its start.
       start: int32[B, K]; position of a branch's first own token.
       long: bool[B]; see `layers.rope_tables`.
-      suffix_k, suffix_v: [L, B, K, G, R, N]; the branches' own tokens.
+      suffix_k, suffix_v: for each chunk, for each layer [B, K, G, C, N]; the branches' own tokens.
       age: int32[B]; tokens that the row's branches hold.
       clock: int32[]; steps done.
 
@@ -166,6 +171,11 @@ class KVCache(NamedTuple):
     suffix_v: Any
     age: jax.Array
     clock: jax.Array
+
+    def turned(self) -> "KVCache":
+        """With the oldest chunk in front, to be written again."""
+        k, v = self.suffix_k, self.suffix_v
+        return self._replace(suffix_k=(k[-1], *k[:-1]), suffix_v=(v[-1], *v[:-1]))
 
 
 class TrainState(NamedTuple):

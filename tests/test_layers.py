@@ -188,7 +188,8 @@ def test_cached_decode_equals_full_forward(policy):
         tokens[r] = one["tokens"][one["branch"] > 0].reshape(3, room)
     assert hidden.shape == (4, 3, policy.decoder.config.hidden_size)
     assert cache.start.tolist() == [[n] * 3 for n in (22, 5, 70, 0)]
-    assert cache.prefix_k.shape == (2, 4, 2, 80, 8) and cache.suffix_k.shape == (2, 4, 3, 2, room, 8)
+    assert [x.shape for x in cache.prefix_k] == 2 * [(4, 2, 8, 80)]
+    assert [[x.shape for x in chunk] for chunk in cache.suffix_v] == [2 * [(4, 3, 2, room, 8)]]
     for index in range(room):
         logits = np.asarray(policy.logits(hidden))
         assert np.isfinite(logits).all()

@@ -152,7 +152,7 @@ def _causal_logits(policy, tokens, image_index, pixels):
     x = policy.embed(tokens[None], image_index[None], pixels[None])
     attend = layers.row_attention(jnp.tril(jnp.ones((1, length, length), bool)), keep=False)
     long = jnp.array([length > policy.decoder.config.original_max_position])
-    hidden, _, _ = policy.decoder.hidden(x, jnp.arange(length)[None], long, attend)
+    hidden, _ = policy.decoder.hidden(x, jnp.arange(length)[None], long, attend)
     return policy.logits(hidden)
 
 

@@ -7,8 +7,9 @@ Block parameters carry a leading `layers` dimension and are scanned.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models import attention
-from mstar_jax.structs import Int8, KVCache, ring
+from mstar_jax.structs import Int8, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +163,13 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
       keep: also hand out every layer's keys and values (prefill).
     """
 
-    def attend(q, k, v, state, layer):
+    def attend(q, k, v):
         out = attention.fused(q, k, v, mask)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if out is None:
             scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
             out = _values(jax.nn.softmax(scores, axis=-1), v)
-        return out, state, (k, v) if keep else None
+        return out, (k, v) if keep else None
 
     return attend
 
@@ -183,73 +184,78 @@ def stored(x: jax.Array, dtype: str) -> Any:
 
 
 def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
-    """Values of a dtype, and their scale or 1."""
+    """Values of a dtype, and their scale or None."""
     if isinstance(cached, Int8):
         return cached.values.astype(dtype), cached.scale
     return cached.astype(dtype), None
 
 
 def branch_attention(
-    visible: jax.Array, own_visible: jax.Array, column: jax.Array, chunks: list[jax.Array], dtype: str
+    prefix: tuple[Any, Any],
+    visible: jax.Array,
+    suffix: Sequence[tuple[Any, Any]],
+    own_visible: Sequence[jax.Array],
+    column: jax.Array,
 ) -> Callable[..., Any]:
     """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
 
-    The two parts are scored apart and normalised together, so the prefix is read once for its K
-    branches. In `attend`, the T axis of q, k and v is the K branches.
+    The parts are scored apart and normalised together, so the prefix is read once for its K branches. In
+    `attend`, the T axis of q, k and v is the K branches; it hands out the first chunk with the new token.
 
     Args:
-      visible: bool[B, K or 1, P], the columns of the shared part that a branch sees.
-      own_visible: bool[B, S], the columns of its suffix that a branch sees, the new token's among them: of
-        the chunks that are read.
-      column: int32[]; where the new tokens stand.
-      chunks: int32[] each, the first columns of the chunks of the suffix that are read.
-      dtype: of the cache, see `stored`.
+      prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
+      visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
+      suffix: chunks that are read, keys and values [B, K, G, C, N]; the first one is written.
+      own_visible: of each chunk bool[B, C], the columns that a branch sees, the new token's among them.
+      column: int32[]; where the new token stands.
     """
 
-    def attend(q, k, v, state, layer):
-        number, prefix_k, prefix_v = layer
+    def attend(q, k, v):
         branches, groups, width = k.shape[1:]
 
-        def put(suffix, new):  # [L, B, K, G, R, N] and [B, K, G, N]; scales have no N
-            at = (number, 0, 0, 0, column, 0)[: suffix.ndim]
-            return jax.lax.dynamic_update_slice(suffix, jnp.expand_dims(new, (0, 4)), at)
+        def put(chunk, new):  # [B, K, G, C, N] and [B, K, G, N]; scales have no N
+            at = (0, 0, 0, column, 0)[: chunk.ndim]
+            return jax.lax.dynamic_update_slice(chunk, jnp.expand_dims(new, 3), at)
 
-        def own(suffix, first):
-            def cut(x):
-                size = (1, *x.shape[1:4], own_visible.shape[1] // len(chunks), *x.shape[5:])
-                return jax.lax.dynamic_slice(x, (number, 0, 0, 0, first, 0)[: x.ndim], size)[0]
+        def with_new(chunk, new):
+            dtype = "int8" if isinstance(chunk, Int8) else chunk.dtype.name
+            return jax.tree.map(put, chunk, stored(new, dtype))
 
-            return _read(jax.tree.map(cut, suffix), q.dtype)
-
-        state = jax.tree.map(put, state, (stored(k, dtype), stored(v, dtype)))
-        (prefix_k, scale_k), (prefix_v, scale_v) = _read(prefix_k, q.dtype), _read(prefix_v, q.dtype)
+        first = with_new(suffix[0][0], k), with_new(suffix[0][1], v)
+        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in (first, *suffix[1:])]
+        (keys, scale_k), (values, scale_v) = (_read(x, q.dtype) for x in prefix)
 
         def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
             return x if scale is None else x * scale[:, :, None, None]
 
-        def own_scaled(x, scale):  # [B, K, G, H/G, R] by [B, K, G, R]
+        def own_scaled(x, scale):  # [B, K, G, H/G, C] by [B, K, G, C]
             return x if scale is None else x * scale[:, :, :, None]
 
-        shared = scaled(_scores(q, prefix_k), scale_k)
-        shared = jnp.where(visible[:, None, None], shared, -jnp.inf)
-        grouped = q.reshape(-1, branches, groups, q.shape[2] // groups, width) * (width**-0.5)
+        queries = _heads_first(q, groups)
+        shared = jnp.einsum("bgqtn,bgns->bgqts", queries, keys, preferred_element_type=jnp.float32)
+        shared = jnp.where(visible[:, None, None], scaled(shared, scale_k), -jnp.inf)
+        queries = queries.transpose(0, 3, 1, 2, 4)
         parts = []
-        for first in chunks:
-            own_k, scale = own(state[0], first)
-            part = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
-            parts.append(own_scaled(part, scale))
-        suffix = jnp.where(own_visible[:, None, None, None], jnp.concatenate(parts, -1), -jnp.inf)
-        suffix = suffix.transpose(0, 2, 3, 1, 4)
-        top = jnp.maximum(shared.max(-1, keepdims=True), suffix.max(-1, keepdims=True))
-        shared, suffix = jnp.exp(shared - top), jnp.exp(suffix - top)
-        total = shared.sum(-1, keepdims=True) + suffix.sum(-1, keepdims=True)
-        out = _values(scaled(shared / total, scale_v), prefix_v)
-        parts = jnp.split((suffix / total).transpose(0, 3, 1, 2, 4), len(chunks), axis=-1)
-        for first, part in zip(chunks, parts):
-            own_v, scale = own(state[1], first)
+        for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
+            part = jnp.einsum("bkgqn,bkgcn->bkgqc", queries, own_k, preferred_element_type=jnp.float32)
+            part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
+            parts.append(part)
+        top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
+        top = functools.reduce(jnp.maximum, [top, *(part.max(-1, keepdims=True) for part in parts)])
+        shared, parts = (
+            jnp.exp(shared - top.transpose(0, 2, 3, 1, 4)),
+            [jnp.exp(part - top) for part in parts],
+        )
+        total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
+        total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
+        out = jnp.zeros(queries.shape, jnp.float32)
+        for (_, (own_v, scale)), part in zip(chunks, parts):
             part = own_scaled(part, scale).astype(own_v.dtype)
-            out += jnp.einsum("bkgqr,bkgrn->bkgqn", part, own_v).reshape(q.shape)
-        return out, state, None
+            out += jnp.einsum("bkgqc,bkgcn->bkgqn", part, own_v, preferred_element_type=jnp.float32)
+        part = scaled(shared, scale_v).astype(values.dtype)
+        part = jnp.einsum("bgqts,bgsn->bgqtn", part, values, preferred_element_type=jnp.float32)
+        out = (out + part.transpose(0, 3, 1, 2, 4)) / total
+        return out.astype(q.dtype).reshape(q.shape), first
 
     return attend
 
@@ -273,18 +279,18 @@ class Blocks(nnx.Module):
         self.up = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
 
-    def __call__(self, x, rope, attend, state, layer):
-        """One block (self is sliced by the scan): x [B, T, D] -> x, attention state, what it keeps."""
+    def __call__(self, x, rope, attend):
+        """One block (self is one layer's slice): x [B, T, D] -> x, and what attention keeps."""
         eps = self.config.rms_norm_eps
         h = rms_norm(x, self.input_norm[...], eps)
         q = rotate(jnp.einsum("btd,dhn->bthn", h, self.q[...]), rope)
         k = rotate(jnp.einsum("btd,dgn->btgn", h, self.k[...]), rope)
         v = jnp.einsum("btd,dgn->btgn", h, self.v[...])
-        out, state, kept = attend(q, k, v, state, layer)
+        out, kept = attend(q, k, v)
         x = x + jnp.einsum("bthn,hnd->btd", out, self.o[...])
         h = rms_norm(x, self.post_norm[...], eps)
         x = x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
-        return x, state, kept
+        return x, kept
 
 
 class Decoder(nnx.Module):
@@ -301,36 +307,31 @@ class Decoder(nnx.Module):
             self.head = param(rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"), std)
 
     @jax.named_scope("language")
-    def hidden(self, x, positions, long, attend, *, state=None, layers=None, remat=None):
+    def hidden(self, x, positions, long, attend, *, remat=None):
         """Runs the blocks and the final norm.
 
         Args:
           x: [B, T, D] embeddings.
           positions: int32[B, T].
           long: bool[B], see `rope_tables`.
-          attend: attention function, `row_attention(...)` or `branch_attention(...)`.
-          state: attention state carried from block to block.
-          layers: arrays with a leading L, handed to attention block by block.
+          attend: attention function, `row_attention(...)`.
           remat: a `jax.checkpoint` policy, or None to keep all activations.
 
         Returns:
-          hidden [B, T, D], the final state, and what every block kept, stacked over L.
+          hidden [B, T, D], and what every block kept, stacked over L.
         """
         rope = rope_tables(self.config, positions, long)
 
-        def block(carry, inputs):
-            x, state = carry
-            blocks, layer = inputs
+        def block(x, blocks):
             # rows stay where they are and weights come to them; else they may be cut along D, as weights are
             x = sharding.constrain(x, ("batch", None, None))
-            x, state, kept = blocks(x, rope, attend, state, layer)
-            return (sharding.constrain(x, ("batch", None, None)), state), kept
+            x, kept = blocks(x, rope, attend)
+            return sharding.constrain(x, ("batch", None, None)), kept
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)
-        unroll = self.config.unroll if state is None else 1  # a carried cache is updated in place
-        (x, state), kept = jax.lax.scan(block, (x, state), (self.blocks, layers), unroll=unroll)
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, kept
+        x, kept = jax.lax.scan(block, x, self.blocks, unroll=self.config.unroll)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), kept
 
     @jax.named_scope("language")
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -339,6 +340,7 @@ class Decoder(nnx.Module):
         return (hidden @ head).astype(jnp.float32)
 
 
+@jax.named_scope("language")
 def decode_hidden(
     decoder: Decoder, x: jax.Array, cache: KVCache, chunks: int = 0
 ) -> tuple[jax.Array, KVCache]:
@@ -348,28 +350,28 @@ def decode_hidden(
       decoder: the language model.
       x: [B, K, D], the embeddings of the branches' next token.
       cache: the keys and values before it.
-      chunks: how many chunks of the suffixes are read (see `structs.ring`), the last ones that were written;
-        0 reads all. Rows whose tokens go further back come out wrong.
+      chunks: how many chunks of the suffixes are read, 0 for all. Rows whose tokens lie in others come out
+        wrong.
 
     Returns:
       hidden [B, K, D] and the cache with this token's keys and values.
     """
-    suffix = cache.suffix_k
-    room = suffix.values.shape[4] if isinstance(suffix, Int8) else suffix.shape[4]
-    layers = (jnp.arange(decoder.config.num_layers), cache.prefix_k, cache.prefix_v)
-    size = ring(room)[1] if chunks else room
-    last, count = cache.clock % room // size, room // size
-    firsts = [(last - at) % count * size for at in range(chunks or 1)]
-    columns = jnp.concatenate([first + jnp.arange(size) for first in firsts])
-    ago = (cache.clock - columns) % room  # steps since a column was written
-    dtype = "int8" if isinstance(suffix, Int8) else suffix.dtype.name
-    hidden, (suffix_k, suffix_v), _ = decoder.hidden(
-        x,
-        cache.start + cache.age[:, None],
-        cache.long,
-        branch_attention(cache.visible, ago <= cache.age[:, None], cache.clock % room, firsts, dtype),
-        state=(cache.suffix_k, cache.suffix_v),
-        layers=layers,
-    )
-    new = {"suffix_k": suffix_k, "suffix_v": suffix_v, "age": cache.age + 1, "clock": cache.clock + 1}
-    return hidden, cache._replace(**new)
+    c, count = decoder.config, len(cache.suffix_k)
+    size = jax.tree.leaves(cache.suffix_k[0])[0].shape[3]
+    column, columns = cache.clock % size, jnp.arange(size)
+    ago = [(column - columns + at * size) % (count * size) for at in range(chunks or count)]
+    seen = [steps <= cache.age[:, None] for steps in ago]  # steps since a column was written
+    rope = rope_tables(c, cache.start + cache.age[:, None], cache.long)
+    written = []
+    for layer in range(c.num_layers):
+        block = jax.tree.map(lambda p, layer=layer: p[layer], decoder.blocks)
+        prefix = cache.prefix_k[layer], cache.prefix_v[layer]
+        suffix = [(cache.suffix_k[at][layer], cache.suffix_v[at][layer]) for at in range(len(seen))]
+        attend = branch_attention(prefix, cache.visible, suffix, seen, column)
+        x = sharding.constrain(x, ("batch", None, None))
+        x, kept = block(x, rope, attend)
+        written.append(kept)
+    k, v = zip(*written)
+    cache = cache._replace(suffix_k=(k, *cache.suffix_k[1:]), suffix_v=(v, *cache.suffix_v[1:]))
+    x = rms_norm(x, decoder.norm[...], c.rms_norm_eps)
+    return x, cache._replace(age=cache.age + 1, clock=cache.clock + 1)

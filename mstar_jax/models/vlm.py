@@ -153,7 +153,7 @@ class VisionLanguageModel(nnx.Module):
         length = jnp.sum(batch.branch == 0, axis=1, dtype=jnp.int32)
         long = length > self.decoder.config.original_max_position
         attend = layers.row_attention(mask, keep=True)
-        hidden, _, (k, v) = self.decoder.hidden(x, positions, long, attend)
+        hidden, (k, v) = self.decoder.hidden(x, positions, long, attend)
         visible, last = (
             (batch.branch == 0)[:, None],
             jnp.broadcast_to(length[:, None] - 1, (len(x), branches)),
@@ -166,14 +166,26 @@ class VisionLanguageModel(nnx.Module):
             visible, start = visible | own, start + kept
             last = jnp.where(kept > 0, own.shape[-1] - 1 - jnp.argmax(own[..., ::-1], axis=-1), last)
         before = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
-        shape = (*k.shape[:2], branches, k.shape[2], ring(room)[0], k.shape[4])
-        axes = ("layers", "batch", None, "heads", None, "head_dim")
+        layers_, rows, groups, _, width = k.shape
+        count, size = ring(room)
+
+        def apart(x):  # the layers
+            return [jax.tree.map(lambda x, i=i: x[i], layers.stored(x, dtype)) for i in range(layers_)]
+
+        def turned(x):  # values [B, G, P, N] -> [B, G, N, P]; a scale stays
+            return jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3) if x.ndim == 4 else x, x)
 
         def empty(x):
+            axes = ("batch", None, "heads", None, "head_dim")
             return sharding.constrain(jnp.zeros(x.shape, x.dtype), axes[: x.ndim])
 
+        shape = (rows, branches, groups, size, width)
         like = jax.eval_shape(lambda: layers.stored(jnp.zeros(shape, x.dtype), dtype))
-        prefix, suffix = [layers.stored(kept, dtype) for kept in (k, v)], [jax.tree.map(empty, like)] * 2
+        prefix = tuple(map(turned, apart(k))), tuple(apart(v))
+        suffix = [
+            tuple(tuple(jax.tree.map(empty, like) for _ in range(layers_)) for _ in range(count))
+            for _ in "kv"
+        ]
         age, clock = jnp.zeros(len(x), jnp.int32), jnp.zeros((), jnp.int32)
         return before, KVCache(prefix[0], prefix[1], visible, start, long, suffix[0], suffix[1], age, clock)
 
