@@ -27,6 +27,7 @@ TRAIN: Rules = {
     "vocab": "tensor",
     "patch": None,
     "positions": None,
+    "rank": None,
 }
 SAMPLE: Rules = TRAIN | {"embed": None}
 
