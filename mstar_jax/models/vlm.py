@@ -70,6 +70,8 @@ class VisionLanguageModel(nnx.Module):
           dtype: of the parameters; None for each weight's own.
         """
         c, weights = self.config.decoder, sharding.named(self)
+        if not c.lora_rank:
+            return sharding.cast(self, dtype) if dtype else self
 
         def take(path, _):
             name = sharding.parameter_name(path)
