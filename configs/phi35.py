@@ -109,6 +109,10 @@ def get_config() -> ConfigDict:
     train.dtype = "bfloat16"  # of the computation; parameters and optimizer state are float32
     train.remat = "full"  # recompute every block in the backward pass; "dots" keeps the matrix products
     train.frozen = ()  # regular expressions of parameter names; ("^tower",) freezes the vision tower
+    # LoRA, for the reward model too: adapters of this rank beside the decoder's projections, scaled by
+    # alpha / rank, and nothing else is trained; 0 trains everything. base_dtype: of what is frozen (the
+    # released weights are bfloat16). The learning rates here are full training's: LoRA wants 1e-5 to 1e-4
+    train.lora = ConfigDict({"rank": 0, "alpha": 32.0, "base_dtype": "bfloat16"})
     train.log_every, train.save_every = 10, 125  # steps
 
     c.sampling = sampling = ConfigDict()

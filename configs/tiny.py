@@ -127,6 +127,9 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         | {"dtype": "float32", "remat": "none", "frozen": ()}  # frozen: regular expressions of names
         | {"log_every": 10, "save_every": 50}  # steps
     )
+    # LoRA from the warm-up on, the reward model too: adapters of this rank beside the decoder's projections,
+    # scaled by alpha / rank, and nothing else is trained; 0 trains everything. base_dtype: of what is frozen
+    c.train.lora = ConfigDict({"rank": 0, "alpha": 32.0, "base_dtype": "float32"})
     c.sampling = ConfigDict(
         {"batch": 64, "refill": 0.25, "shard": 4, "max_new_tokens": 44, "stop_strings": ()}
         | {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "dtype": "float32", "cache": ""}

@@ -76,13 +76,13 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]
     values = config.policy
     if values.path:
         source = models.Pretrained(values.path, max_crops=values.get("max_crops"))
-        return source.family, source.config
+        return source.family, setup.adapted(source.config, config.train)
     if "decoder" in values:
-        return models.phi35.FAMILY, setup.policy_config(values)
+        return models.phi35.FAMILY, setup.adapted(setup.policy_config(values), config.train)
     if values.get("family") not in official.OFFICIAL:
         known = ", ".join(official.OFFICIAL)
         raise ValueError(f"policy.family = {values.get('family')!r}: give policy.path, or one of {known}")
-    found = official.OFFICIAL[values.family]
+    found = setup.adapted(official.OFFICIAL[values.family], config.train)
     crops = values.get("max_crops")
     return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
 
@@ -106,7 +106,7 @@ class Programs:
     def _weights(self, build: Callable[[], Any]) -> Any:
         """Parameters as they are sampled with."""
         c = self.config.sampling
-        abstract = jax.eval_shape(lambda: sharding.cast(build(), jnp.dtype(c.dtype)))
+        abstract = jax.eval_shape(lambda: build().merged(jnp.dtype(c.dtype)))
         return self._placed(abstract, sharding.shardings(abstract, sharding.SAMPLE, self.mesh))
 
     def _batch(self, rows: int, length: int) -> Batch:
@@ -121,17 +121,20 @@ class Programs:
     def _train(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         c, e = self.config.train, self.config.evolve
         sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
-        tx, _ = setup.optimizer(e, c)
-        state = train.abstract_state(self.build, tx, self.mesh)
+        (tx, _), frozen, dtype = setup.optimizer(e, c), setup.frozen(c), setup.base_dtype(c)
+        state = train.abstract_state(lambda: train.store(self.build(), frozen, dtype), tx, self.mesh)
         how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
-        step: Any = train.make_train_step(tx, self.mesh, **how)
+        step: Any = train.make_train_step(tx, self.mesh, frozen=frozen, **how)
         kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
         length = loader.bucket(
             min(self.config.data.max_prompt + kept, max(self.config.data.buckets)), self.config.data.buckets
         )
         batch = self._batch(e.batch, length)
-        loss = jax.grad(lambda model, batch: train.token_loss(model, batch)[0])
-        own = flops.count(loss, state.params, batch)
+
+        def loss(trained: Any, fixed: Any, batch: Batch) -> jax.Array:
+            return train.token_loss(sharding.cast(train.join(trained, fixed), how["dtype"]), batch)[0]
+
+        own = flops.count(jax.grad(loss), *train.split(state.params, frozen), batch)
         yield f"train step, {e.batch} rows of {length}", step.lower(state, batch), own
 
     def _rollouts(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
@@ -292,7 +295,7 @@ def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], ad
             change = next(steps, None) if advise else None
             if change is None:
                 if advise:
-                    yield f"{name}: nothing that was tried makes it fit; more chips, or LoRA, would"
+                    yield f"{name}: nothing that was tried makes it fit; more chips, or train.lora, would"
                 return
             changes |= change
             yield "with " + " ".join(f"--config.{key}={value}" for key, value in changes.items())

@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 import optax
 
 from mstar_jax import models, selection, sharding, train
 from mstar_jax.data import benchmarks, figures, mathv360k, prompts
 from mstar_jax.models import phi35
-from mstar_jax.models.layers import DecoderConfig
+from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.store import write_text
 from mstar_jax.structs import Query
@@ -52,6 +53,7 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         ("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup")),
         ("evolve.start", c.evolve.start, ("last", "initial")),
         ("train.remat", c.train.remat, tuple(sorted(train.REMAT))),
+        ("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16")),
         ("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle")),
         ("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES)),
         ("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score")),
@@ -65,6 +67,11 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         raise ValueError("evolve.select = 'oracle' needs the embedded data set: only its steps are known")
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
         raise ValueError(f"evolve.threshold is of the reward model's, not of {c.evolve.select!r} selection")
+    if c.train.lora.rank < 0 or c.train.lora.alpha <= 0:
+        raise ValueError(
+            f"train.lora: rank = {c.train.lora.rank}, alpha = {c.train.lora.alpha}: a rank is 0 (no LoRA) or "
+            "more, and alpha above 0"
+        )
     if c.prm.samples % c.prm.completions:
         raise ValueError(
             f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
@@ -96,20 +103,37 @@ def schedule_values(settings: ml_collections.ConfigDict) -> tuple[float, int, in
     return settings.learning_rate, settings.steps * rounds, settings.warmup_steps, settings.final_fraction
 
 
+def frozen(values: ml_collections.ConfigDict, stage: str = "") -> tuple[str, ...]:
+    """Patterns of the parameters that a stage does not train, from `config.train`.
+
+    With LoRA these are all of the policy's but its adapters. The base stage of a policy from scratch is the
+    other way round: there is nothing to adapt yet, so the adapters wait, and add nothing.
+    """
+    patterns = list(values.frozen)
+    if values.lora.rank:
+        patterns.append(f"^{ADAPTERS}" if stage == "base" else f"^(?!{ADAPTERS})")
+    inside = "^trunk." if stage == "prm" else "^"  # a reward model's own head is always trained
+    return tuple(re.sub(r"^\^", inside, pattern) for pattern in patterns)
+
+
+def base_dtype(values: ml_collections.ConfigDict) -> Any:
+    """Of the parameters beside the adapters, from `config.train`."""
+    return jnp.dtype(values.lora.base_dtype if values.lora.rank else "float32")
+
+
 def optimizer(
-    settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, inside: str = ""
+    settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, stage: str = ""
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """A stage's optimizer and schedule, from its settings and `config.train`.
 
     Args:
       settings: learning_rate, steps, warmup_steps, final_fraction.
       values: `config.train`.
-      inside: where the policy's parameters are in what is trained, `trunk.` in a reward model.
+      stage: see `frozen`.
     """
     schedule, v = train.make_schedule(*schedule_values(settings)), values
     how = {"b1": v.b1, "b2": v.b2, "weight_decay": v.weight_decay, "clip": v.clip}
-    frozen = tuple(re.sub(r"^\^", "^" + re.escape(inside), pattern) for pattern in v.frozen)
-    return train.make_optimizer(schedule, **how, frozen=frozen), schedule
+    return train.make_optimizer(schedule, **how, frozen=frozen(values, stage)), schedule
 
 
 def base_examples(
@@ -143,6 +167,15 @@ def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
     return phi35.Phi35Config(decoder, VitConfig(**values.vision), values.num_crops)
 
 
+def adapted(dimensions: Any, values: ml_collections.ConfigDict) -> Any:
+    """A policy's dimensions with the adapters that `config.train` asks for."""
+    lora = values.get("lora")  # runs of before there was LoRA have none
+    if not lora or not lora.rank:
+        return dimensions
+    how = {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
+    return dataclasses.replace(dimensions, decoder=dataclasses.replace(dimensions.decoder, **how))
+
+
 def make_policy(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, base: Sequence[figures.BaseExample] = ()
 ) -> models.Pretrained | models.FromScratch:
@@ -155,13 +188,15 @@ def make_policy(
     """
     values = config.policy
     if values.path:
-        return models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        policy = models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        policy.config = adapted(policy.config, config.train)
+        return policy
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         modes = base_examples(config, base, lambda response: [])
         asked = [prompt for examples in modes.values() for _, prompt, _ in examples]
         phi35.make_tokenizer([*asked, *(e.response for e in base)], folder, values.vocab_size)
-    return models.FromScratch(phi35.FAMILY, policy_config(values), folder)
+    return models.FromScratch(phi35.FAMILY, adapted(policy_config(values), config.train), folder)
 
 
 def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:

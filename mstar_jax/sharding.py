@@ -28,6 +28,7 @@ TRAIN: Rules = {
     "vocab": "tensor",
     "patch": None,
     "positions": None,
+    "rank": None,
 }
 SAMPLE: Rules = TRAIN | {"embed": None}
 

@@ -66,7 +66,9 @@ class Run(Generator):
         """The TrainState that a finished stage ended with, from memory or from its checkpoint."""
         if self.done is None or self.done.stage != stage:
             if stage == "base" and isinstance(self.policy, models.Pretrained):
-                state = TrainState(0, self.policy.load(jnp.float32, mesh=self.mesh), ())  # no optimizer yet
+                how = {"mesh": self.mesh, "seed": self.config.seed}
+                params = self.policy.load(setup.base_dtype(self.config.train), **how)
+                state = TrainState(0, params, ())  # no optimizer yet
             else:
                 tx, _ = self._optimizer(stage)
                 abstract = train.abstract_state(self._make(stage), tx, self.mesh)
@@ -87,11 +89,18 @@ class Run(Generator):
     def _make(self, stage: str) -> Callable[[], Any]:
         """What a stage trains: the policy, or the reward model around one."""
         make: Callable[[], Any] = self.make_model
-        return (lambda: vlm.RewardModel(make())) if stage == "prm" else make
+        return lambda: self._stored(stage, vlm.RewardModel(make()) if stage == "prm" else make())
+
+    def _stored(self, stage: str, params: Any) -> Any:
+        """With LoRA, what is frozen lies in its own dtype as soon as there is something to adapt."""
+        c = self.config.train
+        if stage == "base" or not c.lora.rank:
+            return params
+        return train.store(params, setup.frozen(c, stage), setup.base_dtype(c))
 
     def _optimizer(self, stage: str):
         settings = self.config.evolve if stage.startswith("iteration") else self.config[stage]
-        return setup.optimizer(settings, self.config.train, "trunk." if stage == "prm" else "")
+        return setup.optimizer(settings, self.config.train, stage)
 
     # ------------------------------------------------------------------------------------- generate
     def asked(self, queries: Sequence[Query], template: str = "") -> list[tuple[Query, str]]:
@@ -171,6 +180,7 @@ class Run(Generator):
         elif start is None:
             state = train.init_state(self.make_model, tx, self.mesh)
         else:
+            start = start._replace(params=self._stored(stage, start.params))
             state = train.carry_on(start, tx, self.mesh, moments=inherit[0], schedule=inherit[1])
         self.done = None  # the step donates its state
         cursor = saved.cursor if saved else 0
@@ -218,10 +228,11 @@ class Run(Generator):
 
     def _train_step(self, stage: str, settings, tx):
         c, loss = self.config.train, self.prm_loss if stage == "prm" else train.token_loss
-        key = loss, *setup.schedule_values(settings)
+        frozen = setup.frozen(c, stage)
+        key = loss, frozen, *setup.schedule_values(settings)
         if getattr(self, "_step", (None, None))[0] != key:  # one program for all iterations
             how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
-            self._step = key, train.make_train_step(tx, self.mesh, loss=loss, **how)
+            self._step = key, train.make_train_step(tx, self.mesh, loss=loss, frozen=frozen, **how)
         return self._step[1]
 
     # ----------------------------------------------------------------------------------------- base

@@ -50,6 +50,42 @@ def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: fl
     )
 
 
+def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
+    """What is trained and what is frozen: the same tree twice, each empty where the other has a parameter.
+
+    Args:
+      params: a model.
+      frozen: see `make_optimizer`.
+    """
+
+    def part(wanted: bool) -> Any:
+        def keep(path, leaf):
+            return leaf if _matches(path, frozen) == wanted else optax.MaskedNode()
+
+        return jax.tree_util.tree_map_with_path(keep, params)
+
+    return part(False), part(True)
+
+
+def join(trained: Any, fixed: Any) -> Any:
+    """The model whose parts `split` returned."""
+
+    def empty(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
+    return jax.tree.map(lambda a, b: b if empty(a) else a, trained, fixed, is_leaf=empty)
+
+
+def store(params: Any, frozen: Sequence[str], dtype: Any) -> Any:
+    """The model with what is frozen in another dtype."""
+    trained, fixed = split(params, frozen)
+    return join(trained, sharding.cast(fixed, dtype))
+
+
+def _matches(path: Any, patterns: Sequence[str]) -> bool:
+    return any(re.search(pattern, sharding.parameter_name(path)) for pattern in patterns)
+
+
 def make_optimizer(
     schedule: optax.Schedule,
     *,
@@ -68,11 +104,10 @@ def make_optimizer(
       frozen: regular expressions; a parameter whose dotted name contains a match is not trained and has
         no optimizer moments.
     """
-    patterns = [re.compile(pattern) for pattern in frozen]
 
     def labels(params):
         def label(path, _):
-            return "frozen" if any(p.search(sharding.parameter_name(path)) for p in patterns) else "trained"
+            return "frozen" if _matches(path, frozen) else "trained"
 
         # a function, not a tree: with a tree, multi_transform let raw gradients through to frozen weights
         return jax.tree_util.tree_map_with_path(label, params)
@@ -159,6 +194,7 @@ def make_train_step(
     mesh: Any,
     *,
     loss: Callable[..., Any] = token_loss,
+    frozen: Sequence[str] = (),
     accumulate: int = 1,
     dtype: Any = jnp.float32,
     remat: str = "none",
@@ -169,19 +205,24 @@ def make_train_step(
       tx: the optimizer.
       mesh: the device mesh.
       loss: `(model, batch, remat) -> (summed loss, {"tokens": weight, ...})`.
+      frozen: the optimizer's; what matches has no gradient, and stays as it is, its dtype too.
       accumulate: microbatches per step; gradients are summed and divided by all their tokens, so the
         result is that of one large batch however the tokens fall.
-      dtype: compute dtype; parameters and optimizer state stay float32.
+      dtype: compute dtype; what is trained and the optimizer state stay float32.
       remat: `none`, `full` or `dots`: what the backward pass recomputes.
 
-    Metrics: loss (nats per token), accuracy (share of tokens predicted), grad_norm, tokens.
+    Metrics: loss (nats per token), accuracy (share of tokens predicted), grad_norm (of what is trained),
+    tokens.
     """
     policy = REMAT[remat]
 
-    def summed(params, batch):
-        return loss(sharding.cast(params, dtype), batch, policy)
+    def summed(trained, fixed, batch):
+        return loss(sharding.cast(join(trained, fixed), dtype), batch, policy)
+
+    gradient = jax.value_and_grad(summed, has_aux=True)
 
     def step(state: TrainState, batch: Batch):
+        trained, fixed = split(state.params, frozen)
         size = batch.tokens.shape[0] // accumulate  # said outright: a text-only batch has empty pixels
 
         def cut(x):  # every accumulate-th row, so that a device's rows stay its own
@@ -191,22 +232,20 @@ def make_train_step(
         micro = jax.tree.map(cut, batch)
 
         def add(total, part):
-            (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, part)
+            (value, extra), grads = gradient(trained, fixed, part)
             return jax.tree.map(jnp.add, total, (value, extra, grads)), None
 
         if accumulate == 1:
-            (value, extra), grads = jax.value_and_grad(summed, has_aux=True)(state.params, batch)
+            (value, extra), grads = gradient(trained, fixed, batch)
         else:
-            shapes = jax.eval_shape(
-                jax.value_and_grad(summed, has_aux=True), state.params, jax.tree.map(lambda x: x[0], micro)
-            )
+            shapes = jax.eval_shape(gradient, trained, fixed, jax.tree.map(lambda x: x[0], micro))
             (value, extra), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (value, extra, grads), _ = jax.lax.scan(add, (value, extra, grads), micro)
         tokens = jnp.maximum(extra["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, sharding.TRAIN, mesh))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        params = join(optax.apply_updates(trained, updates), fixed)
         metrics = {
             "loss": value / tokens,
             "accuracy": extra["right"] / tokens,
@@ -220,6 +259,6 @@ def make_train_step(
 
 
 def for_sampling(params: Any, mesh: Any, dtype: Any) -> nnx.Module:
-    """The policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
-    lower = sharding.cast(params, dtype)
+    """The plain policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
+    lower = params.merged(dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

@@ -157,7 +157,7 @@ def test_metrics_and_step_are_the_mean_gradient(policy, text, sgd_steps):
 def three_steps(policy, one, batch):
     """Three AdamW steps on one device."""
     tx = adamw()
-    state, step, losses = start(policy, tx), train.make_train_step(tx, one), []
+    state, step, losses = start(policy, tx), train.make_train_step(tx, one, frozen=FROZEN), []
     first = state
     for _ in range(3):
         state, metrics = step(state, batch)
@@ -169,7 +169,7 @@ def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
     _, want, losses = three_steps
     mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
     state = train.carry_on(TrainState(0, policy, ()), tx, mesh, moments=False, schedule=False)
-    step = train.make_train_step(tx, mesh, remat="full")
+    step = train.make_train_step(tx, mesh, frozen=FROZEN, remat="full")
     for i in range(3):
         state, metrics = step(state, sharding.put_batch(batch, mesh))
         assert float(metrics["loss"]) == pytest.approx(losses[i], rel=1e-5)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import hf, internvl2, minicpmv25, phi35, vlm
+from mstar_jax.models import hf, internvl2, layers, minicpmv25, phi35, vlm
 
 FAMILIES = {"phi3_v": phi35.FAMILY, "internvl_chat": internvl2.FAMILY, "minicpmv": minicpmv25.FAMILY}
 
@@ -63,11 +64,22 @@ class Pretrained:
         """The host side: see `vlm.Processor`."""
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
-    def load(self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN) -> Any:
-        """The parameters, read straight into their sharding; see `hf.load_params`."""
-        abstract = jax.eval_shape(self.build)
-        table = self.family.table(self.config)
-        return hf.load_params(self.folder, table, abstract, dtype=jnp.dtype(dtype), mesh=mesh, rules=rules)
+    def load(
+        self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN, seed: int = 0
+    ) -> Any:
+        """The parameters, read straight into their sharding; see `hf.load_params`. Adapters, where the config
+        asks for them, are new, from the seed, and float32."""
+        abstract, table = jax.eval_shape(self.build), self.family.table(self.config)
+        own = self._adapters(seed, sharding.shardings(abstract, rules, mesh) if mesh else None)
+        how = {"dtype": jnp.dtype(dtype), "mesh": mesh, "rules": rules}
+        return hf.load_params(self.folder, table, abstract, own, **how)
+
+    def _adapters(self, seed: int, layout: Any) -> dict[str, jax.Array]:
+        def adapters(tree):
+            return {n: x for n, x in sharding.named(tree).items() if re.search(layers.ADAPTERS, n)}
+
+        init = jax.jit(lambda: adapters(self.build(seed)), out_shardings=layout and adapters(layout))
+        return init() if self.config.decoder.lora_rank else {}
 
     def save(self, model: Any, output: str | os.PathLike) -> None:
         """Writes a policy, or a reward model with one as its trunk, as a folder like this one: same files,
@@ -149,6 +161,6 @@ class FromScratch:
 
 def _write(model: Any, table: Any, output: pathlib.Path, **how: Any) -> None:
     policy = model.trunk if isinstance(model, vlm.RewardModel) else model
-    hf.save_params(policy, table, output, **how)
+    hf.save_params(policy.merged(), table, output, **how)
     if policy is not model:
         hf.save_head({name: getattr(model, name)[...] for name in hf.HEAD_NAMES}, output)

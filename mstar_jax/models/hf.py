@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,14 @@ def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pat
 
 # ------------------------------------------------------------------------------------------ reading
 def load_params(
-    folder: pathlib.Path, table: Sequence[Tensor], abstract: Any, *, dtype: Any, mesh: Any, rules: Any
+    folder: pathlib.Path,
+    table: Sequence[Tensor],
+    abstract: Any,
+    own: Mapping[str, jax.Array],
+    *,
+    dtype: Any,
+    mesh: Any,
+    rules: Any,
 ) -> Any:
     """Reads a model straight into its sharding, one checkpoint tensor in memory at a time.
 
@@ -121,6 +128,7 @@ def load_params(
       folder: holds *.safetensors.
       table: the family's names.
       abstract: the model's shapes (`jax.eval_shape`).
+      own: parameters that no checkpoint holds, by name, taken as they are.
       dtype: of the parameters.
       mesh, rules: the target sharding; without a mesh everything goes to the first device. A process
         reads and holds its own shards only.
@@ -141,7 +149,10 @@ def load_params(
             return file.get_tensor(name)
 
     def place(path: Any, leaf: Any, target: Any) -> jax.Array:
-        found = sources[sharding.parameter_name(path)]
+        name = sharding.parameter_name(path)
+        if name in own:
+            return own[name]
+        found = sources[name]
         stacked = layer_of(named[found[0][0]], found[0][0]) is not None
         shape = leaf.shape[1:] if stacked else leaf.shape
         values = (part.extract(read(name), shape) for name, part in found)

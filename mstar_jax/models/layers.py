@@ -20,13 +20,17 @@ from mstar_jax import sharding
 from mstar_jax.models import attention
 from mstar_jax.structs import Int8, KVCache
 
+ADAPTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # over how many axes of x each sums
+ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # their names
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Dimensions of a Llama-like decoder (Phi-3 adds LongRoPE factors).
 
     `short_factor`/`long_factor` have head_dim / 2 entries; None means plain RoPE. `unroll` blocks are
-    compiled side by side in the scan: more code, faster on a CPU.
+    compiled side by side in the scan: more code, faster on a CPU. `lora_rank` r > 0 gives the blocks'
+    projections adapters, x @ W + (x @ a) @ b * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
     """
 
     vocab_size: int
@@ -44,6 +48,8 @@ class DecoderConfig:
     original_max_position: int = 4096
     tie_word_embeddings: bool = False
     unroll: int = 1
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
@@ -261,7 +267,11 @@ def branch_attention(
 
 
 class Blocks(nnx.Module):
-    """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases."""
+    """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases.
+
+    With LoRA, beside each projection [L, inputs, outputs] lie its adapters, a [L, inputs, r] and b [L, r,
+    outputs], named `q_a` and `q_b`. b begins at 0, and so does what they add.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c = config
@@ -278,19 +288,44 @@ class Blocks(nnx.Module):
         self.gate = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.up = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
+        for name, summed in ADAPTED.items() if c.lora_rank else ():
+            weight, cut, r = getattr(self, name), 1 + summed, c.lora_rank
+            shape, axes = weight.shape, weight.get_metadata()["axes"]
+            std = math.prod(shape[1:cut]) ** -0.5
+            setattr(self, f"{name}_a", param(rngs, (*shape[:cut], r), (*axes[:cut], "rank"), std))
+            setattr(
+                self, f"{name}_b", param(rngs, (n, r, *shape[cut:]), ("layers", "rank", *axes[cut:]), 0.0)
+            )
+
+    def _project(self, x: jax.Array, name: str) -> jax.Array:
+        """x through a projection and, beside it, its adapters: a @ b is never made."""
+        summed = ADAPTED[name]
+        out = jnp.tensordot(x, getattr(self, name)[...], summed)
+        if rank := self.config.lora_rank:
+            low = jnp.tensordot(x, getattr(self, f"{name}_a")[...], summed) * (self.config.lora_alpha / rank)
+            out += jnp.tensordot(low, getattr(self, f"{name}_b")[...], 1)
+        return out
 
     def __call__(self, x, rope, attend):
         """One block (self is one layer's slice): x [B, T, D] -> x, and what attention keeps."""
         eps = self.config.rms_norm_eps
         h = rms_norm(x, self.input_norm[...], eps)
-        q = rotate(jnp.einsum("btd,dhn->bthn", h, self.q[...]), rope)
-        k = rotate(jnp.einsum("btd,dgn->btgn", h, self.k[...]), rope)
-        v = jnp.einsum("btd,dgn->btgn", h, self.v[...])
+        q = rotate(self._project(h, "q"), rope)
+        k = rotate(self._project(h, "k"), rope)
+        v = self._project(h, "v")
         out, kept = attend(q, k, v)
-        x = x + jnp.einsum("bthn,hnd->btd", out, self.o[...])
+        x = x + self._project(out, "o")
         h = rms_norm(x, self.post_norm[...], eps)
-        x = x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        x = x + self._project(jax.nn.silu(self._project(h, "gate")) * self._project(h, "up"), "down")
         return x, kept
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"))
+def merge(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
+    """W + a @ b * scale of every layer (see `Blocks`), in float32 until it is cast to `dtype`."""
+    a, b = sharding.cast((a, b), jnp.float32)
+    product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))(a, b)
+    return (weight.astype(jnp.float32) + scale * product).astype(dtype)
 
 
 class Decoder(nnx.Module):

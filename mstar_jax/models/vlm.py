@@ -5,6 +5,7 @@ A family subclasses `VisionLanguageModel` and says how pixels become a table of 
 HD layouts, tiles and slices are data and never shapes.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -59,7 +60,32 @@ class Processor(Protocol):
 class VisionLanguageModel(nnx.Module):
     """Decoder plus image features; the parameter pytree of a policy is this module itself."""
 
+    config: Any
     decoder: layers.Decoder
+
+    def merged(self, dtype: Any = None) -> "VisionLanguageModel":
+        """The plain policy that is equal to this one: adapters are added into their weights.
+
+        Args:
+          dtype: of the parameters; None for each weight's own.
+        """
+        c, weights = self.config.decoder, sharding.named(self)
+        if not c.lora_rank:
+            return sharding.cast(self, dtype) if dtype else self
+
+        def take(path, _):
+            name = sharding.parameter_name(path)
+            weight, a, b = (weights.get(name + end) for end in ("", "_a", "_b"))
+            if a is None:
+                return weight
+            how = {"scale": c.lora_alpha / c.lora_rank, "dtype": jnp.dtype(dtype or weight.dtype)}
+            return layers.merge(weight, a, b, **how)
+
+        plain = dataclasses.replace(self.config, decoder=dataclasses.replace(c, lora_rank=0))
+        build: Any = type(self)
+        abstract = jax.eval_shape(lambda: build(plain, nnx.Rngs(0)))
+        out = jax.tree_util.tree_map_with_path(take, abstract)
+        return sharding.cast(out, dtype) if dtype else out
 
     def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
         """Pixels (see `Batch`) -> feature table [B, F, D]; every family defines its own."""
@@ -214,6 +240,13 @@ class RewardModel(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(trunk.decoder.config.hidden_size, jnp.float32), axes=("embed",))
         self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
         self.likelihood = nnx.Param(jnp.full((), 0.3, jnp.float32), axes=())
+
+    def merged(self, dtype: Any = None) -> "RewardModel":
+        """The same on the trunk's plain policy, see `VisionLanguageModel.merged`."""
+        out = RewardModel(self.trunk.merged(dtype))
+        for name in ("weight", "bias", "likelihood"):
+            getattr(out, name)[...] = getattr(self, name)[...]
+        return sharding.cast(out, dtype) if dtype else out
 
     def __call__(self, batch: Batch, remat=None) -> tuple[jax.Array, jax.Array]:
         """The score (a logit) after each token of the rows, and the token's log probability under the trunk;
