@@ -37,7 +37,7 @@ from machine import machine, show, spread, timed, versions
 from PIL import Image
 from safetensors.torch import load_file
 
-from mstar_jax import models, prm, sampling, sharding, train
+from mstar_jax import draws, models, prm, sampling, sharding, train
 from mstar_jax.data import loader
 from mstar_jax.models import phi35, vlm
 from mstar_jax.models.layers import DecoderConfig
@@ -172,19 +172,21 @@ def compared(
 
 def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tuple[list[dict], dict]:
     s = bench.sizes
-    settings = sampling.SamplingConfig(s.branches, s.tokens)
-    generate = sampling.make_generate(bench.processor, settings)
-    batches = {size: bench.batches([Row(p) for p in bench.prompts[:size]], size) for size in s.ours}
+    settings = draws.SamplingConfig(s.branches, s.tokens)
+    samplers = {size: sampling.Sampler(bench.processor, settings, size) for size in s.ours}
+    rows = [Row(p) for p in bench.prompts]
+    batches = {size: bench.batches(rows[:size], max(1, size // 4)) for size in s.ours}
 
     def ours(size: int, temperature: float) -> list[list[Any]]:
         temperatures = np.full(s.branches, temperature, np.float32)
         how = {"key": jax.random.key(0), "temperatures": temperatures, "iteration": 0, "mesh": bench.mesh}
-        found = sampling.rollouts(generate, bench.policy, batches[size], bench.processor, settings, **how)
+        asked = [rows[:size]], iter(batches[size])
+        found = sampling.rollouts(samplers[size], bench.policy, *asked, bench.processor, **how)
         answered = [group for groups in found for group in groups]
         assert {len(r.tokens) for group in answered for r in group} == {s.tokens}
         return answered
 
-    inputs = bench.embedded(bench.batches([Row(p) for p in bench.prompts], len(bench.prompts))[0][1])
+    inputs = bench.embedded(bench.batches(rows, len(rows))[0][1])
 
     def theirs(size: int, **how: Any) -> torch.Tensor:
         config = transformers.GenerationConfig(max_new_tokens=s.tokens, eos_token_id=None, **how)
@@ -210,8 +212,8 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
     for size in s.ours:
         runs[f"ours, {size} queries"] = lambda size=size: ours(size, 1.0)
         amounts[f"ours, {size} queries"] = size * s.branches * s.tokens
-    rows = compared("rollouts", "tokens/s", amounts, timed(runs, repeats), len(s.theirs))
-    return rows, {"equal greedy tokens": len(greedy), "of them different": len(set(greedy))}
+    table = compared("rollouts", "tokens/s", amounts, timed(runs, repeats), len(s.theirs))
+    return table, {"equal greedy tokens": len(greedy), "of them different": len(set(greedy))}
 
 
 # ---- 3. train steps -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 from machine import machine, show, spread, timed, versions
 
-from mstar_jax import flops, prm, sampling, sharding, train
+from mstar_jax import draws, flops, prm, sampling, sharding, train
 from mstar_jax.data import loader
 from mstar_jax.models import official, phi35, vlm
 from mstar_jax.models.layers import DecoderConfig
@@ -139,13 +139,13 @@ def must_read(model: Any, rows: int, prompt: int, branches: int, tokens: int) ->
 def rollouts(bench: Bench) -> tuple[list[dict], dict]:
     a, host = bench.args, bench.host
     model, batch = bench.weights(), host.batch(a.rows)
-    settings = sampling.SamplingConfig(a.branches, a.tokens)
-    generate = sampling.make_generate(host, settings)
+    sampler = sampling.Sampler(host, draws.SamplingConfig(a.branches, a.tokens), a.rows)
+    asked = [list(rows) for rows, _ in batch]
     how = {"key": jax.random.key(0), "temperatures": np.ones(a.branches, np.float32), "iteration": 0}
 
     def run(limit: int) -> None:
         host.limit = limit
-        list(sampling.rollouts(generate, model, batch, host, settings, **how, mesh=bench.mesh))
+        list(sampling.rollouts(sampler, model, asked, iter(batch), host, **how, mesh=bench.mesh))
 
     run(a.tokens)
     found = timed({"one": lambda: run(1), "all": lambda: run(a.tokens)}, a.repeats)

@@ -20,6 +20,7 @@ from mstar_jax import sharding
 from mstar_jax.models import attention
 from mstar_jax.structs import Int8, KVCache
 
+BLOCK = 256  # tokens of a row whose scores are there together, where attention is not fused
 ADAPTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # over how many axes of x each sums
 ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # their names
 
@@ -173,8 +174,13 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
         out = attention.fused(q, k, v, mask)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if out is None:
-            scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
-            out = _values(jax.nn.softmax(scores, axis=-1), v)
+            parts = []
+            for first in range(0, q.shape[1], BLOCK):  # no token sees what stands behind it
+                last = min(first + BLOCK, q.shape[1])
+                scores = _scores(q[:, first:last], k[:, :, :last])
+                scores = jnp.where(mask[:, None, None, first:last, :last], scores, -jnp.inf)
+                parts.append(_values(jax.nn.softmax(scores, axis=-1), v[:, :, :last]))
+            out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return out, (k, v) if keep else None
 
     return attend
