@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
     train.remat = "full"  # recompute every block in the backward pass; "dots" keeps the matrix products
     train.frozen = ()  # regular expressions of parameter names; ("^tower",) freezes the vision tower
     train.log_every, train.save_every = 10, 125  # steps
+    train.profile = ()  # (10, 13) traces these steps of every stage into <workdir>/profile/<stage>
 
     c.sampling = sampling = ConfigDict()
     # queries decoded together, each with its k branches: a multiple of data x fsdp. A query's cache takes up

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mstar_jax import metrics, prm, processes, sampling, selection, sharding, train
+from mstar_jax import flops, metrics, prm, processes, sampling, selection, sharding, speed, train
 from mstar_jax.data import loader
 from mstar_jax.store import Store, read_rollout, rollout
 from mstar_jax.structs import Prompt, Query, Response, Row
@@ -45,6 +45,7 @@ class Generator:
         self.mesh = sharding.make_mesh(**config.mesh)
         self.texts = sampling.token_texts(processor)
         self.key = jax.random.key(config.seed)
+        self.speeds = speed.Speeds(self.mesh.size)
 
     def stopping(self, at: int = 0, every: int = 1) -> bool:
         """Whether any process was told to stop; several ask each other at every `every`-th place only, where
@@ -88,6 +89,7 @@ class Generator:
         iteration: int = 0,
         batch: int | None = None,
         longest: int = 0,
+        kind: str = "rollouts",
     ) -> Groups:
         """Samples and judges responses through the store of rollouts.
 
@@ -100,6 +102,7 @@ class Generator:
           iteration: written into the responses.
           batch: queries sampled together; None for `sampling.batch`.
           longest: tokens of a prompt; 0 for `data.max_prompt`.
+          kind: of work, in the table of speeds.
         """
         c, batch = self.config, batch or self.config.sampling.batch
         settings, generate = self.sampler(len(temperatures))
@@ -109,10 +112,11 @@ class Generator:
         store = Store(self.workdir / "rollouts" / name, how | {"seed": c.seed, "batch": batch})
 
         def sampled(groups, batches):
+            watch = self.speeds.of(kind, name)
             found = sampling.rollouts(
                 generate,
                 train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
-                batches,
+                watch.fed(batches),
                 self.processor,
                 settings,
                 key=jax.random.fold_in(self.key, zlib.crc32(name.encode())),
@@ -120,7 +124,7 @@ class Generator:
                 iteration=iteration,
                 mesh=self.mesh,
             )
-            for rows, answered in zip(groups, found):
+            for rows, answered in zip(groups, watch.sampled(found)):
                 queries = [row.prompt.query for row in rows]
                 judged = [[selection.judge(q, r) for r in group] for q, group in zip(queries, answered)]
                 yield [rollout(q, group) for q, group in zip(queries, judged)]
@@ -197,13 +201,15 @@ class Scorer:
         for number in store.missing(len(chunks)):
             part = {q.id: responses[q.id] for q, _ in chunks[number]}
             some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
-            found = self.scored(model(), chunks[number], some, longest)
+            found = self.scored(model(), chunks[number], some, longest, name)
             store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q, _ in chunks[number]])
             host.check_stop(f"{name}: scores")
         store.complete(len(chunks))
         return dict(store.read(read_rollout))
 
-    def scored(self, model: Any, asked: Asked, responses: Groups, longest: int = 0) -> Groups:
+    def scored(
+        self, model: Any, asked: Asked, responses: Groups, longest: int = 0, name: str = "scores"
+    ) -> Groups:
         """The responses with their step scores by a reward model; copies of a text are scored once."""
         host, v, buckets = self.generator, self.values, self.generator.config.data.buckets
         some = [(q, text) for q, text in asked if responses[q.id]]
@@ -218,7 +224,9 @@ class Scorer:
         how = {"workers": host.config.data.workers, "process": processes.here()}
         batches = loader.row_batches(plans, self.processor, v.batch, **how)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
-        for (_, these), values in zip(plans, prm.scores(model, batches, host.mesh)):
+        watch = host.speeds.of("score", name)
+        fed = watch.fed(batches, functools.partial(flops.count, prm.token_scores, model))
+        for (_, these), values in zip(plans, watch.read(prm.scores(model, fed, host.mesh))):
             for row, each in zip(these, values):
                 found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
         if odd:

@@ -78,10 +78,11 @@ class Reward:
         store = Store(run.workdir / "labels" / "prm", how | {"rows": v.rows, "seed": c.seed})
 
         def sampled(groups, batches):
+            watch = run.speeds.of("labels", "prm")
             found = sampling.rollouts(
                 generate,
                 train.for_sampling(run.final("warmup").params, run.mesh, jnp.dtype(c.sampling.dtype)),
-                batches,
+                watch.fed(batches),
                 run.processor,
                 settings,
                 key=jax.random.fold_in(run.key, zlib.crc32(b"labels")),
@@ -89,7 +90,7 @@ class Reward:
                 iteration=0,
                 mesh=run.mesh,
             )
-            for these, answered in zip(groups, found):
+            for these, answered in zip(groups, watch.sampled(found)):
                 yield [self._labels(row, group) for row, group in zip(these, answered)]
 
         run.fill(store, plans, "prm: step labels", sampled, v.rows)
@@ -271,7 +272,7 @@ class Reward:
             record["truth"] = self.against_truth(scored) | {
                 f"{name}_likelihood": value for name, value in self.against_truth(plain).items()
             }
-        return record | {"temperature": self.values.temperature, "kept": None, "seconds": self.run.lap()}
+        return record | {"temperature": self.values.temperature, "kept": None} | self.run.lap()
 
     def untrained_for_scoring(self) -> Any:
         run = self.run

@@ -65,6 +65,8 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         raise ValueError("evolve.select = 'oracle' needs the embedded data set: only its steps are known")
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
         raise ValueError(f"evolve.threshold is of the reward model's, not of {c.evolve.select!r} selection")
+    if c.train.profile and not (len(c.train.profile) == 2 and 0 <= c.train.profile[0] < c.train.profile[1]):
+        raise ValueError(f"train.profile = {c.train.profile}: give (first step, end), as in (10, 13), or ()")
     if c.prm.samples % c.prm.completions:
         raise ValueError(
             f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
@@ -98,7 +100,7 @@ def schedule_values(settings: ml_collections.ConfigDict) -> tuple[float, int, in
 
 def optimizer(
     settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, inside: str = ""
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[optax.GradientTransformation, train.Schedule]:
     """A stage's optimizer and schedule, from its settings and `config.train`.
 
     Args:
