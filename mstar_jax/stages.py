@@ -210,9 +210,8 @@ class Run(Generator):
         bar = metrics.progress(steps, f"{stage}: train", cursor, "step")
         with bar, speed.profiler(self.workdir / "profile" / stage, c.train.profile) as profile:
             while cursor < steps:
-                if until is not None and cursor % settings.check_every == 0:
-                    if watch.apart(until, state, cursor):
-                        break
+                if until and cursor % settings.check_every == 0 and watch.apart(until, state, cursor):
+                    break
                 if profile(cursor, state):
                     watch.skip()
                 batch = next(batches)
