@@ -116,6 +116,9 @@ def get_config() -> ConfigDict:
     # queries decoded together, each with its k branches: a multiple of data x fsdp. A query's cache takes up
     # to 3.6 GB (393 KB a token: 16 x 512 in the branches, 1024 in the prefix): begin with one a device
     sampling.batch = 16
+    sampling.refill = 0.25  # share of them: when so many have ended, others that wait take their place
+    sampling.shard = 4  # batches in a file of rollouts: what is sampled again when the run is killed
+    sampling.cache = ""  # dtype of keys and values: that of the weights, or "int8" for twice the batch
     sampling.max_new_tokens = 512
     sampling.top_k, sampling.top_p, sampling.min_p = 0, 1.0, 0.0  # off: the policy itself is sampled
     sampling.stop_strings = ()

@@ -129,8 +129,8 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         | {"profile": ()}  # (10, 13) traces these steps of every stage into <workdir>/profile/<stage>
     )
     c.sampling = ConfigDict(
-        {"batch": 64, "max_new_tokens": 44, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        | {"stop_strings": (), "dtype": "float32"}
+        {"batch": 64, "refill": 0.25, "shard": 4, "max_new_tokens": 44, "stop_strings": ()}
+        | {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "dtype": "float32", "cache": ""}
     )
     c.eval = ConfigDict(
         {"samples": 8, "k": 8, "temperature": 1.0, "every": 1, "test_at": ("base", "warmup"), "show": 12}

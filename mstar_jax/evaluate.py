@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 
-from mstar_jax import export, inference, metrics, models, setup, sharding, train
+from mstar_jax import export, inference, metrics, models, processes, setup, sharding, train
 from mstar_jax.data import benchmarks
 from mstar_jax.evaluation import Evaluation, Policy, Voter, identity
 from mstar_jax.inference import Generator, Scorer
-from mstar_jax.main import CONFIG, GRACE, WORKDIR, Termination
+from mstar_jax.main import CONFIG, GRACE, WORKDIR, Termination, begin
 
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
@@ -78,7 +78,7 @@ class Checkpoint:
         @functools.cache
         def params() -> Any:
             if self.run:
-                return train.for_sampling(export.restore(self.path, self.stage)[2], mesh, dtype)
+                return train.for_sampling(export.restore(self.path, self.stage, mesh)[2], mesh, dtype)
             source = models.Pretrained(self.path)
             how = {"mesh": mesh, "rules": sharding.SAMPLE}
             return source.load_reward(dtype, **how) if reward else source.load(dtype, **how)
@@ -92,13 +92,13 @@ def main(argv: list[str]) -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     log.addHandler(metrics.ProgressHandler())
     log.propagate = False
-    log.setLevel(logging.INFO)
     termination = Termination(GRACE.value)
     config, b = CONFIG.value, CONFIG.value.benchmarks
     b.names = tuple(BENCHMARKS.value) or b.names
     b.root, b.samples = ROOT.value or b.root, b.samples if SAMPLES.value is None else SAMPLES.value
     workdir = pathlib.Path(WORKDIR.value or "runs/benchmarks")
     try:
+        begin()
         evaluation = run(config, workdir, CHECKPOINTS.value or [], PRM.value, termination.asked.is_set)
     except inference.Stopped as stopped:
         log.warning("%s. Start the same command again to go on.", stopped)
@@ -108,7 +108,8 @@ def main(argv: list[str]) -> None:
             raise
         log.error("error: %s", error)
         sys.exit(2)
-    print(f"\n{evaluation.table()}\n\n{evaluation.folder.absolute()}: scores, predictions, table.md")
+    if processes.first():
+        print(f"\n{evaluation.table()}\n\n{evaluation.folder.absolute()}: scores, predictions, table.md")
 
 
 def run(
@@ -143,7 +144,8 @@ def run(
     setup.check_benchmarks(config)
     sharding.check_divides("sampling.batch", config.sampling.batch, mesh)
     dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.get("max_crops")
-    evaluation = Evaluation(workdir, config.benchmarks)
+    with processes.first_alone("benchmarks"):  # writes the images that their files hold
+        evaluation = Evaluation(workdir, config.benchmarks)
     for checkpoint in found:
         host, voter = Generator(config, workdir, checkpoint.processor(crops), stop), None
         if judge:

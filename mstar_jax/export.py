@@ -23,12 +23,13 @@ from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.models import vlm
 
 
-def restore(workdir: pathlib.Path, stage: str = "") -> tuple[Any, str, Any]:
-    """Reads a stage's parameters back, onto the first device.
+def restore(workdir: pathlib.Path, stage: str = "", mesh: Any = None) -> tuple[Any, str, Any]:
+    """Reads a stage's parameters back.
 
     Args:
       workdir: of a run.
       stage: which policy, or `prm`; empty for the last policy whose training is complete.
+      mesh: where they go; None for the first device.
 
     Returns:
       The run's policy (`models.Pretrained` or `models.FromScratch`), the stage's name, the parameters.
@@ -40,7 +41,7 @@ def restore(workdir: pathlib.Path, stage: str = "") -> tuple[Any, str, Any]:
     abstract = jax.eval_shape(policy.build)
     if stage == "prm":
         abstract = jax.eval_shape(vlm.RewardModel, abstract)
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
     return policy, stage, Checkpoints(workdir / "checkpoints").params(stage, abstract)

@@ -54,10 +54,14 @@ def chip_of(kind: str) -> Chip | None:
 def count(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
     """FLOPs of one call, by part; `other` for what has no name. Arguments may be shapes.
 
-    Loops count as often as they run; one that depends on what it computes counts once.
+    Loops count as often as they run; one that depends on what it computes counts once. A kernel counts as the
+    products that it stands for: what is counted is what a CPU would be given, which has no kernels.
     """
     out: dict[str, float] = collections.defaultdict(float)
-    _walk(jax.make_jaxpr(fn)(*args).jaxpr, "", 1, out)
+    cpu = jax.sharding.AbstractDevice("cpu", None, "cpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=cpu)):
+        jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    _walk(jaxpr, "", 1, out)
     return dict(out)
 
 

@@ -42,7 +42,8 @@ class Work:
     """One run of a program, on one device.
 
     Attributes:
-      flops: of matrix products and convolutions; two a multiply-add.
+      flops: of matrix products and convolutions; two a multiply-add. Of a fused attention, what a causal mask
+        leaves of it.
       bytes: read and written by operations that the compiler left apart; an estimate of memory traffic.
       collectives: in the order of the text.
     """
@@ -104,9 +105,10 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, _Op]]]:
     """(name of the entry computation, its and the others' operations by name)."""
     entry, current = "", ""
     found: dict[str, dict[str, _Op]] = {}
+    last = None
     for line in text.splitlines():
         if m := _COMPUTATION.match(line):
-            current = m[2]
+            current, last = m[2], None
             entry = current if m[1] else entry
             found[current] = {}
         elif current and (m := _OP.match(line)):
@@ -114,7 +116,9 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, _Op]]]:
             names = re.findall(r"%([\w.\-]+)", operands)
             if m[3] in ("parameter", "constant"):  # their number, their value
                 names = [operands]
-            found[current][m[1]] = _Op(m[1], _shapes(m[2]), m[3], names, attributes)
+            found[current][m[1]] = last = _Op(m[1], _shapes(m[2]), m[3], names, attributes)
+        elif last and last.code == "custom-call":  # a kernel's attributes may be several lines
+            last.text += line
     return entry, found
 
 
@@ -187,7 +191,15 @@ def _step(op: _Op, counter: _Op, computations: dict[str, dict[str, _Op]]) -> int
     return int(steps[0]) if steps and steps[0].isdecimal() and int(steps[0]) else 1
 
 
+# The kernels of splash attention (see models/attention.py) and how many matrix products each computes.
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+
+
 def _flops(op: _Op, ops: dict[str, _Op]) -> float:
+    if '"tpu_custom_call"' in op.text and (m := re.search("|".join(KERNELS), op.text)):
+        # the mask's blocks [1, T / size, T / size], q [H, T, N], k [G, T, N]
+        blocks, q, k = (ops[op.operands[at]].shapes[0][1] for at in (0, 3, 4))
+        return KERNELS[m[0]] * 2.0 * math.prod(q) * k[1] * (blocks[-1] + 1) / (2 * blocks[-1])
     if op.code not in ("dot", "convolution") or any(name not in ops for name in op.operands[:2]):
         return 0.0
     left, right = (ops[name].shapes[0][1] for name in op.operands[:2])

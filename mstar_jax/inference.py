@@ -6,9 +6,10 @@ What is in a store is not computed again, so whatever is killed here goes on whe
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,11 @@ class Stopped(Exception):
     """The run was told to stop and has saved where it stands."""
 
 
+def entering(batch: int, share: float, shards: int) -> int:
+    """How many rows are prefilled together: a share of the batch, in as many for each of its shards."""
+    return min(batch, shards * math.ceil(share * batch / shards))
+
+
 class Generator:
     """A policy's host side and compiled programs: prompts in, judged responses out."""
 
@@ -45,7 +51,7 @@ class Generator:
         self.mesh = sharding.make_mesh(**config.mesh)
         self.texts = sampling.token_texts(processor)
         self.key = jax.random.key(config.seed)
-        self.speeds = speed.Speeds(self.mesh.size)
+        self.speeds = speed.Speeds(self.mesh.size, sharding.share_of(self.mesh))
 
     def stopping(self, at: int = 0, every: int = 1) -> bool:
         """Whether any process was told to stop; several ask each other at every `every`-th place only, where
@@ -60,13 +66,13 @@ class Generator:
             raise Stopped(f"{where}: stopped")
 
     @functools.cache  # noqa: B019  (a Generator lives as long as the process)
-    def sampler(self, branches: int):
-        """(settings, compiled function) that sample so many responses of a row."""
+    def sampler(self, branches: int, batch: int) -> sampling.Sampler:
+        """Samples so many responses of a row, and so many rows at a time."""
         s = self.config.sampling
         settings = sampling.SamplingConfig(
-            branches, s.max_new_tokens, s.top_k, s.top_p, s.min_p, tuple(s.stop_strings)
+            branches, s.max_new_tokens, s.top_k, s.top_p, s.min_p, tuple(s.stop_strings), s.cache
         )
-        return settings, sampling.make_generate(self.processor, settings)
+        return sampling.Sampler(self.processor, settings, batch, sharding.batch_shards(self.mesh))
 
     def plan(self, asked: Asked, name: str, processor: Any = None, longest: int = 0) -> list[Prompt]:
         """The prompts that fit, for the policy or another model's processor; the others are reported."""
@@ -100,66 +106,91 @@ class Generator:
           temperatures: one for every response of a query; 0 is greedy.
           how: what else the samples depend on, for the store's settings.
           iteration: written into the responses.
-          batch: queries sampled together; None for `sampling.batch`.
+          batch: queries sampled side by side; None for `sampling.batch`.
           longest: tokens of a prompt; 0 for `data.max_prompt`.
           kind: of work, in the table of speeds.
         """
-        c, batch = self.config, batch or self.config.sampling.batch
-        settings, generate = self.sampler(len(temperatures))
+        sampler = self.sampler(len(temperatures), batch or self.config.sampling.batch)
         planned = self.plan(asked, name, longest=longest)
-        plans = loader.plan_batches([Row(p) for p in planned], batch, c.data.buckets)
-        how = dataclasses.asdict(settings) | {"temperatures": list(temperatures)} | how
-        store = Store(self.workdir / "rollouts" / name, how | {"seed": c.seed, "batch": batch})
+        rows = [Row(p) for p in planned]
+        how = dataclasses.asdict(sampler.config) | {"temperatures": list(temperatures)} | how
+        key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
 
-        def sampled(groups, batches):
-            watch = self.speeds.of(kind, name)
-            found = sampling.rollouts(
-                generate,
-                train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
-                watch.fed(batches),
-                self.processor,
-                settings,
-                key=jax.random.fold_in(self.key, zlib.crc32(name.encode())),
-                temperatures=np.asarray(temperatures),
-                iteration=iteration,
-                mesh=self.mesh,
-            )
-            for rows, answered in zip(groups, watch.sampled(found)):
-                queries = [row.prompt.query for row in rows]
-                judged = [[selection.judge(q, r) for r in group] for q, group in zip(queries, answered)]
-                yield [rollout(q, group) for q, group in zip(queries, judged)]
+        def records(rows, answered):
+            queries = [row.prompt.query for row in rows]
+            judged = [[selection.judge(q, r) for r in group] for q, group in zip(queries, answered)]
+            return [rollout(q, group) for q, group in zip(queries, judged)]
 
-        self.fill(store, plans, f"{name}: rollouts", sampled, batch)
-        return dict(store.read(read_rollout))
+        return dict(
+            self.rollouts(
+                f"rollouts/{name}", sampler, rows, params, key, temperatures, records, how, iteration, kind
+            ).read(read_rollout)
+        )
 
-    def fill(
+    def rollouts(
         self,
-        store: Store,
-        plans: Sequence[tuple[int, list[Row]]],
-        title: str,
-        compute: Callable[[list[list[Row]], Iterator[Any]], Iterator[Iterable[dict[str, Any]]]],
-        size: int,
-    ) -> None:
-        """Makes the missing shards of a store.
+        name: str,
+        sampler: sampling.Sampler,
+        rows: Sequence[Row],
+        params: Callable[[], Any],
+        key: jax.Array,
+        temperatures: Sequence[float],
+        records: Callable[[list[Row], list[list[Response]]], list[dict[str, Any]]],
+        how: dict[str, Any],
+        iteration: int = 0,
+        kind: str = "rollouts",
+    ) -> Store:
+        """The store `name` of the workdir with the missing shards sampled.
 
         Args:
-          store: where the records go.
-          plans: (bucket, rows) of every shard.
-          title: of the progress bar.
-          compute: (rows of every missing shard, iterator of them as arrays) -> each shard's records.
-          size: rows of a device batch; a short plan is filled up with empty ones.
+          name: of the store, under the workdir.
+          sampler: from `sampler`.
+          rows: what is sampled from.
+          params: the policy's parameters, called only where something is missing.
+          key: of all samples.
+          temperatures: one for every response of a row.
+          records: (rows of a shard, their responses) -> what the store keeps of them.
+          how: what else the records depend on, for the store's settings.
+          iteration: written into the responses.
+          kind: of work, in the table of speeds.
         """
+        c, batch = self.config, sampler.slots
+        plans = loader.plan_batches(rows, batch * c.sampling.shard, c.data.buckets)
+        size = entering(batch, c.sampling.refill, sampler.shards)
+        title = name.split("/")[1] + ": " + name.split("/")[0]
+        how = how | {"seed": c.seed, "batch": batch, "refill": size, "shard": c.sampling.shard}
+        store = Store(self.workdir / name, how)
         if missing := store.missing(len(plans)):
-            rows, todo = [plans[i][1] for i in missing], [plans[i] for i in missing]
-            how = {"workers": self.config.data.workers, "process": processes.here()}
-            batches = loader.row_batches(todo, self.processor, size, **how)
-            total = sum(len(plan) for _, plan in plans)
-            with metrics.progress(total, title, total - sum(map(len, rows)), "row") as bar:
-                for number, these, records in zip(missing, rows, compute(rows, batches)):
-                    store.write(number, records)
-                    bar.update(len(these))
+            todo, shards = [plans[i] for i in missing], [plans[i][1] for i in missing]
+            found, watch, taken = sum(map(len, shards)), self.speeds.of(kind, name.split("/")[1]), 0
+            with metrics.progress(len(rows), title, len(rows) - found, "row") as bar:
+
+                def each(count: int, steps: int) -> None:
+                    nonlocal taken
+                    taken = steps
+                    bar.update(count)
                     self.check_stop(title)
+
+                batches = loader.row_batches(
+                    todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
+                )
+                answered = sampling.rollouts(
+                    sampler,
+                    train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
+                    shards,
+                    watch.fed(batches),
+                    self.processor,
+                    key=key,
+                    temperatures=np.asarray(temperatures),
+                    iteration=iteration,
+                    mesh=self.mesh,
+                    each=each,
+                )
+                answered = watch.sampled(shards, answered, lambda: taken * batch * len(temperatures))
+                for number, these, responses in zip(missing, shards, answered):
+                    store.write(number, records(these, responses))
         store.complete(len(plans))
+        return store
 
 
 class Scorer:
@@ -221,7 +252,7 @@ class Scorer:
             whole = [prm.row(prompt, plain, encode, self.texts)] if plain else []
             rows += loader.split_rows(whole, max(buckets))
         plans = loader.plan_batches(rows, v.batch, buckets)
-        how = {"workers": host.config.data.workers, "process": processes.here()}
+        how = {"workers": host.config.data.workers, "share": sharding.share_of(host.mesh)}
         batches = loader.row_batches(plans, self.processor, v.batch, **how)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
         watch = host.speeds.of("score", name)

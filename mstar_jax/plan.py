@@ -27,7 +27,7 @@ from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 
-from mstar_jax import flops, hlo, models, prm, sampling, setup, sharding, train
+from mstar_jax import draws, flops, hlo, inference, models, prm, sampling, setup, sharding, train
 from mstar_jax.data import loader
 from mstar_jax.flops import Chip, chip_of
 from mstar_jax.main import CONFIG
@@ -138,22 +138,30 @@ class Programs:
         c, k = self.config.sampling, self.config.evolve.k
         sharding.check_divides("sampling.batch", c.batch, self.mesh)
         length = loader.bucket(self.config.data.max_prompt, self.config.data.buckets)
-        settings = sampling.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p)
-        host = _Host(self.dimensions.decoder.vocab_size)
-        batch, model = self._batch(c.batch, length), self._weights(self.build)
-        prefill = jax.jit(lambda model, batch: model.prefill(batch, k, c.max_new_tokens))
-        own = flops.count(prefill, model, batch)
-        yield f"prefill, {c.batch} rows of {length}", prefill.lower(model, batch), own
-        per = sharding.batch_sharding(self.mesh)
-        keys = jax.ShapeDtypeStruct((c.batch,), jnp.uint32, sharding=per)
-        limits = jax.ShapeDtypeStruct((c.batch, k), jnp.int32, sharding=per)
-        samples = jax.ShapeDtypeStruct((c.batch, k), jnp.uint32, sharding=per)
-        temperatures = jax.ShapeDtypeStruct((k,), jnp.float32)
+        settings = draws.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p, cache=c.cache)
+        shards = sharding.batch_shards(self.mesh)
+        sampler = sampling.Sampler(_Host(self.dimensions.decoder.vocab_size), settings, c.batch, shards)
+        size = inference.entering(c.batch, c.refill, shards)
+        batch, model = self._batch(size, length), self._weights(self.build)
+        rows = sharding.batch_sharding(self.mesh)
+
+        def per_row(dtype, *shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        slots = jax.eval_shape(sampler.blank, model, batch, None)
+        slots = self._placed(slots, sampler.layout(slots, self.mesh))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        generate: Any = sampling.make_generate(host, settings)
-        lowered = generate.lower(model, batch, keys, key, temperatures, limits, samples)
-        own = flops.count(generate, model, batch, keys, key, temperatures, limits, samples)
-        yield f"rollouts, {k} a row, {c.max_new_tokens} tokens (prefill and one step)", lowered, own
+        keys, limits = per_row(jnp.uint32, size), per_row(jnp.int32, size, k)
+        samples, source = per_row(jnp.uint32, size, k), per_row(jnp.int32, c.batch)
+        entering: tuple[Any, ...] = batch, keys, key, limits, samples, None, source
+        enter, advance = sampler.enter, sampler.advance
+        own = flops.count(enter, model, slots, *entering)
+        title = f"prefill, {size} rows of {length} into {c.batch}"
+        yield title, enter.lower(model, slots, *entering), own
+        rest = jax.ShapeDtypeStruct((k,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        own = flops.count(advance, model, slots, *rest)
+        title = f"decoding step, {c.batch} rows of {k} samples, {c.max_new_tokens} tokens"
+        yield title, advance.lower(model, slots, *rest), own
 
     def _score(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         v = self.config.prm

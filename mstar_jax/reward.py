@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mstar_jax import measures, models, prm, sampling, selection, sharding, train
+from mstar_jax import measures, models, prm, selection, sharding, train
 from mstar_jax.data import loader, truth
 from mstar_jax.inference import Groups, Scorer
 from mstar_jax.models import vlm
 from mstar_jax.stages import Run
-from mstar_jax.store import Store
 from mstar_jax.structs import Query, Response, Row, TrainState
 
 log = logging.getLogger(__name__)
@@ -68,32 +67,21 @@ class Reward:
     def label(self, queries: Sequence[Query], responses: Groups) -> dict[tuple[str, int], tuple[float, ...]]:
         """Monte-Carlo labels of the steps of every response, by query id and sample."""
         run, v, c = self.run, self.values, self.run.config
-        settings, generate = run.sampler(v.samples)
         rows = list[Row]()
         for prompt in run.plan(run.asked(queries), "prm"):
             found = prm.prefixes(responses[prompt.query.id], run.texts)
             rows += prm.stems(prompt, found, v.completions, v.samples, max(c.data.buckets))
-        plans = loader.plan_batches(rows, v.rows, c.data.buckets)
-        how = {"completions": v.completions, "samples": v.samples, "temperature": v.temperature}
-        store = Store(run.workdir / "labels" / "prm", how | {"rows": v.rows, "seed": c.seed})
-
-        def sampled(groups, batches):
-            watch = run.speeds.of("labels", "prm")
-            found = sampling.rollouts(
-                generate,
-                train.for_sampling(run.final("warmup").params, run.mesh, jnp.dtype(c.sampling.dtype)),
-                watch.fed(batches),
-                run.processor,
-                settings,
-                key=jax.random.fold_in(run.key, zlib.crc32(b"labels")),
-                temperatures=np.full(v.samples, v.temperature),
-                iteration=0,
-                mesh=run.mesh,
-            )
-            for these, answered in zip(groups, watch.sampled(found)):
-                yield [self._labels(row, group) for row, group in zip(these, answered)]
-
-        run.fill(store, plans, "prm: step labels", sampled, v.rows)
+        store = run.rollouts(
+            "labels/prm",
+            run.sampler(v.samples, v.rows),
+            rows,
+            lambda: run.final("warmup").params,
+            jax.random.fold_in(run.key, zlib.crc32(b"labels")),
+            [v.temperature] * v.samples,
+            lambda rows, found: [self._labels(row, group) for row, group in zip(rows, found)],
+            {"completions": v.completions, "samples": v.samples, "temperature": v.temperature},
+            kind="labels",
+        )
         values: dict[str, dict[prm.Prefix, float]] = {q.id: {} for q in queries}
         for query, reached in store.read(_read_labels):
             values[query].update(reached)

@@ -1,9 +1,13 @@
 """Rollouts: prefill a query once, decode its K branches against the one shared prefix cache.
 
-Shapes: B queries, K branches, R response tokens, V vocabulary, D model width.
+    slots      | row 7 | row 2  | row 9 | row 4  |     B rows are decoded side by side
+    free                   x                x          all K branches of rows 2 and 4 have ended
+    entering   | row 7 | row 10 | row 9 | row 11 |     rows that waited are prefilled and take their slots
+
+so that one long response does not keep the device from the queries that wait. Shapes: B slots, E entering
+rows, K branches, R response tokens, D model width.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,43 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mstar_jax import processes, sharding
-from mstar_jax.structs import Batch, Response, Row
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How a branch is continued; the temperature is an argument of each call, so it never recompiles.
-
-    Attributes:
-      branches: K, responses per query.
-      max_new_tokens: length cap R; a branch that meets it is reported as truncated.
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-      min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
-      stop_strings: a branch ends once its text contains one of these; the text is cut before it.
-    """
-
-    branches: int
-    max_new_tokens: int
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.branches < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"branches and max_new_tokens must be at least 1, got {self}")
-        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
-            raise ValueError(f"need 0 < top_p <= 1, 0 <= min_p <= 1 and top_k >= 0, got {self}")
-        if any(not stop for stop in self.stop_strings):
-            raise ValueError("an empty stop string would end every response at once")
+from mstar_jax.draws import SamplingConfig, draw, stop_table, token_texts
+from mstar_jax.structs import Batch, KVCache, Response, Row, ring
 
 
 class Generated(NamedTuple):
-    """tokens int32[B, K, R], logprobs float32[B, K, R] (0 past the end), length int32[B, K],
-    stopped bool[B, K] (a stop id or stop string ended it; otherwise it was truncated)."""
+    """tokens int32[B, K, R], logprobs float32[B, K, R], length int32[B, K], stopped bool[B, K] (a stop id or
+    stop string ended it; otherwise it was truncated)."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -55,84 +32,26 @@ class Generated(NamedTuple):
     stopped: jax.Array
 
 
-def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Sets the logits [..., V] that top-k, top-p and min-p exclude to -inf, in this order."""
-    if config.top_k and config.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if config.top_p < 1.0:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(ranked, axis=-1)
-        # a token stays while the mass before it is under top_p, so the likeliest always stays
-        keep = jnp.cumsum(probs, axis=-1) - probs < config.top_p
-        least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if config.min_p > 0.0:
-        least = logits.max(axis=-1, keepdims=True) + jnp.log(config.min_p)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
+class Slots(NamedTuple):
+    """B rows on the device, each somewhere in its responses.
 
-
-def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig):
-    """Draws a token per row by inverting the cumulative distribution.
-
-    Args:
-      logits: float32[..., V].
-      uniform: float32[...] in [0, 1): the one random number that a token costs.
-      temperature: float32[...]; 0 is greedy.
-
-    Returns:
-      tokens int32[...] and their log probability under the distribution sampled from (for greedy rows:
-      under the untempered one).
+    Attributes:
+      hidden: [B, K, D] that predicts the branches' next token.
+      cache: the keys and values.
+      keys: uint32[B, K, ...], the data of the samples' PRNG keys.
+      limits: int32[B, K]; tokens that a branch may add.
+      done: bool[B, K]; the branch has ended. A row whose branches all have ended is free.
+      states: int32[B, K] of every stop string's automaton.
+      out: what the branches hold; a row's tokens lie in the same columns as in the cache.
     """
-    greedy = temperature <= 0.0
-    logits = filter_logits(logits / jnp.where(greedy, 1.0, temperature)[..., None], config)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    probs = jnp.exp(logprobs)
-    # a parallel cumulative sum is not monotone to the last bit: without the mask a token of no
-    # probability (a forbidden one) could be drawn
-    mass = jnp.where(probs > 0.0, jnp.cumsum(probs, axis=-1), 0.0)
-    drawn = jnp.argmax(mass > uniform[..., None] * mass.max(axis=-1, keepdims=True), axis=-1)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
-    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
-
-def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:
-    """Automaton that finds `stop` in text made of tokens.
-
-    Args:
-      text_of_token: what each id adds to a text.
-      stop: the string to find.
-
-    Returns:
-      int32[len(stop) + 1, V]: the state after a token; a state is how many characters of `stop` the
-      text ends with, the last one means found and is never left.
-    """
-    fallback = [0] * (len(stop) + 1)  # Knuth-Morris-Pratt
-    for i in range(1, len(stop)):
-        state = fallback[i]
-        while state and stop[i] != stop[state]:
-            state = fallback[state]
-        fallback[i + 1] = state + (stop[i] == stop[state])
-    table = np.zeros((len(stop) + 1, len(text_of_token)), np.int32)
-    for start in range(len(stop) + 1):
-        for token, text in enumerate(text_of_token):
-            state = start
-            for character in text:
-                if state == len(stop):
-                    break
-                while state and character != stop[state]:
-                    state = fallback[state]
-                state += character == stop[state]
-            table[start, token] = state
-    return table
-
-
-def token_texts(processor: Any) -> list[str]:
-    """What each id adds to a text, as `decode` shows it after another token."""
-    anchor = processor.encode_response("a")[:-1]
-    before = processor.decode(anchor)
-    return [processor.decode([*anchor, token])[len(before) :] for token in range(processor.vocab_size)]
+    hidden: jax.Array
+    cache: KVCache
+    keys: jax.Array
+    limits: jax.Array
+    done: jax.Array
+    states: tuple[jax.Array, ...]
+    out: Generated
 
 
 def query_key(query_id: str) -> int:
@@ -140,132 +59,267 @@ def query_key(query_id: str) -> int:
     return zlib.crc32(query_id.encode())
 
 
-def make_generate(processor: Any, config: SamplingConfig) -> Callable[..., Generated]:
-    """Compiles sampling for one set of static settings.
+class Sampler:
+    """Sampling compiled for one set of static settings.
 
-    Returns:
-      `generate(model, batch, query_keys uint32[B], key, temperatures float32[K], limits int32[B, K],
-      sample_keys uint32[B, K] = 0..K-1, starts = None)`. Branch k samples at temperatures[k] and adds at most
-      limits[b, k] tokens to what it starts behind (see `VisionLanguageModel.prefill`). A token is drawn with
-      fold_in(key, query, sample, position): it does not depend on the batch, on the slot in it, or on the
-      number of devices.
+    A token is drawn with fold_in(key, query, sample, position): it does not depend on the slot, on what the
+    other slots hold, or on the number of devices.
+
+    Attributes:
+      config: the settings.
+      slots: B.
+      blank: `(model, batch, starts) -> Slots`, all free, for rows of the shapes of `batch`.
+      enter: `(model, slots, batch of E rows, query_keys uint32[E], key, limits int32[E, K], sample_keys
+        uint32[E, K], starts or None, source int32[B]) -> Slots`. Prefills the rows (see
+        `VisionLanguageModel.prefill` for starts). Where source is not -1 a slot takes the row of this number,
+        counted within the part of the batch that lies on the slot's device. The slots given are donated.
+      advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`. Decodes until so many
+        slots of each part of the batch are free, or the rows need more chunks of the cache than the number
+        given (see `chunks`). Branch k samples at temperatures[k]. The slots are donated.
     """
-    forbidden = np.zeros(processor.vocab_size, bool)
-    forbidden[list(processor.forbidden_ids)] = True
-    stop_ids = np.asarray(processor.stop_ids, np.int32)
-    texts = token_texts(processor) if config.stop_strings else []
-    tables = [stop_table(texts, stop) for stop in config.stop_strings]
-    room = config.max_new_tokens
 
-    def generate(
-        model, batch: Batch, query_keys, key, temperatures, limits, sample_keys=None, starts=None
-    ) -> Generated:
-        rows, branches = batch.tokens.shape[0], config.branches
-        if sample_keys is None:
-            sample_keys = jnp.broadcast_to(jnp.arange(branches), (rows, branches))
+    def __init__(self, processor: Any, config: SamplingConfig, slots: int, shards: int = 1):
+        """Compiles nothing yet.
+
+        Args:
+          processor: the family's host side.
+          config: the settings.
+          slots: B.
+          shards: in how many parts the mesh cuts a batch, see `sharding.batch_shards`.
+        """
+        self.config, self.slots, self.shards = config, slots, shards
+        self._forbidden = np.zeros(processor.vocab_size, bool)
+        self._forbidden[list(processor.forbidden_ids)] = True
+        self._stop_ids = np.asarray(processor.stop_ids, np.int32)
+        texts = token_texts(processor) if config.stop_strings else []
+        self._tables = [stop_table(texts, stop) for stop in config.stop_strings]
+        self.blank = jax.jit(self._blank)
+        self.enter = jax.jit(self._enter, donate_argnums=1)
+        self.advance = jax.jit(self._advance, donate_argnums=1, static_argnames="chunks")
+
+    def _prefilled(self, model, batch, keys, limits, starts) -> Slots:
+        c, shape = self.config, limits.shape
+        hidden, cache = model.prefill(batch, c.branches, c.max_new_tokens, starts, c.cache)
+        zero, room = jnp.zeros(shape, jnp.int32), (*shape, c.max_new_tokens)
+        out = Generated(jnp.zeros(room, jnp.int32), jnp.zeros(room), zero, jnp.zeros(shape, bool))
+        limits = jnp.minimum(limits, c.max_new_tokens)
+        return Slots(hidden, cache, keys, limits, limits <= 0, tuple(zero for _ in self._tables), out)
+
+    def _blank(self, model, batch, starts) -> Slots:
+        shape = len(batch.tokens), self.config.branches
+        keys = jax.random.key_data(jax.vmap(jax.vmap(jax.random.key))(jnp.zeros(shape, jnp.uint32)))
+        limits = jnp.zeros(shape, jnp.int32)
+        like = jax.eval_shape(self._prefilled, model, batch, keys, limits, starts)
+
+        def empty(x, axes):
+            at = axes.index("batch")
+            shape = (*x.shape[:at], self.slots, *x.shape[at + 1 :])
+            return sharding.constrain(jnp.zeros(shape, x.dtype), axes[: x.ndim])
+
+        slots = self._by_axes(empty, like)
+        done = jnp.ones_like(slots.done)
+        return slots._replace(done=done, cache=slots.cache._replace(clock=jnp.zeros((), jnp.int32)))
+
+    def layout(self, slots: Slots, mesh: Any) -> Slots:
+        """The sharding of every array of the slots."""
+
+        def one(x, axes):
+            return NamedSharding(mesh, sharding.spec(axes[: x.ndim], sharding.SAMPLE, x.shape, mesh))
+
+        found = self._by_axes(one, slots)
+        clock: Any = NamedSharding(mesh, PartitionSpec())
+        return found._replace(cache=found.cache._replace(clock=clock))
+
+    @staticmethod
+    def _by_axes(fn: Callable[..., Any], *slots: Slots) -> Slots:
+        """Maps over all that has a row for each slot: fn(arrays..., logical axes)."""
+        rows = ("batch", *(None,) * 4)
+        prefix = ("layers", "batch", "heads", None, "head_dim")
+        suffix = ("layers", "batch", None, "heads", None, "head_dim")
+        kinds = {"prefix_k": prefix, "prefix_v": prefix, "suffix_k": suffix, "suffix_v": suffix}
+
+        def over(axes, trees):
+            return jax.tree.map(lambda *x: fn(*x, axes), *trees)
+
+        caches = [s.cache for s in slots]
+        cache = {
+            name: over(kinds.get(name, rows), [getattr(c, name) for c in caches])
+            for name in KVCache._fields
+            if name != "clock"
+        }
+        others = {
+            name: over(rows, [getattr(s, name) for s in slots]) for name in Slots._fields if name != "cache"
+        }
+        return Slots(**others, cache=KVCache(**cache, clock=caches[0].clock))
+
+    def _enter(
+        self, model, slots, batch: Batch, query_keys, key, limits, sample_keys, starts, source
+    ) -> Slots:
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
         keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, query_keys), sample_keys)
-        temperature = jnp.broadcast_to(temperatures, (rows, branches))
-        hidden, cache = model.prefill(batch, branches, room, starts)
+        new = self._prefilled(model, batch, jax.random.key_data(keys), limits, starts)
+        source = source.reshape(self.shards, -1)
 
-        def step(carry):
-            index, hidden, cache, out, done, states = carry
-            uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index))))(keys)
-            logits = jnp.where(forbidden, -jnp.inf, model.logits(hidden))
-            token, logprob = draw(logits, uniform, temperature, config)
-            token, logprob = jnp.where(done, 0, token), jnp.where(done, 0.0, logprob)
-            states = [jnp.asarray(table)[state, token] for table, state in zip(tables, states)]
-            stop = jnp.isin(token, stop_ids)
-            for table, state in zip(tables, states):
+        def place(old, new, axes):  # every slot takes its row from its own part of the batch
+            at = axes.index("batch")
+            parts = new.reshape(*new.shape[:at], self.shards, -1, *new.shape[at + 1 :])
+            take = jax.vmap(lambda x, row: jnp.take(x, row, axis=at, mode="clip"), (at, 0), at)
+            picked = take(parts, source)
+            stay = (source < 0).reshape(-1, *(1,) * (old.ndim - at - 1))
+            return sharding.constrain(jnp.where(stay, old, picked.reshape(old.shape)), axes[: old.ndim])
+
+        # a new row sees nothing of the suffixes and of what the slot's last row said
+        kept = {name: getattr(slots.cache, name) for name in ("suffix_k", "suffix_v", "clock")}
+        placed = self._by_axes(place, slots, new._replace(cache=new.cache._replace(**kept)))
+        return placed._replace(cache=placed.cache._replace(**kept))
+
+    def chunks(self, ages: np.ndarray, clock: int) -> int:
+        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 for all."""
+        columns, size = ring(self.config.max_new_tokens)
+        missing = int(ages.max(initial=0)) - clock % columns % size
+        count = 1 + max(-(-missing // size), 0)
+        return count if count * size < columns else 0
+
+    def _advance(self, model, slots: Slots, temperatures, free, chunks: int = 0) -> Slots:
+        c = self.config
+        temperature = jnp.broadcast_to(temperatures, slots.done.shape)
+
+        def uniform(key, position):
+            return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
+
+        def step(slots: Slots) -> Slots:
+            hidden, cache, keys, limits, done, states, out = slots
+            column = cache.clock % c.max_new_tokens
+            drawn = jax.vmap(jax.vmap(uniform, (0, None)))(keys, cache.age)
+            logits = jnp.where(self._forbidden, -jnp.inf, model.logits(hidden))
+            token, logprob = draw(logits, drawn, temperature, c)
+            states = tuple(jnp.asarray(t)[state, token] for t, state in zip(self._tables, states))
+            stop = jnp.isin(token, self._stop_ids)
+            for table, state in zip(self._tables, states):
                 stop |= state == table.shape[0] - 1
-            out = Generated(
-                out.tokens.at[:, :, index].set(token),
-                out.logprobs.at[:, :, index].set(logprob),
-                out.length + ~done,
-                out.stopped | (stop & ~done),
-            )
-            done = done | stop | (index + 1 >= limits)
-            hidden, cache = model.decode(token, cache, index)
-            return index + 1, hidden, cache, out, done, states
 
-        def running(carry):
-            index, _, _, _, done, _ = carry
-            return (index < room) & ~jnp.all(done)
+            def put(old, new):  # what has ended stays as it is, wherever the ring stands now
+                before = jax.lax.dynamic_index_in_dim(old, column, 2, keepdims=False)
+                return jax.lax.dynamic_update_index_in_dim(old, jnp.where(done, before, new), column, 2)
 
-        empty = Generated(
-            jnp.zeros((rows, branches, room), jnp.int32),
-            jnp.zeros((rows, branches, room), jnp.float32),
-            jnp.zeros((rows, branches), jnp.int32),
-            jnp.zeros((rows, branches), bool),
-        )
-        done = limits <= 0
-        states = [jnp.zeros((rows, branches), jnp.int32) for _ in tables]
-        carry = (jnp.int32(0), hidden, cache, empty, done, states)
-        return jax.lax.while_loop(running, step, carry)[3]
+            tokens, logprobs = put(out.tokens, token), put(out.logprobs, logprob)
+            out = Generated(tokens, logprobs, out.length + ~done, out.stopped | (stop & ~done))
+            ended = done | stop | (cache.age[:, None] + 1 >= limits)
+            hidden, cache = model.decode(jnp.where(done, 0, token), cache, chunks)
+            return Slots(hidden, cache, keys, limits, ended, states, out)
 
-    return jax.jit(generate)
+        def waiting(slots: Slots):
+            ended, (columns, size) = jnp.all(slots.done, axis=1), ring(c.max_new_tokens)
+            go_on = ended.reshape(self.shards, -1).sum(axis=1).min() < free
+            if not chunks:
+                return go_on
+            oldest = jnp.where(ended, 0, slots.cache.age).max()
+            return go_on & (oldest <= slots.cache.clock % columns % size + (chunks - 1) * size)
+
+        return jax.lax.while_loop(waiting, step, slots)
 
 
 def rollouts(
-    generate: Callable[..., Generated],
+    sampler: Sampler,
     model: Any,
-    batches: Iterable[tuple[tuple[Row, ...], Batch]],
+    shards: Iterable[Sequence[Row]],
+    batches: Iterator[tuple[tuple[Row, ...], Batch]],
     processor: Any,
-    config: SamplingConfig,
     *,
     key: jax.Array,
     temperatures: np.ndarray,
     iteration: int,
     mesh: Any,
+    each: Callable[[int, int], None] = lambda rows, steps: None,
 ) -> Iterator[list[list[Response]]]:
     """Samples K responses for every row: new ones, or the continuations of those that the row holds.
 
     Args:
-      generate: from `make_generate` with the same processor and config.
+      sampler: of the same processor, for this mesh.
       model: the policy, laid out for sampling.
-      batches: (rows, batch) pairs from `loader.row_batches`: all rows, and this process's share of them as
-        arrays; a batch may end in empty rows.
+      shards: rows of one shape each. A shard is sampled on its own, so that it is the same to the last bit
+        when it is sampled again.
+      batches: (rows, batch) pairs from `loader.row_batches`: the next E rows of the shard, and this process's
+        share of them as arrays; a shard's last batch may end in empty rows.
       processor: the family's host side.
-      config: the sampling settings.
       key: PRNG key of this seed and iteration.
       temperatures: float32[K], one per sample; 0 is greedy.
       iteration: written into the responses.
       mesh: the device mesh.
+      each: called between the segments of decoding with how many rows have ended since the last call, and how
+        many steps the shard has taken; it may raise to stop.
 
     Yields:
-      For each batch, in order, the K responses of each of its rows; a continuation's tokens and text are
+      For each shard, in order, the K responses of each of its rows; a continuation's tokens and text are
       those of the whole response, its logprob that of the new tokens.
     """
-    temperatures = np.asarray(temperatures, np.float32)
+    config, temperatures = sampler.config, np.asarray(temperatures, np.float32)
     if temperatures.shape != (config.branches,):
         raise ValueError(
             f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
         )
+    count, parts = sampler.slots, sampler.shards
+    share = sharding.share_of(mesh)
+    mine = share.rows(count)
+    for rows in shards:
+        answered: list[list[Response]] = [[] for _ in rows]
+        slots, entered = None, 0
+        ended = list[tuple[int, Generated]]()
+        free, owner = np.ones(count, bool), np.zeros(count, int)  # of every slot, its row in the shard
+        age, clock = np.zeros(count, int), 0
+        pending: tuple[tuple[Row, ...], Batch] | None = next(batches)
+        while pending or not free.all():
+            while pending and _room(free, size := share.whole(len(pending[1].tokens)), parts):
+                these, batch = pending
+                source = _assign(free, owner, entered, len(these), size, parts)
+                entered += len(these)
+                places = jax.tree.map(lambda x: x[share.rows(size)], _places(these, size, processor, config))
+                placed = sharding.put_batch((batch, *places, source[mine]), mesh)
+                batch, query_keys, limits, keys, starts, to = placed
+                if slots is None:
+                    slots = sampler.blank(model, batch, starts)
+                slots = sampler.enter(model, slots, batch, query_keys, key, limits, keys, starts, to)
+                age = np.where(source < 0, age, 0)
+                pending = next(batches) if entered < len(rows) else None
+            wanted = np.int32((size if pending else count) // parts)
+            chunks = sampler.chunks(age[~free], clock)
+            slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
+            for row, host in ended:  # text is made of what has ended while the device works on
+                answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+            here = slots.done, slots.out, slots.cache.age, slots.cache.clock
+            done, out, age, clock = processes.fetch(here)
+            new = np.flatnonzero(~free & done.all(axis=1))
+            free[new] = True
+            first = (clock - age) % config.max_new_tokens
+            ended = [(owner[b], _unrolled(Generated(*(x[b] for x in out)), first[b])) for b in new]
+            each(len(new), int(clock))
+        for row, host in ended:
+            answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+        yield answered
 
-    def read(rows, generated):
-        host = Generated(*processes.fetch(generated))
-        return [
-            _responses(row, at, host, processor, config, temperatures, iteration)
-            for at, row in enumerate(rows)
-        ]
 
-    pending = None  # the device works on a batch while the one before it is turned into text
-    for rows, batch in batches:
-        places = _places(rows, len(batch.tokens), processor, config)
-        placed = sharding.put_batch((batch, *places), mesh)
-        batch, query_keys, limits, sample_keys, starts = placed
-        result = generate(model, batch, query_keys, key, temperatures, limits, sample_keys, starts)
-        if pending is not None:
-            yield read(*pending)
-        pending = rows, result
-    if pending is not None:
-        yield read(*pending)
+def _room(free: np.ndarray, size: int, parts: int) -> bool:
+    return bool(free.reshape(parts, -1).sum(axis=1).min() >= size // parts)
+
+
+def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: int, parts: int):
+    """Gives rows free slots of their own part of the batch; `source` of `Sampler.enter`."""
+    source, each = np.full(len(free), -1, np.int32), size // parts
+    for part, slots in enumerate(np.arange(len(free)).reshape(parts, -1)):
+        mine = range(part * each, min((part + 1) * each, rows))
+        for row, slot in zip(mine, slots[free[slots]]):
+            source[slot], owner[slot], free[slot] = row - part * each, entered + row, False
+    return source
+
+
+def _unrolled(out: Any, first: int) -> Generated:
+    """A row of the rings, from its first token on."""
+    tokens, logprobs = (np.roll(x, -first, axis=-1) for x in (out.tokens, out.logprobs))
+    return Generated(tokens, logprobs, out.length, out.stopped)
 
 
 def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
-    """query keys [B], limits [B, K], sample keys [B, K], and starts (parent, kept) [B, K] or None: the `size`
-    rows of each that are this process's share."""
-    size *= jax.process_count()
+    """query keys [E], limits [E, K], sample keys [E, K], and starts (parent, kept) [E, K] or None."""
     query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
     sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
     limits, parent, kept = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -275,17 +329,15 @@ def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConf
         if row.starts:
             parent[at], kept[at], sample_keys[at] = np.array(row.starts).T
             limits[at] -= kept[at]
-    mine = sharding.share(size, processes.here())
-    starts = (parent[mine], kept[mine]) if rows[0].starts else None
-    return query_keys[mine], limits[mine], sample_keys[mine], starts
+    return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
 
 
-def _responses(row, at, host, processor, config, temperatures, iteration) -> list[Response]:
+def _responses(row, host, processor, config, temperatures, iteration) -> list[Response]:
     out = []
     for sample in range(config.branches):
         parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)
         before = row.responses[parent - 1][:kept] if kept else ()
-        tokens = [*before, *host.tokens[at, sample, : int(host.length[at, sample])].tolist()]
+        tokens = [*before, *host.tokens[sample, : int(host.length[sample])].tolist()]
         text = processor.decode(tokens)
         cuts = [cut for cut in (text.find(stop) for stop in config.stop_strings) if cut >= 0]
         out.append(
@@ -294,8 +346,8 @@ def _responses(row, at, host, processor, config, temperatures, iteration) -> lis
                 sample=sample,
                 text=text[: min(cuts)] if cuts else text,
                 tokens=tuple(tokens),
-                logprob=float(host.logprobs[at, sample, : int(host.length[at, sample])].sum()),
-                truncated=not bool(host.stopped[at, sample]),
+                logprob=float(host.logprobs[sample, : int(host.length[sample])].sum()),
+                truncated=not bool(host.stopped[sample]),
                 iteration=iteration,
                 temperature=round(float(temperatures[sample]), 6),
             )

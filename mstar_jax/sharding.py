@@ -5,13 +5,14 @@ table maps logical axes to mesh axes. TRAIN spreads parameters and optimizer sta
 out for decoding. The mesh has Auto axes: the compiler propagates shardings from what is pinned here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -38,8 +39,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
       data, fsdp, tensor: sizes; -1 for at most one of them takes all the devices that are left.
       devices: defaults to all devices of all processes.
 
+    The devices of several slices, which a slow network joins, are laid out with the slices along `data`.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -53,10 +56,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
             f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not fit {len(devices)} devices: "
             f"the sizes must multiply to {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data = {sizes[0]} is impossible: the devices are {slices} slices, and only the sums of "
+            f"gradients may cross from one to another, so it must be a multiple of {slices}"
+        )
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    ordered = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts the batch dimension is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -155,22 +168,60 @@ def batch_sharding(mesh: Mesh, rules: Rules = TRAIN) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules["batch"]))
 
 
-def share(size: int, process: tuple[int, int]) -> slice:
-    """A process's rows of a global batch, (index, count): those that its devices of the mesh hold.
+class Share(NamedTuple):
+    """What of every global batch is a process's own: of the parts in which the mesh cuts a batch, those that
+    its devices hold. They need not be neighbours, and where `tensor` spans processes several hold the same.
 
-    Raises:
-      ValueError: the processes do not divide the batch.
+    Attributes:
+      held: numbers of the parts, ascending.
+      parts: how many there are.
     """
-    index, count = process
-    if size % count:
-        raise ValueError(f"a global batch of {size} rows cannot be shared by {count} processes")
-    return slice(index * size // count, (index + 1) * size // count)
+
+    held: tuple[int, ...] = (0,)
+    parts: int = 1
+
+    def rows(self, size: int) -> list[int]:
+        """The numbers of the rows of a global batch, ascending.
+
+        Raises:
+          ValueError: the parts do not divide the batch.
+        """
+        if size % self.parts:
+            raise ValueError(f"a global batch of {size} rows cannot be cut in {self.parts} parts")
+        each = size // self.parts
+        return [row for part in self.held for row in range(part * each, (part + 1) * each)]
+
+    def whole(self, size: int) -> int:
+        """Rows of the global batch of which so many are here."""
+        return size * self.parts // len(self.held)
+
+
+WHOLE = Share()  # of a process that is alone
+
+
+def share_of(mesh: Mesh) -> Share:
+    """This process's share of every batch."""
+    here, parts = jax.process_index(), mesh.devices.reshape(batch_shards(mesh), -1)
+    held = tuple(i for i, part in enumerate(parts) if any(d.process_index == here for d in part))
+    return WHOLE if len(held) == len(parts) else Share(held, len(parts))
 
 
 def put_batch(tree: Any, mesh: Mesh) -> Any:
     """Places host arrays (each process its share of the global batch) as global device arrays."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+    sharding, share = batch_sharding(mesh), share_of(mesh)
+
+    def place(x):
+        x = np.asarray(x)
+        size = share.whole(len(x))
+        first = {row: at for at, row in enumerate(share.rows(size))}
+
+        def piece(index):
+            start, stop, _ = index[0].indices(size)
+            return x[first[start] : first[start] + stop - start]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(place, tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from mstar_jax import flops
+from mstar_jax import flops, sharding
 from mstar_jax.structs import Batch, Response, Row
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ def compiled() -> list[float]:
 class Pass:
     """The work of one pass, and its clock."""
 
-    def __init__(self, chips: int, shapes: dict[Any, dict[str, float]]):
+    def __init__(self, chips: int, share: sharding.Share, shapes: dict[Any, dict[str, float]]):
         """Starts the clock; `shapes` are the FLOPs that are known already."""
-        self.chips, self.shapes = chips, shapes
+        self.chips, self.share, self.shapes = chips, share, shapes
         self.all, self.timed = Work(), Work()
         self.seconds, self.left_out = 0.0, 0.0
-        self.begun, self.rows = collections.deque[Work](), collections.deque[tuple[Sequence[Row], int]]()
+        self.begun = collections.deque[Work]()
         self.start()
 
     def start(self) -> None:
@@ -90,12 +90,12 @@ class Pass:
           count: FLOPs by part of the work on it; asked once for every shape.
           tokens: of all shares; by default as if the others were like this one.
         """
-        processes, shapes = jax.process_count(), tuple(x.shape for x in jax.tree.leaves(batch))
+        whole, shapes = self.share.whole, tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self.shapes:
             self.shapes[shapes] = count() if count else {}
-        tokens = processes * int((batch.branch >= 0).sum()) if tokens is None else tokens
-        work = Work(tokens=tokens, slots=processes * batch.tokens.size)
-        self.begun.append(work + Work({part: int(processes * n) for part, n in self.shapes[shapes].items()}))
+        tokens = whole(int((batch.branch >= 0).sum())) if tokens is None else tokens
+        work = Work(tokens=tokens, slots=whole(batch.tokens.size))
+        self.begun.append(work + Work({part: whole(int(n)) for part, n in self.shapes[shapes].items()}))
 
     def done(self, batches: int | None = None, **more: int) -> dict[str, float]:
         """The host has seen the end of the first (None: of all) batches that were begun.
@@ -121,26 +121,34 @@ class Pass:
         for rows, batch in batches:
             own = functools.partial(count, batch) if count else None
             self.begin(batch, own, sum(row.length for row in rows))
-            self.rows.append((rows, jax.process_count() * len(batch.tokens)))
             yield rows, batch
 
     def read(self, results: Iterable[T]) -> Iterator[T]:
         """The results of the batches, one by one in their order."""
         for result in results:
-            self.rows.popleft()
             self.done(1)
             yield result
 
-    def sampled(self, results: Iterable[list[list[Response]]]) -> Iterator[list[list[Response]]]:
-        """The same of `sampling.rollouts`: a batch is decoded until its longest response has ended."""
-        for groups in results:
-            rows, size = self.rows.popleft()
+    def sampled(
+        self,
+        shards: Iterable[Sequence[Row]],
+        results: Iterable[list[list[Response]]],
+        places: Callable[[], int],
+    ) -> Iterator[list[list[Response]]]:
+        """The results of `sampling.rollouts`, shard by shard.
+
+        Args:
+          shards: their rows.
+          results: the responses of each row.
+          places: asked after each result, for how many tokens there was room in the steps that it took.
+        """
+        for rows, groups in zip(shards, results):
             new = [
                 len(r.tokens) - (row.starts[r.sample][1] if row.starts else 0)
                 for row, group in zip(rows, groups)
                 for r in group
             ]
-            self.done(1, decoded=sum(new), decode_slots=size * len(groups[0]) * max(new))
+            self.done(decoded=sum(new), decode_slots=places())
             yield groups
 
     def record(self) -> dict[str, float]:
@@ -165,14 +173,15 @@ class Pass:
 class Speeds:
     """The passes of a run since its last lap."""
 
-    def __init__(self, chips: int):
-        self.chips, self.passes = chips, dict[tuple[str, str], Pass]()
+    def __init__(self, chips: int, share: sharding.Share = sharding.WHOLE):
+        """Of so many devices, by a process with this share of every batch."""
+        self.chips, self.share, self.passes = chips, share, dict[tuple[str, str], Pass]()
         self.shapes: dict[str, dict[Any, dict[str, float]]] = collections.defaultdict(dict)
 
     def of(self, kind: str, name: str) -> Pass:
         """A pass by its kind of work, whose programs are the same, and its name."""
         if (kind, name) not in self.passes:
-            self.passes[kind, name] = Pass(self.chips, self.shapes[kind])
+            self.passes[kind, name] = Pass(self.chips, self.share, self.shapes[kind])
         return self.passes[kind, name]
 
     def lap(self) -> dict[str, dict[str, dict[str, float]]]:

@@ -195,7 +195,7 @@ class Run(Generator):
             c.data.buckets,
             seed=(c.seed * 1_000_003 + zlib.crc32(stage.encode())) % 2**31,
             workers=c.data.workers,
-            process=processes.here(),
+            share=sharding.share_of(self.mesh),
             state=saved.loader if saved else None,
         )
         step, plain = self._train_step(stage, tx)

@@ -125,8 +125,25 @@ class Batch(NamedTuple):
     labels: Any = None
 
 
+class Int8(NamedTuple):
+    """An array kept in 8 bits: values int8[..., N], times scale float32[...]."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def ring(room: int) -> tuple[int, int]:
+    """(columns, columns of a chunk) of a cache's suffixes with room for so many tokens. A decoding step may
+    read the last chunks that were written and leave out the others."""
+    chunk = max(32, -(-room // 4)) if room > 64 else room
+    return -(-room // chunk) * chunk, chunk
+
+
 class KVCache(NamedTuple):
     """Keys and values of decoding: one row per query, shared by the K branches, never copied.
+
+    Rows may enter at different times, so the suffixes are rings of R columns (see `ring`): a row's token i
+    lies in column (clock - age + i) mod R.
 
     Attributes:
       prefix_k, prefix_v: [L, B, G, P, N]; the query's prompt, and the responses that branches continue.
@@ -134,15 +151,21 @@ class KVCache(NamedTuple):
       start: int32[B, K]; position of a branch's first own token.
       long: bool[B]; see `layers.rope_tables`.
       suffix_k, suffix_v: [L, B, K, G, R, N]; the branches' own tokens.
+      age: int32[B]; tokens that the row's branches hold.
+      clock: int32[]; steps done.
+
+    Keys and values may be `Int8`.
     """
 
-    prefix_k: jax.Array
-    prefix_v: jax.Array
+    prefix_k: Any
+    prefix_v: Any
     visible: jax.Array
     start: jax.Array
     long: jax.Array
-    suffix_k: jax.Array
-    suffix_v: jax.Array
+    suffix_k: Any
+    suffix_v: Any
+    age: jax.Array
+    clock: jax.Array
 
 
 class TrainState(NamedTuple):

@@ -176,3 +176,22 @@ def test_loops_and_collectives_as_tpus_write_them():
 def test_no_hlo():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.work("nothing")
+
+
+def test_kernels_of_splash_attention_count_what_is_below_the_diagonal():
+    """As libtpu writes them: attributes over several lines, the name behind them."""
+    kernel = """
+  %NAME.1 = (bf16[4,1024,96]) custom-call(%b, %b, %b, %q, %k, %k), custom_call_target="tpu_custom_call", a={{
+
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/splash_mha_NAME_no_residuals/pallas_call"}"""
+    text = """HloModule jit_f
+
+ENTRY %main () -> bf16[4,1024,96] {
+  %b = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[4,1024,96]{2,1,0} parameter(1)
+  %k = bf16[2,1024,96]{2,1,0} parameter(2)
+  %room = bf16[4] custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="splash_mha_fwd"}"""
+    text += "".join(kernel.replace("NAME", name) for name in ("fwd", "dq", "dkv"))
+    found = hlo.work(text + "\n}\n")
+    assert found.flops == (2 + 3 + 4) * 2 * 4 * 1024 * 1024 * 96 * 10 / 16

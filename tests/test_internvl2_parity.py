@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, SIZE, VOCAB
 
 from mstar_jax import models, sharding
+from mstar_jax.draws import SamplingConfig
 from mstar_jax.models import internvl2
-from mstar_jax.sampling import SamplingConfig, make_generate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -231,15 +231,8 @@ def test_greedy_generation_token_for_token(llama, vit, projector, policy):
     padded = [tiny.prefix(one, longest) for one in rows]
     # no stop and nothing forbidden, on both sides
     processor = types.SimpleNamespace(vocab_size=VOCAB, forbidden_ids=(), stop_ids=())
-    generate = make_generate(processor, SamplingConfig(branches=2, max_new_tokens=steps))
-    out = generate(
-        policy,
-        tiny.stack(padded),
-        np.arange(4, dtype=np.uint32),
-        jax.random.key(0),
-        np.zeros(2, np.float32),
-        np.full((4, 2), steps, np.int32),
-    )
+    config = SamplingConfig(branches=2, max_new_tokens=steps)
+    out = tiny.generate(processor, config, policy, tiny.stack(padded))
     for r, one in enumerate(rows):
         embedded = embeddings(llama, vit, projector, one)
         theirs = llama.generate(

@@ -198,7 +198,7 @@ def test_cached_decode_equals_full_forward(policy):
                 np.testing.assert_allclose(
                     logits[r, k], want, atol=1e-5, err_msg=f"row {r} branch {k} at {index}"
                 )
-        hidden, cache = decode(policy, tokens[:, :, index], cache, jnp.int32(index))
+        hidden, cache = decode(policy, tokens[:, :, index], cache)
 
 
 def test_grouped_query_attention_is_attention_with_repeated_keys(policy, rows, shared):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mstar_jax import sharding
 from mstar_jax.data import loader
 from mstar_jax.structs import Prompt, Query, Row
 from tests import tiny
@@ -236,13 +237,13 @@ def test_sources_without_rows_or_weight_are_left_out(processor):
 def test_processes_share_the_global_batch(processor, count):
     sources = [(text_rows(processor, 10), 0.7), (text_rows(processor, 5, "u"), 0.3)]
     whole = take(stream(sources, processor, 8), 6)
-    parts = [take(stream(sources, processor, 8, process=(i, count)), 6) for i in range(count)]
+    parts = [take(stream(sources, processor, 8, share=sharding.Share((i,), count)), 6) for i in range(count)]
     for step, batch in enumerate(whole):
         assert all(len(part[step].tokens) == 8 // count for part in parts)
         shared = np.concatenate([part[step].tokens for part in parts])
         assert sorted(map(tuple, shared.tolist())) == sorted(map(tuple, batch.tokens.tolist()))
-    with pytest.raises(ValueError, match="global batch of 9 rows cannot be shared by 2 processes"):
-        stream(sources, processor, 9, process=(0, 2))
+    with pytest.raises(ValueError, match="global batch of 9 rows cannot be cut in 2 parts"):
+        stream(sources, processor, 9, share=sharding.Share((0,), 2))
 
 
 def test_sources_of_different_shapes_take_turns(processor, prompts):

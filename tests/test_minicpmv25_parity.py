@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny_minicpm as tiny
 from safetensors.numpy import load_file, save_file
+from tiny import generate
 
 from mstar_jax import models, sharding
+from mstar_jax.draws import SamplingConfig
 from mstar_jax.models import layers, minicpmv25, slicing
-from mstar_jax.sampling import SamplingConfig, make_generate
 from mstar_jax.structs import Batch
 
 torch = pytest.importorskip("torch")
@@ -246,9 +247,7 @@ def test_greedy_generation_token_for_token(llama, vit, resampler, policy, proces
     batch = Batch(tokens, branch, np.zeros((3, length), np.float32), index, tiny.stacked(prompts))
     # no stop and nothing forbidden, on both sides
     free = types.SimpleNamespace(vocab_size=CONFIG.decoder.vocab_size, forbidden_ids=(), stop_ids=())
-    generate = make_generate(free, SamplingConfig(branches=2, max_new_tokens=steps))
-    keys, limits = np.arange(3, dtype=np.uint32), np.full((3, 2), steps, np.int32)
-    out = generate(policy, batch, keys, jax.random.key(0), np.zeros(2, np.float32), limits)
+    out = generate(free, SamplingConfig(branches=2, max_new_tokens=steps), policy, batch)
     for ours, prompt, own in zip(np.asarray(out.tokens), prompts, images):
         assert ours[0].tolist() == ours[1].tolist()
         assert len(set(ours[0].tolist())) > 3, "a constant sequence would prove little"

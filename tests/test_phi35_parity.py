@@ -10,9 +10,9 @@ import tiny
 from safetensors.numpy import load_file
 
 from mstar_jax import models, sharding
+from mstar_jax.draws import SamplingConfig
 from mstar_jax.models import phi35
 from mstar_jax.models.vision import patchify
-from mstar_jax.sampling import SamplingConfig, make_generate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -137,15 +137,8 @@ def test_greedy_generation_token_for_token(phi3, policy):
     rows = [tiny.row(rng, [(0, n)], 130) for n in lengths]
     # no stop and nothing forbidden, on both sides
     processor = types.SimpleNamespace(vocab_size=tiny.VOCAB, forbidden_ids=(), stop_ids=())
-    generate = make_generate(processor, SamplingConfig(branches=2, max_new_tokens=steps))
-    out = generate(
-        policy,
-        tiny.stack(rows),
-        np.arange(4, dtype=np.uint32),
-        jax.random.key(0),
-        np.zeros(2, np.float32),
-        np.full((4, 2), steps, np.int32),
-    )
+    config = SamplingConfig(branches=2, max_new_tokens=steps)
+    out = tiny.generate(processor, config, policy, tiny.stack(rows))
     for r, (row, length) in enumerate(zip(rows, lengths)):
         prompt = torch.tensor(row["tokens"][None, :length], dtype=torch.long)
         theirs = phi3.generate(

@@ -57,13 +57,20 @@ def test_programs_of_the_local_devices():
 
 def test_rollouts_are_two_programs():
     config = small()
+    config.sampling.batch, config.sampling.refill = 16, 0.5
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         found = {title: lowered for title, lowered, _ in plan.Programs(config, mesh).lower("rollouts")}
     first, second = found
-    assert first == "prefill, 8 rows of 128" and second.startswith("rollouts, 4 a row, 8 tokens")
-    text = found[first].as_text()  # the empty cache lies where the rows are, not whole on every device
-    assert "tensor<1x8x4x2x8x24xf32>" in text and "sharding_constraint" in text
+    assert (
+        first == "prefill, 8 rows of 128 into 16"
+        and second == "decoding step, 16 rows of 4 samples, 8 tokens"
+    )
+    prefill, step = (plan.compile_(lowered) for lowered in found.values())
+    cache = 16 * 2 * 4 * 2 * 24 * (128 + 4 * 8)  # of all rows: 2 groups, keys and values in 4 bytes
+    for cost in (prefill, step):  # a device holds its own rows, and they are updated where they are
+        assert cache / 8 <= cost.memory["shared"] < 1.1 * cache / 8
+        assert sum(cost.work.moved().values()) < 100, "rows enter the slots of their own device"
 
 
 def test_what_is_tried():

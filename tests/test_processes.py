@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -34,9 +35,74 @@ def test_one_process_is_free():
 def test_shares_are_the_rows_in_order():
     rows = list(range(12))
     for count in (1, 2, 3, 4):
-        assert sum((rows[sharding.share(12, (i, count))] for i in range(count)), []) == rows
-    with pytest.raises(ValueError, match="12 rows cannot be shared by 5"):
-        sharding.share(12, (0, 5))
+        assert sum((sharding.Share((i,), count).rows(12) for i in range(count)), []) == rows
+    share = sharding.Share((0, 3), 4)
+    assert share.rows(8) == [0, 1, 6, 7] and share.whole(4) == 8
+    with pytest.raises(ValueError, match="12 rows cannot be cut in 5"):
+        sharding.Share((0,), 5).rows(12)
+
+
+def devices(order, per=2, slices=1):
+    """Devices of other processes, `per` each, as a mesh would hold them."""
+    return [
+        types.SimpleNamespace(id=i, process_index=i // per, slice_index=i * slices // len(order))
+        for i in order
+    ]
+
+
+def test_a_share_is_what_the_processes_devices_hold():
+    def mesh(order, data, fsdp, tensor):
+        array = np.empty(len(order), object)
+        array[:] = devices(order)
+        shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        return types.SimpleNamespace(devices=array.reshape(data, fsdp, tensor), shape=shape)
+
+    assert sharding.share_of(mesh(range(8), 2, 4, 1)) == sharding.Share((0, 1), 8)
+    assert sharding.share_of(mesh((0, 4, 1, 5, 2, 6, 3, 7), 2, 4, 1)) == sharding.Share((0, 2), 8)
+    assert sharding.share_of(mesh(range(8), 1, 4, 2)) == sharding.Share((0,), 4)
+    assert sharding.share_of(mesh(range(8), 2, 1, 4)) == sharding.Share((0,), 2)  # shared with process 1
+    assert sharding.share_of(mesh((0, 1), 1, 2, 1)) == sharding.Share()
+
+
+def test_slices_lie_along_data(monkeypatch):
+    laid = []
+
+    def hybrid(within, across, devices):
+        laid.append((within, across))
+        return np.array(devices, object).reshape([a * b for a, b in zip(within, across)])
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, axes, axis_types: devices.shape)
+    assert sharding.make_mesh(data=2, fsdp=-1, devices=devices(range(8), slices=2)) == (2, 4, 1)
+    assert sharding.make_mesh(data=4, fsdp=1, tensor=2, devices=devices(range(8), slices=2)) == (4, 1, 2)
+    assert laid == [((1, 4, 1), (2, 1, 1)), ((2, 1, 2), (2, 1, 1))]
+    with pytest.raises(ValueError, match="mesh.data = 1 is impossible: the devices are 2 slices"):
+        sharding.make_mesh(data=1, fsdp=8, devices=devices(range(8), slices=2))
+
+
+MIXED = """
+import sys, jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import Mesh
+from mstar_jax import processes, sharding
+order = np.array(jax.devices(), object)[[0, 2, 1, 3]]  # the processes take turns along the batch
+mesh = Mesh(order.reshape(2, 2, 1), sharding.AXES)
+share = sharding.share_of(mesh)
+rows = np.arange(8)
+placed = sharding.put_batch(rows[share.rows(8)], mesh)
+assert processes.fetch(placed).tolist() == rows.tolist(), processes.fetch(placed)
+assert share.rows(8) == ([0, 1, 4, 5], [2, 3, 6, 7])[jax.process_index()], share
+"""
+
+
+def test_rows_of_processes_that_take_turns():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", MIXED, f"localhost:{port}"]
+    started = [subprocess.Popen([*command, str(i)], env=env, cwd=ROOT) for i in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
 
 
 def test_waiting_for_a_file_ends(monkeypatch):

@@ -2,6 +2,7 @@
 of a sample from everything but its own key."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import sampling, sharding, train
-from mstar_jax.sampling import SamplingConfig
+from mstar_jax import draws, sampling, sharding, train
+from mstar_jax.draws import SamplingConfig
+from mstar_jax.models import layers, vlm
 from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
@@ -57,7 +59,7 @@ def test_filter_logits_equals_brute_force(setting):
         np.float32
     )  # ties
     logits[::3, rng.permutation(64)[:30]] = -np.inf
-    ours = jax.nn.log_softmax(sampling.filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
+    ours = jax.nn.log_softmax(draws.filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
     for row, got in zip(logits, np.asarray(ours)):
         np.testing.assert_allclose(got, filtered(row, **setting), atol=1e-5)
 
@@ -84,7 +86,7 @@ def test_frequencies_are_the_probabilities(temperature):
     logits = jnp.asarray(np.random.default_rng(1).normal(size=12) * 2, jnp.float32)
     uniform = jax.random.uniform(jax.random.key(3), (count,))
     tokens, logprobs = jax.jit(
-        lambda u: sampling.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
+        lambda u: draws.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
     )(uniform)
     want = np.exp(filtered(np.asarray(logits) / temperature, top_k=9))
     share = np.bincount(np.asarray(tokens), minlength=12) / count
@@ -96,7 +98,7 @@ def test_frequencies_are_the_probabilities(temperature):
 def test_temperature_zero_is_greedy_per_row():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 30)), jnp.float32)
     temperature = jnp.asarray(np.arange(50) % 2, jnp.float32)
-    tokens, logprobs = sampling.draw(logits, jnp.full(50, 0.97), temperature, SamplingConfig(1, 1))
+    tokens, logprobs = draws.draw(logits, jnp.full(50, 0.97), temperature, SamplingConfig(1, 1))
     best = np.asarray(jnp.argmax(logits, axis=-1))
     np.testing.assert_array_equal(tokens[::2], best[::2])
     mass = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64), axis=-1)
@@ -121,7 +123,7 @@ def test_tokens_without_probability_are_never_drawn(vocab):
         uniforms += [np.full(size, mass[row, at] + step) for step in (-(2.0**-24), -(2.0**-25))]
     if vocab == 4096:
         assert len(uniforms) > 10, "this case is here because such sums do occur"
-    draw = jax.jit(lambda u: sampling.draw(jnp.asarray(logits), u, jnp.ones(size), SamplingConfig(1, 1)))
+    draw = jax.jit(lambda u: draws.draw(jnp.asarray(logits), u, jnp.ones(size), SamplingConfig(1, 1)))
     for uniform in uniforms:
         tokens, logprobs = draw(np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32))
         assert possible[np.arange(size), np.asarray(tokens)].all() and np.isfinite(logprobs).all()
@@ -134,7 +136,7 @@ def test_stop_table_equals_a_search():
     for _ in range(60):
         texts = ["".join(rng.choice(list("aab."), int(rng.integers(0, 4)))) for _ in range(8)]
         stop = "".join(rng.choice(list("aab."), int(rng.integers(1, 6))))
-        table = sampling.stop_table(texts, stop)
+        table = draws.stop_table(texts, stop)
         assert table.shape == (len(stop) + 1, 8)
         for _ in range(20):
             state, text = 0, ""
@@ -181,17 +183,20 @@ def query(name):
 NAMES = tuple(f"query-{i}" for i in range(8))
 
 
-def run(policy, processor, rows, names, mesh, config, size=None, generate=None, temperatures=TEMPERATURES):
-    generate = generate or sampling.make_generate(processor, config)
+def sampler_for(processor, config, mesh, slots=8):
+    return sampling.Sampler(processor, config, slots, sharding.batch_shards(mesh))
+
+
+def run(policy, processor, rows, names, mesh, config, size=None, sampler=None, temperatures=TEMPERATURES):
+    sampler = sampler or sampler_for(processor, config, mesh, size or 8)
     lengths = [int((row["branch"] == 0).sum()) for row in rows]
     asked = tuple(Row(Prompt(query(name), "", n, 0)) for name, n in zip(names, lengths, strict=True))
-    prompts = [(asked, tiny.stack(rows, size))]
     out = sampling.rollouts(
-        generate,
+        sampler,
         policy,
-        prompts,
+        [asked],
+        iter([(asked, tiny.stack(rows, size))]),
         processor,
-        config,
         key=jax.random.key(11),
         temperatures=temperatures,
         iteration=3,
@@ -204,13 +209,13 @@ CONFIG = SamplingConfig(BRANCHES, ROOM, top_k=60, top_p=0.95, min_p=0.01)
 
 
 @pytest.fixture(scope="module")
-def generate(processor):
-    return sampling.make_generate(processor, CONFIG)
+def sampler(processor, mesh):
+    return sampler_for(processor, CONFIG, mesh)
 
 
 @pytest.fixture(scope="module")
-def responses(policy, processor, rows, mesh, generate):
-    return run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, generate=generate)
+def responses(policy, processor, rows, mesh, sampler):
+    return run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, sampler=sampler)
 
 
 @pytest.fixture(scope="module")
@@ -278,24 +283,24 @@ def same(ours, theirs):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def test_samples_do_not_depend_on_order(policy, processor, rows, mesh, generate, responses):
+def test_samples_do_not_depend_on_order(policy, processor, rows, mesh, sampler, responses):
     order = np.random.default_rng(7).permutation(8)
     moved = [rows[i] for i in order], [NAMES[i] for i in order]
-    same(run(sharding.replicate(policy, mesh), processor, *moved, mesh, CONFIG, generate=generate), responses)
+    same(run(sharding.replicate(policy, mesh), processor, *moved, mesh, CONFIG, sampler=sampler), responses)
 
 
-def test_samples_do_not_depend_on_the_batch(policy, processor, rows, mesh, generate, responses):
-    everything = run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, 16, generate)
+def test_samples_do_not_depend_on_the_batch(policy, processor, rows, mesh, responses):
+    everything = run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, 16)
     same(everything, responses)
 
 
-def test_samples_do_not_depend_on_the_devices(policy, processor, rows, generate, responses):
+def test_samples_do_not_depend_on_the_devices(policy, processor, rows, responses):
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    same(run(policy, processor, rows, NAMES, one, CONFIG, generate=generate), responses)
+    same(run(policy, processor, rows, NAMES, one, CONFIG), responses)
     cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     lower = train.for_sampling(policy, cube, jnp.float32)
     assert lower.decoder.blocks.gate[...].sharding.spec[2] == "tensor"
-    same(run(lower, processor, rows, NAMES, cube, CONFIG, generate=generate), responses)
+    same(run(lower, processor, rows, NAMES, cube, CONFIG), responses)
 
 
 def test_branches_differ_and_keys_matter(responses):
@@ -305,21 +310,22 @@ def test_branches_differ_and_keys_matter(responses):
     assert sampling.query_key("123456789") == 0xCBF43926, "CRC-32's check value; stored rollouts depend on it"
 
 
-def test_temperatures_do_not_recompile(policy, processor, rows, mesh, generate, responses):
-    compiled, policy = generate._cache_size(), sharding.replicate(policy, mesh)
+def test_temperatures_do_not_recompile(policy, processor, rows, mesh, sampler, responses):
+    programs, policy = (sampler.enter, sampler.advance), sharding.replicate(policy, mesh)
+    compiled = [program._cache_size() for program in programs]
     hot = np.array([0.0, 3.0, 3.0, 0.0], np.float32)
-    out = run(policy, processor, rows, NAMES, mesh, CONFIG, generate=generate, temperatures=hot)
-    assert generate._cache_size() == compiled
+    out = run(policy, processor, rows, NAMES, mesh, CONFIG, sampler=sampler, temperatures=hot)
+    assert [program._cache_size() for program in programs] == compiled
     for name in NAMES:  # branch 0 is greedy in both; branch 3 is greedy now and says the same
         assert out[name][0].tokens == out[name][3].tokens == responses[name][0].tokens
     assert any(out[name][1].tokens != responses[name][1].tokens for name in NAMES)
     with pytest.raises(ValueError, match="need 4 temperatures"):
-        run(policy, processor, rows, NAMES, mesh, CONFIG, generate=generate, temperatures=hot[:2])
+        run(policy, processor, rows, NAMES, mesh, CONFIG, sampler=sampler, temperatures=hot[:2])
 
 
 def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh):
     """Sampling ASCII only, so that a text is the texts of its tokens one after another."""
-    texts = sampling.token_texts(processor)
+    texts = draws.token_texts(processor)
     ascii_only = copy.copy(processor)
     ascii_only.stop_ids = (
         processor.tokenizer.convert_tokens_to_ids("<|end|>"),
@@ -349,11 +355,150 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh)
 
 
 def test_token_texts(processor):
-    texts = sampling.token_texts(processor)
+    texts = draws.token_texts(processor)
     assert len(texts) == tiny.VOCAB
     ids = processor.encode_response("the area (A)")[:-1]
     assert "".join(texts[i] for i in ids) == "the area (A)"
     assert texts[processor.tokenizer.convert_tokens_to_ids("<|end|>")] == ""
+
+
+# ---- rows that leave and rows that enter ---------------------------------------------------------------
+
+
+def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, order=range(8), each=None):
+    """The rows as one shard, `entering` at a time into so many slots; and how many ended in every segment."""
+    asked = [Row(Prompt(query(NAMES[i]), "", PREFIXES[i], 0)) for i in order]
+    parts = [list(order)[at : at + entering] for at in range(0, len(rows), entering)]
+    batches = [
+        (tuple(asked[list(order).index(i)] for i in part), tiny.stack([rows[i] for i in part], entering))
+        for part in parts
+    ]
+    counts: list[int] = []
+    [groups] = sampling.rollouts(
+        sampler_for(processor, config, mesh, slots),
+        policy,
+        [asked],
+        iter(batches),
+        processor,
+        key=jax.random.key(11),
+        temperatures=TEMPERATURES,
+        iteration=3,
+        mesh=mesh,
+        each=each or (lambda ended, _: counts.append(ended)),
+    )
+    return {group[0].query_id: group for group in groups}, counts
+
+
+@pytest.mark.parametrize("count", [4, 3, 2])
+@pytest.mark.parametrize("slots, entering", [(8, 8), (2, 1), (3, 2)])
+def test_what_holds_no_token_is_not_read(
+    policy, processor, rows, responses, monkeypatch, slots, entering, count
+):
+    """In rings of several chunks, of which only those with tokens of rows still there are read."""
+
+    def small(room):
+        size = -(-room // count)
+        return count * size, size
+
+    for module in (sampling, layers, vlm):
+        monkeypatch.setattr(module, "ring", small)
+    used, chunks = [], sampling.Sampler.chunks
+    monkeypatch.setattr(
+        sampling.Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1]
+    )
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    found, _ = refilled(policy, processor, rows, one, slots, entering)
+    same(found, responses)
+    assert used[0] == 1 and set(used) == set(range(count))
+
+
+@pytest.mark.parametrize("slots, entering", [(1, 1), (2, 1), (3, 2), (4, 3), (5, 1)])
+def test_refilled_slots_give_the_same_samples(policy, processor, rows, responses, slots, entering):
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    found, counts = refilled(policy, processor, rows, one, slots, entering)
+    same(found, responses)
+    assert sum(counts) == 8 and len(counts) > 1 and max(counts) <= slots
+
+
+def test_refilled_slots_on_several_devices(policy, processor, rows, responses):
+    """Rows enter where their own device has room; a part of the last batch is empty."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    lower = train.for_sampling(policy, mesh, jnp.float32)
+    for order in (range(8), (5, 2, 7, 0, 1, 6, 3, 4)):
+        found, counts = refilled(lower, processor, rows, mesh, 8, 4, order=order)
+        same(found, responses)
+    six, _ = refilled(lower, processor, rows[:6], mesh, 4, 4, order=range(6))
+    same(six, {name: responses[name] for name in NAMES[:6]})
+
+
+def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, rows, responses):
+    """With two slots and rows one by one, as many steps as the schedule by hand needs, not the sum of the
+    longest of every pair."""
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    steps = [max(len(r.tokens) for r in responses[name]) for name in NAMES]
+    ends = [0, 0]  # of the two slots
+    for size in steps:
+        at = int(np.argmin(ends))
+        ends[at] += size
+    sampler, counted = sampler_for(processor, CONFIG, one, 2), []
+    advance = sampler.advance
+
+    def count(*args, **how):
+        counted.append(advance(*args, **how))
+        return counted[-1]
+
+    sampler.advance = count
+    asked = [Row(Prompt(query(name), "", n, 0)) for name, n in zip(NAMES, PREFIXES)]
+    batches = iter([((row,), tiny.stack([array])) for row, array in zip(asked, rows)])
+    how = {"key": jax.random.key(11), "temperatures": TEMPERATURES, "iteration": 3, "mesh": one}
+    clocks = []
+    for _ in sampling.rollouts(
+        sampler, policy, [asked], batches, processor, **how, each=lambda *_: clocks.append(1)
+    ):
+        assert int(counted[-1].cache.clock) == max(ends) < sum(max(steps[i : i + 2]) for i in range(0, 8, 2))
+    assert len(clocks) == len(counted)
+
+
+def test_stopping_between_segments(policy, processor, rows):
+    one, seen = sharding.make_mesh(devices=jax.devices()[:1]), []
+
+    def stop(count, _):
+        seen.append(count)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refilled(policy, processor, rows, one, 2, 1, each=stop)
+    assert len(seen) == 2
+
+
+# ---- caches of other dtypes ----------------------------------------------------------------------------
+
+
+def test_int8_is_the_array_to_half_a_step():
+    x = jnp.asarray(np.random.default_rng(8).normal(size=(3, 5, 16)) * [[[1e-3]], [[1]], [[40]]], jnp.float32)
+    kept = layers.stored(x.at[0, 0].set(0.0), "int8")
+    assert kept.values.dtype == jnp.int8 and kept.scale.shape == (3, 5)
+    back = kept.values * kept.scale[..., None]
+    assert (jnp.abs(back - x.at[0, 0].set(0.0)) <= kept.scale[..., None] / 2 + 1e-9).all()
+    assert layers.stored(x, "") is x or layers.stored(x, "").dtype == x.dtype
+    assert layers.stored(x, "bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype, bound", [("int8", 0.05), ("bfloat16", 0.03)])
+def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, responses, dtype, bound):
+    """Greedy branches of the free policy agree, and what was drawn has nearly the probability it had."""
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    config = dataclasses.replace(CONFIG, cache=dtype)
+    found, _ = refilled(policy, processor, rows, one, 4, 2, config)
+    equal, gaps = 0, []
+    for name in NAMES:
+        for ours, theirs in zip(found[name], responses[name], strict=True):
+            if ours.tokens == theirs.tokens and theirs.tokens:
+                equal += 1
+                gaps.append(abs(ours.logprob - theirs.logprob) / len(theirs.tokens))
+    assert equal >= 20, equal
+    assert 0 < max(gaps) < bound, max(gaps)
 
 
 # ---- going on from the steps of a response -----------------------------------------------------------
@@ -370,14 +515,12 @@ def continued(policy, processor, rows, starts_of, held, mesh):
         one["tokens"][one["branch"] > 0] = [t for tokens in held[name] for t in tokens]
         arrays.append(one | {"pixels": row["pixels"]})
         stems.append(Row(Prompt(query(name), "", size, 0), tuple(held[name]), starts=starts_of(name)))
-    generate = sampling.make_generate(processor, CONFIG)
-    batches = [(tuple(stems), tiny.stack(arrays))]
     out = sampling.rollouts(
-        generate,
+        sampler_for(processor, CONFIG, mesh),
         policy,
-        batches,
+        [stems],
+        iter([(tuple(stems), tiny.stack(arrays))]),
         processor,
-        CONFIG,
         key=jax.random.key(5),
         temperatures=TEMPERATURES,
         iteration=0,

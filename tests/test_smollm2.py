@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+from tiny import generate
 
 from mstar_jax import sharding
+from mstar_jax.draws import SamplingConfig
 from mstar_jax.models import layers, names
 from mstar_jax.models.vlm import VisionLanguageModel
-from mstar_jax.sampling import SamplingConfig, make_generate
 from mstar_jax.structs import Batch
 
 gguf = pytest.importorskip("gguf")
@@ -142,9 +143,7 @@ def continuation(policy, config, prompt):
     tokens = np.array([prompt], np.int32)
     none = np.full_like(tokens, -1)
     batch = Batch(tokens, none + 1, np.zeros(tokens.shape, np.float32), none, np.zeros((1, 0, 1), np.float32))
-    generate = make_generate(free, SamplingConfig(branches=1, max_new_tokens=STEPS))
-    limits, keys = np.array([[STEPS]], np.int32), np.zeros(1, np.uint32)
-    out = generate(policy, batch, keys, jax.random.key(0), np.zeros(1, np.float32), limits)
+    out = generate(free, SamplingConfig(branches=1, max_new_tokens=STEPS), policy, batch)
     return np.asarray(out.tokens)[0, 0].tolist()
 
 

@@ -101,31 +101,31 @@ def sampled(row, lengths):
     return [Response(row.prompt.query.id, i, "", (1,) * n, 0.0, False) for i, n in enumerate(lengths)]
 
 
-def test_rollouts_are_counted_by_the_batch(clock, compiling):
-    """Prompts in, responses out; a batch is over when its longest response is."""
+def test_rollouts_are_counted_by_the_shard(clock, compiling):
+    """Prompts in, in two batches of the first shard; responses out."""
     speeds = speed.Speeds(chips=1)
     watch = speeds.of("rollouts", "iteration_01")
     one, two, three = query_row("a", 5), query_row("b", 3), query_row("c", 6)
     clock(50.0)  # weights are laid out before the first batch is asked for
+    shards, steps = [[one, two], [three]], []
 
     def work(batches):
-        pending = None
-        for rows, _ in batches:
-            if pending:
-                clock(2.0)
-                yield [sampled(row, (4, 1)) for row in pending]
-            pending = rows
-        clock(2.0)
-        yield [sampled(row, (7, 2)) for row in pending]
+        for rows, taken in zip(shards, (6, 7)):
+            for _ in rows:
+                next(batches)
+            clock(2.0)
+            steps.append(taken)
+            yield [sampled(row, (4, 1) if len(rows) == 2 else (7, 2)) for row in rows]
 
-    fed = watch.fed(iter([((one, two), batch(8)), ((three,), batch(6))]))
-    assert [len(groups) for groups in watch.sampled(work(fed))] == [2, 1]
+    fed = watch.fed(iter([((one,), batch(5, 1)), ((two,), batch(3, 1)), ((three,), batch(6))]))
+    found = watch.sampled(shards, work(fed), lambda: steps[-1] * 2 * 2)
+    assert [len(groups) for groups in found] == [2, 1]
     [[record]] = [list(passes.values()) for passes in speeds.lap().values()]
     assert record == {
         "tokens": 14,
         "slots": 32,
         "decoded": 2 * 5 + 9,
-        "decode_slots": 2 * 2 * 4 + 2 * 2 * 7,
+        "decode_slots": 2 * 2 * 6 + 2 * 2 * 7,
         "seconds": 4.0,
         "left_out": 0.0,
         "tokens_per_second": 3.5,
@@ -141,9 +141,9 @@ def test_only_new_tokens_are_decoded(clock, compiling):
     fed = watch.fed(iter([((row,), batch(7))]))
     clock(1.0)
     next(fed)
-    list(watch.sampled(results))
+    list(watch.sampled([[row]], results, lambda: 4 * 3 * 2))
     record = watch.record()
-    assert (record["tokens"], record["decoded"], record["decode_slots"]) == (7, 2 + 4 + 2, 2 * 3 * 4)
+    assert (record["tokens"], record["decoded"], record["decode_slots"]) == (7, 2 + 4 + 2, 24)
 
 
 def test_table():

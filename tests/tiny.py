@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers import AutoTokenizer
 
+from mstar_jax import sampling
 from mstar_jax.models import layers, phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -252,3 +253,16 @@ def glue_values(w: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
         "project_out": w[f"{at}img_projection.2.weight"].T,
         "project_out_bias": w[f"{at}img_projection.2.bias"],
     }
+
+
+def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits=None, temperature=0.0):
+    """All rows of a batch sampled to their ends, as `sampling.Generated`."""
+    rows, shape = len(batch.tokens), (len(batch.tokens), config.branches)
+    sampler, numbers = sampling.Sampler(processor, config, rows), np.arange(rows)
+    samples = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape)
+    keys = numbers.astype(np.uint32) if query_keys is None else query_keys
+    limits = np.full(shape, config.max_new_tokens, np.int32) if limits is None else limits
+    slots = sampler.blank(policy, batch, None)
+    source = numbers.astype(np.int32)
+    slots = sampler.enter(policy, slots, batch, keys, jax.random.key(key), limits, samples, None, source)
+    return sampler.advance(policy, slots, np.full(config.branches, temperature, np.float32), rows).out

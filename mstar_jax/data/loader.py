@@ -127,18 +127,18 @@ class _EncodeRows(grain.transforms.Map):
 
     processor: Any
     size: int
-    process: tuple[int, int]
+    share: sharding.Share
 
     def map(self, plan):
         length, rows = plan
         crops = max(row.prompt.crops for row in rows)
         encoded = [
             encode_row(row, self.processor, length, crops)
-            for row in rows[sharding.share(self.size, self.process)]
+            for row in (rows[i] for i in self.share.rows(self.size) if i < len(rows))
         ]
         # a share without rows has the shapes of the first row
         like = encoded[0] if encoded else encode_row(rows[0], self.processor, length, crops)
-        return tuple(rows), _stack(encoded, self.size // self.process[1], like)
+        return tuple(rows), _stack(encoded, len(self.share.rows(self.size)), like)
 
 
 def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
@@ -159,20 +159,21 @@ def row_batches(
     size: int,
     *,
     workers: int = 0,
-    process: tuple[int, int] = (0, 1),
+    share: sharding.Share = sharding.WHOLE,
 ) -> Iterator[tuple[tuple[Row, ...], Batch]]:
-    """Encodes planned batches in order, ahead of their use.
+    """Encodes planned rows in order, ahead of their use.
 
     Args:
       plans: from `plan_batches`.
       processor: the family's host side.
-      size: rows of a batch; a short one is filled up with empty rows.
+      size: rows of a batch: a longer plan gives several, a short one is filled up with empty rows.
       workers: processes that decode images; 0 decodes in threads of this one.
-      process: (index, count); a process gets its share of every batch, and all of the rows.
+      share: this process's part of every batch; it gets all of the rows.
     """
-    if not plans:
+    parts = [(length, rows[at : at + size]) for length, rows in plans for at in range(0, len(rows), size)]
+    if not parts:
         return iter(())
-    data = grain.MapDataset.source(plans).map(_EncodeRows(processor, size, process))
+    data = grain.MapDataset.source(parts).map(_EncodeRows(processor, size, share))
     return iter(_prefetched(data, workers))
 
 
@@ -183,10 +184,10 @@ class _EncodeBatch(grain.transforms.Map):
     processor: Any
     length: int
     crops: int
-    process: tuple[int, int]
+    share: sharding.Share
 
     def map(self, rows):
-        mine = rows[sharding.share(len(rows), self.process)]
+        mine = [rows[i] for i in self.share.rows(len(rows))]
         encoded = [encode_row(row, self.processor, self.length, self.crops) for row in mine]
         return _stack(encoded, len(mine), encoded[0])
 
@@ -226,7 +227,7 @@ def train_batches(
     *,
     seed: int,
     workers: int = 0,
-    process: tuple[int, int] = (0, 1),
+    share: sharding.Share = sharding.WHOLE,
     state: dict[str, Any] | None = None,
 ) -> grain.DatasetIterator:
     """An endless, shuffled stream of training batches from weighted sources.
@@ -242,7 +243,7 @@ def train_batches(
       buckets: row lengths to choose from; one is chosen for a source, so few programs are compiled.
       seed: of the shuffle; every epoch has its own order.
       workers: processes that decode images; 0 decodes in threads of this one.
-      process: (index, count); a process gets its share of every global batch.
+      share: this process's part of every global batch.
       state: of an earlier iterator (`get_state()`), to continue behind it.
 
     Raises:
@@ -253,7 +254,7 @@ def train_batches(
     ]
     if not filled:
         raise ValueError("there is nothing to train on: no source has rows")
-    sharding.share(size, process)
+    share.rows(size)
     shapes: dict[tuple[int, int], list[tuple[Any, float]]] = {}
     for part, weight in filled:
         shape = bucket(max(row.length for row in part), buckets), max(row.prompt.crops for row in part)
@@ -262,7 +263,7 @@ def train_batches(
     streams = []
     for (length, crops), parts in shapes.items():
         batches = _mix(parts).batch(size, batch_fn=list)  # whole, so that they do not depend on the count
-        encoded = batches.map(_EncodeBatch(processor, length, crops, process))
+        encoded = batches.map(_EncodeBatch(processor, length, crops, share))
         streams.append((encoded, sum(weight for _, weight in parts)))
     encoded = _mix(streams)
     iterator = iter(_prefetched(encoded, workers))

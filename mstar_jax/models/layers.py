@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.structs import KVCache
+from mstar_jax.models import attention
+from mstar_jax.structs import Int8, KVCache, ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,22 +155,43 @@ def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
-    """Attention within whole rows.
+    """Attention within whole rows, fused where the machine has it (see `attention.fused`).
 
     Args:
-      mask: bool[B, T, S], as `row_layout` gives it.
+      mask: bool[B, T, T], as `row_layout` gives it.
       keep: also hand out every layer's keys and values (prefill).
     """
 
     def attend(q, k, v, state, layer):
+        out = attention.fused(q, k, v, mask)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
-        return _values(jax.nn.softmax(scores, axis=-1), v), state, (k, v) if keep else None
+        if out is None:
+            scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
+            out = _values(jax.nn.softmax(scores, axis=-1), v)
+        return out, state, (k, v) if keep else None
 
     return attend
 
 
-def branch_attention(visible: jax.Array, index: jax.Array) -> Callable[..., Any]:
+def stored(x: jax.Array, dtype: str) -> Any:
+    """Keys or values [..., N] as a cache holds them: `int8` gives `Int8`, an empty dtype leaves them."""
+    if dtype != "int8":
+        return x.astype(dtype or x.dtype)
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
+    return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+
+
+def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    """Values of a dtype, and their scale or 1."""
+    if isinstance(cached, Int8):
+        return cached.values.astype(dtype), cached.scale
+    return cached.astype(dtype), None
+
+
+def branch_attention(
+    visible: jax.Array, own_visible: jax.Array, column: jax.Array, chunks: list[jax.Array], dtype: str
+) -> Callable[..., Any]:
     """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
 
     The two parts are scored apart and normalised together, so the prefix is read once for its K
@@ -177,29 +199,57 @@ def branch_attention(visible: jax.Array, index: jax.Array) -> Callable[..., Any]
 
     Args:
       visible: bool[B, K or 1, P], the columns of the shared part that a branch sees.
-      index: int32[]; how many tokens the branches hold already.
+      own_visible: bool[B, S], the columns of its suffix that a branch sees, the new token's among them: of
+        the chunks that are read.
+      column: int32[]; where the new tokens stand.
+      chunks: int32[] each, the first columns of the chunks of the suffix that are read.
+      dtype: of the cache, see `stored`.
     """
 
     def attend(q, k, v, state, layer):
-        suffix_k, suffix_v = state
         number, prefix_k, prefix_v = layer
         branches, groups, width = k.shape[1:]
-        at = (number, 0, 0, 0, index, 0)
-        suffix_k = jax.lax.dynamic_update_slice(suffix_k, k[None, :, :, :, None], at)
-        suffix_v = jax.lax.dynamic_update_slice(suffix_v, v[None, :, :, :, None], at)
-        own_k = jax.lax.dynamic_index_in_dim(suffix_k, number, keepdims=False)
-        own_v = jax.lax.dynamic_index_in_dim(suffix_v, number, keepdims=False)
-        shared = jnp.where(visible[:, None, None], _scores(q, prefix_k), -jnp.inf)
+
+        def put(suffix, new):  # [L, B, K, G, R, N] and [B, K, G, N]; scales have no N
+            at = (number, 0, 0, 0, column, 0)[: suffix.ndim]
+            return jax.lax.dynamic_update_slice(suffix, jnp.expand_dims(new, (0, 4)), at)
+
+        def own(suffix, first):
+            def cut(x):
+                size = (1, *x.shape[1:4], own_visible.shape[1] // len(chunks), *x.shape[5:])
+                return jax.lax.dynamic_slice(x, (number, 0, 0, 0, first, 0)[: x.ndim], size)[0]
+
+            return _read(jax.tree.map(cut, suffix), q.dtype)
+
+        state = jax.tree.map(put, state, (stored(k, dtype), stored(v, dtype)))
+        (prefix_k, scale_k), (prefix_v, scale_v) = _read(prefix_k, q.dtype), _read(prefix_v, q.dtype)
+
+        def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
+            return x if scale is None else x * scale[:, :, None, None]
+
+        def own_scaled(x, scale):  # [B, K, G, H/G, R] by [B, K, G, R]
+            return x if scale is None else x * scale[:, :, :, None]
+
+        shared = scaled(_scores(q, prefix_k), scale_k)
+        shared = jnp.where(visible[:, None, None], shared, -jnp.inf)
         grouped = q.reshape(-1, branches, groups, q.shape[2] // groups, width) * (width**-0.5)
-        own = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
-        own = own.transpose(0, 2, 3, 1, 4)
-        own = jnp.where(jnp.arange(own.shape[-1]) <= index, own, -jnp.inf)
-        top = jnp.maximum(shared.max(-1, keepdims=True), own.max(-1, keepdims=True))
-        shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-        total = shared.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-        own = (own / total).astype(v.dtype).transpose(0, 3, 1, 2, 4)
-        own = jnp.einsum("bkgqr,bkgrn->bkgqn", own, own_v)
-        return _values(shared / total, prefix_v) + own.reshape(q.shape), (suffix_k, suffix_v), None
+        parts = []
+        for first in chunks:
+            own_k, scale = own(state[0], first)
+            part = jnp.einsum("bkgqn,bkgrn->bkgqr", grouped, own_k, preferred_element_type=jnp.float32)
+            parts.append(own_scaled(part, scale))
+        suffix = jnp.where(own_visible[:, None, None, None], jnp.concatenate(parts, -1), -jnp.inf)
+        suffix = suffix.transpose(0, 2, 3, 1, 4)
+        top = jnp.maximum(shared.max(-1, keepdims=True), suffix.max(-1, keepdims=True))
+        shared, suffix = jnp.exp(shared - top), jnp.exp(suffix - top)
+        total = shared.sum(-1, keepdims=True) + suffix.sum(-1, keepdims=True)
+        out = _values(scaled(shared / total, scale_v), prefix_v)
+        parts = jnp.split((suffix / total).transpose(0, 3, 1, 2, 4), len(chunks), axis=-1)
+        for first, part in zip(chunks, parts):
+            own_v, scale = own(state[1], first)
+            part = own_scaled(part, scale).astype(own_v.dtype)
+            out += jnp.einsum("bkgqr,bkgrn->bkgqn", part, own_v).reshape(q.shape)
+        return out, state, None
 
     return attend
 
@@ -290,20 +340,36 @@ class Decoder(nnx.Module):
 
 
 def decode_hidden(
-    decoder: Decoder, x: jax.Array, cache: KVCache, index: jax.Array
+    decoder: Decoder, x: jax.Array, cache: KVCache, chunks: int = 0
 ) -> tuple[jax.Array, KVCache]:
-    """One decoding step: x [B, K, D], the embeddings of the branches' token number `index`.
+    """One decoding step.
+
+    Args:
+      decoder: the language model.
+      x: [B, K, D], the embeddings of the branches' next token.
+      cache: the keys and values before it.
+      chunks: how many chunks of the suffixes are read (see `structs.ring`), the last ones that were written;
+        0 reads all. Rows whose tokens go further back come out wrong.
 
     Returns:
-      hidden [B, K, D] and the cache with this token's keys and values written at `index`.
+      hidden [B, K, D] and the cache with this token's keys and values.
     """
-    layers = (jnp.arange(cache.prefix_k.shape[0]), cache.prefix_k, cache.prefix_v)
+    suffix = cache.suffix_k
+    room = suffix.values.shape[4] if isinstance(suffix, Int8) else suffix.shape[4]
+    layers = (jnp.arange(decoder.config.num_layers), cache.prefix_k, cache.prefix_v)
+    size = ring(room)[1] if chunks else room
+    last, count = cache.clock % room // size, room // size
+    firsts = [(last - at) % count * size for at in range(chunks or 1)]
+    columns = jnp.concatenate([first + jnp.arange(size) for first in firsts])
+    ago = (cache.clock - columns) % room  # steps since a column was written
+    dtype = "int8" if isinstance(suffix, Int8) else suffix.dtype.name
     hidden, (suffix_k, suffix_v), _ = decoder.hidden(
         x,
-        cache.start + index,
+        cache.start + cache.age[:, None],
         cache.long,
-        branch_attention(cache.visible, index),
+        branch_attention(cache.visible, ago <= cache.age[:, None], cache.clock % room, firsts, dtype),
         state=(cache.suffix_k, cache.suffix_v),
         layers=layers,
     )
-    return hidden, cache._replace(suffix_k=suffix_k, suffix_v=suffix_v)
+    new = {"suffix_k": suffix_k, "suffix_v": suffix_v, "age": cache.age + 1, "clock": cache.clock + 1}
+    return hidden, cache._replace(**new)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models import layers
-from mstar_jax.structs import Batch, KVCache
+from mstar_jax.structs import Batch, KVCache, ring
 
 PIECE = 512  # tokens of a row whose logits are there together
 
@@ -125,7 +125,12 @@ class VisionLanguageModel(nnx.Module):
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], found)
 
     def prefill(
-        self, batch: Batch, branches: int, room: int, starts: tuple[jax.Array, jax.Array] | None = None
+        self,
+        batch: Batch,
+        branches: int,
+        room: int,
+        starts: tuple[jax.Array, jax.Array] | None = None,
+        dtype: str = "",
     ) -> tuple[jax.Array, KVCache]:
         """Runs the shared part of the rows once: the prompts, and responses that are to be continued.
 
@@ -138,6 +143,7 @@ class VisionLanguageModel(nnx.Module):
           room: R, how many tokens a sample may add.
           starts: (parent int32[B, K], kept int32[B, K]): a sample goes on behind the first `kept` tokens of
             response `parent`; None, and 0 and 0, behind the prompt.
+          dtype: of the cache, see `layers.stored`.
 
         Returns:
           hidden [B, K, D] at the token before each sample, and the cache with empty suffixes.
@@ -160,14 +166,21 @@ class VisionLanguageModel(nnx.Module):
             visible, start = visible | own, start + kept
             last = jnp.where(kept > 0, own.shape[-1] - 1 - jnp.argmax(own[..., ::-1], axis=-1), last)
         before = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
-        shape = (*k.shape[:2], branches, k.shape[2], room, k.shape[4])
+        shape = (*k.shape[:2], branches, k.shape[2], ring(room)[0], k.shape[4])
         axes = ("layers", "batch", None, "heads", None, "head_dim")
-        suffix = [sharding.constrain(jnp.zeros(shape, x.dtype), axes) for x in (k, v)]
-        return before, KVCache(k, v, visible, start, long, *suffix)
 
-    def decode(self, tokens: jax.Array, cache: KVCache, index: jax.Array) -> tuple[jax.Array, KVCache]:
-        """One token per branch: tokens int32[B, K] at place `index` -> hidden [B, K, D] and the cache."""
-        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, index)
+        def empty(x):
+            return sharding.constrain(jnp.zeros(x.shape, x.dtype), axes[: x.ndim])
+
+        like = jax.eval_shape(lambda: layers.stored(jnp.zeros(shape, x.dtype), dtype))
+        prefix, suffix = [layers.stored(kept, dtype) for kept in (k, v)], [jax.tree.map(empty, like)] * 2
+        age, clock = jnp.zeros(len(x), jnp.int32), jnp.zeros((), jnp.int32)
+        return before, KVCache(prefix[0], prefix[1], visible, start, long, suffix[0], suffix[1], age, clock)
+
+    def decode(self, tokens: jax.Array, cache: KVCache, chunks: int = 0) -> tuple[jax.Array, KVCache]:
+        """One token per branch: tokens int32[B, K] -> hidden [B, K, D] and the cache; for `chunks` see
+        `layers.decode_hidden`."""
+        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, chunks)
 
 
 class RewardModel(nnx.Module):

@@ -1,0 +1,123 @@
+"""How a token is drawn: settings, truncation of the distribution, the draw itself, stop strings.
+
+Shapes: V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a branch is continued; the temperature is an argument of each call, so it never recompiles.
+
+    Attributes:
+      branches: K, responses per query.
+      max_new_tokens: length cap R; a branch that meets it is reported as truncated.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+      min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
+      stop_strings: a branch ends once its text contains one of these; the text is cut before it.
+      cache: dtype of the keys and values, `bfloat16`, `int8` (with a scale a token and head), ...; empty for
+        that of the weights.
+    """
+
+    branches: int
+    max_new_tokens: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
+    cache: str = ""
+
+    def __post_init__(self):
+        if self.branches < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"branches and max_new_tokens must be at least 1, got {self}")
+        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
+            raise ValueError(f"need 0 < top_p <= 1, 0 <= min_p <= 1 and top_k >= 0, got {self}")
+        if any(not stop for stop in self.stop_strings):
+            raise ValueError("an empty stop string would end every response at once")
+
+
+def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Sets the logits [..., V] that top-k, top-p and min-p exclude to -inf, in this order."""
+    if config.top_k and config.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if config.top_p < 1.0:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        # a token stays while the mass before it is under top_p, so the likeliest always stays
+        keep = jnp.cumsum(probs, axis=-1) - probs < config.top_p
+        least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if config.min_p > 0.0:
+        least = logits.max(axis=-1, keepdims=True) + jnp.log(config.min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig):
+    """Draws a token per row by inverting the cumulative distribution.
+
+    Args:
+      logits: float32[..., V].
+      uniform: float32[...] in [0, 1): the one random number that a token costs.
+      temperature: float32[...]; 0 is greedy.
+
+    Returns:
+      tokens int32[...] and their log probability under the distribution sampled from (for greedy rows:
+      under the untempered one).
+    """
+    greedy = temperature <= 0.0
+    logits = filter_logits(logits / jnp.where(greedy, 1.0, temperature)[..., None], config)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(logprobs)
+    # a parallel cumulative sum is not monotone to the last bit: without the mask a token of no
+    # probability (a forbidden one) could be drawn
+    mass = jnp.where(probs > 0.0, jnp.cumsum(probs, axis=-1), 0.0)
+    drawn = jnp.argmax(mass > uniform[..., None] * mass.max(axis=-1, keepdims=True), axis=-1)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:
+    """Automaton that finds `stop` in text made of tokens.
+
+    Args:
+      text_of_token: what each id adds to a text.
+      stop: the string to find.
+
+    Returns:
+      int32[len(stop) + 1, V]: the state after a token; a state is how many characters of `stop` the
+      text ends with, the last one means found and is never left.
+    """
+    fallback = [0] * (len(stop) + 1)  # Knuth-Morris-Pratt
+    for i in range(1, len(stop)):
+        state = fallback[i]
+        while state and stop[i] != stop[state]:
+            state = fallback[state]
+        fallback[i + 1] = state + (stop[i] == stop[state])
+    table = np.zeros((len(stop) + 1, len(text_of_token)), np.int32)
+    for start in range(len(stop) + 1):
+        for token, text in enumerate(text_of_token):
+            state = start
+            for character in text:
+                if state == len(stop):
+                    break
+                while state and character != stop[state]:
+                    state = fallback[state]
+                state += character == stop[state]
+            table[start, token] = state
+    return table
+
+
+def token_texts(processor: Any) -> list[str]:
+    """What each id adds to a text, as `decode` shows it after another token."""
+    anchor = processor.encode_response("a")[:-1]
+    before = processor.decode(anchor)
+    return [processor.decode([*anchor, token])[len(before) :] for token in range(processor.vocab_size)]
