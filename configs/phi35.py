@@ -114,6 +114,7 @@ def get_config() -> ConfigDict:
     # released weights are bfloat16). The learning rates here are full training's: LoRA wants 1e-5 to 1e-4
     train.lora = ConfigDict({"rank": 0, "alpha": 32.0, "base_dtype": "bfloat16"})
     train.log_every, train.save_every = 10, 125  # steps
+    train.profile = ()  # (10, 13) traces these steps of every stage into <workdir>/profile/<stage>
 
     c.sampling = sampling = ConfigDict()
     # queries decoded together, each with its k branches: a multiple of data x fsdp. A query's cache takes up

@@ -126,6 +126,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         {"b1": 0.9, "b2": 0.98, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1}
         | {"dtype": "float32", "remat": "none", "frozen": ()}  # frozen: regular expressions of names
         | {"log_every": 10, "save_every": 50}  # steps
+        | {"profile": ()}  # (10, 13) traces these steps of every stage into <workdir>/profile/<stage>
     )
     # LoRA from the warm-up on, the reward model too: adapters of this rank beside the decoder's projections,
     # scaled by alpha / rank, and nothing else is trained; 0 trains everything. base_dtype: of what is frozen

@@ -77,7 +77,7 @@ class Dynamics:
             record |= self.steps(groups)
             if split == "validation":
                 record |= self._explored(name, iteration, policy) if stage != "base" else {}
-            record["seconds"] = run.lap()
+            record |= run.lap()
             by_id = {q.id: q for q in queries}
             asked = [by_id[group[0].query_id] for group in groups]
             metrics.write_samples(run.workdir / "samples" / f"{where}.md", asked, groups, c.eval.show)
@@ -96,7 +96,9 @@ class Dynamics:
     ) -> list[list[Response]]:
         """Per query its greedy response and its samples, scored where there is a reward model."""
         run, temperatures = self.run, [0.0] + [temperature] * self.run.config.eval.samples
-        found: Groups = run.generate(name, policy, queries, run.template, temperatures, iteration)
+        found: Groups = run.generate(
+            name, policy, queries, run.template, temperatures, iteration, kind="evaluation"
+        )
         if self.reward.exists and not name.startswith("base"):
             found = self.reward.score(name, queries, found)
         return [found[q.id] for q in queries if q.id in found]
@@ -109,8 +111,9 @@ class Dynamics:
         queries = run.data["validation"][: e.queries]
         temperatures = np.repeat(list(e.temperatures), e.samples)
         where = f"{name}_temperatures"
+        sampled = [0.0, *temperatures.tolist()]
         found = run.generate(
-            where, policy, queries, run.template, [0.0, *temperatures.tolist()], iteration, e.batch
+            where, policy, queries, run.template, sampled, iteration, e.batch, kind="evaluation"
         )
         scored = self.reward.score(where, queries, found)
         groups = [scored[q.id] for q in queries if q.id in scored]

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from mstar_jax import measures, processes, scoring, selection
+from mstar_jax import measures, metrics, processes, scoring, selection
 from mstar_jax.data import benchmarks, prompts
 from mstar_jax.inference import Asked, Generator, Groups, Scorer
 from mstar_jax.store import write_text
@@ -140,6 +140,8 @@ class Evaluation:
                 prompts_of = {q.id: text for q, text in asked}
                 self._write(policy.name, name, record, prompts_of, items, methods)
             log.info("%s, %s: %s", policy.name, name, line(record))
+        if shown := metrics.speeds([{"speed": host.speeds.lap()}]):
+            log.info("%s:\n%s", policy.name, shown)
         self._write_table()
 
     def _prompt(self, item: benchmarks.Item, host: Generator) -> str:
@@ -153,7 +155,8 @@ class Evaluation:
         how = dict(policy.identity) | {"prompt": s.prompt}
         if s.prompt != "official":
             how |= {"template": host.config.prompts[s.prompt]}
-        found = host.sample(name, policy.params, asked, temperatures, how=how, longest=longest)
+        more = {"longest": longest, "kind": "evaluation"}
+        found = host.sample(name, policy.params, asked, temperatures, how=how, **more)
         if voter is None or not s.samples:
             return found
         how |= {"reward": dict(voter.identity)}

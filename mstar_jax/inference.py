@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mstar_jax import metrics, prm, processes, sampling, selection, sharding, train
+from mstar_jax import flops, metrics, prm, processes, sampling, selection, sharding, speed, train
 from mstar_jax.data import loader
 from mstar_jax.store import Store, read_rollout, rollout
 from mstar_jax.structs import Prompt, Query, Response, Row
@@ -51,6 +51,7 @@ class Generator:
         self.mesh = sharding.make_mesh(**config.mesh)
         self.texts = sampling.token_texts(processor)
         self.key = jax.random.key(config.seed)
+        self.speeds = speed.Speeds(self.mesh.size, sharding.share_of(self.mesh))
 
     def stopping(self, at: int = 0, every: int = 1) -> bool:
         """Whether any process was told to stop; several ask each other at every `every`-th place only, where
@@ -94,6 +95,7 @@ class Generator:
         iteration: int = 0,
         batch: int | None = None,
         longest: int = 0,
+        kind: str = "rollouts",
     ) -> Groups:
         """Samples and judges responses through the store of rollouts.
 
@@ -106,6 +108,7 @@ class Generator:
           iteration: written into the responses.
           batch: queries sampled side by side; None for `sampling.batch`.
           longest: tokens of a prompt; 0 for `data.max_prompt`.
+          kind: of work, in the table of speeds.
         """
         sampler = self.sampler(len(temperatures), batch or self.config.sampling.batch)
         planned = self.plan(asked, name, longest=longest)
@@ -120,7 +123,7 @@ class Generator:
 
         return dict(
             self.rollouts(
-                f"rollouts/{name}", sampler, rows, params, key, temperatures, records, how, iteration
+                f"rollouts/{name}", sampler, rows, params, key, temperatures, records, how, iteration, kind
             ).read(read_rollout)
         )
 
@@ -135,6 +138,7 @@ class Generator:
         records: Callable[[list[Row], list[list[Response]]], list[dict[str, Any]]],
         how: dict[str, Any],
         iteration: int = 0,
+        kind: str = "rollouts",
     ) -> Store:
         """The store `name` of the workdir with the missing shards sampled.
 
@@ -148,6 +152,7 @@ class Generator:
           records: (rows of a shard, their responses) -> what the store keeps of them.
           how: what else the records depend on, for the store's settings.
           iteration: written into the responses.
+          kind: of work, in the table of speeds.
         """
         c, batch = self.config, sampler.slots
         plans = loader.plan_batches(rows, batch * c.sampling.shard, c.data.buckets)
@@ -156,21 +161,24 @@ class Generator:
         how = how | {"seed": c.seed, "batch": batch, "refill": size, "shard": c.sampling.shard}
         store = Store(self.workdir / name, how)
         if missing := store.missing(len(plans)):
-            todo = [plans[i] for i in missing]
-            found = sum(len(these) for _, these in todo)
+            todo, shards = [plans[i] for i in missing], [plans[i][1] for i in missing]
+            found, watch, taken = sum(map(len, shards)), self.speeds.of(kind, name.split("/")[1]), 0
             with metrics.progress(len(rows), title, len(rows) - found, "row") as bar:
 
-                def each(count: int) -> None:
+                def each(count: int, steps: int) -> None:
+                    nonlocal taken
+                    taken = steps
                     bar.update(count)
                     self.check_stop(title)
 
+                batches = loader.row_batches(
+                    todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
+                )
                 answered = sampling.rollouts(
                     sampler,
                     train.for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
-                    [these for _, these in todo],
-                    loader.row_batches(
-                        todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
-                    ),
+                    shards,
+                    watch.fed(batches),
                     self.processor,
                     key=key,
                     temperatures=np.asarray(temperatures),
@@ -178,7 +186,8 @@ class Generator:
                     mesh=self.mesh,
                     each=each,
                 )
-                for number, (_, these), responses in zip(missing, todo, answered):
+                answered = watch.sampled(shards, answered, lambda: taken * batch * len(temperatures))
+                for number, these, responses in zip(missing, shards, answered):
                     store.write(number, records(these, responses))
         store.complete(len(plans))
         return store
@@ -223,13 +232,15 @@ class Scorer:
         for number in store.missing(len(chunks)):
             part = {q.id: responses[q.id] for q, _ in chunks[number]}
             some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
-            found = self.scored(model(), chunks[number], some, longest)
+            found = self.scored(model(), chunks[number], some, longest, name)
             store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q, _ in chunks[number]])
             host.check_stop(f"{name}: scores")
         store.complete(len(chunks))
         return dict(store.read(read_rollout))
 
-    def scored(self, model: Any, asked: Asked, responses: Groups, longest: int = 0) -> Groups:
+    def scored(
+        self, model: Any, asked: Asked, responses: Groups, longest: int = 0, name: str = "scores"
+    ) -> Groups:
         """The responses with their step scores by a reward model; copies of a text are scored once."""
         host, v, buckets = self.generator, self.values, self.generator.config.data.buckets
         some = [(q, text) for q, text in asked if responses[q.id]]
@@ -244,7 +255,9 @@ class Scorer:
         how = {"workers": host.config.data.workers, "share": sharding.share_of(host.mesh)}
         batches = loader.row_batches(plans, self.processor, v.batch, **how)
         found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
-        for (_, these), values in zip(plans, prm.scores(model, batches, host.mesh)):
+        watch = host.speeds.of("score", name)
+        fed = watch.fed(batches, functools.partial(flops.count, prm.token_scores, model))
+        for (_, these), values in zip(plans, watch.read(prm.scores(model, fed, host.mesh))):
             for row, each in zip(these, values):
                 found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
         if odd:

@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, evolve, inference, metrics, processes, report, setup, sharding
+from mstar_jax import __version__, evolve, inference, metrics, processes, report, setup, sharding, speed
 from mstar_jax.store import write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
@@ -124,14 +124,7 @@ def main(argv: list[str]) -> None:
     log.addHandler(metrics.ProgressHandler())
     log.propagate = False
     termination = Termination(GRACE.value)
-    compiled: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    config, started = CONFIG.value, time.time()
+    compiled, config, started = speed.compiled(), CONFIG.value, time.time()
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
     try:
         begin()
@@ -157,8 +150,8 @@ def main(argv: list[str]) -> None:
         return
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
     asked = workdir / "benchmarks" / "table.md" if config.benchmarks.names else None
-    shown = [metrics.table(records), *([asked.read_text().strip()] if asked else [])]
-    print("\n" + "\n\n".join([*shown, f"{workdir.absolute()}: {inside}"]))
+    shown = [metrics.table(records), metrics.speeds(records), asked.read_text().strip() if asked else ""]
+    print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
     try:
         print(f"{report.write([workdir])}: the report, one file for any browser")
     except OSError as error:  # the run is whole without it

@@ -4,13 +4,14 @@ Only process 0 writes. The CSV files hold no times, so a run that was killed and
 same files as one that was not.
 """
 
+import collections
 import csv
 import json
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -94,18 +95,23 @@ class StageLog:
         new = TrainMetrics.single_from_model_output(**values)
         self.collected = new if self.collected is None else self.collected.merge(new)
 
-    def write(self, step: int, learning_rate: float) -> dict[str, float]:
-        """Writes the averages since the last call and returns them."""
+    def write(
+        self, step: int, learning_rate: float, speed: Callable[[], dict[str, float]] = dict
+    ) -> dict[str, float]:
+        """Writes the averages since the last call and returns them; `speed` is asked for the rates once the
+        device has been waited for."""
         if self.collected is None:
             return {}
         means = {k: float(v) for k, v in self.collected.compute().items()} | {"learning_rate": learning_rate}
-        self.collected = None
+        self.collected, rates = None, speed()
         if self.writing:
             with open(self.path, "a", newline="") as file:
                 row = [step, *(f"{means[k]:.8g}" for k in self.FIELDS[1:])]
                 csv.writer(file, lineterminator="\n").writerow(row)
             for name, value in means.items():
                 self.events.add_scalar(f"train/{name}", value, step)
+            for name, value in rates.items():
+                self.events.add_scalar(f"speed/{name}", value, step)
         return means
 
     def pending(self) -> dict[str, list[float]]:
@@ -172,9 +178,64 @@ def table(stages: Iterable[dict[str, Any]]) -> str:
         used = "" if s["temperature"] is None else f"{s['temperature']:g}"
         end = (kept, used, f"{s['seconds']:.0f}")
         rows.append((name, s["split"], str(s["n"]), *percent, *end))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _aligned(rows, left=2)
+
+
+def speeds(stages: Iterable[dict[str, Any]]) -> str:
+    """What the stages say of their speed, by kind of work, as a table for the terminal; empty without any."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for s in stages:
+        for kind, passes in s.get("speed", {}).items():
+            found.setdefault(kind, []).extend(passes.values())
+    totals = {kind: _total(passes) for kind, passes in found.items()}
+    mfu = any(key.startswith("mfu/") for total in totals.values() for key in total)
+    unit, title, scale = ("mfu/", "MFU %", 100.0) if mfu else ("flops/", "GFLOP/s", 1e-9)
+    parts = ("vision", "projector", "language")
+    rows: list[Sequence[str]] = [("work", "tokens/s", "padding", title, *parts, "seconds", "compiling")]
+    for kind, total in totals.items():
+        costs = [
+            sum(total[key] for key in list(total) if key.startswith(unit + part)) for part in ("", *parts)
+        ]
+        shown = [_number(scale * cost, 1) for cost in costs]
+        shown += [f"{total[key]:.1f}" for key in ("seconds", "left_out")]
+        speed, padding = _number(total["tokens_per_second"]), 1 - total["tokens"] / total["slots"]
+        two = bool(total["decode_slots"])
+        rows.append((f"{kind}: prefill" if two else kind, speed, f"{100 * padding:.1f}%", *shown))
+        if two:
+            speed, padding = (
+                _number(total["decoded_per_second"]),
+                1 - total["decoded"] / total["decode_slots"],
+            )
+            rows.append((f"{kind}: decode", speed, f"{100 * padding:.1f}%", *[""] * len(shown)))
+    return _aligned(rows, left=1) if found else ""
+
+
+def _total(passes: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Several passes as one: counts are added up, rates weighted by their seconds."""
+    out: dict[str, float] = collections.defaultdict(float)
+    for each in passes:
+        for key, value in each.items():
+            out[key] += value * (each["seconds"] if _is_rate(key) else 1)
+    for key in filter(_is_rate, list(out)):
+        out[key] /= out["seconds"]
+    return out
+
+
+def _is_rate(key: str) -> bool:
+    return "/" in key or key.endswith("_per_second")
+
+
+def _number(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}" if value else ""
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table with a line under its head; so many columns are set flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -80,6 +80,7 @@ class Reward:
             [v.temperature] * v.samples,
             lambda rows, found: [self._labels(row, group) for row, group in zip(rows, found)],
             {"completions": v.completions, "samples": v.samples, "temperature": v.temperature},
+            kind="labels",
         )
         values: dict[str, dict[prm.Prefix, float]] = {q.id: {} for q in queries}
         for query, reached in store.read(_read_labels):
@@ -259,7 +260,7 @@ class Reward:
             record["truth"] = self.against_truth(scored) | {
                 f"{name}_likelihood": value for name, value in self.against_truth(plain).items()
             }
-        return record | {"temperature": self.values.temperature, "kept": None, "seconds": self.run.lap()}
+        return record | {"temperature": self.values.temperature, "kept": None} | self.run.lap()
 
     def untrained_for_scoring(self) -> Any:
         run = self.run

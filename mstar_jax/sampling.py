@@ -228,7 +228,7 @@ def rollouts(
     temperatures: np.ndarray,
     iteration: int,
     mesh: Any,
-    each: Callable[[int], None] = lambda rows: None,
+    each: Callable[[int, int], None] = lambda rows, steps: None,
 ) -> Iterator[list[list[Response]]]:
     """Samples K responses for every row: new ones, or the continuations of those that the row holds.
 
@@ -244,8 +244,8 @@ def rollouts(
       temperatures: float32[K], one per sample; 0 is greedy.
       iteration: written into the responses.
       mesh: the device mesh.
-      each: called between the segments of decoding with how many rows have ended since the last call; it may
-        raise to stop.
+      each: called between the segments of decoding with how many rows have ended since the last call, and how
+        many steps the shard has taken; it may raise to stop.
 
     Yields:
       For each shard, in order, the K responses of each of its rows; a continuation's tokens and text are
@@ -293,7 +293,7 @@ def rollouts(
             free[new] = True
             first = (clock - age) % config.max_new_tokens
             ended = [(owner[b], _unrolled(Generated(*(x[b] for x in out)), first[b])) for b in new]
-            each(len(new))
+            each(len(new), int(clock))
         for row, host in ended:
             answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
         yield answered

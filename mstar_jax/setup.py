@@ -72,6 +72,8 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
             f"train.lora: rank = {c.train.lora.rank}, alpha = {c.train.lora.alpha}: a rank is 0 (no LoRA) or "
             "more, and alpha above 0"
         )
+    if c.train.profile and not (len(c.train.profile) == 2 and 0 <= c.train.profile[0] < c.train.profile[1]):
+        raise ValueError(f"train.profile = {c.train.profile}: give (first step, end), as in (10, 13), or ()")
     if c.prm.samples % c.prm.completions:
         raise ValueError(
             f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
@@ -123,7 +125,7 @@ def base_dtype(values: ml_collections.ConfigDict) -> Any:
 
 def optimizer(
     settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, stage: str = ""
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[optax.GradientTransformation, train.Schedule]:
     """A stage's optimizer and schedule, from its settings and `config.train`.
 
     Args:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mstar_jax import measures, metrics, models, prm, processes, setup, sharding, train
+from mstar_jax import flops, measures, metrics, models, prm, processes, setup, sharding, speed, train
 from mstar_jax.checkpoint import Checkpoints
 from mstar_jax.data import figures, loader, prompts, splits
 from mstar_jax.inference import Generator, Groups, Stopped
@@ -54,6 +54,8 @@ class Run(Generator):
         self.prm_loss = prm.make_loss(config.prm.mc_weight)
         self.started = time.time()
         self.done: _Trained | None = None
+        self._optimizers: dict[Any, Any] = {}  # by what is trained
+        self._steps: dict[Any, tuple[Any, Any]] = {}  # by optimizer
         count = config.evolve.iterations
         self.stages = ["base", "warmup", "prm", *(f"iteration_{t:02d}" for t in range(1, count + 1))]
 
@@ -76,10 +78,10 @@ class Run(Generator):
             self.done = _Trained(stage, state)
         return self.done.state
 
-    def lap(self) -> float:
-        """Seconds since the last call, or since the start."""
+    def lap(self) -> dict[str, Any]:
+        """Seconds since the last call, or since the start, and the speeds of the passes in them."""
         before, self.started = self.started, time.time()
-        return round(self.started - before, 2)
+        return {"seconds": round(self.started - before, 2), "speed": self.speeds.lap()}
 
     def forget(self, iteration: int) -> None:
         """Drops the checkpoint of an old iteration."""
@@ -100,7 +102,9 @@ class Run(Generator):
 
     def _optimizer(self, stage: str):
         settings = self.config.evolve if stage.startswith("iteration") else self.config[stage]
-        return setup.optimizer(settings, self.config.train, stage)
+        tx, schedule = setup.optimizer(settings, self.config.train, stage)
+        key = stage == "prm", setup.frozen(self.config.train, stage)
+        return self._optimizers.setdefault(key, tx), schedule  # the step is given the schedule
 
     # ------------------------------------------------------------------------------------- generate
     def asked(self, queries: Sequence[Query], template: str = "") -> list[tuple[Query, str]]:
@@ -116,11 +120,18 @@ class Run(Generator):
         temperatures: Sequence[float],
         iteration: int = 0,
         batch: int | None = None,
+        kind: str = "rollouts",
     ) -> Groups:
         """Samples and judges responses of queries that are asked by a template; see `sample`."""
-        how, asked = {"prompt": template}, self.asked(queries, template)
         return self.sample(
-            name, lambda: state().params, asked, temperatures, how=how, iteration=iteration, batch=batch
+            name,
+            lambda: state().params,
+            self.asked(queries, template),
+            temperatures,
+            how={"prompt": template},
+            iteration=iteration,
+            batch=batch,
+            kind=kind,
         )
 
     def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[Row]:
@@ -197,7 +208,7 @@ class Run(Generator):
             share=sharding.share_of(self.mesh),
             state=saved.loader if saved else None,
         )
-        step = self._train_step(stage, settings, tx)
+        step, plain = self._train_step(stage, tx)
         curve = metrics.StageLog(self.workdir, stage, cursor, saved.curve if saved else None)
 
         def save(done: bool, wait: bool = False) -> None:
@@ -205,35 +216,43 @@ class Run(Generator):
             where = EvolveState(*at, batches.get_state() if batches else {}, curve.pending())
             self.checkpoints.save(stage, state, where, wait)
 
-        with metrics.progress(steps, f"{stage}: train", cursor, "step") as bar:
+        watch = self.speeds.of("train prm" if stage == "prm" else "train", stage)
+        bar = metrics.progress(steps, f"{stage}: train", cursor, "step")
+        with bar, speed.profiler(self.workdir / "profile" / stage, c.train.profile) as profile:
             while cursor < steps:
-                if until is not None and cursor % settings.check_every == 0 and until(state, cursor):
+                if until and cursor % settings.check_every == 0 and watch.apart(until, state, cursor):
                     break
-                state, values = step(state, sharding.put_batch(next(batches), self.mesh))
+                if profile(cursor, state):
+                    watch.skip()
+                batch = next(batches)
+                state, values = step(state, sharding.put_batch(batch, self.mesh), schedule)
+                watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
                 cursor += 1
                 curve.add(values)
                 bar.update()
                 if cursor % c.train.log_every == 0 or cursor == steps:
-                    means = curve.write(cursor, float(schedule(state.step - 1)))
+                    means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
                     bar.set_postfix_str(f"loss {means['loss']:.3f}")
                 if self.stopping(cursor, c.train.log_every):
                     save(done=False, wait=True)
                     raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
                 if cursor % c.train.save_every == 0 and cursor < steps:
-                    save(done=False)
+                    watch.apart(save, False)
         curve.close()
         save(done=True, wait=True)
         self.done = _Trained(stage, state)
         return state
 
-    def _train_step(self, stage: str, settings, tx):
+    def _train_step(self, stage: str, tx):
+        """One program for all stages of an optimizer, and one without recomputation to count FLOPs by."""
         c, loss = self.config.train, self.prm_loss if stage == "prm" else train.token_loss
-        frozen = setup.frozen(c, stage)
-        key = loss, frozen, *setup.schedule_values(settings)
-        if getattr(self, "_step", (None, None))[0] != key:  # one program for all iterations
-            how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
-            self._step = key, train.make_train_step(tx, self.mesh, loss=loss, frozen=frozen, **how)
-        return self._step[1]
+        if tx not in self._steps:
+            frozen = setup.frozen(c, stage)
+            how: dict[str, Any] = {"loss": loss, "dtype": jnp.dtype(c.dtype), "frozen": frozen}
+            step = train.make_train_step(tx, self.mesh, accumulate=c.accumulate, remat=c.remat, **how)
+            once = c.accumulate == 1 and c.remat == "none"  # is traced already
+            self._steps[tx] = step, step if once else train.make_train_step(tx, self.mesh, **how)
+        return self._steps[tx]
 
     # ----------------------------------------------------------------------------------------- base
     def base(self) -> TrainState:
@@ -254,7 +273,8 @@ class Run(Generator):
         if cursor < c.base.check_from:
             return False
         queries = self.data["base_validation"]
-        found = self.generate(f"base_check_{cursor:05d}", lambda: state, queries, c.prompts.cot, [0.0])
+        name, kind = f"base_check_{cursor:05d}", "evaluation"
+        found = self.generate(name, lambda: state, queries, c.prompts.cot, [0.0], kind=kind)
         accuracy = measures.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
         goal = 100 * c.base.target
         log.info("base, step %d: greedy %.1f%% on validation, ends at %.1f%%", cursor, 100 * accuracy, goal)

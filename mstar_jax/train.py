@@ -1,8 +1,9 @@
 """The training step: losses over the branches of shared-prefix rows, and the optimizer."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,23 @@ def token_loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, 
     return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
 
 
-def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:
+class Schedule(NamedTuple):
+    """A learning rate by optimizer step; its numbers are arguments of the train step: none recompiles it."""
+
+    peak: Any
+    steps: Any
+    warmup_steps: Any
+    final_fraction: Any
+
+    def __call__(self, step: Any) -> jax.Array:
+        """float32[]."""
+        warm = jnp.minimum((step + 1) / jnp.maximum(self.warmup_steps, 1), 1.0)
+        after = (step - self.warmup_steps) / jnp.maximum(self.steps - self.warmup_steps, 1)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(after, 0.0, 1.0)))
+        return self.peak * warm * ((1.0 - self.final_fraction) * cosine + self.final_fraction)
+
+
+def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> Schedule:
     """Linear warm-up, then a cosine to `final_fraction` of the peak (1 keeps it constant).
 
     `steps` is the length of the whole run, fixed at its start; it is never recomputed from the data of
@@ -40,14 +57,17 @@ def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: fl
     """
     if not 0 <= warmup_steps < max(steps, 1):
         raise ValueError(f"the learning rate warms up over {warmup_steps} steps of a run of {steps}")
-    # end at the peak for a constant rate: cosine_decay's alpha is the fraction that is left
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1)),
-            optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), alpha=final_fraction),
-        ],
-        [warmup_steps],
-    )
+    return Schedule(*map(float, (peak, steps, warmup_steps, final_fraction)))
+
+
+def _scale_by_schedule(own: optax.Schedule) -> optax.GradientTransformation:
+    """optax's, downhill; by another schedule than its own where `update` is given one."""
+
+    def update(updates, state, params=None, schedule=None, **_):
+        rate = schedule or own
+        return optax.scale_by_schedule(lambda count: -rate(count)).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_schedule(own).init, update)
 
 
 def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
@@ -98,7 +118,7 @@ def make_optimizer(
     """AdamW with clipping by the global norm of what is trained.
 
     Args:
-      schedule: learning rate by optimizer step.
+      schedule: learning rate by optimizer step, where an update is given no other one.
       b1, b2, weight_decay: AdamW's.
       clip: greatest global gradient norm.
       frozen: regular expressions; a parameter whose dotted name contains a match is not trained and has
@@ -114,7 +134,9 @@ def make_optimizer(
 
     adamw = optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
+        optax.chain(  # optax.adamw
+            optax.scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay), _scale_by_schedule(schedule)
+        ),
     )
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
 
@@ -154,27 +176,30 @@ def carry_on(
       moments: keep Adam's moments (and their bias correction); new ones start from copies of the parameters.
       schedule: keep the place in the learning rate's schedule, instead of its beginning.
     """
-    if moments and schedule:
-        return state
+    return state if moments and schedule else _carried(tx, mesh, moments, schedule)(state)
 
+
+@functools.lru_cache(maxsize=8)  # one program, however many stages carry on alike
+def _carried(
+    tx: optax.GradientTransformation, mesh: Any, moments: bool, schedule: bool
+) -> Callable[..., Any]:
     def place(leaf):
         return isinstance(leaf, optax.ScaleByScheduleState)
 
     def init(state):
         params = jax.tree.map(jnp.copy, state.params)
         new = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-        if not (moments or schedule):
-            return new
-        kept = jax.tree.map(
-            lambda old, fresh: old if (schedule if place(old) else moments) else fresh,
-            state.opt_state,
-            new.opt_state,
-            is_leaf=place,
-        )
-        return new._replace(step=state.step if schedule else new.step, opt_state=kept)
+        if moments or schedule:
+            kept = jax.tree.map(
+                lambda old, fresh: old if (schedule if place(old) else moments) else fresh,
+                state.opt_state,
+                new.opt_state,
+                is_leaf=place,
+            )
+            new = new._replace(step=state.step if schedule else new.step, opt_state=kept)
+        return jax.lax.with_sharding_constraint(new, sharding.shardings(new, sharding.TRAIN, mesh))
 
-    layout = sharding.shardings(jax.eval_shape(init, state), sharding.TRAIN, mesh)
-    return jax.jit(init, out_shardings=layout)(state)
+    return jax.jit(init)
 
 
 def abstract_state(make_model: Callable[[], Any], tx: optax.GradientTransformation, mesh: Any) -> TrainState:
@@ -198,8 +223,9 @@ def make_train_step(
     accumulate: int = 1,
     dtype: Any = jnp.float32,
     remat: str = "none",
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted step `(state, batch, schedule) -> (state, metrics)`; the state is donated. Without a
+    schedule it is the optimizer's own.
 
     Args:
       tx: the optimizer.
@@ -214,14 +240,14 @@ def make_train_step(
     Metrics: loss (nats per token), accuracy (share of tokens predicted), grad_norm (of what is trained),
     tokens.
     """
-    policy = REMAT[remat]
+    policy, tx = REMAT[remat], optax.with_extra_args_support(tx)
 
     def summed(trained, fixed, batch):
         return loss(sharding.cast(join(trained, fixed), dtype), batch, policy)
 
     gradient = jax.value_and_grad(summed, has_aux=True)
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, schedule: Schedule | None = None):
         trained, fixed = split(state.params, frozen)
         size = batch.tokens.shape[0] // accumulate  # said outright: a text-only batch has empty pixels
 
@@ -244,7 +270,7 @@ def make_train_step(
         tokens = jnp.maximum(extra["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, sharding.TRAIN, mesh))
-        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        updates, opt_state = tx.update(grads, state.opt_state, trained, schedule=schedule)
         params = join(optax.apply_updates(trained, updates), fixed)
         metrics = {
             "loss": value / tokens,

@@ -14,8 +14,9 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 FILE_LINES, LIBRARY_LINES = 400, 6000
-# Rooms that are counted apart, each with its own limit: what draws, and what judges answers.
+# Rooms that are counted apart, each with its own limit: what measures programs, draws, and judges answers.
 ROOMS = {
+    800: ("plan", "hlo", "flops", "speed"),
     1300: ("report", "reporting"),
     2300: (
         *("values", "formulas", "algebra", "symbolic", "equality", "choices", "answers"),

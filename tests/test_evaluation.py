@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import tiny as tiny_config
-from mstar_jax import evaluate, evaluation, inference, setup
+from mstar_jax import evaluate, evaluation, inference, setup, speed
 from mstar_jax.data import figures
 from mstar_jax.data.benchmarks import Item
 from mstar_jax.models import vlm
@@ -62,8 +62,10 @@ class Host:
         prompts = {"cot": "{question}{choices} Think."}
         config = {"sampling": sampling, "prompts": prompts, "data": {"buckets": (64,)}, "seed": 0}
         self.config, self.found, self.asked = ConfigDict(config), found, []
+        self.speeds = speed.Speeds(chips=1)
 
-    def sample(self, name, params, asked, temperatures, *, how, longest):
+    def sample(self, name, params, asked, temperatures, *, how, longest, kind):
+        assert kind == "evaluation"
         self.asked.append((name, {q.id: text for q, text in asked}, list(temperatures), how, longest))
         return {q.id: self.found[q.id] for q, _ in asked if q.id in self.found}
 

@@ -4,8 +4,10 @@ So small a policy is never right and writes no second line, so nearly all of the
 for a correct one, and label the step that its first three tokens would be.
 """
 
+import collections
 import functools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -20,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, inference, main, prm, sampling, selection, sharding, train
+from mstar_jax import evolve, inference, main, metrics, prm, sampling, selection, sharding, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -72,6 +74,7 @@ SMALL = {
     "explore.batch": 8,
     "train.save_every": 2,
     "train.log_every": 3,
+    "train.profile": (1, 2),
 }
 FINAL = "iteration_02"
 # With as many devices as here: threads are shared out by their number, and sums differ in the last bit.
@@ -98,7 +101,8 @@ def small(variant="smoke"):
 def run(config, workdir, stop=lambda: False):
     head = main.head(config)
     main.claim(workdir, head["config"])
-    return evolve.run(config, workdir, head, stop)
+    with jax.set_mesh(sharding.make_mesh(**config.mesh)):  # as main does: layouts are pinned to it
+        return evolve.run(config, workdir, head, stop)
 
 
 def first_tokens(found, texts, true=prm.prefixes):
@@ -116,12 +120,43 @@ def shrunk_further():
         yield
 
 
+class Programs(logging.Handler):
+    """Hears what JAX compiles: (name, shapes of the arguments)."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.found = []
+
+    def emit(self, record):
+        if record.msg.startswith("Compiling %s with global shapes and types %s"):
+            self.found.append((str(record.args[0]), str(record.args[1])))
+
+    def __enter__(self):
+        self.log = logging.getLogger("jax._src.interpreters.pxla")
+        self.before = self.log.level, self.log.propagate
+        self.log.setLevel(logging.DEBUG)
+        self.log.propagate = False
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        self.log.removeHandler(self)
+        self.log.setLevel(self.before[0])
+        self.log.propagate = self.before[1]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run from start to end."""
+def started(tmp_path_factory):
+    """A run from start to end, and the programs that it compiled."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    run(small(), workdir)
-    return workdir
+    with Programs() as programs:
+        run(small(), workdir)
+    return workdir, programs.found
+
+
+@pytest.fixture(scope="module")
+def whole(started):
+    return started[0]
 
 
 def texts(workdir):
@@ -143,7 +178,7 @@ def arrays(workdir, stage=FINAL):
 def results(workdir):
     """The records without their times."""
     records = json.loads((workdir / "results.json").read_text())["stages"]
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "speed")} for record in records]
 
 
 def assert_same_run(workdir, other):
@@ -185,6 +220,45 @@ def test_results(whole):
     assert set(record["truth"]) == {
         f"{name}{of}" for name in ("step_auc", "all_right_auc") for of in ("", "_likelihood")
     }
+
+
+def test_no_program_is_compiled_twice(started):
+    """What takes a model has many arguments; the others are JAX's own, such as jit(add)."""
+    own = [(name, shapes) for name, shapes in started[1] if shapes.count("ShapedArray") >= 10]
+    assert {"jit(step)", "jit(init)", "jit(token_scores)"} <= {name for name, _ in own}
+    assert [(name, count) for (name, _), count in collections.Counter(own).items() if count > 1] == []
+
+
+def test_speeds(whole):
+    records = json.loads((whole / "results.json").read_text())["stages"]
+    passes = {}
+    for record in records:
+        for kind, found in record["speed"].items():
+            assert not passes.keys() & {(kind, name) for name in found}
+            passes |= {(kind, name): each for name, each in found.items()}
+    kinds = {kind for kind, _ in passes}
+    assert kinds == {"train", "train prm", "rollouts", "evaluation", "labels", "score"}
+    for each in passes.values():
+        assert 0 < each["tokens"] < each["slots"] and each.get("decoded", 0) <= each.get("decode_slots", 0)
+    shards = sorted((whole / "rollouts" / "iteration_01").glob("*.jsonl"))
+    lines = [line for path in shards for line in path.read_text().splitlines()]
+    lengths = [len(r["tokens"]) for line in lines for r in json.loads(line)["responses"]]
+    rollouts = passes["rollouts", "iteration_01"]
+    assert rollouts["decoded"] == sum(lengths) and rollouts["slots"] % 160 == 0
+    trained = passes["train", FINAL]  # nothing is compiled any more
+    assert trained["slots"] == 3 * 8 * 160 and trained["left_out"] == 0
+    assert min(trained[f"flops/{part}"] for part in ("vision", "projector", "language")) > 0
+    assert trained["tokens_per_second"] > 0 and passes["score", FINAL]["tokens_per_second"] > 0
+    assert passes["rollouts", FINAL]["decoded_per_second"] > 0
+    [events] = (whole / "tensorboard" / FINAL).glob("*tfevents*")
+    assert b"speed/tokens_per_second" in events.read_bytes()
+    shown = metrics.speeds(records)
+    assert "rollouts: decode" in shown and len({len(line) for line in shown.split("\n")}) == 1
+
+
+def test_every_stage_has_its_profile(whole):
+    for stage in ("base", "warmup", "prm", "iteration_01", FINAL):
+        assert list((whole / "profile" / stage / "0").glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_temperatures(whole):

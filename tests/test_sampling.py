@@ -384,7 +384,7 @@ def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, orde
         temperatures=TEMPERATURES,
         iteration=3,
         mesh=mesh,
-        each=each or counts.append,
+        each=each or (lambda ended, _: counts.append(ended)),
     )
     return {group[0].query_id: group for group in groups}, counts
 
@@ -452,7 +452,7 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
     how = {"key": jax.random.key(11), "temperatures": TEMPERATURES, "iteration": 3, "mesh": one}
     clocks = []
     for _ in sampling.rollouts(
-        sampler, policy, [asked], batches, processor, **how, each=lambda _: clocks.append(1)
+        sampler, policy, [asked], batches, processor, **how, each=lambda *_: clocks.append(1)
     ):
         assert int(counted[-1].cache.clock) == max(ends) < sum(max(steps[i : i + 2]) for i in range(0, 8, 2))
     assert len(clocks) == len(counted)
@@ -461,7 +461,7 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
 def test_stopping_between_segments(policy, processor, rows):
     one, seen = sharding.make_mesh(devices=jax.devices()[:1]), []
 
-    def stop(count):
+    def stop(count, _):
         seen.append(count)
         if len(seen) == 2:
             raise KeyboardInterrupt

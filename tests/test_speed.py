@@ -1,0 +1,229 @@
+"""Clocks, counts and tables of speeds, by hand; a profile that appears."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from mstar_jax import flops, metrics, sharding, speed, train
+from mstar_jax.structs import Batch, Prompt, Query, Response, Row, TrainState
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that goes on when it is told to."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    found = []
+    monkeypatch.setattr(speed, "compiled", lambda: found)
+    return found
+
+
+def batch(real, rows=2, length=8):
+    branch = np.full((rows, length), -1, np.int32)
+    branch.ravel()[:real] = 0
+    return Batch(branch * 0, branch, branch * 0.0, branch, np.zeros((rows, 0, 4, 4, 3)), branch * 0.0)
+
+
+def test_compilations_are_heard():
+    found = speed.compiled()
+    before = len(found)
+    jax.jit(lambda x: x * 3.5 + 1.25)(jnp.ones(7))
+    assert len(found) > before and found[-1] > 0 and speed.compiled() is found
+
+
+def test_what_compiles_does_not_count(clock, compiling):
+    asked = []
+    watch = speed.Speeds(chips=4).of("train", "warmup")
+
+    def count():
+        asked.append(1)
+        return {"vision": 30.0, "language": 100.0}
+
+    def steps(number, real):
+        for _ in range(number):
+            watch.begin(batch(real), count)
+
+    steps(2, 10)
+    compiling.append(5.0)
+    clock(6.0)
+    assert watch.done() == {}  # the first call
+    steps(3, 12)
+    clock(2.0)
+    rates = watch.done()
+    assert rates == {"tokens_per_second": 18.0, "flops/vision": 45.0, "flops/language": 150.0}
+    steps(1, 16)
+    watch.apart(clock, 9.0)  # a checkpoint, which nobody waited for: neither its time nor the step's tokens
+    steps(1, 4)
+    clock(1.0)
+    assert watch.done()["tokens_per_second"] == 4.0
+    assert watch.record() == {
+        "tokens": 2 * 10 + 3 * 12 + 16 + 4,
+        "slots": 7 * 16,
+        "seconds": 3.0,
+        "left_out": 6.0,
+        "tokens_per_second": pytest.approx((3 * 12 + 4) / 3),
+        "flops/vision": pytest.approx(4 * 30 / 3),
+        "flops/language": pytest.approx(4 * 100 / 3),
+    }
+    assert len(asked) == 1  # one shape
+
+
+def test_mfu_is_of_all_chips(clock, compiling, monkeypatch):
+    chip = dataclasses.replace(flops.CHIPS["TPU v4"], flops=50.0)
+    monkeypatch.setattr(flops, "chip_of", lambda kind: chip)
+    watch = speed.Speeds(chips=4).of("score", "x")
+    watch.begin(batch(8), lambda: {"vision": 40.0, "language": 160.0, "projector": 0.0})
+    clock(2.0)
+    rates = watch.done()
+    assert {k: v for k, v in rates.items() if k.startswith("mfu")} == {"mfu/vision": 0.1, "mfu/language": 0.4}
+
+
+def query_row(name, length, responses=(), starts=()):
+    return Row(Prompt(Query(name, (), "?"), "?", length, 0), responses, starts=starts)
+
+
+def sampled(row, lengths):
+    return [Response(row.prompt.query.id, i, "", (1,) * n, 0.0, False) for i, n in enumerate(lengths)]
+
+
+def test_rollouts_are_counted_by_the_shard(clock, compiling):
+    """Prompts in, in two batches of the first shard; responses out."""
+    speeds = speed.Speeds(chips=1)
+    watch = speeds.of("rollouts", "iteration_01")
+    one, two, three = query_row("a", 5), query_row("b", 3), query_row("c", 6)
+    clock(50.0)  # weights are laid out before the first batch is asked for
+    shards, steps = [[one, two], [three]], []
+
+    def work(batches):
+        for rows, taken in zip(shards, (6, 7)):
+            for _ in rows:
+                next(batches)
+            clock(2.0)
+            steps.append(taken)
+            yield [sampled(row, (4, 1) if len(rows) == 2 else (7, 2)) for row in rows]
+
+    fed = watch.fed(iter([((one,), batch(5, 1)), ((two,), batch(3, 1)), ((three,), batch(6))]))
+    found = watch.sampled(shards, work(fed), lambda: steps[-1] * 2 * 2)
+    assert [len(groups) for groups in found] == [2, 1]
+    [[record]] = [list(passes.values()) for passes in speeds.lap().values()]
+    assert record == {
+        "tokens": 14,
+        "slots": 32,
+        "decoded": 2 * 5 + 9,
+        "decode_slots": 2 * 2 * 6 + 2 * 2 * 7,
+        "seconds": 4.0,
+        "left_out": 0.0,
+        "tokens_per_second": 3.5,
+        "decoded_per_second": 19 / 4,
+    }
+    assert speeds.lap() == {}
+
+
+def test_only_new_tokens_are_decoded(clock, compiling):
+    watch = speed.Speeds(chips=1).of("labels", "prm")
+    row = query_row("a", 4, responses=((1, 1, 1),), starts=((1, 3, 0), (1, 2, 1), (0, 0, 2)))
+    results = iter([[sampled(row, (5, 6, 2))]])
+    fed = watch.fed(iter([((row,), batch(7))]))
+    clock(1.0)
+    next(fed)
+    list(watch.sampled([[row]], results, lambda: 4 * 3 * 2))
+    record = watch.record()
+    assert (record["tokens"], record["decoded"], record["decode_slots"]) == (7, 2 + 4 + 2, 24)
+
+
+def test_table():
+    """Counts are added up and rates weighted by their seconds."""
+    first = {"tokens": 60, "slots": 100, "seconds": 1.0, "left_out": 20.0, "tokens_per_second": 6000.0}
+    first |= {"flops/vision": 1e9, "flops/language": 4e9}
+    second = {"tokens": 20, "slots": 100, "seconds": 3.0, "left_out": 0.0, "tokens_per_second": 2000.0}
+    second |= {"flops/vision": 2e9, "flops/language": 8e9}
+    decoded = {"tokens": 30, "slots": 40, "decoded": 10, "decode_slots": 40, "seconds": 0.0, "left_out": 2.5}
+    stages = [
+        {"speed": {"train": {"warmup": first}}},
+        {"speed": {"train": {"iteration_01": second}, "labels": {"prm": decoded}}},
+        {"stage": "of a run from before speeds were measured"},
+    ]
+    assert metrics.speeds(stages).split("\n") == [
+        "work             tokens/s  padding  GFLOP/s  vision  projector  language  seconds  compiling",
+        "--------------------------------------------------------------------------------------------",
+        "train               3,000    60.0%      8.8     1.8                  7.0      4.0       20.0",
+        "labels: prefill              25.0%                                            0.0        2.5",
+        "labels: decode               75.0%                                                          ",
+    ]
+    for each in (first, second):
+        each |= {"mfu/vision": 0.05, "mfu/language": 0.2}
+    row = metrics.speeds(stages).split("\n")[2]
+    assert row.split() == ["train", "3,000", "60.0%", "25.0", "5.0", "20.0", "4.0", "20.0"]
+    assert metrics.speeds([{}]) == ""
+
+
+def test_flops_of_a_step_are_those_of_the_gradient():
+    """What `plan` counts: the optimizer has no matrix products, and no remat computes nothing twice."""
+    policy, mesh = tiny.abstract(), sharding.make_mesh(devices=jax.devices()[:1])
+    number, value = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.float32)
+    given = Batch(number, number, value, number, np.zeros((2, 2, tiny.SIZE, tiny.SIZE, 3), np.float32), value)
+    schedule = train.make_schedule(1e-3, 10, 2, 0.1)
+    tx = train.make_optimizer(schedule)
+    state = TrainState(0, policy, jax.eval_shape(tx.init, policy))
+    own = flops.count(jax.grad(lambda model: train.token_loss(model, given)[0]), policy)
+    steps = {remat: train.make_train_step(tx, mesh, remat=remat) for remat in ("none", "full")}
+    assert flops.count(steps["none"], state, given, schedule) == own
+    assert flops.count(steps["full"], state, given, schedule)["language"] > own["language"]
+
+
+def test_an_optimizer_follows_the_schedule_it_is_given():
+    """As optax's with that schedule, in the same state."""
+    params, grads = {"a": jnp.arange(4.0)}, {"a": jnp.array([0.1, -0.2, 0.3, 0.0])}
+    first, second = train.make_schedule(1e-2, 10, 2, 0.1), train.make_schedule(5e-1, 20, 0, 1.0)
+    how = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
+    tx = train.make_optimizer(first, **how, clip=1e9)
+    for schedule, more in ((first, {}), (second, {"schedule": second})):
+        want = optax.adamw(schedule, **how)
+        state, other = tx.init(params), want.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params, **more)
+            expected, other = want.update(grads, other, params)
+            np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-6)
+        mine = state.inner_states["trained"].inner_state[1]
+        assert jax.tree.structure(mine) == jax.tree.structure(other)
+
+
+def test_a_profile_appears(tmp_path):
+    """Of the steps that were asked for, also where a stage goes on in the midst of them or ends there."""
+    step = jax.jit(lambda x: x @ x)
+
+    def run(folder, first, last):
+        state, changes = jnp.eye(8), []
+        with speed.profiler(folder, (2, 4)) as at:
+            for number in range(first, last):
+                if at(number, state):
+                    changes.append(number)
+                state = step(state)
+        return changes, [path for path in folder.glob("0/plugins/profile/*/*") if path.suffix == ".pb"]
+
+    assert run(tmp_path / "beyond", 4, 6) == ([], [])
+    changes, [trace] = run(tmp_path / "whole", 0, 6)
+    assert changes == [2, 4] and trace.stat().st_size > 0
+    changes, found = run(tmp_path / "rest", 3, 4)
+    assert changes == [3] and len(found) == 1
+    with pytest.raises(ZeroDivisionError), speed.profiler(tmp_path / "failed", (0, 9)) as at:
+        at(0, None)
+        _ = 1 / 0
+    with speed.profiler(tmp_path / "none", ()) as at:  # no other trace is left open
+        assert not at(0, None)
+    assert len(run(tmp_path / "again", 0, 3)[1]) == 1
