@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
 
 from mstar_jax import models, sharding
-from mstar_jax.models import hf, internvl2, layers
+from mstar_jax.models import attention, hf, internvl2
 from mstar_jax.models.official import INTERNVL2
 from mstar_jax.models.vision import patchify
 
@@ -219,7 +219,7 @@ def final_hidden(policy, tokens, index, pixels):
     rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
-    attend = layers.row_attention(mask, keep=False)
+    attend = attention.row_attention(mask, keep=False)
     return policy.decoder.hidden(x, positions, jnp.zeros(rows, bool), attend)[0]
 
 

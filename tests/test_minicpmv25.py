@@ -15,7 +15,7 @@ from PIL import Image
 
 from mstar_jax import models, sharding
 from mstar_jax.data import loader
-from mstar_jax.models import hf, layers, minicpmv25, slicing, tokenizer
+from mstar_jax.models import attention, hf, minicpmv25, slicing, tokenizer
 from mstar_jax.structs import Query, Row
 
 GOLDENS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent"))  # official outputs, if at hand
@@ -301,7 +301,7 @@ def final_hidden(policy, tokens, index, pixels):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((x.shape[1],) * 2, bool)), (len(x), x.shape[1], x.shape[1]))
     return policy.decoder.hidden(
-        x, positions, jnp.zeros(len(x), bool), layers.row_attention(mask, keep=False)
+        x, positions, jnp.zeros(len(x), bool), attention.row_attention(mask, keep=False)
     )[0]
 
 

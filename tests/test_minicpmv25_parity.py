@@ -16,7 +16,7 @@ from tiny import generate
 
 from mstar_jax import models, sharding
 from mstar_jax.draws import SamplingConfig
-from mstar_jax.models import layers, minicpmv25, slicing
+from mstar_jax.models import attention, minicpmv25, slicing
 from mstar_jax.structs import Batch
 
 torch = pytest.importorskip("torch")
@@ -165,7 +165,7 @@ def sliced(image):
 def causal_logits(policy, tokens, index, pixels):
     x = policy.embed(tokens, index, pixels)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    attend = layers.row_attention(jnp.tril(jnp.ones((len(x), x.shape[1], x.shape[1]), bool)), keep=False)
+    attend = attention.row_attention(jnp.tril(jnp.ones((len(x), x.shape[1], x.shape[1]), bool)), keep=False)
     return policy.logits(policy.decoder.hidden(x, positions, jnp.zeros(len(x), bool), attend)[0])
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from mstar_jax import models
-from mstar_jax.models import layers, phi35
+from mstar_jax.models import attention, phi35
 from mstar_jax.models.vision import patchify
 
 GOLDEN = (
@@ -316,7 +316,7 @@ def final_hidden(policy, tokens, index, pixels):
         mask = jnp.broadcast_to(
             jnp.tril(jnp.ones((x.shape[1],) * 2, bool)), (x.shape[0], x.shape[1], x.shape[1])
         )
-        attend = layers.row_attention(mask, keep=False)
+        attend = attention.row_attention(mask, keep=False)
         return policy.decoder.hidden(x, positions, jnp.zeros(x.shape[0], bool), attend)[0]
 
     return run(policy, tokens, index, pixels)

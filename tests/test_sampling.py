@@ -12,7 +12,7 @@ import tiny
 
 from mstar_jax import draws, sampling, sharding, train
 from mstar_jax.draws import SamplingConfig
-from mstar_jax.models import layers, vlm
+from mstar_jax.models import attention, vlm
 from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
@@ -476,12 +476,12 @@ def test_stopping_between_segments(policy, processor, rows):
 
 def test_int8_is_the_array_to_half_a_step():
     x = jnp.asarray(np.random.default_rng(8).normal(size=(3, 5, 16)) * [[[1e-3]], [[1]], [[40]]], jnp.float32)
-    kept = layers.stored(x.at[0, 0].set(0.0), "int8")
+    kept = attention.stored(x.at[0, 0].set(0.0), "int8")
     assert kept.values.dtype == jnp.int8 and kept.scale.shape == (3, 5)
     back = kept.values * kept.scale[..., None]
     assert (jnp.abs(back - x.at[0, 0].set(0.0)) <= kept.scale[..., None] / 2 + 1e-9).all()
-    assert layers.stored(x, "") is x or layers.stored(x, "").dtype == x.dtype
-    assert layers.stored(x, "bfloat16").dtype == jnp.bfloat16
+    assert attention.stored(x, "") is x or attention.stored(x, "").dtype == x.dtype
+    assert attention.stored(x, "bfloat16").dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype, bound", [("int8", 0.05), ("bfloat16", 0.03)])

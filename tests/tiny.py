@@ -14,7 +14,7 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 from mstar_jax import sampling
-from mstar_jax.models import layers, phi35
+from mstar_jax.models import attention, phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.sharding import parameter_name
@@ -150,7 +150,7 @@ def logits(policy: phi35.Phi35Vision, batch: Batch) -> jax.Array:
 def _causal_logits(policy, tokens, image_index, pixels):
     length = tokens.shape[0]
     x = policy.embed(tokens[None], image_index[None], pixels[None])
-    attend = layers.row_attention(jnp.tril(jnp.ones((1, length, length), bool)), keep=False)
+    attend = attention.row_attention(jnp.tril(jnp.ones((1, length, length), bool)), keep=False)
     long = jnp.array([length > policy.decoder.config.original_max_position])
     hidden, _ = policy.decoder.hidden(x, jnp.arange(length)[None], long, attend)
     return policy.logits(hidden)

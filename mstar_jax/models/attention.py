@@ -1,13 +1,17 @@
-"""Fused attention within whole rows, where the machine has it: no scores [B, H, T, T] in memory.
+"""Attention within whole rows, and of new tokens over a shared prefix and their own suffixes.
+
+Within rows it is fused where the machine has it: no scores [B, H, T, T] in memory.
 
     TPU           splash attention, a Pallas kernel; blocks that the mask leaves empty are skipped
     NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
-    else          none: `layers.row_attention` writes its scores down
+    else          none: `row_attention` writes its scores down, block by block
 
 The alphabet is that of models/layers.py.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 
 from mstar_jax import sharding
+from mstar_jax.structs import Int8
 
+BLOCK = 256  # tokens of a row whose scores are there together, where attention is not fused
 BLOCKS = (512, 256, 128)  # tokens; a kernel's step is a square of the mask, and a small one is all overhead
 
 
@@ -100,3 +106,131 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """cuDNN's flash attention; it reads the mask as a bias [B, 1, T, T] in q's dtype."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+
+
+def _heads_first(q: jax.Array, groups: int) -> jax.Array:
+    """Scaled queries [B, T, H, N] -> [B, G, H/G, T, N]."""
+    q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1]) * (q.shape[-1] ** -0.5)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scaled float32 scores of q [B, T, H, N] on k [B, G, S, N] -> [B, G, H/G, T, S]."""
+    return jnp.einsum("bgqtn,bgsn->bgqts", _heads_first(q, k.shape[1]), k, preferred_element_type=jnp.float32)
+
+
+def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Mixes v [B, G, S, N] by weights [B, G, H/G, T, S] -> [B, T, H, N]."""
+    out = jnp.einsum("bgqts,bgsn->bgqtn", weights.astype(v.dtype), v)
+    out = out.transpose(0, 3, 1, 2, 4)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
+    """Attention within whole rows, fused where the machine has it (see `fused`).
+
+    Args:
+      mask: bool[B, T, T], as `row_layout` gives it.
+      keep: also hand out every layer's keys and values (prefill).
+    """
+
+    def attend(q, k, v):
+        out = fused(q, k, v, mask)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        if out is None:
+            parts = []
+            for first in range(0, q.shape[1], BLOCK):  # no token sees what stands behind it
+                last = min(first + BLOCK, q.shape[1])
+                scores = _scores(q[:, first:last], k[:, :, :last])
+                scores = jnp.where(mask[:, None, None, first:last, :last], scores, -jnp.inf)
+                parts.append(_values(jax.nn.softmax(scores, axis=-1), v[:, :, :last]))
+            out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return out, (k, v) if keep else None
+
+    return attend
+
+
+def stored(x: jax.Array, dtype: str) -> Any:
+    """Keys or values [..., N] as a cache holds them: `int8` gives `Int8`, an empty dtype leaves them."""
+    if dtype != "int8":
+        return x.astype(dtype or x.dtype)
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
+    return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+
+
+def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
+    """Values of a dtype, and their scale or None."""
+    if isinstance(cached, Int8):
+        return cached.values.astype(dtype), cached.scale
+    return cached.astype(dtype), None
+
+
+def branch_attention(
+    prefix: tuple[Any, Any],
+    visible: jax.Array,
+    suffix: Sequence[tuple[Any, Any]],
+    own_visible: Sequence[jax.Array],
+    column: jax.Array,
+) -> Callable[..., Any]:
+    """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
+
+    The parts are scored apart and normalised together, so the prefix is read once for its K branches. In
+    `attend`, the T axis of q, k and v is the K branches; it hands out the first chunk with the new token.
+
+    Args:
+      prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
+      visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
+      suffix: chunks that are read, keys and values [B, K, G, C, N]; the first one is written.
+      own_visible: of each chunk bool[B, C], the columns that a branch sees, the new token's among them.
+      column: int32[]; where the new token stands.
+    """
+
+    def attend(q, k, v):
+        branches, groups, width = k.shape[1:]
+
+        def put(chunk, new):  # [B, K, G, C, N] and [B, K, G, N]; scales have no N
+            at = (0, 0, 0, column, 0)[: chunk.ndim]
+            return jax.lax.dynamic_update_slice(chunk, jnp.expand_dims(new, 3), at)
+
+        def with_new(chunk, new):
+            dtype = "int8" if isinstance(chunk, Int8) else chunk.dtype.name
+            return jax.tree.map(put, chunk, stored(new, dtype))
+
+        first = with_new(suffix[0][0], k), with_new(suffix[0][1], v)
+        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in (first, *suffix[1:])]
+        (keys, scale_k), (values, scale_v) = (_read(x, q.dtype) for x in prefix)
+
+        def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
+            return x if scale is None else x * scale[:, :, None, None]
+
+        def own_scaled(x, scale):  # [B, K, G, H/G, C] by [B, K, G, C]
+            return x if scale is None else x * scale[:, :, :, None]
+
+        queries = _heads_first(q, groups)
+        shared = jnp.einsum("bgqtn,bgns->bgqts", queries, keys, preferred_element_type=jnp.float32)
+        shared = jnp.where(visible[:, None, None], scaled(shared, scale_k), -jnp.inf)
+        queries = queries.transpose(0, 3, 1, 2, 4)
+        parts = []
+        for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
+            part = jnp.einsum("bkgqn,bkgcn->bkgqc", queries, own_k, preferred_element_type=jnp.float32)
+            part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
+            parts.append(part)
+        top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
+        top = functools.reduce(jnp.maximum, [top, *(part.max(-1, keepdims=True) for part in parts)])
+        shared, parts = (
+            jnp.exp(shared - top.transpose(0, 2, 3, 1, 4)),
+            [jnp.exp(part - top) for part in parts],
+        )
+        total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
+        total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
+        out = jnp.zeros(queries.shape, jnp.float32)
+        for (_, (own_v, scale)), part in zip(chunks, parts):
+            part = own_scaled(part, scale).astype(own_v.dtype)
+            out += jnp.einsum("bkgqc,bkgcn->bkgqn", part, own_v, preferred_element_type=jnp.float32)
+        part = scaled(shared, scale_v).astype(values.dtype)
+        part = jnp.einsum("bgqts,bgsn->bgqtn", part, values, preferred_element_type=jnp.float32)
+        out = (out + part.transpose(0, 3, 1, 2, 4)) / total
+        return out.astype(q.dtype).reshape(q.shape), first
+
+    return attend

@@ -9,7 +9,6 @@ Block parameters carry a leading `layers` dimension and are scanned.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +17,8 @@ from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models import attention
-from mstar_jax.structs import Int8, KVCache
+from mstar_jax.structs import KVCache
 
-BLOCK = 256  # tokens of a row whose scores are there together, where attention is not fused
 ADAPTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # over how many axes of x each sums
 ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # their names
 
@@ -144,134 +142,6 @@ def branch_sum(x: jax.Array, branch: jax.Array) -> jax.Array:
     return jax.lax.associative_scan(add, (x, first), axis=1)[0]
 
 
-def _heads_first(q: jax.Array, groups: int) -> jax.Array:
-    """Scaled queries [B, T, H, N] -> [B, G, H/G, T, N]."""
-    q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1]) * (q.shape[-1] ** -0.5)
-    return q.transpose(0, 2, 3, 1, 4)
-
-
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled float32 scores of q [B, T, H, N] on k [B, G, S, N] -> [B, G, H/G, T, S]."""
-    return jnp.einsum("bgqtn,bgsn->bgqts", _heads_first(q, k.shape[1]), k, preferred_element_type=jnp.float32)
-
-
-def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """Mixes v [B, G, S, N] by weights [B, G, H/G, T, S] -> [B, T, H, N]."""
-    out = jnp.einsum("bgqts,bgsn->bgqtn", weights.astype(v.dtype), v)
-    out = out.transpose(0, 3, 1, 2, 4)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
-
-
-def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
-    """Attention within whole rows, fused where the machine has it (see `attention.fused`).
-
-    Args:
-      mask: bool[B, T, T], as `row_layout` gives it.
-      keep: also hand out every layer's keys and values (prefill).
-    """
-
-    def attend(q, k, v):
-        out = attention.fused(q, k, v, mask)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        if out is None:
-            parts = []
-            for first in range(0, q.shape[1], BLOCK):  # no token sees what stands behind it
-                last = min(first + BLOCK, q.shape[1])
-                scores = _scores(q[:, first:last], k[:, :, :last])
-                scores = jnp.where(mask[:, None, None, first:last, :last], scores, -jnp.inf)
-                parts.append(_values(jax.nn.softmax(scores, axis=-1), v[:, :, :last]))
-            out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        return out, (k, v) if keep else None
-
-    return attend
-
-
-def stored(x: jax.Array, dtype: str) -> Any:
-    """Keys or values [..., N] as a cache holds them: `int8` gives `Int8`, an empty dtype leaves them."""
-    if dtype != "int8":
-        return x.astype(dtype or x.dtype)
-    x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
-    return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
-
-
-def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
-    """Values of a dtype, and their scale or None."""
-    if isinstance(cached, Int8):
-        return cached.values.astype(dtype), cached.scale
-    return cached.astype(dtype), None
-
-
-def branch_attention(
-    prefix: tuple[Any, Any],
-    visible: jax.Array,
-    suffix: Sequence[tuple[Any, Any]],
-    own_visible: Sequence[jax.Array],
-    column: jax.Array,
-) -> Callable[..., Any]:
-    """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
-
-    The parts are scored apart and normalised together, so the prefix is read once for its K branches. In
-    `attend`, the T axis of q, k and v is the K branches; it hands out the first chunk with the new token.
-
-    Args:
-      prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
-      visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
-      suffix: chunks that are read, keys and values [B, K, G, C, N]; the first one is written.
-      own_visible: of each chunk bool[B, C], the columns that a branch sees, the new token's among them.
-      column: int32[]; where the new token stands.
-    """
-
-    def attend(q, k, v):
-        branches, groups, width = k.shape[1:]
-
-        def put(chunk, new):  # [B, K, G, C, N] and [B, K, G, N]; scales have no N
-            at = (0, 0, 0, column, 0)[: chunk.ndim]
-            return jax.lax.dynamic_update_slice(chunk, jnp.expand_dims(new, 3), at)
-
-        def with_new(chunk, new):
-            dtype = "int8" if isinstance(chunk, Int8) else chunk.dtype.name
-            return jax.tree.map(put, chunk, stored(new, dtype))
-
-        first = with_new(suffix[0][0], k), with_new(suffix[0][1], v)
-        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in (first, *suffix[1:])]
-        (keys, scale_k), (values, scale_v) = (_read(x, q.dtype) for x in prefix)
-
-        def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
-            return x if scale is None else x * scale[:, :, None, None]
-
-        def own_scaled(x, scale):  # [B, K, G, H/G, C] by [B, K, G, C]
-            return x if scale is None else x * scale[:, :, :, None]
-
-        queries = _heads_first(q, groups)
-        shared = jnp.einsum("bgqtn,bgns->bgqts", queries, keys, preferred_element_type=jnp.float32)
-        shared = jnp.where(visible[:, None, None], scaled(shared, scale_k), -jnp.inf)
-        queries = queries.transpose(0, 3, 1, 2, 4)
-        parts = []
-        for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
-            part = jnp.einsum("bkgqn,bkgcn->bkgqc", queries, own_k, preferred_element_type=jnp.float32)
-            part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
-            parts.append(part)
-        top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
-        top = functools.reduce(jnp.maximum, [top, *(part.max(-1, keepdims=True) for part in parts)])
-        shared, parts = (
-            jnp.exp(shared - top.transpose(0, 2, 3, 1, 4)),
-            [jnp.exp(part - top) for part in parts],
-        )
-        total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
-        total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
-        out = jnp.zeros(queries.shape, jnp.float32)
-        for (_, (own_v, scale)), part in zip(chunks, parts):
-            part = own_scaled(part, scale).astype(own_v.dtype)
-            out += jnp.einsum("bkgqc,bkgcn->bkgqn", part, own_v, preferred_element_type=jnp.float32)
-        part = scaled(shared, scale_v).astype(values.dtype)
-        part = jnp.einsum("bgqts,bgsn->bgqtn", part, values, preferred_element_type=jnp.float32)
-        out = (out + part.transpose(0, 3, 1, 2, 4)) / total
-        return out.astype(q.dtype).reshape(q.shape), first
-
-    return attend
-
-
 class Blocks(nnx.Module):
     """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases.
 
@@ -355,7 +225,7 @@ class Decoder(nnx.Module):
           x: [B, T, D] embeddings.
           positions: int32[B, T].
           long: bool[B], see `rope_tables`.
-          attend: attention function, `row_attention(...)`.
+          attend: attention function, `attention.row_attention(...)`.
           remat: a `jax.checkpoint` policy, or None to keep all activations.
 
         Returns:
@@ -408,7 +278,7 @@ def decode_hidden(
         block = jax.tree.map(lambda p, layer=layer: p[layer], decoder.blocks)
         prefix = cache.prefix_k[layer], cache.prefix_v[layer]
         suffix = [(cache.suffix_k[at][layer], cache.suffix_v[at][layer]) for at in range(len(seen))]
-        attend = branch_attention(prefix, cache.visible, suffix, seen, column)
+        attend = attention.branch_attention(prefix, cache.visible, suffix, seen, column)
         x = sharding.constrain(x, ("batch", None, None))
         x, kept = block(x, rope, attend)
         written.append(kept)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import layers
+from mstar_jax.models import attention, layers
 from mstar_jax.structs import Batch, KVCache, ring
 
 PIECE = 512  # tokens of a row whose logits are there together
@@ -111,7 +111,7 @@ class VisionLanguageModel(nnx.Module):
         positions, _, mask = layers.row_layout(batch.branch)
         x = self.embed(batch.tokens, batch.image_index, batch.pixels, remat)
         long = positions.max(axis=1) + 1 > self.decoder.config.original_max_position
-        attend = layers.row_attention(mask, keep=False)
+        attend = attention.row_attention(mask, keep=False)
         return self.decoder.hidden(x, positions, long, attend, remat=remat)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ class VisionLanguageModel(nnx.Module):
           room: R, how many tokens a sample may add.
           starts: (parent int32[B, K], kept int32[B, K]): a sample goes on behind the first `kept` tokens of
             response `parent`; None, and 0 and 0, behind the prompt.
-          dtype: of the cache, see `layers.stored`.
+          dtype: of the cache, see `attention.stored`.
 
         Returns:
           hidden [B, K, D] at the token before each sample, and the cache with empty suffixes.
@@ -178,7 +178,7 @@ class VisionLanguageModel(nnx.Module):
         x = self.embed(batch.tokens, batch.image_index, batch.pixels)
         length = jnp.sum(batch.branch == 0, axis=1, dtype=jnp.int32)
         long = length > self.decoder.config.original_max_position
-        attend = layers.row_attention(mask, keep=True)
+        attend = attention.row_attention(mask, keep=True)
         hidden, (k, v) = self.decoder.hidden(x, positions, long, attend)
         visible, last = (
             (batch.branch == 0)[:, None],
@@ -196,7 +196,7 @@ class VisionLanguageModel(nnx.Module):
         count, size = ring(room)
 
         def apart(x):  # the layers
-            return [jax.tree.map(lambda x, i=i: x[i], layers.stored(x, dtype)) for i in range(layers_)]
+            return [jax.tree.map(lambda x, i=i: x[i], attention.stored(x, dtype)) for i in range(layers_)]
 
         def turned(x):  # values [B, G, P, N] -> [B, G, N, P]; a scale stays
             return jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3) if x.ndim == 4 else x, x)
@@ -206,7 +206,7 @@ class VisionLanguageModel(nnx.Module):
             return sharding.constrain(jnp.zeros(x.shape, x.dtype), axes[: x.ndim])
 
         shape = (rows, branches, groups, size, width)
-        like = jax.eval_shape(lambda: layers.stored(jnp.zeros(shape, x.dtype), dtype))
+        like = jax.eval_shape(lambda: attention.stored(jnp.zeros(shape, x.dtype), dtype))
         prefix = tuple(map(turned, apart(k))), tuple(apart(v))
         suffix = [
             tuple(tuple(jax.tree.map(empty, like) for _ in range(layers_)) for _ in range(count))
