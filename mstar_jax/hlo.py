@@ -290,8 +290,10 @@ def _traffic(op: _Op, ops: dict[str, _Op], computations: dict[str, dict[str, _Op
 def _read(name: str, inner: dict[str, _Op]) -> float:
     """What a fusion reads of a parameter."""
     users = [op for op in inner.values() if name in op.operands and op.code != "parameter"]
-    if users and all(op.code == "dynamic-slice" and op.operands[0] == name for op in users):
+    if users and all(op.code in ("dynamic-slice", "slice") and op.operands[0] == name for op in users):
         return float(sum(_size(op.shapes) for op in users))
+    if users and all(op.code == "bitcast" for op in users):  # a view of it
+        return min(float(_size(inner[name].shapes)), sum(_read(op.name, inner) for op in users))
     if users and all(op.code == "dynamic-update-slice" and op.operands[0] == name for op in users):
         return 0.0
     return float(_size(inner[name].shapes))

@@ -37,7 +37,7 @@ def inputs(rows, length, heads, groups, width, dtype=jnp.float32, seed=0):
 
 def written(q, k, v, mask):
     """With scores in memory, as on a CPU."""
-    return attention.row_attention(mask, keep=False)(q, k, v, None, None)[0]
+    return attention.row_attention(mask, keep=False)(q, k, v)[0]
 
 
 def gradients(attend, q, k, v, mask, weight):
