@@ -50,12 +50,12 @@ class Cost:
 
     Attributes:
       memory: bytes by kind: arguments, outputs, temporary, code; `shared` of the outputs lie in arguments.
-      work: FLOPs, bytes and collectives of one run.
+      work: FLOPs, bytes and collectives of one run; None where the compiler does not show its program.
       model: FLOPs of the model itself on all devices, by part, without what is computed twice.
     """
 
     memory: dict[str, float]
-    work: hlo.Work
+    work: hlo.Work | None
     model: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -213,13 +213,16 @@ def compile_(lowered: Any) -> Cost:
     memory = {"arguments": m.argument_size_in_bytes, "outputs": m.output_size_in_bytes}
     memory |= {"temporary": m.temp_size_in_bytes, "code": m.generated_code_size_in_bytes}
     memory |= {"shared": m.alias_size_in_bytes}
-    return Cost(memory, hlo.work(compiled.as_text()))
+    try:
+        return Cost(memory, hlo.work(compiled.as_text()))
+    except jax.errors.JaxRuntimeError:  # seen for TPU v5p: a compiler that cannot read what it wrote
+        return Cost(memory, None)
 
 
-def times(cost: Cost, chip: Chip) -> dict[str, float]:
+def times(work: hlo.Work, chip: Chip) -> dict[str, float]:
     """Seconds that computing, memory and network take at their peak."""
-    moved = sum(cost.work.moved().values())
-    found = {"compute": cost.work.flops / chip.flops, "memory": cost.work.bytes / chip.bandwidth}
+    moved = sum(work.moved().values())
+    found = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.bandwidth}
     return found | {"network": moved / chip.network}
 
 
@@ -235,20 +238,23 @@ def shown(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
         name,
         f"  memory    {cost.peak / GB:.2f}{of} GB: {parts}, in place {cost.memory['shared'] / GB:.2f}",
     ]
+    whole = sum(cost.model.values())
+    if whole:
+        each = ", ".join(f"{part} {100 * size / whole:.0f} %" for part, size in cost.model.items())
+        lines.append(f"  model     {whole / count / TERA:.3f} TFLOP of its own: {each}")
+    if cost.work is None:
+        return "\n".join([*lines, "  work      not known: the compiler does not show this program"])
     moved = {kind: size for kind, size in cost.work.moved().items() if size}
     text = ", ".join(f"{kind} {size / GB:.3f}" for kind, size in sorted(moved.items())) or "none"
     lines.append(
         f"  work      {cost.work.flops / TERA:.3f} TFLOP, {cost.work.bytes / GB:.2f} GB read and written"
     )
-    if whole := sum(cost.model.values()):
-        each = ", ".join(f"{part} {100 * size / whole:.0f} %" for part, size in cost.model.items())
-        lines.append(f"  model     {whole / count / TERA:.3f} TFLOP of its own: {each}")
     lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
     if chip:
-        found = times(cost, chip)
+        found = times(cost.work, chip)
         slowest = max(found, key=found.__getitem__)
         each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
-        best = sum(cost.model.values()) / count / chip.flops / max(found.values())
+        best = whole / count / chip.flops / max(found.values())
         lines.append(f"  at peak   {each} ms: bound by {slowest}; MFU at most {100 * best:.0f} %")
     return "\n".join(lines)
 

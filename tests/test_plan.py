@@ -113,3 +113,10 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
     assert "network   3.000 GB received: all-gather 3.000" in lines[4]
     assert "compute 1000.0, memory 1000.0, network 15.0 ms" in lines[4] and "MFU at most 50 %" in lines[4]
     assert len(list(plan.planned(config, "train", jax.devices(), advise=False))) == 1
+
+
+def test_a_program_that_is_not_shown():
+    memory = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
+    text = plan.shown("a program", plan.Cost(memory, None, {"language": 8e12}), None, 8)
+    assert "memory    5.00 GB" in text and "1.000 TFLOP of its own" in text
+    assert text.endswith("work      not known: the compiler does not show this program")
