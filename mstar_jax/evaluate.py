@@ -142,7 +142,7 @@ def run(
     judge = Checkpoint(prm, "prm") if prm else None
     mesh = sharding.make_mesh(**config.mesh)
     setup.check_benchmarks(config)
-    sharding.check_divides("sampling.batch", config.sampling.batch, mesh)
+    setup.check_sampling(config, mesh)
     dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.get("max_crops")
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         evaluation = Evaluation(workdir, config.benchmarks)

@@ -5,6 +5,7 @@ What is in a store is not computed again, so whatever is killed here goes on whe
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import pathlib
@@ -163,13 +164,15 @@ class Generator:
         if missing := store.missing(len(plans)):
             todo, shards = [plans[i] for i in missing], [plans[i][1] for i in missing]
             found, watch, taken = sum(map(len, shards)), self.speeds.of(kind, name.split("/")[1]), 0
+            ended, whole = 0, set(itertools.accumulate(map(len, shards)))
             with metrics.progress(len(rows), title, len(rows) - found, "row") as bar:
 
                 def each(count: int, steps: int) -> None:
-                    nonlocal taken
-                    taken = steps
+                    nonlocal taken, ended
+                    taken, ended = steps, ended + count
                     bar.update(count)
-                    self.check_stop(title)
+                    if ended not in whole:  # a shard that is complete is written first
+                        self.check_stop(title)
 
                 batches = loader.row_batches(
                     todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
@@ -189,6 +192,7 @@ class Generator:
                 answered = watch.sampled(shards, answered, lambda: taken * batch * len(temperatures))
                 for number, these, responses in zip(missing, shards, answered):
                     store.write(number, records(these, responses))
+                    self.check_stop(title)
         store.complete(len(plans))
         return store
 

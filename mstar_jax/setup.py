@@ -23,6 +23,25 @@ from mstar_jax.structs import Query
 log = logging.getLogger(__name__)
 
 
+CACHES = ("", "float32", "bfloat16", "float16", "int8")
+
+
+def check_sampling(config: ml_collections.ConfigDict, mesh: Any) -> None:
+    """Refuses settings with which nothing can be sampled.
+
+    Raises:
+      ValueError: with the setting and what it may be.
+    """
+    s = config.sampling
+    sharding.check_divides("sampling.batch", s.batch, mesh)
+    if not 0 < s.refill <= 1:
+        raise ValueError(f"sampling.refill = {s.refill}: give a share of the batch, above 0 and at most 1")
+    if s.shard < 1:
+        raise ValueError(f"sampling.shard = {s.shard}: a file of rollouts holds at least 1 batch")
+    if s.cache not in CACHES:
+        raise ValueError(f"sampling.cache = {s.cache!r}: choose one of {CACHES}")
+
+
 def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
     """Refuses impossible values before anything is compiled or written.
 
@@ -42,7 +61,7 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
     )
     for name in trained:
         sharding.check_divides(f"{name}.batch", c[name].batch, mesh, c.train.accumulate)
-    sharding.check_divides("sampling.batch", c.sampling.batch, mesh)
+    check_sampling(c, mesh)
     sharding.check_divides("prm.rows", c.prm.rows, mesh)
     sharding.check_divides("prm.batch", c.prm.batch, mesh)
     sharding.check_divides("explore.batch", c.explore.batch, mesh)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import main
+from mstar_jax import main, setup, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -68,3 +68,15 @@ def test_impossible_batch_is_refused(tmp_path):
     for part in ("evolve.batch", "3", "2"):
         assert part in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()  # so that the corrected command may have it
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("refill", 0.0), ("refill", 1.5), ("shard", 0), ("cache", "int4"), ("batch", 3)]
+)
+def test_impossible_sampling_is_refused(key, value):
+    config = tiny_config.get_config("smoke")
+    mesh = sharding.make_mesh(**config.mesh)
+    setup.check_sampling(config, mesh)
+    config.sampling[key] = value
+    with pytest.raises(ValueError, match=rf"sampling\.{key} = "):
+        setup.check_sampling(config, mesh)
