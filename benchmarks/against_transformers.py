@@ -4,8 +4,9 @@
 
 A random policy of Phi-3.5-vision's architecture with a decoder of 34 M parameters (width 512, 8 layers, 8
 heads, MLP 1408, vocabulary 8192: embedding and head are a quarter) and a CLIP tower of 2.7 M answers prompts
-of 640 tokens, 601 of them an image's. transformers' own Phi3ForCausalLM gets the same decoder weights and the
-image features ready-made: the tower's time is ours alone. All is float32 and may use every core.
+of 640 tokens, 601 of them an image's. transformers' own Phi3ForCausalLM and CLIPVisionModel get the same
+weights. Its tower runs once an image, as ours does; what leads from there to the decoder's input it gets
+ready-made. All is float32 and may use every core.
 
   rollouts  96 tokens of each of 16 samples a query, T = 1, without stops: `sampling.rollouts` against
             `generate(num_return_sequences=16)`, in tokens a second
@@ -39,7 +40,7 @@ from safetensors.torch import load_file
 
 from mstar_jax import draws, models, prm, sampling, sharding, train
 from mstar_jax.data import loader
-from mstar_jax.models import phi35, vlm
+from mstar_jax.models import phi35, vision, vlm
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.structs import Prompt, Query, Row, TrainState
@@ -105,9 +106,11 @@ def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[Any, list[Prompt]]
     return processor, prompts
 
 
-def same_in_torch(policy: phi35.Phi35Vision, folder: pathlib.Path) -> transformers.Phi3ForCausalLM:
-    """transformers' decoder with the policy's weights, by way of an exported checkpoint."""
-    c = policy.config.decoder
+def same_in_torch(
+    policy: phi35.Phi35Vision, folder: pathlib.Path
+) -> tuple[transformers.Phi3ForCausalLM, transformers.CLIPVisionModel]:
+    """transformers' decoder and tower with the policy's weights, by way of an exported checkpoint."""
+    c, v = policy.config.decoder, policy.config.vision
     models.FromScratch(phi35.FAMILY, policy.config, folder).save(policy, folder / "exported")
     stored = load_file(folder / "exported/model.safetensors")
     rope = {"rope_type": "longrope", "rope_theta": c.rope_theta, "short_factor": list(c.short_factor or ())}
@@ -122,7 +125,18 @@ def same_in_torch(policy: phi35.Phi35Vision, folder: pathlib.Path) -> transforme
     theirs = transformers.Phi3ForCausalLM(config)
     language = {name: value for name, value in stored.items() if not name.startswith(phi35.IMAGE)}
     theirs.load_state_dict(language, strict=True)
-    return theirs.eval()
+    settings = transformers.CLIPVisionConfig(
+        hidden_size=v.hidden_size, intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers,
+        num_attention_heads=v.num_heads, image_size=v.image_size, patch_size=v.patch_size,
+    )  # fmt: skip
+    tower, at = transformers.CLIPVisionModel(settings), f"{phi35.IMAGE}img_processor."
+    wanted, stored = (
+        tower.state_dict(),
+        {n.removeprefix(at): x for n, x in stored.items() if n.startswith(at)},
+    )
+    stored = {n if n in wanted else n.removeprefix("vision_model."): x for n, x in stored.items()}
+    tower.load_state_dict(stored, strict=True)
+    return theirs.eval(), tower.eval()
 
 
 class Bench:
@@ -132,7 +146,7 @@ class Bench:
         self.sizes, self.mesh = sizes, mesh
         self.processor, self.prompts = make_prompts(sizes, folder)
         self.policy = jax.jit(lambda: phi35.Phi35Vision(sizes.config, nnx.Rngs(0)))()
-        self.theirs = same_in_torch(self.policy, folder)
+        self.theirs, self.tower = same_in_torch(self.policy, folder)
         self.embed = jax.jit(lambda model, batch: model.embed(batch.tokens, batch.image_index, batch.pixels))
         self.rng = np.random.default_rng(1)
 
@@ -145,6 +159,24 @@ class Bench:
     def embedded(self, batch: Any) -> torch.Tensor:
         """Token embeddings with the image features in their places."""
         return torch.tensor(np.asarray(self.embed(self.policy, batch)))
+
+    def crops(self, count: int) -> torch.Tensor:
+        """The images of the first prompts, for the tower there; its features are checked to be ours."""
+        (_, batch), *_ = self.batches([Row(p) for p in self.prompts[:count]], count)
+        pixels = batch.pixels.reshape(-1, *batch.pixels.shape[2:])
+        crops = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
+        patches = vision.patchify(jnp.asarray(pixels[:1]), self.sizes.config.vision.patch_size)
+        ours = np.asarray(jax.jit(lambda tower, patches: tower(patches))(self.policy.tower, patches))
+        apart = np.abs(ours - self.looked_at(crops[:1])[:, 1:].numpy()).max()
+        if apart > 1e-3:
+            raise SystemExit(f"the towers' features differ by {apart}")
+        return crops
+
+    def looked_at(self, crops: torch.Tensor) -> torch.Tensor:
+        """The tower's features there, of the layer that Phi-3.5-vision reads."""
+        with torch.inference_mode():
+            layer = self.sizes.config.vision.select_layer
+            return self.tower(crops, output_hidden_states=True).hidden_states[layer]
 
     def responses(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
         vocab = self.sizes.config.decoder.vocab_size
@@ -187,10 +219,12 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
         return answered
 
     inputs = bench.embedded(bench.batches(rows, len(rows))[0][1])
+    crops = {size: bench.crops(size) for size in s.theirs}
 
     def theirs(size: int, **how: Any) -> torch.Tensor:
         config = transformers.GenerationConfig(max_new_tokens=s.tokens, eos_token_id=None, **how)
         mask = torch.ones(inputs[:size].shape[:2], dtype=torch.long)
+        bench.looked_at(crops[size])
         with torch.inference_mode():
             found = bench.theirs.generate(
                 inputs_embeds=inputs[:size], attention_mask=mask, generation_config=config
@@ -198,7 +232,7 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
         assert found.shape[1] == s.tokens
         return found
 
-    greedy = theirs(1, do_sample=False)[0].tolist()  # and a warm-up of both sides
+    greedy = theirs(min(s.theirs), do_sample=False)[0].tolist()  # and a warm-up of both sides
     for size in s.ours:
         if any(list(r.tokens) != greedy for r in ours(size, 0.0)[0]):
             raise SystemExit(f"rollouts: greedy tokens of {size} queries differ from transformers'")
@@ -229,7 +263,7 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
     tx = train.make_optimizer(schedule, b1=B1, b2=B2, weight_decay=0.0, clip=CLIP, frozen=FROZEN)
     start = TrainState(jnp.zeros((), jnp.int32), bench.policy, ())
     state = train.carry_on(start, tx, bench.mesh, moments=False, schedule=False)
-    step = train.make_train_step(tx, bench.mesh)
+    step = train.make_train_step(tx, bench.mesh, frozen=FROZEN)
 
     def ours() -> None:
         nonlocal state
@@ -243,12 +277,13 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
     tokens, seen = torch.tensor(each.tokens, dtype=torch.long), torch.tensor(each.image_index >= 0)[..., None]
     mask = torch.tensor(each.branch >= 0, dtype=torch.long)
     labels = torch.where(torch.tensor(each.branch > 0), tokens, -100)
-    features = bench.embedded(each)
+    features, crops = bench.embedded(each), bench.crops(count)
     optimizer = torch.optim.AdamW(bench.theirs.parameters(), LEARNING_RATE, (B1, B2), weight_decay=0.0)
     bench.theirs.train()
 
     def theirs() -> None:
         optimizer.zero_grad()
+        bench.looked_at(crops)
         x = torch.where(seen, features, bench.theirs.get_input_embeddings()(tokens))
         loss = bench.theirs(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
         loss.backward()

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from mstar_jax import sharding
+
 PARTS = ("vision", "language", "projector")  # the projector's scope holds the tower's
 
 
@@ -55,11 +57,11 @@ def count(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
     """FLOPs of one call, by part; `other` for what has no name. Arguments may be shapes.
 
     Loops count as often as they run; one that depends on what it computes counts once. A kernel counts as the
-    products that it stands for: what is counted is what a CPU would be given, which has no kernels.
+    products that it stands for. Of a choice the most expensive way counts.
     """
     out: dict[str, float] = collections.defaultdict(float)
-    cpu = jax.sharding.AbstractDevice("cpu", None, "cpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=cpu)):
+    device = jax.sharding.AbstractDevice(sharding.COUNTED, None, "cpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=device)):
         jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     _walk(jaxpr, "", 1, out)
     return dict(out)

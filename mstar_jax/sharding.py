@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+COUNTED = "to count FLOPs"  # a kind of device that no machine has: its programs are traced, and skip nothing
 
 Rules = dict[str, str | tuple[str, ...] | None]
 

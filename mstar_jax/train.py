@@ -25,7 +25,7 @@ def token_loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, 
 
     A sum, not a mean: microbatches and devices are averaged by tokens afterwards.
     """
-    logprob, right = model.token_logprobs(model(batch, remat), batch.tokens)
+    logprob, right = model.token_logprobs(model(batch, remat), batch.tokens, batch.loss_mask > 0)
     loss = -(logprob * batch.loss_mask).sum()
     return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
 

@@ -1,4 +1,4 @@
-"""Fused attention against the scores written down; which of them a machine is given."""
+"""Attention by kernel and by block against the scores written down; which of them a machine is given."""
 
 import contextlib
 import functools
@@ -41,9 +41,16 @@ def inputs(rows, length, heads, groups, width, dtype=jnp.float32, seed=0):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
 
 
-def written(q, k, v, mask):
-    """With scores in memory, as on a CPU."""
+def attend(q, k, v, mask):
+    """As the machine in force does it."""
     return attention.row_attention(mask, keep=False)(q, k, v)[0]
+
+
+def written(q, k, v, mask):
+    """With scores in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "fused", lambda *_: None)
+        return attend(q, k, v, mask)
 
 
 def gradients(attend, q, k, v, mask, weight):
@@ -89,9 +96,49 @@ def test_random_layouts(monkeypatch):
         np.testing.assert_allclose(splash(q, k, v, mask), written(q, k, v, mask), rtol=0, atol=2e-6)
 
 
-def test_every_device_its_own_rows_and_heads(monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "dtype", "within"),
+    [(2, 2, 24, jnp.float32, 2e-6), (4, 2, 16, jnp.float32, 2e-6), (2, 1, 96, jnp.bfloat16, 0.02)],
+)
+@pytest.mark.parametrize("length", [65, 200, 384])
+def test_blocks_are_what_the_scores_say(heads, groups, width, dtype, within, length):
+    """Lengths that fill their blocks and that do not; float32 has to be exact to rounding."""
+    mask = layers.row_layout(layouts(np.random.default_rng(length), 3, length))[2]
+    q, k, v, weight = inputs(3, length, heads, groups, width, dtype)
+    assert attention.kernel(attention.device_kind(), q) is attention.blockwise
+    weight = weight.astype(jnp.float32)
+    found, expected = (gradients(way, q, k, v, mask, weight) for way in (attend, written))
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, expected):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=within * np.abs(theirs).max(), err_msg=name)
+
+
+def test_no_block_is_visited_in_vain():
+    """Prefix of two blocks, four branches of one: below the diagonal they see the prefix alone."""
+    branch = jnp.asarray([[0] * 32 + [1] * 16 + [2] * 16 + [3] * 16 + [-1] * 16])
+    rows, columns, count = attention._blocks(layers.row_layout(branch)[2], 16)
+    seen = {(int(i), int(j)) for i, j in zip(rows[:count], columns[:count])}
+    assert seen == {(0, 0), (1, 0), (1, 1)} | {(i, j) for i in (2, 3, 4) for j in (0, 1, i)} | {
+        (5, j) for j in (0, 1, 5)
+    }
+
+
+def poisoned(x, block, size):
+    return x.at[:, block * size : (block + 1) * size].set(jnp.nan)
+
+
+def test_what_nothing_sees_is_not_read():
+    """Values that are not numbers, in keys that only their own branch sees, stay there."""
+    branch = jnp.asarray([[0] * 64 + [1] * 64 + [2] * 64])
+    mask = layers.row_layout(branch)[2]
+    q, k, v, _ = inputs(1, 192, 2, 1, 8)
+    out = attend(q, poisoned(k, 1, 64), poisoned(v, 1, 64), mask)
+    np.testing.assert_array_equal(np.isnan(out).any(axis=(0, 2, 3)), np.arange(192) // 64 == 1)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "cpu"])
+def test_every_device_its_own_rows_and_heads(monkeypatch, kind):
     monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
-    monkeypatch.setattr(attention, "device_kind", lambda: "TPU v5 lite")
+    monkeypatch.setattr(attention, "device_kind", lambda: kind)
     mesh = sharding.make_mesh(**MESH)
     branch = layouts(np.random.default_rng(1), 4, 128)
     mask = layers.row_layout(branch)[2]
@@ -120,11 +167,13 @@ def test_every_device_its_own_rows_and_heads(monkeypatch):
         ("TPU v5 lite", (1, 256, 4, 128), jnp.float16, None),
         ("NVIDIA H100 80GB HBM3", (1, 2560, 32, 96), jnp.bfloat16, attention.cudnn),
         ("NVIDIA H100 80GB HBM3", (1, 200, 4, 128), jnp.float16, attention.cudnn),
-        ("NVIDIA H100 80GB HBM3", (1, 2560, 32, 96), jnp.float32, None),
+        ("NVIDIA H100 80GB HBM3", (1, 2560, 32, 96), jnp.float32, attention.blockwise),
         ("NVIDIA H100 80GB HBM3", (1, 201, 4, 128), jnp.bfloat16, None),
         ("NVIDIA H100 80GB HBM3", (1, 256, 4, 100), jnp.bfloat16, None),
         ("Tesla V100-SXM2-16GB", (1, 256, 4, 128), jnp.bfloat16, None),
-        ("cpu", (1, 2560, 32, 96), jnp.bfloat16, None),
+        ("cpu", (1, 2560, 32, 96), jnp.bfloat16, attention.blockwise),
+        ("cpu", (1, 64, 32, 96), jnp.bfloat16, None),
+        (sharding.COUNTED, (1, 2560, 32, 96), jnp.bfloat16, None),
     ],
 )
 def test_which_machine_has_which(kind, shape, dtype, expected):
@@ -140,19 +189,20 @@ def test_the_mesh_in_force_decides():
     """Also for devices that are not there; and a program traced for one machine is not another's."""
     q, k, v, _ = inputs(4, 128, 4, 2, 16)
     mask = layers.row_layout(jnp.zeros((4, 128), jnp.int32))[2]
-    attend = jax.jit(written)
+    attending = jax.jit(attend)
     names, types = tuple(MESH), (jax.sharding.AxisType.Auto,) * 3
     there = jax.sharding.AbstractMesh(tuple(MESH.values()), names, axis_types=types, abstract_device=TPU)
     here = sharding.make_mesh(**MESH).abstract_mesh
-    for mesh, fused in ((None, False), (there, True), (here, False), (there, True)):
-        text = traced(attend, q, k, v, mask, mesh=mesh)
-        assert ("pallas_call" in text) == ("shard_map" in text) == fused
+    for mesh in (None, there, here, there):
+        text = traced(attending, q, k, v, mask, mesh=mesh)
+        assert ("pallas_call" in text) == (mesh is there)
+        assert ("shard_map" in text) == (mesh is not None)
     # products are counted alike: two forward, four backward
     one = 2 * 4 * 4 * 128 * 128 * 16
-    loss = jax.grad(lambda q, k, v: attend(q, k, v, mask).sum(), argnums=(0, 1, 2))
+    loss = jax.grad(lambda q, k, v: attending(q, k, v, mask).sum(), argnums=(0, 1, 2))
     for mesh in (there, here):
         with jax.sharding.use_abstract_mesh(mesh):
-            assert flops.count(attend, q, k, v, mask) == {"other": 2 * one}
+            assert flops.count(attending, q, k, v, mask) == {"other": 2 * one}
             assert flops.count(loss, q, k, v) == {"other": 6 * one}
 
 
@@ -165,7 +215,7 @@ def test_cudnn_is_called(monkeypatch, mesh):
     mask = layers.row_layout(jnp.zeros((4, 128), jnp.int32))[2]
 
     def loss(q, k, v):
-        return written(q, k, v, mask).astype(jnp.float32).sum()
+        return attend(q, k, v, mask).astype(jnp.float32).sum()
 
     with jax.set_mesh(sharding.make_mesh(**mesh)) if mesh else contextlib.nullcontext():
         program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
@@ -195,7 +245,7 @@ def compiled_for_a_tpu():
     branch = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=branch)
 
     def loss(q, k, v, branch):
-        return written(q, k, v, layers.row_layout(branch)[2]).astype(jnp.float32).sum()
+        return attend(q, k, v, layers.row_layout(branch)[2]).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, branch).compile()

@@ -109,6 +109,22 @@ def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-12)
 
 
+def test_logits_that_nothing_asks_for_are_not_made(policy, monkeypatch):
+    """Wherever the tokens that are asked for stand in their rows; the fullest row decides."""
+    monkeypatch.setattr(vlm, "PIECE", 4)
+    rng, width = np.random.default_rng(0), policy.decoder.config.hidden_size
+    hidden = jnp.asarray(rng.normal(size=(2, 18, width)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 200, (2, 18)), jnp.int32)
+    asked = jnp.zeros((2, 18), bool).at[0, jnp.asarray([3, 9, 16, 17])].set(True).at[1, 12].set(True)
+    every = jax.nn.log_softmax(policy.logits(hidden))
+    every = jnp.take_along_axis(every, tokens[..., None], axis=2)[..., 0]
+    for wanted, made in ((asked, 4), (asked.at[1, :6].set(True), 8), (jnp.zeros_like(asked), 0)):
+        found, right = jax.jit(policy.token_logprobs)(hidden, tokens, wanted)
+        np.testing.assert_allclose(found[wanted], every[wanted], rtol=1e-5)
+        assert (np.asarray(found) != 0).sum(axis=1).tolist() == [made, made]
+        assert found.shape == right.shape == (2, 18)
+
+
 def test_only_branch_tokens_are_targets(policy, batch):
     """Without branch tokens there is nothing to learn: no loss and no gradient."""
     nothing = jax.tree.map(lambda x: x[3:4], batch)

@@ -1,10 +1,10 @@
 """Attention within whole rows, and of new tokens over a shared prefix and their own suffixes.
 
-Within rows it is fused where the machine has it: no scores [B, H, T, T] in memory.
+Within rows there are no scores [B, H, T, T] in memory:
 
     TPU           splash attention, a Pallas kernel; blocks that the mask leaves empty are skipped
     NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
-    else          none: `row_attention` writes its scores down, block by block
+    else          `blockwise`, without a kernel; empty blocks are skipped too
 
 The alphabet is that of models/layers.py.
 """
@@ -21,7 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from mstar_jax import sharding
 from mstar_jax.structs import Int8
 
-BLOCK = 256  # tokens of a row whose scores are there together, where attention is not fused
+BLOCK, CPU_BLOCK = 512, 64  # tokens of a row whose scores are there together, where there is no kernel
+NEVER = -1e30  # a score that weighs nothing
 BLOCKS = (512, 256, 128)  # tokens; a kernel's step is a square of the mask, and a small one is all overhead
 
 
@@ -32,14 +33,14 @@ def device_kind() -> str:
 
 
 def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
-    """The fused attention that a kind of device has for q [B, T, H, N], None where there is none."""
+    """What a kind of device attends with to q [B, T, H, N]; None: short rows, or FLOPs are counted."""
     length, _, width = q.shape[1:]
     if kind.startswith("TPU") and q.dtype in (jnp.bfloat16, jnp.float32) and length % BLOCKS[-1] == 0:
         return splash
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kind.startswith("NVIDIA") and half and length % 2 == 0 and width % 8 == 0 and width <= 128:
         return cudnn
-    return None
+    return blockwise if length > _block(kind) and kind != sharding.COUNTED else None
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array | None:
@@ -108,6 +109,117 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
+def _block(kind: str) -> int:
+    return CPU_BLOCK if kind == "cpu" else BLOCK
+
+
+def _blocks(mask: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which blocks [size, size] of bool[B, T, T] are not empty in all rows: their rows, their columns, first
+    those that count, and how many do."""
+    count = mask.shape[1] // size
+    row, column = jnp.tril_indices(count)  # no token sees what stands behind it
+    filled = mask.reshape(-1, count, size, count, size).any(axis=(0, 2, 4))[row, column]
+    order = jnp.argsort(~filled, stable=True)
+    return row[order], column[order], filled.sum()
+
+
+def _at(x: jax.Array, block: jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis)
+
+
+def _put(x: jax.Array, new: jax.Array, block: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, new, block * new.shape[axis], axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int) -> jax.Array:
+    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; T is a multiple of `size`. float32, like q."""
+    return _forward(q, k, v, mask, size)[0]
+
+
+def _forward(q, k, v, mask, size):
+    rows, columns, count = _blocks(mask, size)
+
+    def visit(step, state):
+        top, total, out = state
+        i, j = rows[step], columns[step]
+        scores = jnp.einsum(
+            "bgqtn,bgsn->bgqts", _at(q, i, size, 3), _at(k, j, size, 2), preferred_element_type=jnp.float32
+        )
+        seen = _at(_at(mask, i, size, 1), j, size, 2)[:, None, None]
+        scores = jnp.where(seen, scores, NEVER)
+        before = _at(top, i, size, 3)
+        now = jnp.maximum(before, scores.max(-1))
+        weights, less = jnp.exp(scores - now[..., None]), jnp.exp(before - now)
+        added = jnp.einsum(
+            "bgqts,bgsn->bgqtn",
+            weights.astype(v.dtype),
+            _at(v, j, size, 2),
+            preferred_element_type=jnp.float32,
+        )
+        total = _put(total, _at(total, i, size, 3) * less + weights.sum(-1), i, 3)
+        out = _put(out, _at(out, i, size, 3) * less[..., None] + added, i, 3)
+        return _put(top, now, i, 3), total, out
+
+    nothing = jnp.zeros(q.shape[:-1], jnp.float32)
+    start = nothing + NEVER, nothing, jnp.zeros(q.shape, jnp.float32)
+    top, total, out = jax.lax.fori_loop(0, count, visit, start)
+    total = jnp.maximum(total, 1e-30)  # of what only fills up the last block
+    return out / total[..., None], top + jnp.log(total)
+
+
+def _remember(q, k, v, mask, size):
+    out, norm = _forward(q, k, v, mask, size)
+    return out, (q, k, v, mask, out, norm)
+
+
+def _backward(size, kept, grad):
+    q, k, v, mask, out, norm = kept
+    rows, columns, count = _blocks(mask, size)
+    inner = (grad * out).sum(-1)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    grad, turned = grad.astype(v.dtype), jnp.swapaxes(mask, 1, 2)
+
+    def visit(step, state):  # scores lie with the key first: two of three products then need no turned copy
+        i, j = rows[step], columns[step]
+        query, upper = _at(q, i, size, 3), _at(grad, i, size, 3)
+        key, value = _at(k, j, size, 2), _at(v, j, size, 2)
+        scores = einsum("bgsn,bgqtn->bgqst", key, query)
+        seen = _at(_at(turned, j, size, 1), i, size, 2)[:, None, None]
+        weights = jnp.where(seen, jnp.exp(scores - _at(norm, i, size, 3)[..., None, :]), 0.0)
+        steep = einsum("bgsn,bgqtn->bgqst", value, upper) - _at(inner, i, size, 3)[..., None, :]
+        steep = (weights * steep).astype(k.dtype)
+        new = (
+            (einsum("bgqst,bgsn->bgqtn", steep, key), i, 3),
+            (einsum("bgqst,bgqtn->bgsn", steep, query), j, 2),
+            (einsum("bgqst,bgqtn->bgsn", weights.astype(v.dtype), upper), j, 2),
+        )
+        return tuple(
+            _put(total, _at(total, block, size, axis) + part, block, axis)
+            for total, (part, block, axis) in zip(state, new)
+        )
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    grads = jax.lax.fori_loop(0, count, visit, start)
+    return *(x.astype(like.dtype) for x, like in zip(grads, (q, k, v))), None
+
+
+_attend_blocks.defvjp(_remember, _backward)
+
+
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attends block by block with a running maximum (FlashAttention-2, arXiv 2307.08691), on any machine."""
+    length, groups = q.shape[1], k.shape[2]
+    size = -(-length // -(-length // _block(device_kind())))
+    more = -length % size
+    filled = ((0, 0), (0, more), (0, 0), (0, 0))
+    k, v = (jnp.pad(x, filled).transpose(0, 2, 1, 3) for x in (k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, more), (0, more)))
+    out = _attend_blocks(_heads_first(jnp.pad(q, filled), groups), k, v, mask, size)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape[0], length + more, *q.shape[2:])
+    return out[:, :length].astype(q.dtype)
+
+
 def _heads_first(q: jax.Array, groups: int) -> jax.Array:
     """Scaled queries [B, T, H, N] -> [B, G, H/G, T, N]."""
     q = q.reshape(*q.shape[:2], groups, -1, q.shape[-1]) * (q.shape[-1] ** -0.5)
@@ -127,7 +239,7 @@ def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
-    """Attention within whole rows, fused where the machine has it (see `fused`).
+    """Attention within whole rows (see `fused`).
 
     Args:
       mask: bool[B, T, T], as `row_layout` gives it.
@@ -138,13 +250,8 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
         out = fused(q, k, v, mask)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if out is None:
-            parts = []
-            for first in range(0, q.shape[1], BLOCK):  # no token sees what stands behind it
-                last = min(first + BLOCK, q.shape[1])
-                scores = _scores(q[:, first:last], k[:, :, :last])
-                scores = jnp.where(mask[:, None, None, first:last, :last], scores, -jnp.inf)
-                parts.append(_values(jax.nn.softmax(scores, axis=-1), v[:, :, :last]))
-            out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+            scores = jnp.where(mask[:, None, None], _scores(q, k), -jnp.inf)
+            out = _values(jax.nn.softmax(scores, axis=-1), v)
         return out, (k, v) if keep else None
 
     return attend

@@ -95,7 +95,9 @@ def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) ->
     else:
         inverse = jnp.broadcast_to(1.0 / frequency, (positions.shape[0], half))
     angle = positions[..., None].astype(jnp.float32) * inverse[:, None, :]
-    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
+    # written into an array: XLA's CPU compiler else makes them anew in every head of every layer
+    tables = jnp.zeros((2, *angle.shape)).at[0].set(jnp.cos(angle)).at[1].set(jnp.sin(angle))
+    return tables[0] * magnitude, tables[1] * magnitude
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -17,7 +17,7 @@ from mstar_jax import sharding
 from mstar_jax.models import attention, layers
 from mstar_jax.structs import Batch, KVCache, ring
 
-PIECE = 512  # tokens of a row whose logits are there together
+PIECE = 256  # tokens of a row whose logits are there together
 
 
 class EncodedPrompt(NamedTuple):
@@ -118,37 +118,51 @@ class VisionLanguageModel(nnx.Module):
         """float32[..., V]."""
         return self.decoder.logits(hidden)
 
-    def token_logprobs(self, hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def token_logprobs(
+        self, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """How likely tokens are to the hidden states that predict them.
 
-        Long rows go piece by piece, in the backward pass too: logits [B, T, V] are never all in memory.
+        Long rows go piece by piece, in the backward pass too: logits [B, T, V] are never all in memory. The
+        tokens that are wanted come first, and pieces without one are passed over.
 
         Args:
           hidden: [B, T, D].
           tokens: int32[B, T].
+          wanted: bool[B, T]; what stands elsewhere in the results has no meaning.
 
         Returns:
           Log probability (nats) float32[B, T], and whether it is the likeliest token bool[B, T].
         """
 
-        def piece(part):
-            hidden, tokens = part
+        def read(hidden, tokens):
             logits = self.logits(hidden)
             target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
             return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
 
+        def nothing(hidden, tokens):
+            return jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool)
+
         length = tokens.shape[1]
         count = -(-length // PIECE)
         if count <= 1:
-            return piece((hidden, tokens))
-        short = -length % count
+            return read(hidden, tokens)
+        order = jnp.argsort(~wanted, axis=1, stable=True)
+        size = -(-length // count)
 
-        def cut(x):  # [B, T, ...] -> [count, B, T / count, ...]
-            x = jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(len(x), count, -1, *x.shape[2:]), 1, 0)
+        def cut(x):  # [B, T, ...] -> [count, B, T / count, ...], the wanted ones first
+            x = jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+            x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
 
-        found = jax.lax.map(jax.checkpoint(piece), (cut(hidden), cut(tokens)))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], found)
+        def piece(part):
+            hidden, tokens, number = part
+            return jax.lax.cond(number * size < most, read, nothing, hidden, tokens)
+
+        most, back = wanted.sum(axis=1).max(), jnp.argsort(order, axis=1)
+        found = jax.lax.map(jax.checkpoint(piece), (cut(hidden), cut(tokens), jnp.arange(count)))
+        found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], found)
+        return jax.tree.map(lambda x: jnp.take_along_axis(x, back, axis=1), found)
 
     def prefill(
         self,
@@ -254,7 +268,8 @@ class RewardModel(nnx.Module):
         _, predictor, _ = layers.row_layout(batch.branch)
         hidden = self.trunk.hidden(batch, remat)
         before = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
-        logprob = jnp.where(batch.branch > 0, self.trunk.token_logprobs(before, batch.tokens)[0], 0.0)
+        own = batch.branch > 0
+        logprob = jnp.where(own, self.trunk.token_logprobs(before, batch.tokens, own)[0], 0.0)
         so_far = layers.branch_sum(jnp.maximum(logprob, -self.FLOOR), batch.branch)
         read = hidden.astype(jnp.float32) @ self.weight[...] * hidden.shape[-1] ** -0.5
         return read + self.bias[...] + self.likelihood[...] * so_far, logprob
