@@ -61,6 +61,12 @@ def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
     return logits
 
 
+def _first(found: jax.Array) -> jax.Array:
+    """int32[...]: where bool[..., V] is first true, or the last place; an argmax, in one sweep on a CPU."""
+    size = found.shape[-1]
+    return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
+
+
 def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig):
     """Draws a token per row by inverting the cumulative distribution.
 
@@ -80,8 +86,9 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: 
     # a parallel cumulative sum is not monotone to the last bit: without the mask a token of no
     # probability (a forbidden one) could be drawn
     mass = jnp.where(probs > 0.0, jnp.cumsum(probs, axis=-1), 0.0)
-    drawn = jnp.argmax(mass > uniform[..., None] * mass.max(axis=-1, keepdims=True), axis=-1)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    drawn = _first(mass > uniform[..., None] * mass.max(axis=-1, keepdims=True))
+    best = _first(logits == logits.max(axis=-1, keepdims=True))
+    tokens = jnp.where(greedy, best, drawn)
     return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
 
