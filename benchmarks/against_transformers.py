@@ -10,8 +10,8 @@ ready-made. All is float32 and may use every core.
 
   rollouts  96 tokens of each of 16 samples a query, T = 1, without stops: `sampling.rollouts` against
             `generate(num_return_sequences=16)`, in tokens a second
-  sft       AdamW steps on two responses a query, five at a time: one row of `train.make_train_step` against two
-            padded sequences, loss on response tokens, the tower frozen, in queries a second
+  sft       five AdamW steps on two responses a query: one row of `train.make_train_step` against two padded
+            sequences, loss on response tokens, the tower frozen, in queries a second
   prm       step scores of 16 responses: one row of `prm.scores` against a row for each, in queries a second
 
 First both sides have to agree: in greedy tokens, in the losses of every step, in scores. A rate is of the
