@@ -100,7 +100,7 @@ def test_random_layouts(monkeypatch):
     ("heads", "groups", "width", "dtype", "within"),
     [(2, 2, 24, jnp.float32, 2e-6), (4, 2, 16, jnp.float32, 2e-6), (2, 1, 96, jnp.bfloat16, 0.02)],
 )
-@pytest.mark.parametrize("length", [65, 200, 384])
+@pytest.mark.parametrize("length", [129, 200, 384])
 def test_blocks_are_what_the_scores_say(heads, groups, width, dtype, within, length):
     """Lengths that fill their blocks and that do not; float32 has to be exact to rounding."""
     mask = layers.row_layout(layouts(np.random.default_rng(length), 3, length))[2]
@@ -140,9 +140,9 @@ def test_every_device_its_own_rows_and_heads(monkeypatch, kind):
     monkeypatch.setattr(attention, "splash", functools.partial(attention.splash, interpret=True))
     monkeypatch.setattr(attention, "device_kind", lambda: kind)
     mesh = sharding.make_mesh(**MESH)
-    branch = layouts(np.random.default_rng(1), 4, 128)
+    branch = layouts(np.random.default_rng(1), 4, 256)
     mask = layers.row_layout(branch)[2]
-    q, k, v, weight = inputs(4, 128, 4, 2, 16)
+    q, k, v, weight = inputs(4, 256, 4, 2, 16)
     alone = gradients(attention.fused, q, k, v, mask, weight)
     with jax.set_mesh(mesh):
         layout = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
@@ -172,7 +172,7 @@ def test_every_device_its_own_rows_and_heads(monkeypatch, kind):
         ("NVIDIA H100 80GB HBM3", (1, 256, 4, 100), jnp.bfloat16, None),
         ("Tesla V100-SXM2-16GB", (1, 256, 4, 128), jnp.bfloat16, None),
         ("cpu", (1, 2560, 32, 96), jnp.bfloat16, attention.blockwise),
-        ("cpu", (1, 64, 32, 96), jnp.bfloat16, None),
+        ("cpu", (1, 128, 32, 96), jnp.bfloat16, None),
         (sharding.COUNTED, (1, 2560, 32, 96), jnp.bfloat16, None),
     ],
 )
@@ -187,8 +187,8 @@ def traced(fn, *arguments, mesh=None):
 
 def test_the_mesh_in_force_decides():
     """Also for devices that are not there; and a program traced for one machine is not another's."""
-    q, k, v, _ = inputs(4, 128, 4, 2, 16)
-    mask = layers.row_layout(jnp.zeros((4, 128), jnp.int32))[2]
+    q, k, v, _ = inputs(4, 256, 4, 2, 16)
+    mask = layers.row_layout(jnp.zeros((4, 256), jnp.int32))[2]
     attending = jax.jit(attend)
     names, types = tuple(MESH), (jax.sharding.AxisType.Auto,) * 3
     there = jax.sharding.AbstractMesh(tuple(MESH.values()), names, axis_types=types, abstract_device=TPU)
@@ -198,7 +198,7 @@ def test_the_mesh_in_force_decides():
         assert ("pallas_call" in text) == (mesh is there)
         assert ("shard_map" in text) == (mesh is not None)
     # products are counted alike: two forward, four backward
-    one = 2 * 4 * 4 * 128 * 128 * 16
+    one = 2 * 4 * 4 * 256 * 256 * 16
     loss = jax.grad(lambda q, k, v: attending(q, k, v, mask).sum(), argnums=(0, 1, 2))
     for mesh in (there, here):
         with jax.sharding.use_abstract_mesh(mesh):

@@ -40,7 +40,7 @@ def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kind.startswith("NVIDIA") and half and length % 2 == 0 and width % 8 == 0 and width <= 128:
         return cudnn
-    return blockwise if length > _block(kind) and kind != sharding.COUNTED else None
+    return blockwise if length > 2 * _block(kind) and kind != sharding.COUNTED else None
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array | None:
