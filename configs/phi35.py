@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     data.test = 750  # queries, measured at the ends of the run
     data.max_prompt = 1536  # tokens, image included (at most 781); longer prompts are left out and counted
     data.buckets = (1024, 1280, 1536, 2048, 2560, 3072)  # row lengths, tokens; few, since each is compiled
+    data.grouped = True  # batches to train on hold rows of one bucket: less padding, one program a bucket
     data.workers = 8  # processes that decode images
 
     # What the policy is asked. Answers are read behind "The answer is".

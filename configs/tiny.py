@@ -27,6 +27,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     data.test = 512  # queries, measured at the ends of the run
     data.max_prompt = 448  # tokens, image included; longer prompts are left out and counted
     data.buckets = (24, 64, 80, 96, 120, 192, 256, 320, 512, 640)  # row lengths, tokens
+    data.grouped = False  # batches to train on hold rows of one bucket: more to compile, less padding
     data.workers = 0  # processes that decode images; 0 for threads: these images are 64 pixels wide
     data.figures = ConfigDict(
         {"train": 3072, "unlabelled": 256, "validation": 512, "test": 512}  # queries

@@ -204,6 +204,7 @@ class Run(Generator):
             settings.batch,
             c.data.buckets,
             seed=(c.seed * 1_000_003 + zlib.crc32(stage.encode())) % 2**31,
+            grouped=c.data.grouped,
             workers=c.data.workers,
             share=sharding.share_of(self.mesh),
             state=saved.loader if saved else None,

@@ -269,6 +269,45 @@ def test_a_source_has_one_shape(processor, prompts):
     assert length == loader.bucket(max(row.length for row in rows), (64, 128, 256)) and crops > 1
 
 
+def test_grouped_rows_keep_their_share(processor, prompts):
+    """Every row as often as ever, beside rows of its own bucket; a stream goes on where it was."""
+    short = [Row(p, ((7,) * (i + 1),)) for i, p in enumerate(prompts[:1] * 12)]
+    longer = [Row(p, ((8,) * 40, (9,) * (60 + i))) for i, p in enumerate(prompts[:1] * 4)]
+    other = [Row(prompts[0], ((6,) * 70,))] * 4
+    sources = [(short + longer, 0.8), (other, 0.2)]
+    batches = take(stream(sources, processor, grouped=True), 40)
+    (brief, _), (long, _) = sorted({(b.tokens.shape[1], b.pixels.shape[1]) for b in batches})
+    assert brief < long
+    seen = [
+        (tuple(tokens[branch > 0].tolist()), batch.tokens.shape[1])
+        for batch in batches
+        for tokens, branch in zip(batch.tokens, batch.branch)
+    ]
+    assert sum(6 in row for row, _ in seen) == 32
+    for responses, marks_of, length in ((short, 7, brief), (longer, 8, long)):
+        mine = [row for row, _ in seen if marks_of in row]
+        assert all(at == length for row, at in seen if marks_of in row)
+        counts = [mine.count(row) for row in set(mine)]
+        assert len(counts) == len(responses) and max(counts) - min(counts) <= 1
+    iterator = stream(sources, processor, grouped=True)
+    take(iterator, 7)
+    assert_equal(batches[7:12], take(stream(sources, processor, grouped=True, state=iterator.get_state()), 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40), size=st.integers(1, 9))
+def test_groups_fill_a_batch(lengths, size):
+    """All rows, each once; shortest first; several groups only where each fills a batch."""
+    rows = [Row(Prompt(Query(str(i), (), "area"), "area", n, 0)) for i, n in enumerate(lengths)]
+    groups = loader.by_bucket(rows, size, (64, 128, 256, 300))
+    assert sorted(r.prompt.query.id for g in groups for r in g) == sorted(r.prompt.query.id for r in rows)
+    assert len(groups) == 1 or min(map(len, groups)) >= size
+    tops = [{loader.bucket(r.length, (64, 128, 256, 300)) for r in g} for g in groups]
+    assert all(max(one) < min(other) for one, other in zip(tops, tops[1:]))
+    if size == 1:
+        assert all(len(top) == 1 for top in tops)
+
+
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(30, 80))
 def test_split_rows_never_cuts_a_response(lengths, room):

@@ -219,6 +219,22 @@ def _part(row: Row, first: int, last: int) -> Row:
     return Row(row.prompt, row.responses[these], row.weights[these], row.labels[these])
 
 
+def by_bucket(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[list[Row]]:
+    """Rows in groups of one bucket, the shortest first; one that does not fill a batch of `size` joins the
+    next, the last one that before it."""
+    groups = list[list[Row]]()
+    for length in sorted(buckets):
+        same = [row for row in rows if bucket(row.length, buckets) == length]
+        if groups and len(groups[-1]) < size:
+            groups[-1] += same
+        elif same:
+            groups.append(same)
+    if len(groups) > 1 and len(groups[-1]) < size:
+        last = groups.pop()
+        groups[-1] += last
+    return groups
+
+
 def train_batches(
     sources: Sequence[tuple[Sequence[Row], float]],
     processor: Any,
@@ -226,6 +242,7 @@ def train_batches(
     buckets: Sequence[int],
     *,
     seed: int,
+    grouped: bool = False,
     workers: int = 0,
     share: sharding.Share = sharding.WHOLE,
     state: dict[str, Any] | None = None,
@@ -233,7 +250,8 @@ def train_batches(
     """An endless, shuffled stream of training batches from weighted sources.
 
     Sources whose longest rows fall into the same bucket are mixed row by row; sources of different shapes
-    take turns, batch by batch, so that short rows are not padded to the longest ones.
+    take turns, batch by batch, so that short rows are not padded to the longest ones. So do the groups of a
+    source, where it is `grouped`; all its rows still come equally often.
 
     Args:
       sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows
@@ -242,6 +260,7 @@ def train_batches(
       size: rows of the *global* batch.
       buckets: row lengths to choose from; one is chosen for a source, so few programs are compiled.
       seed: of the shuffle; every epoch has its own order.
+      grouped: a batch holds rows of one bucket, see `by_bucket`: more programs, less padding.
       workers: processes that decode images; 0 decodes in threads of this one.
       share: this process's part of every global batch.
       state: of an earlier iterator (`get_state()`), to continue behind it.
@@ -257,9 +276,10 @@ def train_batches(
     share.rows(size)
     shapes: dict[tuple[int, int], list[tuple[Any, float]]] = {}
     for part, weight in filled:
-        shape = bucket(max(row.length for row in part), buckets), max(row.prompt.crops for row in part)
-        rows = grain.MapDataset.source(part).seed(seed).shuffle().repeat()
-        shapes.setdefault(shape, []).append((rows, weight))
+        for group in by_bucket(part, size, buckets) if grouped else [part]:
+            shape = bucket(max(row.length for row in group), buckets), max(row.prompt.crops for row in group)
+            rows = grain.MapDataset.source(group).seed(seed).shuffle().repeat()
+            shapes.setdefault(shape, []).append((rows, weight * len(group) / len(part)))
     streams = []
     for (length, crops), parts in shapes.items():
         batches = _mix(parts).batch(size, batch_fn=list)  # whole, so that they do not depend on the count
