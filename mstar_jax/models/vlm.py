@@ -17,7 +17,7 @@ from mstar_jax import sharding
 from mstar_jax.models import attention, layers
 from mstar_jax.structs import Batch, KVCache, ring
 
-PIECE = 256  # tokens of a row whose logits are there together
+PIECE = 512  # tokens of a row whose logits are there together
 
 
 class EncodedPrompt(NamedTuple):
