@@ -214,7 +214,9 @@ def profiler(folder: pathlib.Path, steps: Sequence[int]) -> Iterator[Callable[[i
             return False
         jax.block_until_ready(state)
         if wanted:
-            jax.profiler.start_trace(folder / str(jax.process_index()))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # what the threads of the loader did, it crashed on once
+            jax.profiler.start_trace(folder / str(jax.process_index()), profiler_options=options)
         else:
             jax.profiler.stop_trace()
             log.info("profile of steps %d to %d: %s", steps[0], steps[1] - 1, folder)
