@@ -50,7 +50,7 @@ def test_programs_of_the_local_devices():
     assert 0.8 * cost.work.flops < sum(own.values()) / 8 < 1.2 * cost.work.flops
     d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
     block = 2 * 160 * (d * width * (2 * heads + 2 * 2) + 3 * d * f)
-    block += 2 * 2 * heads * width * 54**2  # of attention's blocks one: how many there are depends on the mask
+    block += 2 * 2 * heads * width * 54**2  # one of attention's blocks: how many depends on the mask
     assert cost.work.flops > block + 2 * 160 * d * v  # and the tower's
     assert cost.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
     assert cost.peak > 4 * 160 * v  # a row's logits
