@@ -62,9 +62,10 @@ def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
 
 def _first(found: jax.Array) -> jax.Array:
-    """int32[...]: where bool[..., V] is first true, or the last place; an argmax, in one sweep on a CPU."""
+    """int32[...]: where bool[..., V] is first true, 0 where it never is; an argmax, in one sweep on a CPU."""
     size = found.shape[-1]
-    return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
+    at = jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
+    return jnp.where(at < size, at, 0)  # logits that are not numbers must not name an id that has no text
 
 
 def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig):

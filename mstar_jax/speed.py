@@ -215,7 +215,7 @@ def profiler(folder: pathlib.Path, steps: Sequence[int]) -> Iterator[Callable[[i
         jax.block_until_ready(state)
         if wanted:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # what the threads of the loader did, it crashed on once
+            options.python_tracer_level = 0  # a trace with Python's frames crashed once, among other threads
             jax.profiler.start_trace(folder / str(jax.process_index()), profiler_options=options)
         else:
             jax.profiler.stop_trace()

@@ -133,7 +133,8 @@ def _put(x: jax.Array, new: jax.Array, block: jax.Array, axis: int) -> jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int) -> jax.Array:
-    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; T is a multiple of `size`. float32, like q."""
+    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; T is a multiple of `size`. Returns
+    float32, in q's shape."""
     return _forward(q, k, v, mask, size)[0]
 
 
