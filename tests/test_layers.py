@@ -239,3 +239,20 @@ def test_norms_closed_form():
     )
     np.testing.assert_allclose(layers.layer_norm(x, jnp.ones(2) * 2, jnp.ones(2), 0.0)[0], [-1.0, 3.0])
     assert layers.rms_norm(x.astype(jnp.bfloat16), jnp.ones(2, jnp.bfloat16), 0.0).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (0, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_widen_and_its_gradients_are_a_product_s(shape, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], shape, dtype)
+    weight = jax.random.normal(keys[1], (5, 11), dtype)
+    above = jax.random.normal(keys[2], (*shape[:-1], 11), dtype)
+    ours, theirs = jax.vjp(layers.widen, x, weight), jax.vjp(jnp.matmul, x, weight)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    for a, b in zip(ours[1](above), theirs[1](above)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        apart = 1e-5 if a.dtype == jnp.float32 else 1e-1
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=apart, atol=apart)
+    alone = jax.vjp(lambda x: layers.widen(x, weight), x)[1](above)
+    np.testing.assert_array_equal(alone[0], ours[1](above)[0])

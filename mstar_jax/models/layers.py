@@ -73,6 +73,30 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
     return x32.astype(x.dtype) * weight + bias
 
 
+@jax.custom_vjp
+def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., D] @ weight [D, F] of one dtype, for F > D.
+
+    The product that makes the weight's gradient turns its first operand over. JAX puts the output's gradient
+    there, and XLA's CPU compiler computes that anew, entry by entry down its columns; here it is x.
+    """
+    return x @ weight
+
+
+def _widen_forward(x, weight):
+    trained = x.value if weight.perturbed else None  # a frozen weight needs no gradient
+    return x.value @ weight.value, (trained, weight.value)
+
+
+def _widen_back(saved, grad):
+    x, weight = saved
+    rows = tuple(range(grad.ndim - 1))
+    return grad @ weight.T, None if x is None else jnp.tensordot(x, grad, (rows, rows))
+
+
+widen.defvjp(_widen_forward, _widen_back, symbolic_zeros=True)
+
+
 def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (cos, sin), float32[B, T, N/2], of LongRoPE.
 
@@ -178,7 +202,8 @@ class Blocks(nnx.Module):
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         """x through a projection and, beside it, its adapters: a @ b is never made."""
         summed = ADAPTED[name]
-        out = jnp.tensordot(x, getattr(self, name)[...], summed)
+        weight = getattr(self, name)[...]
+        out = widen(x, weight) if name in ("gate", "up") else jnp.tensordot(x, weight, summed)
         if rank := self.config.lora_rank:
             low = jnp.tensordot(x, getattr(self, f"{name}_a")[...], summed) * (self.config.lora_alpha / rank)
             out += jnp.tensordot(low, getattr(self, f"{name}_b")[...], 1)
@@ -250,7 +275,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V] of hidden [..., D]."""
         head = self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
-        return (hidden @ head).astype(jnp.float32)
+        return widen(hidden, head).astype(jnp.float32)
 
 
 @jax.named_scope("language")
