@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+BLOCK = 128  # ids of the vocabulary that are drawn from together
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -82,15 +84,30 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: 
     """
     greedy = temperature <= 0.0
     logits = filter_logits(logits / jnp.where(greedy, 1.0, temperature)[..., None], config)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    probs = jnp.exp(logprobs)
-    # a parallel cumulative sum is not monotone to the last bit: without the mask a token of no
-    # probability (a forbidden one) could be drawn
-    mass = jnp.where(probs > 0.0, jnp.cumsum(probs, axis=-1), 0.0)
-    drawn = _first(mass > uniform[..., None] * mass.max(axis=-1, keepdims=True))
-    best = _first(logits == logits.max(axis=-1, keepdims=True))
-    tokens = jnp.where(greedy, best, drawn)
-    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    top = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    # in two steps, a block of the vocabulary and a token of it: no sum runs over all of a long row
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
+    blocks = blocks.reshape(*weights.shape[:-1], -1, BLOCK)
+    block, rest = _invert(blocks.sum(axis=-1), uniform)
+    within, _ = _invert(jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :], rest)
+    tokens = jnp.where(greedy, _first(logits == top), block * BLOCK + within)
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return tokens, (picked - top)[..., 0] - jnp.log(weights.sum(axis=-1))
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the cumulative sum of weights [..., N] passes the share `uniform` [...] of their total: the
+    entry, and the share of that entry's own weight that is left, in [0, 1]."""
+    mass = jnp.cumsum(weights, axis=-1)
+    # a parallel cumulative sum is not monotone to the last bit: without the mask an entry of no weight (a
+    # forbidden token) could be drawn
+    mass = jnp.where(weights > 0.0, mass, 0.0)
+    wanted = jnp.minimum(uniform, 1.0 - 2.0**-23) * mass.max(axis=-1)  # below the total, rounded or not
+    at = _first(mass > wanted[..., None])
+    own, upto = (jnp.take_along_axis(x, at[..., None], axis=-1)[..., 0] for x in (weights, mass))
+    left = (wanted - (upto - own)) / jnp.where(own > 0.0, own, 1.0)
+    return at, jnp.clip(left, 0.0, 1.0)
 
 
 def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:

@@ -177,7 +177,7 @@ class Sampler:
 
     def _advance(self, model, slots: Slots, temperatures, free, chunks: int = 0) -> Slots:
         c = self.config
-        temperature = jnp.broadcast_to(temperatures, slots.done.shape)
+        temperature, decode = jnp.broadcast_to(temperatures, slots.done.shape), model.decoding()
 
         def uniform(key, position):
             return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
@@ -200,7 +200,7 @@ class Sampler:
             tokens, logprobs = put(out.tokens, token), put(out.logprobs, logprob)
             out = Generated(tokens, logprobs, out.length + ~done, out.stopped | (stop & ~done))
             ended = done | stop | (cache.age[:, None] + 1 >= limits)
-            hidden, cache = model.decode(jnp.where(done, 0, token), cache, chunks)
+            hidden, cache = decode(jnp.where(done, 0, token), cache, chunks)
             return Slots(hidden, cache, keys, limits, ended, states, out)
 
         count, size = ring(c.max_new_tokens)

@@ -194,7 +194,7 @@ def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
         ours, theirs = named(ours), named(theirs)
         for name, value in theirs.items():
             np.testing.assert_allclose(
-                ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name
+                ours[name], value, rtol=0, atol=3e-5 * np.abs(value).max(), err_msg=name
             )
     # Adam divides a gradient by its own size: where that is all rounding, a parameter may move by more
     ours, theirs = named(state.params), named(want.params)

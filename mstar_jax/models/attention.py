@@ -4,7 +4,7 @@ Within rows there are no scores [B, H, T, T] in memory:
 
     TPU           splash attention, a Pallas kernel; blocks that the mask leaves empty are skipped
     NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
-    else          `blockwise`, without a kernel; empty blocks are skipped too
+    else          `blockwise`, without a kernel; it skips empty blocks on the way back
 
 The alphabet is that of models/layers.py.
 """
@@ -21,7 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from mstar_jax import sharding
 from mstar_jax.structs import Int8
 
-BLOCK, CPU_BLOCK = 512, 64  # tokens of a row whose scores are there together, where there is no kernel
+# tokens of a row whose scores are there together, where there is no kernel: forward, and backward
+BLOCK, CPU_BLOCK = (512, 512), (256, 64)
 NEVER = -1e30  # a score that weighs nothing
 BLOCKS = (512, 256, 128)  # tokens; a kernel's step is a square of the mask, and a small one is all overhead
 
@@ -40,7 +41,7 @@ def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if kind.startswith("NVIDIA") and half and length % 2 == 0 and width % 8 == 0 and width <= 128:
         return cudnn
-    return blockwise if length > 2 * _block(kind) and kind != sharding.COUNTED else None
+    return blockwise if length > 2 * _block(kind)[1] and kind != sharding.COUNTED else None
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array | None:
@@ -109,7 +110,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def _block(kind: str) -> int:
+def _block(kind: str) -> tuple[int, int]:
     return CPU_BLOCK if kind == "cpu" else BLOCK
 
 
@@ -131,55 +132,54 @@ def _put(x: jax.Array, new: jax.Array, block: jax.Array, axis: int) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(x, new, block * new.shape[axis], axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int) -> jax.Array:
-    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; T is a multiple of `size`. Returns
-    float32, in q's shape."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int, back: int
+) -> jax.Array:
+    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; blocks of `size` tokens forward, of `back` backward.
+    Returns float32, in q's shape."""
     return _forward(q, k, v, mask, size)[0]
 
 
 def _forward(q, k, v, mask, size):
-    rows, columns, count = _blocks(mask, size)
-
-    def visit(step, state):
-        top, total, out = state
-        i, j = rows[step], columns[step]
+    length, parts = q.shape[3], []
+    for start in range(0, length, size):
+        end = min(start + size, length)  # no token sees what stands behind it
         scores = jnp.einsum(
-            "bgqtn,bgsn->bgqts", _at(q, i, size, 3), _at(k, j, size, 2), preferred_element_type=jnp.float32
+            "bgqtn,bgsn->bgqts", q[:, :, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
         )
-        seen = _at(_at(mask, i, size, 1), j, size, 2)[:, None, None]
-        scores = jnp.where(seen, scores, NEVER)
-        before = _at(top, i, size, 3)
-        now = jnp.maximum(before, scores.max(-1))
-        weights, less = jnp.exp(scores - now[..., None]), jnp.exp(before - now)
-        added = jnp.einsum(
-            "bgqts,bgsn->bgqtn",
-            weights.astype(v.dtype),
-            _at(v, j, size, 2),
-            preferred_element_type=jnp.float32,
+        scores = jnp.where(mask[:, None, None, start:end, :end], scores, NEVER)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.einsum(
+            "bgqts,bgsn->bgqtn", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=jnp.float32
         )
-        total = _put(total, _at(total, i, size, 3) * less + weights.sum(-1), i, 3)
-        out = _put(out, _at(out, i, size, 3) * less[..., None] + added, i, 3)
-        return _put(top, now, i, 3), total, out
-
-    nothing = jnp.zeros(q.shape[:-1], jnp.float32)
-    start = nothing + NEVER, nothing, jnp.zeros(q.shape, jnp.float32)
-    top, total, out = jax.lax.fori_loop(0, count, visit, start)
-    total = jnp.maximum(total, 1e-30)  # of what only fills up the last block
-    return out / total[..., None], top + jnp.log(total)
+        parts.append((mixed / total, top + jnp.log(total)))
+    out, norm = (jnp.concatenate(each, axis=3) for each in zip(*parts))
+    return out, norm[..., 0]
 
 
-def _remember(q, k, v, mask, size):
+def _remember(q, k, v, mask, size, back):
     out, norm = _forward(q, k, v, mask, size)
     return out, (q, k, v, mask, out, norm)
 
 
-def _backward(size, kept, grad):
-    q, k, v, mask, out, norm = kept
-    rows, columns, count = _blocks(mask, size)
+def _backward(_, size, kept, grad):
+    like, length = kept[:3], grad.shape[3]
+    kept = *kept[:3], *(jnp.swapaxes(x, 1, 2) for x in kept[3:4]), *kept[4:]
+
+    def filled(x, axes):
+        more = [(0, -length % size if axis in axes else 0) for axis in range(x.ndim)]
+        return jnp.pad(x, more) if length % size else x
+
+    axes = (3,), (2,), (2,), (1, 2), (3,), (3,)
+    q, k, v, turned, out, norm = map(filled, kept, axes)
+    grad = filled(grad, (3,))
+    rows, columns, count = _blocks(jnp.swapaxes(turned, 1, 2), size)
     inner = (grad * out).sum(-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    grad, turned = grad.astype(v.dtype), jnp.swapaxes(mask, 1, 2)
+    grad = grad.astype(v.dtype)
 
     def visit(step, state):  # scores lie with the key first: two of three products then need no turned copy
         i, j = rows[step], columns[step]
@@ -201,24 +201,22 @@ def _backward(size, kept, grad):
         )
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    grads = jax.lax.fori_loop(0, count, visit, start)
-    return *(x.astype(like.dtype) for x, like in zip(grads, (q, k, v))), None
+    dq, dk, dv = jax.lax.fori_loop(0, count, visit, start)
+    grads = dq[:, :, :, :length], dk[:, :, :length], dv[:, :, :length]
+    return *(x.astype(each.dtype) for x, each in zip(grads, like)), None
 
 
 _attend_blocks.defvjp(_remember, _backward)
 
 
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attends block by block with a running maximum (FlashAttention-2, arXiv 2307.08691), on any machine."""
-    length, groups = q.shape[1], k.shape[2]
-    size = -(-length // -(-length // _block(device_kind())))
-    more = -length % size
-    filled = ((0, 0), (0, more), (0, 0), (0, 0))
-    k, v = (jnp.pad(x, filled).transpose(0, 2, 1, 3) for x in (k, v))
-    mask = jnp.pad(mask, ((0, 0), (0, more), (0, more)))
-    out = _attend_blocks(_heads_first(jnp.pad(q, filled), groups), k, v, mask, size)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape[0], length + more, *q.shape[2:])
-    return out[:, :length].astype(q.dtype)
+    """Attends block by block, on any machine; scores are made anew on the way back, where the mask is not
+    empty (as FlashAttention-2 does, arXiv 2307.08691)."""
+    length = q.shape[1]
+    size, back = (-(-length // -(-length // most)) for most in _block(device_kind()))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    out = _attend_blocks(_heads_first(q, k.shape[1]), k, v, mask, size, back)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def _heads_first(q: jax.Array, groups: int) -> jax.Array:

@@ -9,6 +9,7 @@ Block parameters carry a leading `layers` dimension and are scanned.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -278,14 +279,30 @@ class Decoder(nnx.Module):
         return widen(hidden, head).astype(jnp.float32)
 
 
+def layers_of(decoder: Decoder) -> Callable[[int], Blocks]:
+    """A layer's block by its number, for loops of `decode_hidden` that trace this call outside of them.
+
+    XLA's CPU compiler copies what is cut out of a stack: there it is cut here, once; other compilers read
+    it in place, and a second copy of the weights would cost them memory.
+    """
+
+    def cut(layer: int) -> Blocks:
+        return jax.tree.map(lambda p: p[layer], decoder.blocks)
+
+    if attention.device_kind() != "cpu":
+        return cut
+    return [cut(layer) for layer in range(decoder.config.num_layers)].__getitem__
+
+
 @jax.named_scope("language")
 def decode_hidden(
-    decoder: Decoder, x: jax.Array, cache: KVCache, chunks: int = 0
+    decoder: Decoder, layer: Callable[[int], Blocks], x: jax.Array, cache: KVCache, chunks: int = 0
 ) -> tuple[jax.Array, KVCache]:
     """One decoding step.
 
     Args:
       decoder: the language model.
+      layer: its blocks, see `layers_of`.
       x: [B, K, D], the embeddings of the branches' next token.
       cache: the keys and values before it.
       chunks: how many chunks of the suffixes are read, 0 for all. Rows whose tokens lie in others come out
@@ -301,13 +318,12 @@ def decode_hidden(
     seen = [steps <= cache.age[:, None] for steps in ago]  # steps since a column was written
     rope = rope_tables(c, cache.start + cache.age[:, None], cache.long)
     written = []
-    for layer in range(c.num_layers):
-        block = jax.tree.map(lambda p, layer=layer: p[layer], decoder.blocks)
-        prefix = cache.prefix_k[layer], cache.prefix_v[layer]
-        suffix = [(cache.suffix_k[at][layer], cache.suffix_v[at][layer]) for at in range(len(seen))]
+    for i in range(c.num_layers):
+        prefix = cache.prefix_k[i], cache.prefix_v[i]
+        suffix = [(cache.suffix_k[at][i], cache.suffix_v[at][i]) for at in range(len(seen))]
         attend = attention.branch_attention(prefix, cache.visible, suffix, seen, column)
         x = sharding.constrain(x, ("batch", None, None))
-        x, kept = block(x, rope, attend)
+        x, kept = layer(i)(x, rope, attend)
         written.append(kept)
     k, v = zip(*written)
     cache = cache._replace(suffix_k=(k, *cache.suffix_k[1:]), suffix_v=(v, *cache.suffix_v[1:]))

@@ -102,12 +102,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     The softmax is in float32. Where a mask leaves nothing, as in an image that only fills up a batch, the
     result is finite and meaningless.
     """
-    q = q * (q.shape[-1] ** -0.5)
-    scores = jnp.einsum("bthn,bshn->bhts", q, k, preferred_element_type=jnp.float32)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (q.shape[-1] ** -0.5), k, v))
+    scores = jnp.einsum("bhtn,bhsn->bhts", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshn->bthn", weights, v)
+    return jnp.einsum("bhts,bhsn->bhtn", weights, v).transpose(0, 2, 1, 3)
 
 
 class Vit(nnx.Module):

@@ -6,6 +6,7 @@ HD layouts, tiles and slices are data and never shapes.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -229,10 +230,16 @@ class VisionLanguageModel(nnx.Module):
         age, clock = jnp.zeros(len(x), jnp.int32), jnp.zeros((), jnp.int32)
         return before, KVCache(prefix[0], prefix[1], visible, start, long, suffix[0], suffix[1], age, clock)
 
-    def decode(self, tokens: jax.Array, cache: KVCache, chunks: int = 0) -> tuple[jax.Array, KVCache]:
-        """One token per branch: tokens int32[B, K] -> hidden [B, K, D] and the cache; for `chunks` see
-        `layers.decode_hidden`."""
-        return layers.decode_hidden(self.decoder, self.decoder.embedding[...][tokens], cache, chunks)
+    def decoding(self) -> Callable[..., tuple[jax.Array, KVCache]]:
+        """The decoding step, for loops that ask for it outside of them (see `layers.layers_of`): one token
+        per branch, tokens int32[B, K], cache, chunks (see `layers.decode_hidden`) -> hidden [B, K, D] and
+        the cache."""
+        layer, embedding = layers.layers_of(self.decoder), self.decoder.embedding[...]
+
+        def decode(tokens: jax.Array, cache: KVCache, chunks: int = 0) -> tuple[jax.Array, KVCache]:
+            return layers.decode_hidden(self.decoder, layer, embedding[tokens], cache, chunks)
+
+        return decode
 
 
 class RewardModel(nnx.Module):
