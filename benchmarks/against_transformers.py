@@ -208,7 +208,7 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
     settings = draws.SamplingConfig(s.branches, s.tokens)
     samplers = {size: sampling.Sampler(bench.processor, settings, size) for size in s.ours}
     rows = [Row(p) for p in bench.prompts]
-    batches = {size: bench.batches(rows[:size], max(1, size // 4)) for size in s.ours}
+    batches = {size: bench.batches(rows[:size], max(1, size // 8)) for size in s.ours}
 
     def ours(size: int, temperature: float) -> list[list[Any]]:
         temperatures = np.full(s.branches, temperature, np.float32)

@@ -31,7 +31,7 @@ from mstar_jax.main import CONFIG, WORKDIR
 from mstar_jax.store import write_text
 
 TABLES = flags.DEFINE_list("tables", ["1", "2", "3", "4"], "Which tables.")
-ROWS = flags.DEFINE_list("rows", [], "Only these rows of them, by the names of their folders.")
+ROWS = flags.DEFINE_list("rows", [], "Only these rows of them, in this order; names of their folders.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "How many; the first is the config's.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Rows that run side by side.")
 
@@ -301,7 +301,9 @@ def main(argv: list[str]) -> None:
     config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value or "runs/ablation")
     seeds = range(config.seed, config.seed + SEEDS.value)
     rows = {row.name: row for number in TABLES.value for row in ROWS_OF[number]}
-    rows = {name: row for name, row in rows.items() if not ROWS.value or name in ROWS.value}
+    if unknown := sorted(set(ROWS.value) - set(rows)):
+        raise app.UsageError(f"these tables have no row {', '.join(unknown)}; they have {', '.join(rows)}")
+    rows = {name: rows[name] for name in ROWS.value or rows}
     shared = [(f"seed_{s}/shared", values_of(config, None, s)) for s in seeds]
     failed = run(shared, workdir, 0)
     ready = [s for s in seeds if f"seed_{s}/shared" not in failed]
