@@ -167,19 +167,17 @@ def _remember(q, k, v, mask, size, back):
 
 def _backward(_, size, kept, grad):
     like, length = kept[:3], grad.shape[3]
-    kept = *kept[:3], *(jnp.swapaxes(x, 1, 2) for x in kept[3:4]), *kept[4:]
 
-    def filled(x, axes):
-        more = [(0, -length % size if axis in axes else 0) for axis in range(x.ndim)]
-        return jnp.pad(x, more) if length % size else x
+    def filled(x, *axes):  # to whole blocks
+        return jnp.pad(x, [(0, -length % size if axis in axes else 0) for axis in range(x.ndim)])
 
-    axes = (3,), (2,), (2,), (1, 2), (3,), (3,)
-    q, k, v, turned, out, norm = map(filled, kept, axes)
-    grad = filled(grad, (3,))
-    rows, columns, count = _blocks(jnp.swapaxes(turned, 1, 2), size)
+    q, k, v, mask, out, norm = kept
+    q, out, norm, grad = (filled(x, 3) for x in (q, out, norm, grad))
+    k, v, mask = filled(k, 2), filled(v, 2), filled(mask, 1, 2)
+    rows, columns, count = _blocks(mask, size)
     inner = (grad * out).sum(-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    grad = grad.astype(v.dtype)
+    grad, turned = grad.astype(v.dtype), jnp.swapaxes(mask, 1, 2)
 
     def visit(step, state):  # scores lie with the key first: two of three products then need no turned copy
         i, j = rows[step], columns[step]
