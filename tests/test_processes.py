@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -119,20 +120,25 @@ def test_a_half_described_cluster_is_refused():
 # ---- whole jobs ---------------------------------------------------------------------------------------
 
 
-class Job:
-    """The shrunk tiny job, in so many processes with four devices in all."""
+MAIN = ["-c", DRIVER.replace("one = jax.devices()[:1]", "one = None")]
 
-    def __init__(self, count: int, workdir: pathlib.Path):
+
+class Job:
+    """A command on the shrunk tiny config, the main job or another one, in so many processes with four
+    devices in all."""
+
+    def __init__(
+        self, count: int, workdir: pathlib.Path, program: Sequence[str] = MAIN, how: Sequence[str] = ()
+    ):
         flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
         env = os.environ | {"XLA_FLAGS": flags + " --xla_backend_optimization_level=0"}
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         values = [f"--config.{key}={str(value).replace(' ', '')}" for key, value in SMALL.items()]
-        driver = DRIVER.replace("one = jax.devices()[:1]", "one = None")
         self.processes, self.log = [], workdir.with_suffix(".log")
         for index in range(count):
-            command = [sys.executable, "-c", driver, "--config=configs/tiny.py:smoke", *values]
+            command = [sys.executable, *program, "--config=configs/tiny.py:smoke", *values, *how]
             command += [f"--workdir={workdir}", "--grace=100"]  # a busy machine compiles for long
             if count > 1:
                 command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
@@ -184,9 +190,26 @@ def assert_as_alone(workdir, alone):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(alone, tmp_path):
-    assert Job(2, tmp_path / "run").ends() == [0, 0]
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_do_what_one_does(count, alone, tmp_path):
+    assert Job(count, tmp_path / "run").ends(500) == [0] * count
     assert_as_alone(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(alone, tmp_path):
+    program = ["-m", "mstar_jax.evaluate", f"--checkpoint={alone}:warmup,{alone}", f"--prm={alone}"]
+    program += ["--benchmarks=mathv360k", f"--root={alone / 'figures'}", "--samples=2"]
+    how = ["--config.benchmarks.limit=8"]
+    found = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        job = Job(count, workdir, program, how)
+        assert job.ends() == [0] * count, job.log.read_text()
+        files = sorted((workdir / "benchmarks").rglob("*.jsonl"))
+        found.append({path.relative_to(workdir): path.read_text() for path in files})
+    assert found[0] == found[1] and len(found[0]) == 2 and all(found[0].values())
 
 
 @pytest.mark.slow
