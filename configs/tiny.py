@@ -160,7 +160,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
         evolve.data = "warmup"
     elif variant == "ablation":  # what `ablate` runs dozens of times: fewer queries, all at T = 1
         data.figures.update({"train": 1280, "test": 2000})
-        evolve.iterations, evolve.steps, data.validation, c.eval.samples = 8, 40, 128, 4
+        evolve.iterations, evolve.steps, data.validation, c.eval.samples, c.eval.k = 8, 40, 128, 4, 4
         prm.labelled, prm.held_out, explore.queries = 96, 64, 64
     elif variant == "smoke":
         data.figures.update({"train": 128, "unlabelled": 8, "validation": 64, "test": 64})

@@ -97,6 +97,10 @@ def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
         raise ValueError(
             f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
         )
+    if 0 < c.eval.samples < c.eval.k:
+        raise ValueError(
+            f"eval.k = {c.eval.k}: Pass@k needs as many samples, eval.samples = {c.eval.samples}"
+        )
     if c.evolve.keep_checkpoints < 2:
         kept = c.evolve.keep_checkpoints
         raise ValueError(

@@ -80,3 +80,11 @@ def test_impossible_sampling_is_refused(key, value):
     config.sampling[key] = value
     with pytest.raises(ValueError, match=rf"sampling\.{key} = "):
         setup.check_sampling(config, mesh)
+
+
+def test_more_passes_than_samples_are_refused():
+    config = tiny_config.get_config("smoke")
+    setup.check(config, sharding.make_mesh(**config.mesh))
+    config.eval.k = 1 + config.eval.samples
+    with pytest.raises(ValueError, match="eval.k = 5: Pass@k needs as many samples, eval.samples = 4"):
+        setup.check(config, sharding.make_mesh(**config.mesh))
