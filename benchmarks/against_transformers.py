@@ -8,9 +8,9 @@ of 640 tokens, 601 of them an image's. transformers' own Phi3ForCausalLM and CLI
 weights. Its tower runs once an image, as ours does; what leads from there to the decoder's input it gets
 ready-made. All is float32 and may use every core.
 
-  rollouts  96 tokens of each of 16 samples a query, T = 1, without stops: `sampling.rollouts` against
+  rollouts  96 tokens of each of 16 samples a query, T = 1, without stops: `rollouts.rollouts` against
             `generate(num_return_sequences=16)`, in tokens a second
-  sft       five AdamW steps on two responses a query: one row of `train.make_train_step` against two padded
+  sft       five AdamW steps on two responses a query: one row of `step.make_train_step` against two padded
             sequences, loss on response tokens, the tower frozen, in queries a second
   prm       step scores of 16 responses: one row of `prm.scores` against a row for each, in queries a second
 
@@ -38,12 +38,17 @@ from machine import machine, show, spread, timed, versions
 from PIL import Image
 from safetensors.torch import load_file
 
-from mstar_jax import draws, models, prm, sampling, sharding, train
+from mstar_jax import models, sharding
 from mstar_jax.data import loader
+from mstar_jax.inference import draw, sampler
+from mstar_jax.inference.rollouts import rollouts as answers
 from mstar_jax.models import phi35, vision, vlm
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
+from mstar_jax.rewards import prm
 from mstar_jax.structs import Prompt, Query, Row, TrainState
+from mstar_jax.training.optimizer import carry_on, make_optimizer, make_schedule
+from mstar_jax.training.step import make_train_step
 
 FROZEN = ("^tower", "_separator$", "^project_")
 LEARNING_RATE, B1, B2, CLIP = 1e-4, 0.9, 0.95, 1.0
@@ -205,8 +210,8 @@ def compared(
 
 def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tuple[list[dict], dict]:
     s = bench.sizes
-    settings = draws.SamplingConfig(s.branches, s.tokens)
-    samplers = {size: sampling.Sampler(bench.processor, settings, size) for size in s.ours}
+    settings = draw.SamplingConfig(s.branches, s.tokens)
+    samplers = {size: sampler.Sampler(bench.processor, settings, size) for size in s.ours}
     rows = [Row(p) for p in bench.prompts]
     batches = {size: bench.batches(rows[:size], max(1, size // 8)) for size in s.ours}
 
@@ -214,7 +219,7 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
         temperatures = np.full(s.branches, temperature, np.float32)
         how = {"key": jax.random.key(0), "temperatures": temperatures, "iteration": 0, "mesh": bench.mesh}
         asked = [rows[:size]], iter(batches[size])
-        found = sampling.rollouts(samplers[size], bench.policy, *asked, bench.processor, **how)
+        found = answers(samplers[size], bench.policy, *asked, bench.processor, **how)
         answered = [group for groups in found for group in groups]
         assert {len(r.tokens) for group in answered for r in group} == {s.tokens}
         return answered
@@ -260,11 +265,11 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
     longest = max(row.length for row in rows)
     ((_, host),) = loader.row_batches([(-(-longest // 32) * 32, rows)], bench.processor, count)
     batch = sharding.put_batch(host, bench.mesh)
-    schedule = train.make_schedule(LEARNING_RATE, 1000, 0, 1.0)
-    tx = train.make_optimizer(schedule, b1=B1, b2=B2, weight_decay=0.0, clip=CLIP, frozen=FROZEN)
+    schedule = make_schedule(LEARNING_RATE, 1000, 0, 1.0)
+    tx = make_optimizer(schedule, b1=B1, b2=B2, weight_decay=0.0, clip=CLIP, frozen=FROZEN)
     start = TrainState(jnp.zeros((), jnp.int32), bench.policy, ())
-    state = train.carry_on(start, tx, bench.mesh, moments=False, schedule=False)
-    step = train.make_train_step(tx, bench.mesh, frozen=FROZEN)
+    state = carry_on(start, tx, bench.mesh, moments=False, schedule=False)
+    step = make_train_step(tx, bench.mesh, frozen=FROZEN)
 
     def ours(steps: int = STEPS) -> None:
         nonlocal state

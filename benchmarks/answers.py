@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mstar_jax.answers import LETTERS, Grade, grade
+from mstar_jax.answers.check import LETTERS, Grade, grade
 
 PARTS = ("development", "kept apart")
 

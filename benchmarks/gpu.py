@@ -32,12 +32,20 @@ import numpy as np
 from flax import nnx
 from machine import machine, show, spread, timed, versions
 
-from mstar_jax import draws, flops, prm, sampling, sharding, train
+from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.models import official, phi35, vlm
+from mstar_jax.inference import draw
+from mstar_jax.inference.rollouts import rollouts as answers
+from mstar_jax.inference.sampler import Sampler
+from mstar_jax.models import phi35, vlm
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
+from mstar_jax.plan import official
+from mstar_jax.profiling import flops
+from mstar_jax.rewards import prm
 from mstar_jax.structs import Prompt, Query, Row
+from mstar_jax.training import optimizer
+from mstar_jax.training.step import REMAT, init_state, make_train_step, token_loss
 
 TINY = phi35.Phi35Config(
     DecoderConfig(512, 64, 96, 2, 4, 4, 16, max_position=131072, original_max_position=4096),
@@ -139,13 +147,13 @@ def must_read(model: Any, rows: int, prompt: int, branches: int, tokens: int) ->
 def rollouts(bench: Bench) -> tuple[list[dict], dict]:
     a, host = bench.args, bench.host
     model, batch = bench.weights(), host.batch(a.rows)
-    sampler = sampling.Sampler(host, draws.SamplingConfig(a.branches, a.tokens), a.rows)
+    sampler = Sampler(host, draw.SamplingConfig(a.branches, a.tokens), a.rows)
     asked = [list(rows) for rows, _ in batch]
     how = {"key": jax.random.key(0), "temperatures": np.ones(a.branches, np.float32), "iteration": 0}
 
     def run(limit: int) -> None:
         host.limit = limit
-        list(sampling.rollouts(sampler, model, asked, iter(batch), host, **how, mesh=bench.mesh))
+        list(answers(sampler, model, asked, iter(batch), host, **how, mesh=bench.mesh))
 
     run(a.tokens)
     found = timed({"one": lambda: run(1), "all": lambda: run(a.tokens)}, a.repeats)
@@ -194,10 +202,10 @@ def scores(bench: Bench) -> tuple[list[dict], dict]:
 
 def training(bench: Bench) -> tuple[list[dict], dict]:
     a = bench.args
-    tx = train.make_optimizer(train.make_schedule(1e-6, 1000, 0, 1.0), b2=0.95)
-    state = train.init_state(bench.build, tx, bench.mesh)
+    tx = optimizer.make_optimizer(optimizer.make_schedule(1e-6, 1000, 0, 1.0), b2=0.95)
+    state = init_state(bench.build, tx, bench.mesh)
     how: dict[str, Any] = {"accumulate": a.accumulate, "dtype": jnp.bfloat16, "remat": a.remat}
-    step = train.make_train_step(tx, bench.mesh, **how)
+    step = make_train_step(tx, bench.mesh, **how)
     host = bench.host.batch(a.train_rows, [a.response] * 2)[0][1]
     batch, losses = sharding.put_batch(host, bench.mesh), list[float]()
 
@@ -211,7 +219,7 @@ def training(bench: Bench) -> tuple[list[dict], dict]:
     if not np.isfinite(losses).all():
         raise SystemExit(f"train: losses {losses}")
     length = host.tokens.shape[1]
-    gradient = jax.grad(lambda model, batch: train.token_loss(model, batch)[0])
+    gradient = jax.grad(lambda model, batch: token_loss(model, batch)[0])
     counted = flops.count(gradient, state.params, host)
     rate = a.train_rows * length / found["seconds"]
     row = bench.row(f"train, {a.train_rows} x {length}", found, rate, "tokens/s",
@@ -241,7 +249,7 @@ def main() -> None:
     parser.add_argument("--score_rows", type=int, default=2)
     parser.add_argument("--train_rows", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches of a train step")
-    parser.add_argument("--remat", choices=tuple(train.REMAT), default="full")
+    parser.add_argument("--remat", choices=tuple(REMAT), default="full")
     parser.add_argument("--smoke", action="store_true", help="a tiny policy, to see that it runs")
     parser.add_argument("--out", default="", help="a JSON file")
     args = parser.parse_args()

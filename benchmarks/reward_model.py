@@ -19,10 +19,10 @@ import absl.logging
 import jax
 import ml_collections
 
-from mstar_jax import setup, sharding
-from mstar_jax.data import figures, truth
-from mstar_jax.reward import Reward
-from mstar_jax.stages import Run
+from mstar_jax import configure, sharding
+from mstar_jax.data import toy, truth
+from mstar_jax.stages.reward_model import Reward
+from mstar_jax.stages.run import Run
 
 
 def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str, float]:
@@ -30,7 +30,7 @@ def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str
     run = Run(config, workdir, {}, lambda: False)
     reward = Reward(run)
     reward.truth = truth.read_truth(folder / "truth.jsonl")
-    queries = setup.read(folder / "test.json", folder)[:count]
+    queries = configure.read(folder / "test.json", folder)[:count]
     with tempfile.TemporaryDirectory() as scratch:  # nothing is added to the run
         run.workdir = pathlib.Path(scratch)
         found = run.generate("fresh", lambda: run.final("warmup"), queries, run.template, [1.0] * 16)
@@ -49,7 +49,7 @@ def main() -> None:
     absl.logging.set_verbosity(absl.logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
         none = {"train": 2, "unlabelled": 2, "validation": 2, "captions": 2, "arithmetic": 2, "instruct": 2}
-        folder = figures.make(pathlib.Path(scratch) / "fresh", seed=1_000_003, test=args.queries, **none)
+        folder = toy.make(pathlib.Path(scratch) / "fresh", seed=1_000_003, test=args.queries, **none)
         for workdir in args.workdirs:
             jax.set_mesh(sharding.make_mesh())
             print(

@@ -27,7 +27,7 @@ import numpy as np
 import scipy.stats
 from absl import app, flags
 
-from mstar_jax.main import CONFIG, WORKDIR
+from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.store import write_text
 
 TABLES = flags.DEFINE_list("tables", ["1", "2", "3", "4"], "Which tables.")

@@ -19,9 +19,9 @@ from typing import Any
 import ml_collections
 
 from mstar_jax.data import splits
-from mstar_jax.dynamics import Dynamics
-from mstar_jax.reward import Reward
-from mstar_jax.stages import Run
+from mstar_jax.stages.measure import Dynamics
+from mstar_jax.stages.reward_model import Reward
+from mstar_jax.stages.run import Run
 
 
 def run(

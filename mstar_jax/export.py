@@ -18,9 +18,9 @@ import absl.logging
 import jax
 import ml_collections
 
-from mstar_jax import setup, sharding
-from mstar_jax.checkpoint import Checkpoints
+from mstar_jax import configure, sharding
 from mstar_jax.models import vlm
+from mstar_jax.training.checkpoint import Checkpoints
 
 
 def restore(workdir: pathlib.Path, stage: str = "", mesh: Any = None) -> tuple[Any, str, Any]:
@@ -56,7 +56,7 @@ def policy_of(workdir: pathlib.Path) -> Any:
     if not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is no run: it holds no config.json")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    return setup.make_policy(config, workdir)
+    return configure.make_policy(config, workdir)
 
 
 def finished(workdir: pathlib.Path, stage: str = "") -> str:

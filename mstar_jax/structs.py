@@ -1,7 +1,7 @@
 """The values that travel between the modules.
 
 Text lives in `Query` and `Response`, arrays in `Batch`, `KVCache` and `TrainState`. The two meet in two
-places only: the loader's collate and `sampling.rollouts`.
+places only: the loader's collate and `rollouts.rollouts`.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from mstar_jax import ablate, setup, sharding
+from mstar_jax import ablate, configure, sharding
 
 
 def rows():
@@ -22,7 +22,7 @@ def test_rows_are_possible_and_equal_in_queries_and_steps(name):
     flat = dict(config.evolve)
     config.update_from_flattened_dict(values)
     config.lock()
-    setup.check(config, sharding.make_mesh())
+    configure.check(config, sharding.make_mesh())
     assert config.seed == config.data.seed == 7 and config.explore.adapt == (name == "adaptive")
     if row:
         e = config.evolve

@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import pytest
 from answer_cases import MARKED, RESPONSES
 
-from mstar_jax import symbolic
-from mstar_jax.answers import Grade, as_gold, equivalent, extract, grade
-from mstar_jax.values import kind, number, tidy
+from mstar_jax.answers import symbolic
+from mstar_jax.answers.check import Grade, as_gold, equivalent, extract, grade
+from mstar_jax.answers.values import kind, number, tidy
 
 CM = ("10 cm", "12 cm", "15 cm", "120 cm")
 RED = ("red ball", "blue cube", "green cone")

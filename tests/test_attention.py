@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mstar_jax import flops, hlo, plan, sharding
+from mstar_jax import sharding
 from mstar_jax.models import attention, layers
+from mstar_jax.plan import hlo, programs
+from mstar_jax.profiling import flops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -236,7 +238,7 @@ def test_programs_for_a_tpu_hold_no_scores():
 
 
 def compiled_for_a_tpu():
-    devices = plan.devices_of("v5e:2x2")
+    devices = programs.devices_of("v5e:2x2")
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
     rows, length, heads, groups, width = 4, 1024, 8, 4, 96
     layout = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mstar_jax.data import benchmarks, tables
-from mstar_jax.data.benchmarks import Item, parse_options, read
 from mstar_jax.data.images import ImageError, load_image
+from mstar_jax.evaluate import benchmarks, tables
+from mstar_jax.evaluate.benchmarks import Item, parse_options, read
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -430,7 +430,8 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
 
 
 def test_readers_import_neither_pyarrow_nor_rapidfuzz():
-    code = "import sys, mstar_jax.scoring\nassert not {'pyarrow', 'rapidfuzz', 'pandas'} & set(sys.modules)"
+    code = "import sys, mstar_jax.evaluate.scoring\n"
+    code += "assert not {'pyarrow', 'rapidfuzz', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

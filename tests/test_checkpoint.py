@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mstar_jax import sharding, train
-from mstar_jax.checkpoint import Checkpoints
+from mstar_jax import sharding
 from mstar_jax.data import loader
 from mstar_jax.structs import EvolveState, Query, Row, TrainState
+from mstar_jax.training import optimizer
+from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.step import abstract_state, make_train_step
 from tests import tiny
 
 
@@ -22,11 +24,13 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def tx():
-    return train.make_optimizer(train.make_schedule(1e-2, 20, 2, 0.1), weight_decay=0.01, frozen=("tower",))
+    return optimizer.make_optimizer(
+        optimizer.make_schedule(1e-2, 20, 2, 0.1), weight_decay=0.01, frozen=("tower",)
+    )
 
 
 def abstract(tx, mesh, **decoder):
-    return train.abstract_state(functools.partial(tiny_policy, **decoder), tx, mesh)
+    return abstract_state(functools.partial(tiny_policy, **decoder), tx, mesh)
 
 
 def tiny_policy(**decoder):
@@ -134,9 +138,9 @@ def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
     def start():
         layout = sharding.shardings(tiny.abstract(), sharding.TRAIN, mesh)
         given = TrainState(0, jax.device_put(tiny.model(), layout), ())
-        return train.carry_on(given, tx, mesh, moments=False, schedule=False)
+        return optimizer.carry_on(given, tx, mesh, moments=False, schedule=False)
 
-    step = train.make_train_step(tx, mesh)
+    step = make_train_step(tx, mesh)
     with jax.set_mesh(mesh):
         whole, losses = run(start(), batches(), 4)
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
-from mstar_jax.dynamics import Dynamics
+from mstar_jax.stages.measure import Dynamics
 from mstar_jax.structs import Response
 
 

@@ -10,10 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import tiny as tiny_config
-from mstar_jax import evaluate, evaluation, inference, setup, speed
-from mstar_jax.data import figures
-from mstar_jax.data.benchmarks import Item
+from mstar_jax import configure
+from mstar_jax.data import toy
+from mstar_jax.evaluate import __main__ as evaluate
+from mstar_jax.evaluate import evaluation
+from mstar_jax.evaluate.benchmarks import Item
+from mstar_jax.inference import generate
 from mstar_jax.models import vlm
+from mstar_jax.profiling import speed
 from mstar_jax.structs import Query, Response
 
 OPTIONS = ("red", "blue", "green")
@@ -195,14 +199,14 @@ def place(tmp_path_factory):
     """Two policies and a reward model of random weights, as checkpoints, and questions."""
     folder = tmp_path_factory.mktemp("evaluate")
     small = {"train": 2, "unlabelled": 2, "validation": 2, "test": 12, "captions": 2, "arithmetic": 2}
-    data = figures.make(folder / "data", seed=0, instruct=2, **small)
+    data = toy.make(folder / "data", seed=0, instruct=2, **small)
     config = tiny_config.get_config("smoke")
     changes = {"policy.decoder.num_layers": 1, "policy.decoder.unroll": 1, "policy.vision.num_layers": 1}
     changes |= {"sampling.batch": 8, "sampling.max_new_tokens": 6, "data.buckets": (160,), "prm.batch": 8}
     config.update_from_flattened_dict(changes | {"benchmarks.names": ("mathv360k",)})
     config.benchmarks.root = str(data)
     (folder / "tokenizer").mkdir()
-    policy = setup.make_policy(config, folder, figures.read_base(data))
+    policy = configure.make_policy(config, folder, toy.read_base(data))
     for name, seed in (("first", 0), ("second", 1)):
         policy.save(policy.build(seed), folder / name)
     policy.save(vlm.RewardModel(policy.build(2)), folder / "reward")
@@ -226,7 +230,7 @@ def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
         try:
             again = evaluate.run(config, tmp_path / "broken", names, prm, stop_now_and_then)
             break
-        except inference.Stopped:
+        except generate.Stopped:
             continue
     assert asked > 4
     assert again.table() == whole.table()

@@ -22,7 +22,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, inference, main, metrics, prm, sampling, selection, sharding, train
+from mstar_jax import evolve, main, sharding
+from mstar_jax.inference import generate
+from mstar_jax.rewards import prm, selection
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -81,7 +83,8 @@ FINAL = "iteration_02"
 DRIVER = """
 import functools, jax
 from absl import app
-from mstar_jax import main, prm, selection, sharding
+from mstar_jax import main, sharding
+from mstar_jax.rewards import prm, selection
 selection.correct = list
 true = prm.prefixes
 first = lambda found: [r.tokens[:3] for r in found if len(r.tokens) > 3]
@@ -252,7 +255,7 @@ def test_speeds(whole):
     assert passes["rollouts", FINAL]["decoded_per_second"] > 0
     [events] = (whole / "tensorboard" / FINAL).glob("*tfevents*")
     assert b"speed/tokens_per_second" in events.read_bytes()
-    shown = metrics.speeds(records)
+    shown = records.speeds(records)
     assert "rollouts: decode" in shown and len({len(line) for line in shown.split("\n")}) == 1
 
 
@@ -328,8 +331,8 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    monkeypatch.setattr(train, "make_train_step", None)
-    monkeypatch.setattr(sampling, "rollouts", None)
+    monkeypatch.setattr("mstar_jax.stages.run.make_train_step", None)
+    monkeypatch.setattr("mstar_jax.inference.rollouts.rollouts", None)
     monkeypatch.setattr(prm, "scores", None)
     records = run(small(), whole)
     assert records == json.loads((whole / "results.json").read_text())["stages"]
@@ -345,7 +348,7 @@ def stop_after(count):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 14, 22, 26, 30])  # in base training, sampling, labels, scores, later
 def test_a_stopped_run_goes_on(whole, tmp_path, count):
-    with pytest.raises(inference.Stopped):
+    with pytest.raises(generate.Stopped):
         run(small(), tmp_path, stop_after(count))
     run(small(), tmp_path)
     assert_same_run(tmp_path, whole)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import explore
+from mstar_jax.stages import explore
 
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]  # the paper's: 0.3 to 1.6
 

@@ -8,17 +8,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mstar_jax.data import figures
+from mstar_jax.data import toy
 from mstar_jax.data import truth as truth_module
 
 SIZES = {"train": 240, "unlabelled": 61, "validation": 40, "test": 300}
 BASE = {"captions": 60, "arithmetic": 1100, "instruct": 50}
-FAMILIES = {**figures.BAR_FAMILIES, **figures.SCENE_FAMILIES}
+FAMILIES = {**toy.BAR_FAMILIES, **toy.SCENE_FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return figures.make(tmp_path_factory.mktemp("data") / "figures", seed=3, **SIZES, **BASE)
+    return toy.make(tmp_path_factory.mktemp("data") / "figures", seed=3, **SIZES, **BASE)
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +68,25 @@ def reckon(question, objects):
 
 
 def test_same_parameters_give_the_same_bytes(folder, tmp_path):
-    again = figures.make(tmp_path / "again", seed=3, **SIZES, **BASE)
+    again = toy.make(tmp_path / "again", seed=3, **SIZES, **BASE)
     assert contents(again) == contents(folder)
-    other = figures.make(tmp_path / "other", seed=4, **SIZES, **BASE)
+    other = toy.make(tmp_path / "other", seed=4, **SIZES, **BASE)
     assert (other / "train.json").read_bytes() != (folder / "train.json").read_bytes()
 
 
 def test_a_set_that_is_there_is_left_alone_and_an_unfinished_one_is_remade(tmp_path):
     small = {"train": 5, "unlabelled": 4, "validation": 3, "test": 3}
     small |= {"captions": 2, "arithmetic": 3, "instruct": 2}
-    folder = figures.make(tmp_path / "set", **small)
+    folder = toy.make(tmp_path / "set", **small)
     whole, stamp = contents(folder), (folder / "figures.json").stat().st_mtime_ns
-    assert figures.make(folder, **small) == folder
+    assert toy.make(folder, **small) == folder
     assert (folder / "figures.json").stat().st_mtime_ns == stamp
 
     (folder / "figures.json").unlink()  # as if the writing had been cut off
     (folder / "test.json").unlink()
-    figures.make(folder, **small)
+    toy.make(folder, **small)
     assert contents(folder) == whole
-    figures.make(folder, **small | {"train": 3})
+    toy.make(folder, **small | {"train": 3})
     assert len(rows_of(folder, "train")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
@@ -95,16 +95,16 @@ def test_a_run_that_dies_while_writing_leaves_nothing_in_place(tmp_path, monkeyp
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figures, "_base_records", die)
+    monkeypatch.setattr(toy, "_base_records", die)
     with pytest.raises(KeyboardInterrupt):
-        figures.make(tmp_path / "set", **SIZES, **BASE)
+        toy.make(tmp_path / "set", **SIZES, **BASE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        figures.make(tmp_path, **SIZES, **BASE)
+        toy.make(tmp_path, **SIZES, **BASE)
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
@@ -146,7 +146,7 @@ def test_rows_read_without_a_drop(folder, truths):
 def test_images_decode_and_belong_to_one_split(folder):
     used = {split: {row["image"] for row in rows_of(folder, split)} for split in SIZES}
     used["base"] = {
-        e.query.images[0].split("/figures/images/")[1] for e in figures.read_base(folder) if e.query.images
+        e.query.images[0].split("/figures/images/")[1] for e in toy.read_base(folder) if e.query.images
     }
     used["base"] = {f"figures/images/{name}" for name in used["base"]}
     assert sum(map(len, used.values())) == len(set.union(*used.values()))
@@ -171,29 +171,27 @@ def slots_of(image):
 
 
 def nearest_colour(rgb):
-    return min(figures.COLOURS, key=lambda name: np.abs(rgb - figures.COLOURS[name]).sum())
+    return min(toy.COLOURS, key=lambda name: np.abs(rgb - toy.COLOURS[name]).sum())
 
 
 def test_bars_have_the_colour_and_height_that_is_written(monkeypatch):
-    monkeypatch.setattr(figures, "NOISE_SD", 0)
+    monkeypatch.setattr(toy, "NOISE_SD", 0)
     rng = np.random.default_rng(0)
     for _ in range(30):
-        objects = figures.draw_objects(rng, scene=False)
-        slots = list(slots_of(figures.render(rng, objects)))
-        assert (
-            tuple((nearest_colour(rgb), mask.any(1).sum() // figures.UNIT) for mask, rgb in slots) == objects
-        )
+        objects = toy.draw_objects(rng, scene=False)
+        slots = list(slots_of(toy.render(rng, objects)))
+        assert tuple((nearest_colour(rgb), mask.any(1).sum() // toy.UNIT) for mask, rgb in slots) == objects
         assert all(mask.any(1)[-1] and 8 <= mask.any(0).sum() <= 14 for mask, _ in slots)
 
 
 def test_shapes_have_the_colour_and_kind_that_is_written(monkeypatch):
-    monkeypatch.setattr(figures, "NOISE_SD", 0)
+    monkeypatch.setattr(toy, "NOISE_SD", 0)
     rng = np.random.default_rng(0)
     kinds = {(True, True): "circle", (True, False): "cross", (False, True): "ring"}  # centre, quarter
     for _ in range(30):
-        objects = figures.draw_objects(rng, scene=True)
+        objects = toy.draw_objects(rng, scene=True)
         seen = []
-        for mask, rgb in slots_of(figures.render(rng, objects)):
+        for mask, rgb in slots_of(toy.render(rng, objects)):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             assert 11 <= len(columns) <= 14
             centre, quarter = len(rows) // 2, 3
@@ -226,10 +224,10 @@ def test_answers_and_steps_agree_with_the_objects(folder, truths):
 
 def test_families_follow_the_weights_and_no_answer_dominates(tmp_path):
     assert sum(FAMILIES.values()) == pytest.approx(1)
-    assert sum(share for share, _ in figures.ARITHMETIC.values()) == pytest.approx(1)
+    assert sum(share for share, _ in toy.ARITHMETIC.values()) == pytest.approx(1)
     for k in (1, 2):
         rng = np.random.default_rng(k)
-        drawn = [figures._draw(rng, k) for _ in range(12000 // k)]
+        drawn = [toy._draw(rng, k) for _ in range(12000 // k)]
         problems = [problem for _, pair in drawn for problem in pair]
         counts = collections.Counter(problem.family for problem in problems)
         for family, weight in FAMILIES.items():
@@ -240,7 +238,7 @@ def test_families_follow_the_weights_and_no_answer_dominates(tmp_path):
 
 
 def test_the_base_set(folder):
-    base = figures.read_base(folder)
+    base = toy.read_base(folder)
     counts = collections.Counter(example.mode for example in base)
     assert counts == {"caption": 60, "arithmetic": 1100, "cot": 50}
     assert len({example.query.id for example in base}) == len(base)
@@ -274,7 +272,7 @@ def test_the_base_set(folder):
 
 def test_check_steps():
     objects = (("red", 9), ("purple", 7), ("yellow", 6))
-    problem = figures.pose(np.random.default_rng(0), "remainder", objects)
+    problem = toy.pose(np.random.default_rng(0), "remainder", objects)
     truth = truth_module.Truth("x", "test", "remainder", objects, problem.variants, problem.answer)
     desc, end = "Bars red 9 purple 7 yellow 6\n", "The answer is 1"
 

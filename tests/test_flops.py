@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import flops, train
+from mstar_jax.profiling import flops
 from mstar_jax.structs import Batch
+from mstar_jax.training import step
 
 X, W = jax.ShapeDtypeStruct((8, 32), jnp.float32), jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
 ONE = 2 * 8 * 32 * 32
@@ -46,7 +47,7 @@ def test_parts_of_a_policy():
     number, value = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
     pixels = np.zeros((rows, crops, tiny.SIZE, tiny.SIZE, 3), np.float32)
     batch = Batch(number, number, value, number, pixels, value)
-    found = flops.count(lambda model: train.token_loss(model, batch)[0], policy)
+    found = flops.count(lambda model: step.token_loss(model, batch)[0], policy)
     c = policy.decoder.config
     heads, groups, width = c.num_heads, c.num_kv_heads, c.head_dim
     block = c.hidden_size * (2 * heads + 2 * groups) * width + 3 * c.hidden_size * c.intermediate_size
@@ -54,7 +55,7 @@ def test_parts_of_a_policy():
     block = 2 * tokens * block + 2 * 2 * tokens * length * heads * width
     assert found["language"] == c.num_layers * block + 2 * tokens * c.hidden_size * c.vocab_size
     assert set(found) == {"language", "projector", "vision"} and min(found.values()) > 0
-    both = flops.count(jax.grad(lambda model: train.token_loss(model, batch)[0]), policy)
+    both = flops.count(jax.grad(lambda model: step.token_loss(model, batch)[0]), policy)
     assert both["language"] == 3 * found["language"] and both["projector"] == 3 * found["projector"]
     assert 2 * found["vision"] < both["vision"] <= 3 * found["vision"]
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import internvl2, minicpmv25, names, official, phi35
+from mstar_jax.models import internvl2, minicpmv25, names, phi35
+from mstar_jax.plan import official
 
 PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).parent
 

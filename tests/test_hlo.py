@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mstar_jax import hlo, sharding
+from mstar_jax import sharding
+from mstar_jax.plan import hlo
 
 
 def work(fn, *shapes, **how):

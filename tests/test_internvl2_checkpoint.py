@@ -15,8 +15,8 @@ from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
 
 from mstar_jax import models, sharding
 from mstar_jax.models import attention, hf, internvl2
-from mstar_jax.models.official import INTERNVL2
 from mstar_jax.models.vision import patchify
+from mstar_jax.plan.official import INTERNVL2
 
 
 def model(seed=0):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, SIZE, VOCAB
 
 from mstar_jax import models, sharding
-from mstar_jax.draws import SamplingConfig
+from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import internvl2
 
 torch = pytest.importorskip("torch")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import sharding, train
+from mstar_jax import sharding
 from mstar_jax.models import layers
+from mstar_jax.training import step
 
 LENGTH = 64
 LAYOUTS = [  # row 0 holds an image, rows 1 and 2 have padding among their branches
@@ -223,8 +224,8 @@ def test_recomputing_activations_gives_the_same_gradients(policy, rows):
     """Text rows; the tower's recomputation is in test_train's sharded steps."""
     batch = tiny.stack(rows[1:])
     found = {}
-    for name, remat in train.REMAT.items():
-        grads = jax.jit(jax.grad(lambda m, b, remat=remat: train.token_loss(m, b, remat)[0]))(policy, batch)
+    for name, remat in step.REMAT.items():
+        grads = jax.jit(jax.grad(lambda m, b, remat=remat: step.token_loss(m, b, remat)[0]))(policy, batch)
         found[name] = jax.tree.leaves(grads)
     assert len(found) == 3
     for name in ("full", "dots"):

@@ -15,10 +15,16 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs import tiny as tiny_config
-from mstar_jax import models, plan, prm, setup, sharding, train
-from mstar_jax.checkpoint import Checkpoints
-from mstar_jax.models import layers, official, phi35, vlm
+from mstar_jax import configure, models, sharding
+from mstar_jax.inference import sampler
+from mstar_jax.models import layers, phi35, vlm
+from mstar_jax.plan import official
+from mstar_jax.plan.programs import Programs
+from mstar_jax.rewards import prm
 from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.training import optimizer
+from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.step import abstract_state, make_train_step, token_loss
 
 RANK, ALPHA, LENGTH = 4, 6.0, 40
 SCALE = 1.5  # alpha / rank, as in peft
@@ -31,7 +37,7 @@ def values(**lora):
     return ConfigDict({"frozen": (), "lora": LORA | lora})
 
 
-FROZEN = setup.frozen(values())
+FROZEN = configure.frozen(values())
 
 
 def config(rank=RANK, **decoder):
@@ -69,7 +75,7 @@ def materialised(policy):
 
 
 def adamw(frozen=FROZEN, rate=1e-2):
-    return train.make_optimizer(optax.constant_schedule(rate), weight_decay=0.1, frozen=frozen)
+    return optimizer.make_optimizer(optax.constant_schedule(rate), weight_decay=0.1, frozen=frozen)
 
 
 def start(params, tx):
@@ -96,7 +102,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def step(one):
-    return train.make_train_step(adamw(), one, frozen=FROZEN)
+    return make_train_step(adamw(), one, frozen=FROZEN)
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +140,16 @@ def test_what_is_frozen():
     head = {"weight", "bias", "likelihood"}
 
     def left(stage, among):
-        return {name for name in among if not any(re.search(p, name) for p in setup.frozen(values(), stage))}
+        return {
+            name for name in among if not any(re.search(p, name) for p in configure.frozen(values(), stage))
+        }
 
     assert left("warmup", policy) == left("iteration_03", policy) == ADAPTERS
     assert left("base", policy) == policy - ADAPTERS  # nothing to adapt yet
     assert left("prm", {*(names - policy), *head}) == {f"trunk.{name}" for name in ADAPTERS} | head
     none = ConfigDict({"frozen": ("^tower",), "lora": LORA | {"rank": 0}})
-    assert setup.frozen(none, "base") == setup.frozen(none, "iteration_01") == ("^tower",)
-    assert setup.frozen(none, "prm") == ("^trunk.tower",)
+    assert configure.frozen(none, "base") == configure.frozen(none, "iteration_01") == ("^tower",)
+    assert configure.frozen(none, "prm") == ("^trunk.tower",)
 
 
 def test_it_begins_as_the_base(batch):
@@ -180,12 +188,12 @@ def test_gradients_are_those_of_materialised_weights(one, batch, accumulate):
     policy, tx = tiny.model(config()), optax.sgd(0.1)  # b is not 0 here
 
     def mean(policy):
-        loss, extra = train.token_loss(materialised(policy), batch)
+        loss, extra = token_loss(materialised(policy), batch)
         return loss / extra["tokens"]
 
     want = {name: x for name, x in named(jax.jit(jax.grad(mean))(policy)).items() if name in ADAPTERS}
-    step = train.make_train_step(tx, one, frozen=FROZEN, accumulate=accumulate)
-    adapters, _ = train.split(policy, FROZEN)
+    step = make_train_step(tx, one, frozen=FROZEN, accumulate=accumulate)
+    adapters, _ = optimizer.split(policy, FROZEN)
     state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, policy), tx.init(adapters))
     state, metrics = step(state, batch)
     before, after = named(policy), named(state.params)
@@ -203,7 +211,7 @@ def test_no_product_has_a_weights_shape(one, batch):
         tx = adamw(frozen := FROZEN if rank else ())
         abstract = tiny.abstract(config(rank, intermediate_size=53))
         state = jax.eval_shape(functools.partial(start, tx=tx), abstract)
-        step = train.make_train_step(tx, one, frozen=frozen)
+        step = make_train_step(tx, one, frozen=frozen)
         products = re.findall(r":f32\[([\d,]+)\] = dot_general", str(jax.make_jaxpr(step)(state, batch)))
         found[rank] = {tuple(sorted(map(int, shape.split(",")))) for shape in products}
     assert (32, 53) in found[0] and (32, 53) not in found[RANK]
@@ -213,8 +221,8 @@ def test_no_product_has_a_weights_shape(one, batch):
 def test_sharded_steps_equal_unsharded_ones(trained, batch):
     one_device, metrics = trained
     mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
-    state = train.carry_on(TrainState(0, fresh(), ()), tx, mesh, moments=False, schedule=False)
-    step = train.make_train_step(tx, mesh, frozen=FROZEN, remat="full")
+    state = optimizer.carry_on(TrainState(0, fresh(), ()), tx, mesh, moments=False, schedule=False)
+    step = make_train_step(tx, mesh, frozen=FROZEN, remat="full")
     for want in metrics:
         state, found = step(state, sharding.put_batch(batch, mesh))
         assert float(found["loss"]) == pytest.approx(want["loss"], rel=1e-4)
@@ -224,8 +232,8 @@ def test_sharded_steps_equal_unsharded_ones(trained, batch):
         assert np.mean(np.abs(ours[name] - theirs[name]) > 1e-4) < 0.01, name
     gate = state.params.decoder.blocks.gate_b[...]
     assert gate.addressable_shards[0].data.shape == (2, RANK, 24)
-    merged = train.for_sampling(state.params, mesh, jnp.float32)
-    plain = train.for_sampling(tiny.model(config(0)), mesh, jnp.float32)
+    merged = sampler.for_sampling(state.params, mesh, jnp.float32)
+    plain = sampler.for_sampling(tiny.model(config(0)), mesh, jnp.float32)
     assert jax.tree.structure(merged) == jax.tree.structure(plain)  # the sampler's program is the same one
     for (name, a), b in zip(sharding.named(merged).items(), jax.tree.leaves(plain)):
         assert (a.dtype, a.sharding) == (b.dtype, b.sharding), name
@@ -242,9 +250,9 @@ def test_continuous_training_through_a_checkpoint(tmp_path, one, step, trained, 
         state, _ = step(state, batch)
     where = EvolveState("iteration", 1, 2, True, 1.0, 0)
     Checkpoints(tmp_path).save("iteration_01", state, where, wait=True)
-    abstract = train.abstract_state(lambda: phi35.Phi35Vision(config(), nnx.Rngs(0)), tx, one)
+    abstract = abstract_state(lambda: phi35.Phi35Vision(config(), nnx.Rngs(0)), tx, one)
     state = Checkpoints(tmp_path).restore("iteration_01", abstract)
-    state = train.carry_on(state, tx, one, moments=True, schedule=True)
+    state = optimizer.carry_on(state, tx, one, moments=True, schedule=True)
     for _ in range(2):
         state, _ = step(state, batch)
     for ours, theirs in zip((named(state.params), *moments(state)), (named(want.params), *moments(want))):
@@ -254,8 +262,8 @@ def test_continuous_training_through_a_checkpoint(tmp_path, one, step, trained, 
 
 def test_base_in_bfloat16(tmp_path, one, batch):
     """What is frozen keeps its dtype and its bits, adapters and moments are float32; restored as either."""
-    tx, policy = adamw(), train.store(fresh(), FROZEN, jnp.bfloat16)
-    state, step = start(policy, tx), train.make_train_step(tx, one, frozen=FROZEN, dtype=jnp.bfloat16)
+    tx, policy = adamw(), optimizer.store(fresh(), FROZEN, jnp.bfloat16)
+    state, step = start(policy, tx), make_train_step(tx, one, frozen=FROZEN, dtype=jnp.bfloat16)
     for _ in range(2):
         state, metrics = step(state, batch)
     before, after = named(policy), named(state.params)
@@ -265,7 +273,7 @@ def test_base_in_bfloat16(tmp_path, one, batch):
     assert all(x.dtype == np.float32 for found in moments(state) for x in found.values())
     assert np.isfinite(float(metrics["grad_norm"]))
     Checkpoints(tmp_path).save("warmup", state, EvolveState("warmup", 0, 2, True, 1.0, 0), wait=True)
-    abstract = train.abstract_state(lambda: train.store(fresh(), FROZEN, jnp.bfloat16), tx, one)
+    abstract = abstract_state(lambda: optimizer.store(fresh(), FROZEN, jnp.bfloat16), tx, one)
     again = Checkpoints(tmp_path).restore("warmup", abstract).params
     layout = sharding.shardings(tiny.abstract(config()), sharding.TRAIN, one)
     wide = jax.tree.map(
@@ -286,10 +294,10 @@ def test_a_reward_model(one):
     batch = tiny.stack([tiny.row(rng, [(0, 9), (1, 8), (2, 7)], LENGTH) for _ in range(4)])
     labels = np.full(batch.tokens.shape, -1.0, np.float32)
     labels[:, 16], labels[:, 23] = (0, 1, 0, 1), (1, 0, 1, 0)
-    batch, frozen = batch._replace(labels=labels), setup.frozen(values(), "prm")
+    batch, frozen = batch._replace(labels=labels), configure.frozen(values(), "prm")
     tx, model = adamw(frozen), vlm.RewardModel(tiny.model(config()))
     state = start(model, tx)
-    step = train.make_train_step(tx, one, loss=prm.make_loss(0.2), frozen=frozen)
+    step = make_train_step(tx, one, loss=prm.make_loss(0.2), frozen=frozen)
     for _ in range(3):
         state, metrics = step(state, batch)
     before, after = named(model), named(state.params)
@@ -307,9 +315,9 @@ def test_a_reward_model(one):
 
 def test_the_base_stage_of_a_policy_from_scratch(one, batch):
     """Everything is trained but the adapters, which go on adding nothing."""
-    frozen = setup.frozen(values(), "base")
+    frozen = configure.frozen(values(), "base")
     tx, policy = adamw(frozen), fresh()
-    state, _ = train.make_train_step(tx, one, frozen=frozen)(start(policy, tx), batch)
+    state, _ = make_train_step(tx, one, frozen=frozen)(start(policy, tx), batch)
     before, after = named(policy), named(state.params)
     still = {name for name in before if np.array_equal(before[name], after[name])}
     unseen = {name for name in before if name.startswith(("tower", "project", "row_sep", "view_sep"))}
@@ -327,7 +335,7 @@ def folder(tmp_path_factory):
 
 def pretrained(folder):
     policy = models.Pretrained(folder)
-    policy.config = setup.adapted(policy.config, values())
+    policy.config = configure.adapted(policy.config, values())
     return policy
 
 
@@ -378,7 +386,7 @@ def test_export_is_merged(folder, tmp_path):
 def test_every_family(family):
     """Adapters, and the merged tree, in the released models' shapes."""
     plain, build = official.OFFICIAL[family], models.FAMILIES[family].model
-    lora = setup.adapted(plain, values())
+    lora = configure.adapted(plain, values())
     abstract = jax.eval_shape(lambda: build(lora, nnx.Rngs(0)))
     assert {n for n in sharding.named(abstract) if re.search(layers.ADAPTERS, n)} == ADAPTERS
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -404,10 +412,10 @@ def test_memory_of_a_step(one):
 
         def init():
             params = phi35.Phi35Vision(config(rank, **wide), nnx.Rngs(0))
-            return start(train.store(params, frozen, dtype), tx)
+            return start(optimizer.store(params, frozen, dtype), tx)
 
         state = jax.eval_shape(init)
-        step = train.make_train_step(tx, one, frozen=frozen, accumulate=2, remat="full")
+        step = make_train_step(tx, one, frozen=frozen, accumulate=2, remat="full")
         found = step.lower(state, batch).compile().memory_analysis()
         size = 4 * sum(x.size for x in jax.tree.leaves(state.params))
         return found.argument_size_in_bytes / size, found.temp_size_in_bytes / size
@@ -430,7 +438,7 @@ def small(**lora):
 def test_plans():
     """A step costs less, and what is sampled and scored with is the plain model's program."""
     mesh = sharding.make_mesh()
-    programs = [plan.Programs(small(**how), mesh) for how in ({}, {"rank": 4, "base_dtype": "bfloat16"})]
+    programs = [Programs(small(**how), mesh) for how in ({}, {"rank": 4, "base_dtype": "bfloat16"})]
     with jax.set_mesh(mesh):
         [(_, _, full)], [(_, lowered, lora)] = ([*p.lower("train")] for p in programs)
         assert 0.6 < lora["language"] / full["language"] < 0.8  # no gradients of the base: 2 of 3 products
@@ -449,6 +457,6 @@ def test_values_are_checked():
         ({"base_dtype": "int8"}, "train.lora.base_dtype = 'int8': choose one of"),
     ):
         with pytest.raises(ValueError, match=text):
-            setup.check(small(**change), mesh)
-    setup.check(small(rank=8), mesh)
-    assert setup.adapted(config(0), ConfigDict({})) == config(0)  # a run of before there was LoRA
+            configure.check(small(**change), mesh)
+    configure.check(small(rank=8), mesh)
+    assert configure.adapted(config(0), ConfigDict({})) == config(0)  # a run of before there was LoRA

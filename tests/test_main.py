@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import main, setup, sharding
+from mstar_jax import configure, main, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -76,15 +76,15 @@ def test_impossible_batch_is_refused(tmp_path):
 def test_impossible_sampling_is_refused(key, value):
     config = tiny_config.get_config("smoke")
     mesh = sharding.make_mesh(**config.mesh)
-    setup.check_sampling(config, mesh)
+    configure.check_sampling(config, mesh)
     config.sampling[key] = value
     with pytest.raises(ValueError, match=rf"sampling\.{key} = "):
-        setup.check_sampling(config, mesh)
+        configure.check_sampling(config, mesh)
 
 
 def test_more_passes_than_samples_are_refused():
     config = tiny_config.get_config("smoke")
-    setup.check(config, sharding.make_mesh(**config.mesh))
+    configure.check(config, sharding.make_mesh(**config.mesh))
     config.eval.k = 1 + config.eval.samples
     with pytest.raises(ValueError, match="eval.k = 5: Pass@k needs as many samples, eval.samples = 4"):
-        setup.check(config, sharding.make_mesh(**config.mesh))
+        configure.check(config, sharding.make_mesh(**config.mesh))

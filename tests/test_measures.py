@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import measures, selection
+from mstar_jax.rewards import metrics, selection
 from mstar_jax.structs import Query, Response
 
 
@@ -24,13 +24,13 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations(range(n), k))
             share = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
-            assert measures.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
+            assert metrics.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 0), (4, 2, 5), (4, 5, 2), (4, -1, 2), (0, 0, 1)])
 def test_pass_at_k_refuses_the_impossible(n, c, k):
     with pytest.raises(ValueError, match=f"got n={n}, c={c}, k={k}"):
-        measures.pass_at_k(n, c, k)
+        metrics.pass_at_k(n, c, k)
 
 
 def test_dynamics():
@@ -52,7 +52,7 @@ def test_dynamics():
                 for i in range(n)
             ]
         )
-    found = measures.dynamics(groups, k)
+    found = metrics.dynamics(groups, k)
 
     every = [r for group in groups for r in group]
     passed = []
@@ -79,10 +79,10 @@ def test_dynamics():
 def test_dynamics_leaves_out_what_cannot_be_told():
     greedy = [response(verdict="correct", temperature=0.0)]
     sampled = [response(verdict="wrong"), response(1, verdict="correct")]
-    assert {"pass_at_k", "gap", "sampled_accuracy"}.isdisjoint(measures.dynamics([greedy], 4))
-    alone = measures.dynamics([sampled], 1)
+    assert {"pass_at_k", "gap", "sampled_accuracy"}.isdisjoint(metrics.dynamics([greedy], 4))
+    alone = metrics.dynamics([sampled], 1)
     assert alone["pass_at_k"] == 0.5 and {"greedy_accuracy", "gap"}.isdisjoint(alone)
-    assert measures.dynamics([], 4)["truncated"] == 0.0
+    assert metrics.dynamics([], 4)["truncated"] == 0.0
 
 
 # ---- scored samples -----------------------------------------------------------------------------------
@@ -110,18 +110,18 @@ def test_reward_pass_at_k(samples, k):
         left.remove(row)
         passed |= row[1]
     columns = [list(column) for column in zip(*samples)] or [[], [], []]
-    assert measures.reward_pass_at_k(*columns, k) == passed
+    assert metrics.reward_pass_at_k(*columns, k) == passed
 
 
 def test_reward_pass_at_k_by_hand():
     texts, right = ["a", "a", "b", "c"], [False, False, True, False]
-    assert measures.reward_pass_at_k([0.9, 0.9, 0.5, 0.1], right, texts, 2)  # a and its copy count once
-    assert not measures.reward_pass_at_k([0.9, 0.9, 0.5, 0.6], right, texts, 2)
-    assert not measures.reward_pass_at_k([0.5, 0.5, 0.5, 0.5], right, texts, 1)  # ties to the earlier
+    assert metrics.reward_pass_at_k([0.9, 0.9, 0.5, 0.1], right, texts, 2)  # a and its copy count once
+    assert not metrics.reward_pass_at_k([0.9, 0.9, 0.5, 0.6], right, texts, 2)
+    assert not metrics.reward_pass_at_k([0.5, 0.5, 0.5, 0.5], right, texts, 1)  # ties to the earlier
     with pytest.raises(ValueError, match="got 0"):
-        measures.reward_pass_at_k([0.5], [True], ["a"], 0)
+        metrics.reward_pass_at_k([0.5], [True], ["a"], 0)
     with pytest.raises(ValueError):
-        measures.reward_pass_at_k([0.5], [True, False], ["a", "b"], 1)
+        metrics.reward_pass_at_k([0.5], [True, False], ["a", "b"], 1)
 
 
 @settings(deadline=None)
@@ -132,13 +132,13 @@ def test_best_of_n(samples):
         if best is None or value > best[0]:
             best = (value, right)
     rewards, correct = [s[0] for s in samples], [s[1] for s in samples]
-    assert measures.best_of_n(rewards, correct) is (best is not None and best[1])
+    assert metrics.best_of_n(rewards, correct) is (best is not None and best[1])
 
 
 @settings(deadline=None)
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 10))
 def test_balance_score(wrong, right, target):
-    selected, score = wrong + right, measures.balance_score(wrong + right, right, target)
+    selected, score = wrong + right, metrics.balance_score(wrong + right, right, target)
     if not selected:
         assert score == 0.0
     elif right >= target:
@@ -148,11 +148,11 @@ def test_balance_score(wrong, right, target):
 
 
 def test_balance_score_by_hand():
-    assert measures.balance_score(16, 8) == 0.5
-    assert measures.balance_score(4, 4) == 0.5  # all right, but too few
+    assert metrics.balance_score(16, 8) == 0.5
+    assert metrics.balance_score(4, 4) == 0.5  # all right, but too few
     for selected, right, target in [(3, 4, 8), (3, -1, 8), (3, 1, 0)]:
         with pytest.raises(ValueError, match=f"got {right}, {selected}, {target}"):
-            measures.balance_score(selected, right, target)
+            metrics.balance_score(selected, right, target)
 
 
 @pytest.mark.parametrize("aggregate", selection.AGGREGATES)
@@ -166,16 +166,16 @@ def test_dynamics_of_scored_samples(aggregate):
             rows.append(response(i, text, str(rng.choice(["correct", "wrong"])), step_scores=scores))
         rows.append(response(6, "cut", "correct", truncated=True))
         groups.append(rows)
-    found = measures.dynamics(groups, 4, aggregate=aggregate, alpha=0.3, target=2)
+    found = metrics.dynamics(groups, 4, aggregate=aggregate, alpha=0.3, target=2)
     passed, balance = [], []
     for group in groups:
         rows = [(selection.reward(r, aggregate), r.verdict == "correct", r.text) for r in group[1:]]
-        passed.append(measures.reward_pass_at_k(*zip(*rows), 2))
+        passed.append(metrics.reward_pass_at_k(*zip(*rows), 2))
         kept = [right for value, right, _ in rows if value > 0.3]
-        balance.append(measures.balance_score(len(kept), sum(kept), 2))
+        balance.append(metrics.balance_score(len(kept), sum(kept), 2))
     assert found["reward_pass_at_2"] == pytest.approx(sum(passed) / 12) and 0 < sum(passed) < 12
     assert found["balance_score"] == pytest.approx(sum(balance) / 12) and sum(balance) > 0
-    plain = measures.dynamics([[dataclasses.replace(r, step_scores=None) for r in g] for g in groups], 4)
+    plain = metrics.dynamics([[dataclasses.replace(r, step_scores=None) for r in g] for g in groups], 4)
     assert {key: found[key] for key in plain} == plain
     assert found.keys() - plain.keys() == {"reward_pass_at_2", "balance_score"}
 
@@ -183,7 +183,7 @@ def test_dynamics_of_scored_samples(aggregate):
 def test_dynamics_refuses_a_half_scored_split():
     scored, bare = response(step_scores=(0.5,), verdict="wrong"), response(7, verdict="wrong")
     with pytest.raises(ValueError, match="sample 7: no step scores"):
-        measures.dynamics([[scored], [bare]], 1)
+        metrics.dynamics([[scored], [bare]], 1)
 
 
 def test_by_temperature():
@@ -202,19 +202,19 @@ def test_by_temperature():
         ]
         for _ in range(15)
     ]
-    found = measures.by_temperature(groups, 2, alpha=0.2, target=1)
+    found = metrics.by_temperature(groups, 2, alpha=0.2, target=1)
     assert [row["temperature"] for row in found] == [0.3, 0.7, 1.2]
     greedy = sum(g[0].verdict == "correct" for g in groups) / 15
     for row in found:
         samples = [[r for r in g if r.temperature == row["temperature"]] for g in groups]
-        alone = measures.dynamics(samples, 2, alpha=0.2, target=1)  # lengths and shares: of samples only
+        alone = metrics.dynamics(samples, 2, alpha=0.2, target=1)  # lengths and shares: of samples only
         gap = alone["pass_at_k"] - greedy
         more = {"temperature": row["temperature"], "greedy_accuracy": greedy, "gap": gap}
         assert row == pytest.approx(alone | more) and "balance_score" in row
-    assert {"greedy_accuracy", "gap"}.isdisjoint(measures.by_temperature([g[1:] for g in groups], 2)[0])
-    assert measures.by_temperature([], 2) == []
+    assert {"greedy_accuracy", "gap"}.isdisjoint(metrics.by_temperature([g[1:] for g in groups], 2)[0])
+    assert metrics.by_temperature([], 2) == []
     with pytest.raises(ValueError, match="group 14 has no sample at temperature 0.3"):
-        measures.by_temperature([*groups[:-1], [r for r in groups[-1] if r.temperature != 0.3]], 2)
+        metrics.by_temperature([*groups[:-1], [r for r in groups[-1] if r.temperature != 0.3]], 2)
 
 
 # ---- accuracy against the number of rollouts ----------------------------------------------------------
@@ -244,16 +244,16 @@ def test_curve_by_hand():
         sample(4, "B", 1.0, truncated=True),
     ]
     choice = query("b", "B", options=("10 cm", "12 cm"), answer_type="choice")
-    found = measures.curve([(query("a", "1/2"), halves), (choice, letters)], [1, 2, 3, 4])
+    found = metrics.curve([(query("a", "1/2"), halves), (choice, letters)], [1, 2, 3, 4])
     assert found == [
         {"n": 1, "greedy": 0.5, "best_of_n": 0.0, "majority": 0.0, "weighted_vote": 0.0},
         {"n": 2, "greedy": 0.5, "best_of_n": 0.5, "majority": 0.0, "weighted_vote": 0.5},
         {"n": 3, "greedy": 0.5, "best_of_n": 0.5, "majority": 0.5, "weighted_vote": 1.0},
         {"n": 4, "greedy": 0.5, "best_of_n": 0.5, "majority": 0.0, "weighted_vote": 1.0},
     ]
-    by_last = measures.curve([(query("a", "1/2"), halves[1:])], [3], aggregate="last")
+    by_last = metrics.curve([(query("a", "1/2"), halves[1:])], [3], aggregate="last")
     assert by_last == [{"n": 3, "best_of_n": 0.0, "majority": 1.0, "weighted_vote": 1.0}]
-    strings = measures.curve([(query("a", "1/2"), halves)], [3], lambda q: str.__eq__)
+    strings = metrics.curve([(query("a", "1/2"), halves)], [3], lambda q: str.__eq__)
     assert strings[0]["majority"] == strings[0]["weighted_vote"] == 0.0  # as strings they do not share
 
 
@@ -267,7 +267,7 @@ def test_curve(rows):
         (query(str(at), gold), [sample(i, a or "", value / 8) for i, (a, value) in enumerate(group)])
         for at, (gold, group) in enumerate(rows)
     ]
-    for row in measures.curve(groups, range(1, 7)):
+    for row in metrics.curve(groups, range(1, 7)):
         right = {"best_of_n": 0, "majority": 0, "weighted_vote": 0}
         for gold, group in rows:
             given_answers, values = zip(*group[: row["n"]])
@@ -285,11 +285,11 @@ def test_curve_refuses():
     group = [sample(0, "1", 0.5), sample(1, "1", 0.5)]
     for n in (0, 3):
         with pytest.raises(ValueError, match=f"query 'a' has 2 samples; n={n}"):
-            measures.curve([(query("a", "1"), group)], [n])
+            metrics.curve([(query("a", "1"), group)], [n])
     with pytest.raises(ValueError, match="query 'a' has no gold"):
-        measures.curve([(query("a", None), group)], [1])
+        metrics.curve([(query("a", None), group)], [1])
     with pytest.raises(ValueError, match="no step scores"):
-        measures.curve([(query("a", "1"), [response(text="The answer is 1")])], [1])
+        metrics.curve([(query("a", "1"), [response(text="The answer is 1")])], [1])
 
 
 # ---- the reward model ---------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_paired(pairs):
-    found = measures.paired(*zip(*pairs))
+    found = metrics.paired(*zip(*pairs))
     changes = [int(b) - int(a) for a, b in pairs]
     assert found["difference"] == pytest.approx(np.mean(changes))
     width = 1.959964 * np.std(changes) / math.sqrt(len(changes))
@@ -314,7 +314,7 @@ def test_paired(pairs):
 def test_paired_needs_the_same_questions():
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="the same questions"):
-            measures.paired(first, second)
+            metrics.paired(first, second)
 
 
 def columns(rows):
@@ -331,7 +331,7 @@ def pairs(rows):
 @given(SCORED)
 def test_auc(rows):
     won = pairs(rows)
-    assert measures.auc(*columns(rows)) == (pytest.approx(sum(won) / len(won)) if won else None)
+    assert metrics.auc(*columns(rows)) == (pytest.approx(sum(won) / len(won)) if won else None)
 
 
 @settings(deadline=None)
@@ -339,26 +339,26 @@ def test_auc(rows):
 def test_within_auc(groups):
     won = [each for rows in groups for each in pairs(rows)]
     expected = pytest.approx(sum(won) / len(won)) if won else None
-    assert measures.within_auc(columns(rows) for rows in groups) == expected
+    assert metrics.within_auc(columns(rows) for rows in groups) == expected
 
 
 def test_within_auc_does_not_reward_telling_queries_apart():
     easy, hard = ([0.9, 0.8], [0, 1]), ([0.2, 0.1, 0.1], [0, 0, 1])
-    assert measures.within_auc([easy, hard]) == pytest.approx(0.5 / 3)
-    assert measures.auc(easy[0] + hard[0], easy[1] + hard[1]) == pytest.approx(2.5 / 6)
+    assert metrics.within_auc([easy, hard]) == pytest.approx(0.5 / 3)
+    assert metrics.auc(easy[0] + hard[0], easy[1] + hard[1]) == pytest.approx(2.5 / 6)
 
 
 def test_auc_refuses_soft_labels():
     for scores, labels in [([0.1, 0.2], [0.5, 1]), ([0.1], [0, 1]), ([0.1, float("nan")], [0, 1])]:
         with pytest.raises(ValueError):
-            measures.auc(scores, labels)
+            metrics.auc(scores, labels)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 100), st.floats(0, 1)), min_size=1, max_size=20), st.integers(1, 12))
 def test_calibration(rows, bins):
     scores, labels = [v / 100 + 0.0003 * (v < 100) for v, _ in rows], [label for _, label in rows]
-    found = measures.calibration(scores, labels, bins)
+    found = metrics.calibration(scores, labels, bins)
     ece, expected = 0.0, []
     for at in range(bins):
         low, high = at / bins, (at + 1) / bins
@@ -373,10 +373,10 @@ def test_calibration(rows, bins):
 
 
 def test_calibration_by_hand():
-    found = measures.calibration([0.0, 0.05, 0.5, 1.0], [0, 0.1, 1, 1], bins=2)
+    found = metrics.calibration([0.0, 0.05, 0.5, 1.0], [0, 0.1, 1, 1], bins=2)
     low, high = found["bins"]  # 0.5 belongs to the upper bin
     assert (low["count"], high["count"], high["score"], high["label"]) == (2, 2, 0.75, 1.0)
     assert found["ece"] == pytest.approx(0.5 * 0.025 + 0.5 * 0.25)
     for scores, labels in [([], []), ([0.5], [0.5, 0.5]), ([1.5], [1]), ([0.5], [-1]), ([float("nan")], [0])]:
         with pytest.raises(ValueError):
-            measures.calibration(scores, labels)
+            metrics.calibration(scores, labels)

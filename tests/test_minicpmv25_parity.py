@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import generate
 
 from mstar_jax import models, sharding
-from mstar_jax.draws import SamplingConfig
+from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import attention, minicpmv25, slicing
 from mstar_jax.structs import Batch
 

@@ -10,7 +10,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from mstar_jax import models, sharding
-from mstar_jax.draws import SamplingConfig
+from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import phi35
 from mstar_jax.models.vision import patchify
 

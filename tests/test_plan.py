@@ -6,7 +6,11 @@ import jax
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import flops, hlo, plan, sharding
+from mstar_jax import sharding
+from mstar_jax.plan import __main__ as plan
+from mstar_jax.plan import hlo
+from mstar_jax.plan.programs import Programs, policy_of
+from mstar_jax.profiling import flops
 
 
 def small():
@@ -24,7 +28,7 @@ def small():
 )
 def test_released_models_need_no_checkpoint(name, parameters):
     config = importlib.import_module(f"configs.{name}").get_config()
-    programs = plan.Programs(config, sharding.make_mesh(fsdp=-1, data=1))
+    programs = Programs(config, sharding.make_mesh(fsdp=-1, data=1))
     abstract = jax.eval_shape(programs.build)
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters
     assert programs.dimensions.num_crops == config.policy.max_crops
@@ -34,7 +38,7 @@ def test_no_family():
     config = importlib.import_module("configs.phi35").get_config()
     config.policy.family = "nonsense"
     with pytest.raises(ValueError, match="'nonsense': give policy.path, or one of phi3_v"):
-        plan.policy_of(config)
+        policy_of(config)
 
 
 def test_programs_of_the_local_devices():
@@ -45,7 +49,7 @@ def test_programs_of_the_local_devices():
     assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # of a CPU nothing is known
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        [(_, lowered, own)] = plan.Programs(config, mesh).lower("score")
+        [(_, lowered, own)] = Programs(config, mesh).lower("score")
         cost = plan.compile_(lowered)
     assert 0.8 * cost.work.flops < sum(own.values()) / 8 < 1.2 * cost.work.flops
     d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
@@ -61,7 +65,7 @@ def test_rollouts_are_two_programs():
     config.sampling.batch, config.sampling.refill = 16, 0.5
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        found = {title: lowered for title, lowered, _ in plan.Programs(config, mesh).lower("rollouts")}
+        found = {title: lowered for title, lowered, _ in Programs(config, mesh).lower("rollouts")}
     first, second = found
     assert (
         first == "prefill, 8 rows of 128 into 16"
@@ -103,7 +107,9 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
     monkeypatch.setattr(plan, "compile_", compile_)
     monkeypatch.setattr(plan, "chip_of", lambda kind: flops.CHIPS["TPU v5 lite"])
     monkeypatch.setattr(
-        plan.Programs, "lower", lambda self, name: iter([("a program", "lowered", {"language": 8 * 98.5e12})])
+        Programs,
+        "lower",
+        lambda self, name: iter([("a program", "lowered", {"language": 8 * 98.5e12})]),
     )
     config = small()
     config.evolve.batch = 32

@@ -14,9 +14,10 @@ import tiny
 import tiny_minicpm
 from safetensors.numpy import load_file
 
-from mstar_jax import evolve, export, models, selection, sharding
-from mstar_jax.data import figures
+from mstar_jax import evolve, export, models, sharding
+from mstar_jax.data import toy
 from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
+from mstar_jax.rewards import selection
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SMALL = {
@@ -97,7 +98,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     policy.save(policy.build(), folder, "bfloat16")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
-    data = figures.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
+    data = toy.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
     config.update_from_flattened_dict(
         SMALL | {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
@@ -141,7 +142,7 @@ def test_a_reward_model_of_another_family(tmp_path, monkeypatch):
     judge = FAMILIES["internvl2"](tmp_path / "other")
     judge.save(vlm.RewardModel(judge.build(1)), tmp_path / "judge", "bfloat16")
     sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
-    data = figures.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
+    data = toy.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
     config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
     given = {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
     config.update_from_flattened_dict(SMALL | given | {"prm.path": str(tmp_path / "judge")})

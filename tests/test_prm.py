@@ -10,9 +10,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import prm, sampling, sharding, steps
+from mstar_jax import sharding
 from mstar_jax.data import loader
+from mstar_jax.inference import draw
 from mstar_jax.models import vlm
+from mstar_jax.rewards import prm, steps
 from mstar_jax.structs import Prompt, Query, Response, Row
 
 LINES = "area\nbase\n\nheight 4\nThe answer is 6"
@@ -25,7 +27,7 @@ def processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(processor):
-    return sampling.token_texts(processor)
+    return draw.token_texts(processor)
 
 
 @pytest.fixture(scope="module")

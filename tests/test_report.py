@@ -13,8 +13,9 @@ import threading
 import pytest
 from PIL import Image
 
-from mstar_jax import measures, report
-from mstar_jax.reporting import figure2, gallery, page, plots, relativity, runs, tables
+from mstar_jax.report import __main__ as report
+from mstar_jax.report import document, figure2, figures, gallery, page, relativity, runs, tables
+from mstar_jax.rewards import metrics
 from mstar_jax.store import Store, rollout
 from mstar_jax.structs import Query, Response
 
@@ -71,7 +72,7 @@ def make_run(path, prm=True, iterations=3, name="<b>run</b>"):
             stage |= {"reward_pass_at_2": 0.7, "balance_score": 0.3, "all_right": 0.4, "unfaithful": 0.2}
         stages[1] |= {"grid": grid(), "chosen": 0.3}
         stages[4] |= {"grid": grid(), "chosen": 0.3}
-        bins = measures.calibration([0.1, 0.2, 0.9, 0.8], [0.0, 0.5, 1.0, 0.75])["bins"]
+        bins = metrics.calibration([0.1, 0.2, 0.9, 0.8], [0.0, 0.5, 1.0, 0.75])["bins"]
         known = {"step_auc": 0.71, "step_auc_likelihood": 0.68, "all_right_auc": 0.66}
         head = {"stage": "prm", "iteration": 0, "split": "held-out", "n": 2, "responses": 8, "steps": 20}
         about = {"label_auc": 0.8123, "label_auc_within": 0.66, "ece": 0.04, "brier": 0.1}
@@ -136,7 +137,7 @@ def browsed(text):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    return report.write([make_run(tmp_path_factory.mktemp("runs") / "run <1> $x$")])
+    return document.write([make_run(tmp_path_factory.mktemp("runs") / "run <1> $x$")])
 
 
 # ---- the page -----------------------------------------------------------------------------------------
@@ -182,12 +183,12 @@ def test_text_of_a_model_stays_text(full):
 
 
 def test_same_run_gives_the_same_bytes(full, tmp_path):
-    again = report.write([full.parent.parent], tmp_path / "again")
+    again = document.write([full.parent.parent], tmp_path / "again")
     assert again.read_bytes() == full.read_bytes()
 
 
 def test_run_without_reward_model_and_exploration(tmp_path):
-    text, shown = read(report.write([make_run(tmp_path / "plain", prm=False)]))
+    text, shown = read(document.write([make_run(tmp_path / "plain", prm=False)]))
     absent = re.findall(r'<section id="(\w+)" class="absent">', text)
     assert absent == ["figure4", "temperature", "figure2", "prm"]
     assert "the temperature is static, T = 0.7" in shown.data["temperature"]
@@ -207,7 +208,7 @@ def test_broken_and_missing_parts_do_not_crash(tmp_path):
     (run / "scores" / "iteration_03_validation" / "00001.jsonl").write_text("{broken\n")
     (run / "figures" / "truth.jsonl").write_text("[]\n")
     (run / "figures" / "a.png").write_bytes(b"no image")
-    text, shown = read(report.write([run]))
+    text, shown = read(document.write([run]))
     assert re.findall(r'<section id="(\w+)" class="absent">', text) == ["figure2", "prm"]
     assert "00001.jsonl" in shown.data["figure2"] and "iteration_03_validation" in shown.data["samples"]
     names = [stage["name"] for stage in browsed(text)["stages"]]
@@ -223,7 +224,7 @@ def test_benchmarks(tmp_path):
     shown = {"policy": "warmup", "benchmark": "m3cot", "greedy": greedy | {"truncated": 0.0}}
     (folder / "m3cot.json").write_text(json.dumps(shown))
     make_run(tmp_path / "run")
-    assert '<section id="benchmarks">' in read(report.write([tmp_path / "run"]))[0]
+    assert '<section id="benchmarks">' in read(document.write([tmp_path / "run"]))[0]
     text = tables.benchmarks(runs.Run("run", tmp_path / "run", {"stages": []}))
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text.partition("<tbody>")[2])
     assert cells[:4] == ["warmup", "m3cot", "greedy", "8"]
@@ -232,7 +233,7 @@ def test_benchmarks(tmp_path):
 
 def test_run_that_has_only_begun(tmp_path):
     (tmp_path / "results.json").write_text('{"stages": []}')
-    text, _ = read(report.write([tmp_path]))
+    text, _ = read(document.write([tmp_path]))
     assert re.findall(r'<section id="(\w+)" class="absent">', text) == list(SECTIONS[1:])
     assert "no stage was evaluated yet" in text
 
@@ -242,12 +243,12 @@ def test_no_run_is_an_error(tmp_path):
     (tmp_path / "half" / "results.json").write_text('{"stages": 3')
     for workdirs, names in (([tmp_path], ()), ([tmp_path / "half"], ()), ([], ()), ([tmp_path], ("a", "b"))):
         with pytest.raises(ValueError):
-            report.write(workdirs, names=names)
+            document.write(workdirs, names=names)
 
 
 def test_two_runs_are_compared(tmp_path):
     workdirs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", prm=False, iterations=2)]
-    text, shown = read(report.write(workdirs, tmp_path / "out"))
+    text, shown = read(document.write(workdirs, tmp_path / "out"))
     assert "M-STaR: run, run (2)" in shown.data["title"]
     assert "comparison" in [a.get("id") for tag, a in shown.tags if tag == "section"]
     assert "evolve.iterations (differs)" in shown.data["runs"]
@@ -272,7 +273,9 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 
 def test_no_backend_is_started():
-    code = "import jax, mstar_jax.report; from jax._src import xla_bridge as x; assert not x._backends"
+    code = (
+        "import jax, mstar_jax.report.document; from jax._src import xla_bridge as x; assert not x._backends"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -280,10 +283,10 @@ def test_no_backend_is_started():
 
 
 def test_interval_against_a_table():
-    assert plots.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert plots.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert figures.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert figures.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     with pytest.raises(ValueError):
-        plots.wilson(0.5, 0)
+        figures.wilson(0.5, 0)
 
 
 def test_curve_by_hand():
@@ -297,7 +300,7 @@ def test_curve_by_hand():
 def test_curve_is_that_of_measures_where_answers_need_no_options():
     scored = [[Response(**{**vars(r), "query_id": f"q{i}"}) for r in g] for i, g in enumerate(groups(True))]
     queries = [Query(f"q{i}", (), "?", None, "6", "integer") for i in range(2)]
-    expected = measures.curve(list(zip(queries, scored)), (1, 2, 4))
+    expected = metrics.curve(list(zip(queries, scored)), (1, 2, 4))
     found = runs.rollouts_curve(scored, (1, 2, 4), "min")
     for name in ("greedy", "best_of_n", "majority", "weighted_vote"):
         assert found[name] == [row[name] for row in expected]
@@ -471,9 +474,9 @@ def test_figure_2c(server, tmp_path):
     run = runs.read_runs([make_run(tmp_path / "run")])[0]
     drawn = page.Page(tmp_path, several=False)
     server.answer = lambda body: reply("5" if "Sum 4 + 2" in body["messages"][0]["content"] else "2")
-    text = figure2.figures(drawn, run, "", judge(server))
+    text = figure2.figure2(drawn, run, "", judge(server))
     assert "Top-2, mean 5.00" in text and "the rest, mean 2.00" in text and "by stub" in text
     assert len(server.asked) == 4 and (tmp_path / "figure2c.png").exists()
     server.answer = lambda body: (401, b"")
-    text = figure2.figures(drawn, run, "", judge(server))
+    text = figure2.figure2(drawn, run, "", judge(server))
     assert "4 without a reply of 4. HTTP status 401" in text and "Figure 2b of the paper" in text

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
-from mstar_jax.reward import Reward
+from mstar_jax.stages.reward_model import Reward
 from mstar_jax.structs import Prompt, Query, Response
 
 QUERY = Query("q", (), "What is the total of all bars?", answer="6", answer_type="integer")
@@ -142,7 +142,7 @@ def test_long_prompts_make_longer_rows(monkeypatch):
     out.scorer = types.SimpleNamespace(processor=processor, texts=texts)
     out.run.asked = lambda queries: [(q, q.question) for q in queries]
     labelled = {("q", r.sample): tuple(0.5 for _ in r.text.split("\n")) for r in RESPONSES}
-    monkeypatch.setattr("mstar_jax.steps.ends", lambda ids, texts: list(range(4, len(ids), 5)))
+    monkeypatch.setattr("mstar_jax.rewards.steps.ends", lambda ids, texts: list(range(4, len(ids), 5)))
     for length, parts in ((8, 2), (300, 4)):
         out.run.plan = lambda pairs, *_, n=length: [Prompt(q, text, n, 0) for q, text in pairs]
         rows = out._rows([QUERY], {"q": RESPONSES}, labelled)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import draws, sampling, sharding, train
-from mstar_jax.draws import SamplingConfig
-from mstar_jax.models import attention, vlm
+from mstar_jax import sharding
+from mstar_jax.inference import draw, rollouts
+from mstar_jax.inference.draw import SamplingConfig, filter_logits, stop_table, token_texts
+from mstar_jax.inference.sampler import Sampler, for_sampling
+from mstar_jax.models import attention
 from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
@@ -59,7 +61,7 @@ def test_filter_logits_equals_brute_force(setting):
         np.float32
     )  # ties
     logits[::3, rng.permutation(64)[:30]] = -np.inf
-    ours = jax.nn.log_softmax(draws.filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
+    ours = jax.nn.log_softmax(filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
     for row, got in zip(logits, np.asarray(ours)):
         np.testing.assert_allclose(got, filtered(row, **setting), atol=1e-5)
 
@@ -86,7 +88,7 @@ def test_frequencies_are_the_probabilities(temperature):
     logits = jnp.asarray(np.random.default_rng(1).normal(size=12) * 2, jnp.float32)
     uniform = jax.random.uniform(jax.random.key(3), (count,))
     tokens, logprobs = jax.jit(
-        lambda u: draws.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
+        lambda u: draw.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
     )(uniform)
     want = np.exp(filtered(np.asarray(logits) / temperature, top_k=9))
     share = np.bincount(np.asarray(tokens), minlength=12) / count
@@ -98,7 +100,7 @@ def test_frequencies_are_the_probabilities(temperature):
 def test_temperature_zero_is_greedy_per_row():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, 30)), jnp.float32)
     temperature = jnp.asarray(np.arange(50) % 2, jnp.float32)
-    tokens, logprobs = draws.draw(logits, jnp.full(50, 0.97), temperature, SamplingConfig(1, 1))
+    tokens, logprobs = draw.draw(logits, jnp.full(50, 0.97), temperature, SamplingConfig(1, 1))
     best = np.asarray(jnp.argmax(logits, axis=-1))
     np.testing.assert_array_equal(tokens[::2], best[::2])
     mass = np.cumsum(np.asarray(jax.nn.softmax(logits), np.float64), axis=-1)
@@ -123,11 +125,11 @@ def test_tokens_without_probability_are_never_drawn(vocab):
         uniforms += [np.full(size, mass[row, at] + step) for step in (-(2.0**-24), -(2.0**-25))]
     if vocab == 4096:
         assert len(uniforms) > 10, "this case is here because such sums do occur"
-    draw = jax.jit(lambda u: draws.draw(jnp.asarray(logits), u, jnp.ones(size), SamplingConfig(1, 1)))
+    pick = jax.jit(lambda u: draw.draw(jnp.asarray(logits), u, jnp.ones(size), SamplingConfig(1, 1)))
     for uniform in uniforms:
-        tokens, logprobs = draw(np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32))
+        tokens, logprobs = pick(np.clip(uniform, 0, 1 - 2.0**-24).astype(np.float32))
         assert possible[np.arange(size), np.asarray(tokens)].all() and np.isfinite(logprobs).all()
-    first, _ = draw(np.zeros(size, np.float32))
+    first, _ = pick(np.zeros(size, np.float32))
     np.testing.assert_array_equal(first, possible.argmax(axis=-1))
 
 
@@ -136,7 +138,7 @@ def test_stop_table_equals_a_search():
     for _ in range(60):
         texts = ["".join(rng.choice(list("aab."), int(rng.integers(0, 4)))) for _ in range(8)]
         stop = "".join(rng.choice(list("aab."), int(rng.integers(1, 6))))
-        table = draws.stop_table(texts, stop)
+        table = stop_table(texts, stop)
         assert table.shape == (len(stop) + 1, 8)
         for _ in range(20):
             state, text = 0, ""
@@ -184,14 +186,14 @@ NAMES = tuple(f"query-{i}" for i in range(8))
 
 
 def sampler_for(processor, config, mesh, slots=8):
-    return sampling.Sampler(processor, config, slots, sharding.batch_shards(mesh))
+    return Sampler(processor, config, slots, sharding.batch_shards(mesh))
 
 
 def run(policy, processor, rows, names, mesh, config, size=None, sampler=None, temperatures=TEMPERATURES):
     sampler = sampler or sampler_for(processor, config, mesh, size or 8)
     lengths = [int((row["branch"] == 0).sum()) for row in rows]
     asked = tuple(Row(Prompt(query(name), "", n, 0)) for name, n in zip(names, lengths, strict=True))
-    out = sampling.rollouts(
+    out = rollouts.rollouts(
         sampler,
         policy,
         [asked],
@@ -298,7 +300,7 @@ def test_samples_do_not_depend_on_the_devices(policy, processor, rows, responses
     one = sharding.make_mesh(devices=jax.devices()[:1])
     same(run(policy, processor, rows, NAMES, one, CONFIG), responses)
     cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    lower = train.for_sampling(policy, cube, jnp.float32)
+    lower = for_sampling(policy, cube, jnp.float32)
     assert lower.decoder.blocks.gate[...].sharding.spec[2] == "tensor"
     same(run(lower, processor, rows, NAMES, cube, CONFIG), responses)
 
@@ -307,7 +309,7 @@ def test_branches_differ_and_keys_matter(responses):
     for name, limit in zip(NAMES, LIMITS):
         if limit == ROOM:
             assert len({r.tokens for r in responses[name]}) == BRANCHES
-    assert sampling.query_key("123456789") == 0xCBF43926, "CRC-32's check value; stored rollouts depend on it"
+    assert rollouts.query_key("123456789") == 0xCBF43926, "CRC-32's check value; stored rollouts depend on it"
 
 
 def test_temperatures_do_not_recompile(policy, processor, rows, mesh, sampler, responses):
@@ -325,7 +327,7 @@ def test_temperatures_do_not_recompile(policy, processor, rows, mesh, sampler, r
 
 def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh):
     """Sampling ASCII only, so that a text is the texts of its tokens one after another."""
-    texts = draws.token_texts(processor)
+    texts = token_texts(processor)
     ascii_only = copy.copy(processor)
     ascii_only.stop_ids = (
         processor.tokenizer.convert_tokens_to_ids("<|end|>"),
@@ -355,7 +357,7 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh)
 
 
 def test_token_texts(processor):
-    texts = draws.token_texts(processor)
+    texts = token_texts(processor)
     assert len(texts) == tiny.VOCAB
     ids = processor.encode_response("the area (A)")[:-1]
     assert "".join(texts[i] for i in ids) == "the area (A)"
@@ -374,7 +376,7 @@ def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, orde
         for part in parts
     ]
     counts: list[int] = []
-    [groups] = sampling.rollouts(
+    [groups] = rollouts.rollouts(
         sampler_for(processor, config, mesh, slots),
         policy,
         [asked],
@@ -399,12 +401,10 @@ def test_what_holds_no_token_is_not_read(
     def small(room):
         return count, -(-room // count)
 
-    for module in (sampling, vlm):
-        monkeypatch.setattr(module, "ring", small)
-    used, chunks = [], sampling.Sampler.chunks
-    monkeypatch.setattr(
-        sampling.Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1]
-    )
+    for module in ("inference.sampler", "inference.rollouts", "models.vlm"):
+        monkeypatch.setattr(f"mstar_jax.{module}.ring", small)
+    used, chunks = [], Sampler.chunks
+    monkeypatch.setattr(Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1])
     one = sharding.make_mesh(devices=jax.devices()[:1])
     found, _ = refilled(policy, processor, rows, one, slots, entering)
     same(found, responses)
@@ -422,7 +422,7 @@ def test_refilled_slots_give_the_same_samples(policy, processor, rows, responses
 def test_refilled_slots_on_several_devices(policy, processor, rows, responses):
     """Rows enter where their own device has room; a part of the last batch is empty."""
     mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-    lower = train.for_sampling(policy, mesh, jnp.float32)
+    lower = for_sampling(policy, mesh, jnp.float32)
     for order in (range(8), (5, 2, 7, 0, 1, 6, 3, 4)):
         found, counts = refilled(lower, processor, rows, mesh, 8, 4, order=order)
         same(found, responses)
@@ -451,7 +451,7 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
     batches = iter([((row,), tiny.stack([array])) for row, array in zip(asked, rows)])
     how = {"key": jax.random.key(11), "temperatures": TEMPERATURES, "iteration": 3, "mesh": one}
     clocks = []
-    for _ in sampling.rollouts(
+    for _ in rollouts.rollouts(
         sampler, policy, [asked], batches, processor, **how, each=lambda *_: clocks.append(1)
     ):
         assert int(counted[-1].cache.clock) == max(ends) < sum(max(steps[i : i + 2]) for i in range(0, 8, 2))
@@ -514,7 +514,7 @@ def continued(policy, processor, rows, starts_of, held, mesh):
         one["tokens"][one["branch"] > 0] = [t for tokens in held[name] for t in tokens]
         arrays.append(one | {"pixels": row["pixels"]})
         stems.append(Row(Prompt(query(name), "", size, 0), tuple(held[name]), starts=starts_of(name)))
-    out = sampling.rollouts(
+    out = rollouts.rollouts(
         sampler_for(processor, CONFIG, mesh),
         policy,
         [stems],

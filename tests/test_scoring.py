@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import answers, scoring
-from mstar_jax.data.benchmarks import NAMES, Item
-from mstar_jax.scoring import Score, infer, judge, normalize, summarise, wilson
+from mstar_jax.answers import check
+from mstar_jax.evaluate import scoring
+from mstar_jax.evaluate.benchmarks import NAMES, Item
+from mstar_jax.evaluate.scoring import Score, infer, judge, normalize, summarise, wilson
 from mstar_jax.structs import Query
 
 pytest.importorskip("rapidfuzz")
@@ -173,7 +174,7 @@ def test_vlmevalkit_matching(text, options):
     assert infer(text, options) == vlmevalkit_letter(text, options)
     for letter in "ABCDEF"[: len(options)]:
         found = judge("mmstar", item(letter, options), text, False)
-        marked = answers.extract(text)
+        marked = check.extract(text)
         assert found.official == (vlmevalkit_letter(text if marked is None else marked, options) == letter)
         assert found.variants == {"whole_reply": vlmevalkit_letter(text, options) == letter}
 
@@ -235,7 +236,7 @@ def mathvista_right(one, text):
     """The official extraction, with our own in place of GPT's, then normal form and equality."""
     query = one.query
     how = {"options": query.options, "answer_type": query.answer_type, "precision": one.query.precision}
-    extraction = answers.grade(text, query.answer, fallback=True, **how).answer or ""
+    extraction = check.grade(text, query.answer, fallback=True, **how).answer or ""
     if query.options:
         gold = query.options["ABCDEF".index(query.answer)]
         extraction = text if text in ("", *query.options) else extraction
@@ -300,7 +301,7 @@ def test_mathvista_needs_rapidfuzz(monkeypatch):
 def test_strict_and_fallback_are_the_checker_s(name):
     for text in ("The answer is B.", "The answer is C.", "It is a dog", "no", ""):
         found = judge(name, item(), text, truncated=not text)
-        grades = [answers.grade(text, "B", options=("cat", "dog", "cow"), fallback=f) for f in (False, True)]
+        grades = [check.grade(text, "B", options=("cat", "dog", "cow"), fallback=f) for f in (False, True)]
         assert [found.strict, found.fallback] == [grade.verdict for grade in grades]
         assert found.answer == grades[0].answer and found.truncated == (not text)
         assert found.hit("strict") == (found.strict == "correct") and found.hit("official") == found.official

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import answers, selection
+from mstar_jax.answers import check
+from mstar_jax.rewards import selection
 from mstar_jax.structs import Query, Response
 
 
@@ -206,7 +207,7 @@ def test_pseudo_label_abstains_below_the_threshold(rows, eighths):
     if expected is None or expected[1] < Fraction(eighths, 8):
         assert found is None
     else:
-        assert found == dataclasses.replace(FREE, answer=answers.tidy(rows[expected[0]][0][0]))
+        assert found == dataclasses.replace(FREE, answer=check.tidy(rows[expected[0]][0][0]))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from mstar_jax import sharding, train
+from mstar_jax import sharding
+from mstar_jax.inference.sampler import for_sampling
 from mstar_jax.structs import TrainState
+from mstar_jax.training import optimizer
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_every_parameter_says_its_axes(mesh):
 
 def test_the_whole_state_is_laid_out(mesh):
     """Parameters, both moments and the counters; frozen parameters have no moments."""
-    tx = train.make_optimizer(optax.constant_schedule(1e-3), frozen=["tower"])
+    tx = optimizer.make_optimizer(optax.constant_schedule(1e-3), frozen=["tower"])
 
     def make():
         model = tiny.abstract()
@@ -113,7 +115,7 @@ def test_layouts_are_what_the_devices_hold(mesh):
     laid = jax.device_put(policy, sharding.shardings(policy, sharding.TRAIN, mesh))
     gate = laid.decoder.blocks.gate[...]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 24)}
-    sampler = train.for_sampling(laid, mesh, jnp.bfloat16)
+    sampler = for_sampling(laid, mesh, jnp.bfloat16)
     gate = sampler.decoder.blocks.gate[...]
     assert gate.dtype == jnp.bfloat16 and gate.addressable_shards[0].data.shape == (2, 32, 24)
     want = np.asarray(policy.decoder.blocks.gate[...].astype(jnp.bfloat16))

@@ -18,7 +18,7 @@ from flax import nnx
 from tiny import generate
 
 from mstar_jax import sharding
-from mstar_jax.draws import SamplingConfig
+from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import layers, names
 from mstar_jax.models.vlm import VisionLanguageModel
 from mstar_jax.structs import Batch

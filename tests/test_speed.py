@@ -10,8 +10,11 @@ import optax
 import pytest
 import tiny
 
-from mstar_jax import flops, metrics, sharding, speed, train
+from mstar_jax import records, sharding
+from mstar_jax.profiling import flops, speed
 from mstar_jax.structs import Batch, Prompt, Query, Response, Row, TrainState
+from mstar_jax.training import optimizer
+from mstar_jax.training.step import make_train_step, token_loss
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def test_table():
         {"speed": {"train": {"iteration_01": second}, "labels": {"prm": decoded}}},
         {"stage": "of a run from before speeds were measured"},
     ]
-    assert metrics.speeds(stages).split("\n") == [
+    assert records.speeds(stages).split("\n") == [
         "work             tokens/s  padding  GFLOP/s  vision  projector  language  seconds  compiling",
         "--------------------------------------------------------------------------------------------",
         "train               3,000    60.0%      8.8     1.8                  7.0      4.0       20.0",
@@ -167,9 +170,9 @@ def test_table():
     ]
     for each in (first, second):
         each |= {"mfu/vision": 0.05, "mfu/language": 0.2}
-    row = metrics.speeds(stages).split("\n")[2]
+    row = records.speeds(stages).split("\n")[2]
     assert row.split() == ["train", "3,000", "60.0%", "25.0", "5.0", "20.0", "4.0", "20.0"]
-    assert metrics.speeds([{}]) == ""
+    assert records.speeds([{}]) == ""
 
 
 def test_flops_of_a_step_are_those_of_the_gradient():
@@ -177,11 +180,11 @@ def test_flops_of_a_step_are_those_of_the_gradient():
     policy, mesh = tiny.abstract(), sharding.make_mesh(devices=jax.devices()[:1])
     number, value = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.float32)
     given = Batch(number, number, value, number, np.zeros((2, 2, tiny.SIZE, tiny.SIZE, 3), np.float32), value)
-    schedule = train.make_schedule(1e-3, 10, 2, 0.1)
-    tx = train.make_optimizer(schedule)
+    schedule = optimizer.make_schedule(1e-3, 10, 2, 0.1)
+    tx = optimizer.make_optimizer(schedule)
     state = TrainState(0, policy, jax.eval_shape(tx.init, policy))
-    own = flops.count(jax.grad(lambda model: train.token_loss(model, given)[0]), policy)
-    steps = {remat: train.make_train_step(tx, mesh, remat=remat) for remat in ("none", "full")}
+    own = flops.count(jax.grad(lambda model: token_loss(model, given)[0]), policy)
+    steps = {remat: make_train_step(tx, mesh, remat=remat) for remat in ("none", "full")}
     assert flops.count(steps["none"], state, given, schedule) == own
     assert flops.count(steps["full"], state, given, schedule)["language"] > own["language"]
 
@@ -189,9 +192,9 @@ def test_flops_of_a_step_are_those_of_the_gradient():
 def test_an_optimizer_follows_the_schedule_it_is_given():
     """As optax's with that schedule, in the same state."""
     params, grads = {"a": jnp.arange(4.0)}, {"a": jnp.array([0.1, -0.2, 0.3, 0.0])}
-    first, second = train.make_schedule(1e-2, 10, 2, 0.1), train.make_schedule(5e-1, 20, 0, 1.0)
+    first, second = optimizer.make_schedule(1e-2, 10, 2, 0.1), optimizer.make_schedule(5e-1, 20, 0, 1.0)
     how = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
-    tx = train.make_optimizer(first, **how, clip=1e9)
+    tx = optimizer.make_optimizer(first, **how, clip=1e9)
     for schedule, more in ((first, {}), (second, {"schedule": second})):
         want = optax.adamw(schedule, **how)
         state, other = tx.init(params), want.init(params)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax import steps
+from mstar_jax.rewards import steps
 
 PIECES = [
     "Sum",

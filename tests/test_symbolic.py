@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from mstar_jax import symbolic
-from mstar_jax.formulas import latex
-from mstar_jax.symbolic import Pool, Worker, equal
+from mstar_jax.answers import symbolic
+from mstar_jax.answers.formulas import latex
+from mstar_jax.answers.symbolic import Pool, Worker, equal
 
 EQUAL = [
     ("x^2+2x+1", "(x+1)^2"),
@@ -187,7 +187,7 @@ def test_a_missing_parser_is_said_once(monkeypatch):
 
 def test_workers_start_late_and_end_with_their_parent():
     code = (
-        "import mstar_jax.answers as a, mstar_jax.symbolic as s\n"
+        "import mstar_jax.answers.check as a, mstar_jax.answers.symbolic as s\n"
         "assert a.grade('The answer is 4', '4').verdict == 'correct' and not s._pool.workers\n"
         "assert a.grade('The answer is 2x+x', '3x').verdict == 'correct'\n"
         "print(*[w.process.pid for w in s._pool.workers], flush=True)\n"

@@ -8,9 +8,11 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from mstar_jax import sharding, train
+from mstar_jax import sharding
 from mstar_jax.models import vlm
 from mstar_jax.structs import TrainState
+from mstar_jax.training import optimizer
+from mstar_jax.training.step import abstract_state, init_state, make_train_step, token_loss
 
 LENGTH = 40
 FROZEN = [r"^tower", r"embedding$"]
@@ -52,7 +54,9 @@ def text(batch):
 
 
 def adamw(frozen=FROZEN, rate=1e-3, decay=0.1, clip=1.0):
-    return train.make_optimizer(optax.constant_schedule(rate), weight_decay=decay, clip=clip, frozen=frozen)
+    return optimizer.make_optimizer(
+        optax.constant_schedule(rate), weight_decay=decay, clip=clip, frozen=frozen
+    )
 
 
 def start(policy, tx):
@@ -85,7 +89,7 @@ def test_loss_by_hand(policy, batch):
                 row = logits[j - 1] - logits[j - 1].max()
                 total += weights[0, place] * (np.log(np.exp(row).sum()) - row[tokens[j]])
                 right += weights[0, place] * (np.argmax(row) == tokens[j])
-    loss, extra = jax.jit(train.token_loss)(policy, batch)
+    loss, extra = jax.jit(token_loss)(policy, batch)
     assert float(loss) == pytest.approx(total, rel=1e-5)
     assert float(extra["tokens"]) == pytest.approx(weights[0].sum())
     assert float(extra["right"]) == pytest.approx(right)
@@ -94,12 +98,10 @@ def test_loss_by_hand(policy, batch):
 @pytest.mark.parametrize("piece", [LENGTH - 1, 16, 5])
 def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
     """The same losses and gradients, without the logits of a whole row."""
-    step = jax.value_and_grad(lambda model: train.token_loss(model, text), has_aux=True)
+    step = jax.value_and_grad(lambda model: token_loss(model, text), has_aux=True)
     (value, extra), grads = jax.jit(step)(policy)
     monkeypatch.setattr(vlm, "PIECE", piece)
-    lowered = jax.jit(jax.value_and_grad(lambda model: train.token_loss(model, text), has_aux=True)).lower(
-        policy
-    )
+    lowered = jax.jit(jax.value_and_grad(lambda model: token_loss(model, text), has_aux=True)).lower(policy)
     whole = f"tensor<{text.tokens.shape[0]}x{LENGTH}x{policy.decoder.config.vocab_size}xf32>"
     assert whole not in lowered.as_text()
     (again, more), others = lowered.compile()(policy)
@@ -128,7 +130,7 @@ def test_logits_that_nothing_asks_for_are_not_made(policy, monkeypatch):
 def test_only_branch_tokens_are_targets(policy, batch):
     """Without branch tokens there is nothing to learn: no loss and no gradient."""
     nothing = jax.tree.map(lambda x: x[3:4], batch)
-    value, extra = jax.jit(train.token_loss)(policy, nothing)
+    value, extra = jax.jit(token_loss)(policy, nothing)
     assert float(value) == 0.0 and float(extra["tokens"]) == 0.0
 
 
@@ -137,7 +139,7 @@ def sgd_steps(policy, one, text):
     """Parameters and metrics after one plain gradient step, by how many microbatches it was taken in."""
     tx, out = optax.sgd(0.1), {}
     for accumulate in (1, 2, 4):
-        step = train.make_train_step(tx, one, accumulate=accumulate)
+        step = make_train_step(tx, one, accumulate=accumulate)
         state, metrics = step(start(policy, tx), text)
         out[accumulate] = named(state.params), {k: float(v) for k, v in metrics.items()}
     return out
@@ -173,7 +175,7 @@ def test_metrics_and_step_are_the_mean_gradient(policy, text, sgd_steps):
 def three_steps(policy, one, batch):
     """Three AdamW steps on one device."""
     tx = adamw()
-    state, step, losses = start(policy, tx), train.make_train_step(tx, one, frozen=FROZEN), []
+    state, step, losses = start(policy, tx), make_train_step(tx, one, frozen=FROZEN), []
     first = state
     for _ in range(3):
         state, metrics = step(state, batch)
@@ -184,8 +186,8 @@ def three_steps(policy, one, batch):
 def test_sharded_steps_equal_unsharded_ones(policy, batch, three_steps):
     _, want, losses = three_steps
     mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
-    state = train.carry_on(TrainState(0, policy, ()), tx, mesh, moments=False, schedule=False)
-    step = train.make_train_step(tx, mesh, frozen=FROZEN, remat="full")
+    state = optimizer.carry_on(TrainState(0, policy, ()), tx, mesh, moments=False, schedule=False)
+    step = make_train_step(tx, mesh, frozen=FROZEN, remat="full")
     for i in range(3):
         state, metrics = step(state, sharding.put_batch(batch, mesh))
         assert float(metrics["loss"]) == pytest.approx(losses[i], rel=1e-5)
@@ -237,7 +239,7 @@ def test_the_state_is_donated(three_steps):
 
 def test_bfloat16_compute_keeps_float32_masters(policy, one, text, sgd_steps):
     tx = adamw()
-    state, metrics = train.make_train_step(tx, one, dtype=jnp.bfloat16)(start(policy, tx), text)
+    state, metrics = make_train_step(tx, one, dtype=jnp.bfloat16)(start(policy, tx), text)
     for x in jax.tree.leaves((state.params, state.opt_state)):
         assert x.dtype in (jnp.float32, jnp.int32)
     loss = sgd_steps[1][1]["loss"]
@@ -270,7 +272,7 @@ def test_clipping_is_by_the_global_norm_of_what_is_trained():
 
     norm = np.sqrt(9 * 3 + 16 * 4)  # without the frozen c
     for clip in (1.0, 100.0):
-        tx = train.make_optimizer(optax.constant_schedule(1.0), b1=0.0, b2=0.0, clip=clip, frozen=["^c$"])
+        tx = optimizer.make_optimizer(optax.constant_schedule(1.0), b1=0.0, b2=0.0, clip=clip, frozen=["^c$"])
         _, state = tx.update(tree(grads), tx.init(tree(params)), tree(params))
         mu = state.inner_states["trained"].inner_state[1][0].mu
         scale = min(1.0, clip / norm)
@@ -279,7 +281,7 @@ def test_clipping_is_by_the_global_norm_of_what_is_trained():
 
 
 def test_schedule_values():
-    schedule = train.make_schedule(2.0, steps=110, warmup_steps=10, final_fraction=0.1)
+    schedule = optimizer.make_schedule(2.0, steps=110, warmup_steps=10, final_fraction=0.1)
     assert [float(schedule(s)) for s in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert float(schedule(60)) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert float(schedule(35)) == pytest.approx(2.0 * (0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2))
@@ -288,7 +290,7 @@ def test_schedule_values():
 
 @pytest.mark.parametrize("warmup", [0, 1, 3])
 def test_schedule_can_be_constant(warmup):
-    schedule = train.make_schedule(3.0, steps=20, warmup_steps=warmup, final_fraction=1.0)
+    schedule = optimizer.make_schedule(3.0, steps=20, warmup_steps=warmup, final_fraction=1.0)
     want = [3.0 * min(1.0, (s + 1) / max(warmup, 1)) for s in range(25)]
     assert [float(schedule(s)) for s in range(25)] == pytest.approx(want)
 
@@ -296,15 +298,15 @@ def test_schedule_can_be_constant(warmup):
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 10), (10, 11), (10, -1), (0, 1)])
 def test_schedule_refuses_a_warmup_longer_than_the_run(steps, warmup):
     with pytest.raises(ValueError, match=f"warms up over {warmup} steps of a run of {steps}"):
-        train.make_schedule(1.0, steps, warmup, 0.1)
+        optimizer.make_schedule(1.0, steps, warmup, 0.1)
 
 
 def test_check_frozen(policy):
-    train.check_frozen(policy, FROZEN)
+    optimizer.check_frozen(policy, FROZEN)
     with pytest.raises(
         ValueError, match=r"'vision_tower' matches no parameter; there are .*decoder\.blocks\.q.*tower\.patch"
     ):
-        train.check_frozen(policy, ["tower", "vision_tower"])
+        optimizer.check_frozen(policy, ["tower", "vision_tower"])
 
 
 def test_initialisation_is_born_in_its_layout():
@@ -318,7 +320,7 @@ def test_initialisation_is_born_in_its_layout():
     def make():
         return Phi35Vision(tiny.config(), nnx.Rngs(0)).decoder
 
-    state, abstract = train.init_state(make, tx, mesh), train.abstract_state(make, tx, mesh)
+    state, abstract = init_state(make, tx, mesh), abstract_state(make, tx, mesh)
     for x, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (want.shape, want.dtype, want.sharding)
     assert state.params.blocks.gate[...].addressable_shards[0].data.shape == (2, 16, 24)
@@ -331,7 +333,7 @@ def test_what_is_carried_on(policy, one, three_steps, moments, schedule):
     """Moments and schedule, each alone or both."""
     _, state, _ = three_steps
     tx = adamw()
-    carried = train.carry_on(state, tx, one, moments=moments, schedule=schedule)
+    carried = optimizer.carry_on(state, tx, one, moments=moments, schedule=schedule)
     fresh = tx.init(policy)
 
     def parts(opt_state):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers import AutoTokenizer
 
-from mstar_jax import sampling
+from mstar_jax.inference.sampler import Sampler
 from mstar_jax.models import attention, phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -256,9 +256,9 @@ def glue_values(w: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
 
 
 def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits=None, temperature=0.0):
-    """All rows of a batch sampled to their ends, as `sampling.Generated`."""
+    """All rows of a batch sampled to their ends, as `sampler.Generated`."""
     rows, shape = len(batch.tokens), (len(batch.tokens), config.branches)
-    sampler, numbers = sampling.Sampler(processor, config, rows), np.arange(rows)
+    sampler, numbers = Sampler(processor, config, rows), np.arange(rows)
     samples = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape)
     keys = numbers.astype(np.uint32) if query_keys is None else query_keys
     limits = np.full(shape, config.max_new_tokens, np.int32) if limits is None else limits

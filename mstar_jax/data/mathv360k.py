@@ -31,11 +31,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mstar_jax.answers import equivalent
+from mstar_jax.answers.check import equivalent
+from mstar_jax.answers.values import kind, plain
 from mstar_jax.data.images import MAX_PIXELS, ImageError, load_image, resolve
 from mstar_jax.data.splits import split
 from mstar_jax.structs import Query
-from mstar_jax.values import kind, plain
 
 __all__ = ["Report", "parse_answer", "parse_question", "read", "split"]
 

@@ -1,0 +1,227 @@
+"""Multiple choice: which option a text names, by its letter or by its content.
+
+choice("(B) 12 cm because ...", ("10 cm", "12 cm"))    -> "B"
+choice("B or A", ("10 cm", "12 cm"))                   -> None
+mentioned("so it is option B.", ("10 cm", "12 cm"))    -> "B"   (for the fallback: anywhere in a text)
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_LETTER = re.compile(
+    r"(?P<named>(?i:(?:the\s)?(?:correct\s)?(?:option|choice|answer|letter)\s(?:is\s)?:?\s?)|选项\s?[为是]?\s?)?"
+    r"(?:[(\[{]\s?(?P<bracketed>[A-Za-z])\s?[)\]}]|(?P<bare>[A-Za-z])(?![A-Za-z0-9_']))\s?(?P<rest>.*)$"
+)
+_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
+_DENIED = re.compile(
+    r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
+)
+_DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # behind a letter; a minus sign is none
+_OR = re.compile(r"\W*(?:or|and)\b")
+_ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
+_MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
+_FUNCTION_WORD = re.compile(
+    r"the|an?|is|are|was|be|it|its|it's|this|that|of|in|on|at|to|by|as|with|for|and|or|one|so|then"
+)
+_REASON = re.compile(r",|\b(?:because|since|as)\b")
+_NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
+_NOT_WORD = re.compile(r"[^\w%°.+/^√π-]+")
+_TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
+
+
+class Table(NamedTuple):
+    """Per letter what an option is compared by.
+
+    Attributes:
+      texts: plain text; tidy where options differ in case only (`Aa`, `AA`, `aa`).
+      numbers: the number, of options that are one.
+      words: the words; none where an option contains another.
+      talk: options that talk about options (`the answer is option C`): their text after their letter
+        is not read.
+      exact: whether `texts` are compared with their case.
+    """
+
+    texts: dict[str, str]
+    numbers: dict[str, Number]
+    words: dict[str, str]
+    talk: re.Pattern | None
+    exact: bool
+
+    def text(self, answer: str) -> str:
+        return tidy(answer) if self.exact else plain(answer)
+
+
+@functools.lru_cache(8192)
+def table(options: tuple[str, ...]) -> Table:
+    tidied = list(map(tidy, options))
+    plains = list(map(plain, options))
+    exact = len(set(map(str.casefold, tidied))) < len(set(tidied))
+    texts = dict(zip(LETTERS, tidied if exact else plains, strict=False))
+    numbers = {letter: n for letter, text in zip(LETTERS, options, strict=False) if (n := number(text))}
+    words = {letter: _words(text) for letter, text in zip(LETTERS, options, strict=False)}
+    nested = any(a != b and words[a] in words[b] for a in words for b in words)
+    talking = [
+        rf"(?<![A-Za-z])\(?{letter}[).:]?\s{{0,3}}{re.escape(text.strip().rstrip('.'))}"
+        for letter, text in zip(LETTERS, options, strict=False)
+        if _TALKS.search(text) and len(text) > 3
+    ]
+    talk = re.compile("|".join(talking), re.IGNORECASE) if talking else None
+    return Table(texts, numbers, {} if nested or exact or "  " in words.values() else words, talk, exact)
+
+
+def _words(text: str) -> str:
+    return f" {_NOT_WORD.sub(' ', plain(text)).strip(' .')} "
+
+
+def hushed(text: str, options: tuple[str, ...]) -> str:
+    """The text with `(A) the answer is option C` shortened to `(A)`, where that is option A."""
+    talk = table(options).talk
+    return talk.sub(lambda m: f"({m[0].lstrip('(')[0].upper()})", text) if talk else text
+
+
+@functools.lru_cache(65536)
+def choice(text: str, options: tuple[str, ...]) -> str | None:
+    """The option's letter that a marked answer names, None where it names none or more than one.
+
+    `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
+    sentence that holds one option and no negation. A letter with another option's text names none.
+    """
+    known = table(options)
+    texts, numbers = known.texts, known.numbers
+    text = tidy(sentence(text))
+    letter = text.strip("()[]")
+    upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
+    if not upper:
+        exact = [letter for letter in texts if texts[letter] and texts[letter] == known.text(text)]
+        if exact:
+            return exact[0]
+    m = _LETTER.match(text)
+    if m and m["bracketed"] and m["bracketed"].isupper() and m["bracketed"] not in texts:
+        return None  # (D) of two options, whatever it says behind it
+    if m and (letter := (m["bracketed"] or m["bare"]).upper()) in texts:
+        rest = m["rest"]
+        own = bool(rest) and known.text(rest) == texts[letter]
+        delimited = not rest or rest[0] in ").:,;/&=" or rest[0] > "\u2e80"
+        capital = bool(m["bracketed"] or m["named"] or m["bare"].isupper())
+        if capital and not own and (_DENIED.match(rest) or _OR.match(rest)):
+            return None
+        because = m["bare"] and capital and _AFTER_LETTER.match(rest)
+        if m["named"] or m["bracketed"] or own or delimited or because:
+            return _agreed(letter, rest, known)
+    if upper:
+        return next((letter for letter in texts if texts[letter] == known.text(text)), None)
+    if n := number(text):
+        equal = [letter for letter in numbers if same_number(numbers[letter], n, None, None)]
+        return equal[0] if len(equal) == 1 else None
+    said = boolean(text)  # "no, there are not fewer ..."
+    if said is not None and sorted(texts.values()) == ["no", "yes"]:
+        return next(letter for letter in texts if boolean(texts[letter]) is said)
+    return mentioned(text, options) if len(text) > 24 or _whole(text, known) else None
+
+
+def _whole(text: str, known: Table) -> bool:
+    """Whether nothing but small words stands beside an option: `it is red` is red, `dark red` is not."""
+    spaced = _words(text)
+    found = [m for w in known.words.values() for m in re.finditer(re.escape(w), spaced)]
+    around = [(spaced[: m.start()].split()[-1:], spaced[m.end() :].split()[:1]) for m in found]
+    return all(_FUNCTION_WORD.fullmatch(word) for before, after in around for word in before + after)
+
+
+def _agreed(letter: str, rest: str, known: Table) -> str | None:
+    """`letter` unless the text after it names another option, by its letter, its text or its number."""
+    texts, numbers = known.texts, known.numbers
+    stripped = rest.lstrip(").:;= ")
+    whole = _DASH.sub("", stripped)
+    clause = _REASON.split(whole, maxsplit=1)[0]
+    for text in (known.text(whole), known.text(clause)):
+        if text and text == texts[letter]:
+            return letter
+        if text and text in texts.values():
+            return None
+    if re.search(r"\bor\b", clause) and any(
+        words in _words(clause) for other, words in known.words.items() if other != letter
+    ):
+        return None
+    for begun in (known.text(whole), known.text(clause) if "," not in texts[letter] else ""):
+        if len(begun) >= 8 and [t for t in texts if texts[t].startswith(begun)] == [letter]:
+            return letter
+    others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
+    others += [a or b for a, b in _MENTION.findall(stripped)]
+    if any(other in texts and other != letter for other in others):
+        return None
+    n = number(stripped)
+    equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
+    return None if equal and letter in numbers and letter not in equal else letter
+
+
+def mentioned(text: str, options: tuple[str, ...]) -> str | None:
+    """The one option that a sentence mentions, by `(B)` or `option B` or by its text; None in doubt."""
+    if _NEGATION.search(text):
+        return None
+    known = table(options)
+    found = {a or b for a, b in _MENTION.findall(text)}
+    if not found <= known.texts.keys():
+        return None
+    if known.words:
+        spaced = _words(text)
+        found |= {letter for letter in known.words if known.words[letter] in spaced}
+    return found.pop() if len(found) == 1 else None
+
+
+# ---- fallback -------------------------------------------------------------------------------------------
+
+_LINE_LETTER = re.compile(r"\W{0,4}(?:[Oo]ption |[Aa]nswer:? )?\W{0,3}([A-Z])(?:[).:]\W{0,4}|\W{0,4}$)")
+_VERDICT = re.compile(
+    r"(?<![A-Za-z(])\(?([A-Z])\)?\s(?:is|would be|must be|seems to be)\s(?:the\s|most likely the\s)?"
+    r"(?:correct|right|best)\b(?! if)"
+)
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|conclusion|consequently)\b|所以|因此|故", re.IGNORECASE)
+
+
+def lettered(sentences: list[str], options: tuple[str, ...]) -> str | None:
+    """The one option that has a line of its own: its letter, with nothing or its own text behind it."""
+    known = table(options)
+    named = {letter for line in sentences if (letter := _line(line, known))}
+    return named.pop() if len(named) == 1 else None
+
+
+def search(sentences: list[str], options: tuple[str, ...]) -> str | None:
+    """The option that an unmarked response settles on; None in doubt.
+
+    In this order: `B is the correct option`; the last conclusion (therefore, so ...) that mentions one
+    option; a yes or no at the end or the beginning; one option, or one letter in brackets, in the last
+    sentence, in the first, or in the whole.
+    """
+    known = table(options)
+    said = {letter for line in sentences for letter in _VERDICT.findall(line)} & known.texts.keys()
+    if len(said) == 1:
+        return said.pop()
+    for line in reversed(sentences):
+        if THEREFORE.search(line) and (letter := mentioned(line, options)):
+            return letter
+    ends = sentences[-1:] + sentences[:1]
+    if sorted(known.texts.values()) == ["no", "yes"]:
+        for line in ends:
+            if (yes := boolean(line)) is not None:
+                return next(letter for letter in known.texts if boolean(known.texts[letter]) is yes)
+    for line in ends:
+        if letter := choice(line, options):
+            return letter
+        bracketed = set(_BRACKETED.findall(line))
+        if len(bracketed) == 1 and bracketed <= known.texts.keys() and not _NEGATION.search(line):
+            return bracketed.pop()
+    return mentioned("\n".join(sentences), options)
+
+
+def _line(line: str, known: Table) -> str | None:
+    m = _LINE_LETTER.match(line)
+    if m is None or m[1] not in known.texts:
+        return None
+    rest = known.text(line[m.end() :])
+    return m[1] if not rest or rest == known.texts[m[1]] else None

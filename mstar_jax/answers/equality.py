@@ -1,0 +1,129 @@
+r"""Whether two free-form answers are the same: yes and no, numbers, times, lists, formulas, text.
+
+    same("0.33", "1/3", None, None)                        -> True
+    same(r"\frac{\sqrt{2}}{2}", "1/sqrt(2)", None, None)    -> True    (by algebra, see symbolic.py)
+    same("[2014, 2016]", "2016", None, None)               -> False
+
+A kind is never compared with another: a ratio 3:4 is no fraction, a time no number, an equation no value.
+"""
+
+import re
+
+from mstar_jax.answers import symbolic
+from mstar_jax.answers.values import SYMBOLIC, UNITS, boolean, number, plain, same_number, tidy, unit
+
+_OPENING = re.compile(r"[\[({]")
+_PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_UNIT_LIKE = re.compile(r"[A-Za-z]+\^?[23]?|°")
+_NAMED = re.compile(r"\s*\\?([A-Za-zα-ω](?:_?\w)?|[A-Z]{2}|[fg]\(x\))\s?=")
+
+
+# ---- 1. formulas -------------------------------------------------------------------------------------------
+
+
+def _formula(text: str) -> str:
+    """What formulas are compared by: without `x =`, spaces and product signs. Text, not algebra."""
+    return _SPACE.sub("", _PRODUCT.sub("", plain(_NAMED.sub("", text, count=1))))
+
+
+def _physical(text: str) -> tuple[str, str]:
+    """(formula, unit or ''): `5√3 cm`. One letter is no unit here but a variable."""
+    head, _, tail = text.rpartition(" ")
+    name = unit(" " + tail.lower()) if head and len(tail) > 1 and _UNIT_LIKE.fullmatch(tail) else None
+    return (head, name) if name and tail.lower().rstrip("^23") in UNITS else (text, "")
+
+
+def _same_formula(gold: str, other: str) -> bool:
+    """Equal as text or by algebra; `x = 5` is `5` but not `y = 5`, and an equation is no number."""
+    names = [m[1] for text in (gold, other) if (m := _NAMED.match(text))]
+    if len(set(names)) > 1:
+        return False
+    if _formula(gold) == _formula(other):
+        return True
+    (first, one), (second, two) = _physical(gold), _physical(other)
+    return not (one and two and one != two) and symbolic.equal(first, second)
+
+
+# ---- 2. lists --------------------------------------------------------------------------------------------
+
+
+def _elements(text: str) -> tuple[str, list[str]]:
+    """(opening and closing bracket or '', the parts between top-level commas); no parts if not a list."""
+    text = tidy(text).replace("\\{", "{").replace("\\}", "}")
+    ends = text[:1] + text[-1:]
+    brackets = ends if ends in ("[]", "()", "{}", "[)", "(]") else ""
+    inner = text[1:-1] if brackets else text
+    if "," not in inner:
+        return brackets, [inner.strip()] if brackets == "[]" else []
+    spaced, parts, depth, start = ", " in inner, [], 0, 0
+    for i, c in enumerate(inner):
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0 and (not spaced or inner[i + 1 : i + 2] == " "):
+            parts.append(inner[start:i].strip())
+            start = i + 1
+    if not brackets and not parts:  # unbalanced: the commas are all inside
+        return "", []
+    return brackets, [*parts, inner[start:].strip()]
+
+
+def _same_list(gold: str, other: str, answer_type: str | None, precision: int | None) -> bool:
+    brackets, expected = _elements(gold)
+    given_brackets, given = _elements(other)
+    pair = len(expected) == 2 and answer_type != "list"  # may be an interval or a point
+    alike = not pair and {brackets, given_brackets} <= {"[]", "()"}
+    if len(expected) != len(given) or not (given_brackets in ("", brackets) or not brackets or alike):
+        return False
+    if brackets == "{}":  # a set
+        return _paired(expected, given, precision)
+    return all(same(a, b, None, precision) for a, b in zip(expected, given, strict=True))
+
+
+def same(gold: str, other: str, answer_type: str | None, precision: int | None) -> bool:
+    """Whether `other` answers a free-form `gold`; both are extracted answers. Not symmetric in rounding."""
+    if gold == other:
+        return True
+    if (expected := boolean(gold)) is not None:
+        return boolean(other) is expected
+    if _GENOTYPE.fullmatch(gold):
+        return False  # Aa is not AA
+    if _MAY_BE_CLOCK.search(gold) and (clock := _clock(gold)) and (other_clock := _clock(other)):
+        return clock == other_clock
+    if n := number(gold):
+        m = number(other)
+        names = {found[1] for text in (gold, other) if "=" in text and (found := _NAMED.match(text))}
+        return m is not None and len(names) < 2 and same_number(n, m, answer_type, precision)
+    if "∪" in gold:  # of intervals, in any order
+        return _paired(gold.split("∪"), other.split("∪"), precision)
+    parts = _elements(gold)[1] if len(_OPENING.findall(gold)) <= 20 else []
+    if (gold[:1] in "[({\\" and len(parts) > (gold[:1] != "[")) or (
+        len(parts) > 1 and all(map(number, parts))
+    ):
+        return _same_list(gold, other, answer_type, precision)
+    if plain(gold) == plain(other):
+        return True
+    return bool(SYMBOLIC.search(gold)) and _same_formula(gold, other)
+
+
+def _paired(expected: list[str], given: list[str], precision: int | None) -> bool:
+    """Whether every element finds a partner of its own."""
+    given = [each.strip() for each in given]
+    for element in expected:
+        match = next((g for g in given if same(element.strip(), g, None, precision)), None)
+        if match is None:
+            return False
+        given.remove(match)
+    return not given
+
+
+_GENOTYPE = re.compile(r"(?:([A-Za-z])\1){1,4}", re.IGNORECASE)
+_MAY_BE_CLOCK = re.compile(r":|clock|\d\s?[ap]\.?m", re.IGNORECASE)
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d)| o'?clock)?\s?([ap])?(?(3)\.?m)\b\.?")
+
+
+def _clock(text: str) -> tuple[int, int, str] | None:
+    """(hour, minute, `a`, `p` or '') of `7:30 p.m.` and `7 o'clock`; None of anything else, such as 7."""
+    m = _CLOCK.fullmatch(plain(text))
+    if not m or not (m[2] or m[3] or "clock" in m[0]) or int(m[1]) > 24 or int(m[2] or 0) > 59:
+        return None
+    return int(m[1]), int(m[2] or 0), m[3] or ""

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m mstar_jax.evaluate`."""

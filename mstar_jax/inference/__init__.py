@@ -1,0 +1,1 @@
+"""Policies that answer and reward models that score."""

@@ -1,0 +1,160 @@
+"""The host's side of sampling: which row enters which slot, and the responses that come of it.
+
+Shapes: B slots, E entering rows, K branches.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mstar_jax import processes, sharding
+from mstar_jax.inference.draw import SamplingConfig
+from mstar_jax.inference.sampler import Generated, Sampler
+from mstar_jax.structs import Batch, Response, Row, ring
+
+
+def query_key(query_id: str) -> int:
+    """A query's 32-bit key; it depends on the id alone."""
+    return zlib.crc32(query_id.encode())
+
+
+def rollouts(
+    sampler: Sampler,
+    model: Any,
+    shards: Iterable[Sequence[Row]],
+    batches: Iterator[tuple[tuple[Row, ...], Batch]],
+    processor: Any,
+    *,
+    key: jax.Array,
+    temperatures: np.ndarray,
+    iteration: int,
+    mesh: Any,
+    each: Callable[[int, int], None] = lambda rows, steps: None,
+) -> Iterator[list[list[Response]]]:
+    """Samples K responses for every row: new ones, or the continuations of those that the row holds.
+
+    Args:
+      sampler: of the same processor, for this mesh.
+      model: the policy, laid out for sampling.
+      shards: rows of one shape each. A shard is sampled on its own, so that it is the same to the last bit
+        when it is sampled again.
+      batches: (rows, batch) pairs from `loader.row_batches`: the next E rows of the shard, and this process's
+        share of them as arrays; a shard's last batch may end in empty rows.
+      processor: the family's host side.
+      key: PRNG key of this seed and iteration.
+      temperatures: float32[K], one per sample; 0 is greedy.
+      iteration: written into the responses.
+      mesh: the device mesh.
+      each: called between the segments of decoding with how many rows have ended since the last call, and how
+        many steps the shard has taken; it may raise to stop.
+
+    Yields:
+      For each shard, in order, the K responses of each of its rows; a continuation's tokens and text are
+      those of the whole response, its logprob that of the new tokens.
+    """
+    config, temperatures = sampler.config, np.asarray(temperatures, np.float32)
+    if temperatures.shape != (config.branches,):
+        raise ValueError(
+            f"need {config.branches} temperatures, one per branch, got shape {temperatures.shape}"
+        )
+    count, parts = sampler.slots, sampler.shards
+    chunked, chunk = ring(config.max_new_tokens)
+    share = sharding.share_of(mesh)
+    mine = share.rows(count)
+    for rows in shards:
+        answered: list[list[Response]] = [[] for _ in rows]
+        slots, entered = None, 0
+        ended = list[tuple[int, Generated]]()
+        free, owner = np.ones(count, bool), np.zeros(count, int)  # of every slot, its row in the shard
+        age, clock = np.zeros(count, int), 0
+        pending: tuple[tuple[Row, ...], Batch] | None = next(batches)
+        while pending or not free.all():
+            while pending and _room(free, size := share.whole(len(pending[1].tokens)), parts):
+                these, batch = pending
+                source = _assign(free, owner, entered, len(these), size, parts)
+                entered += len(these)
+                places = jax.tree.map(lambda x: x[share.rows(size)], _places(these, size, processor, config))
+                placed = sharding.put_batch((batch, *places, source[mine]), mesh)
+                batch, query_keys, limits, keys, starts, to = placed
+                if slots is None:
+                    slots = sampler.blank(model, batch, starts)
+                slots = sampler.enter(model, slots, batch, query_keys, key, limits, keys, starts, to)
+                age = np.where(source < 0, age, 0)
+                pending = next(batches) if entered < len(rows) else None
+            wanted = np.int32((size if pending else count) // parts)
+            chunks, before = sampler.chunks(age[~free], clock), clock
+            slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
+            for row, host in ended:  # text is made of what has ended while the device works on
+                answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+            here = slots.done, slots.out, slots.cache.age, slots.cache.clock
+            done, out, age, clock = processes.fetch(here)
+            if chunked > 1 and clock % chunk == 0 and clock > before:
+                slots = slots._replace(cache=slots.cache.turned())
+            new = np.flatnonzero(~free & done.all(axis=1))
+            free[new] = True
+            first = (clock - age) % config.max_new_tokens
+            ended = [(owner[b], _unrolled(Generated(*(x[b] for x in out)), first[b])) for b in new]
+            each(len(new), int(clock))
+        for row, host in ended:
+            answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+        yield answered
+
+
+def _room(free: np.ndarray, size: int, parts: int) -> bool:
+    return bool(free.reshape(parts, -1).sum(axis=1).min() >= size // parts)
+
+
+def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: int, parts: int):
+    """Gives rows free slots of their own part of the batch; `source` of `Sampler.enter`."""
+    source, each = np.full(len(free), -1, np.int32), size // parts
+    for part, slots in enumerate(np.arange(len(free)).reshape(parts, -1)):
+        mine = range(part * each, min((part + 1) * each, rows))
+        for row, slot in zip(mine, slots[free[slots]]):
+            source[slot], owner[slot], free[slot] = row - part * each, entered + row, False
+    return source
+
+
+def _unrolled(out: Any, first: int) -> Generated:
+    """A row of the rings, from its first token on."""
+    tokens, logprobs = (np.roll(x, -first, axis=-1) for x in (out.tokens, out.logprobs))
+    return Generated(tokens, logprobs, out.length, out.stopped)
+
+
+def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
+    """query keys [E], limits [E, K], sample keys [E, K], and starts (parent, kept) [E, K] or None."""
+    query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
+    sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
+    limits, parent, kept = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for at, row in enumerate(rows):
+        query_keys[at], prompt = query_key(row.prompt.query.id), row.prompt.length
+        limits[at] = min(processor.length_limit(prompt) - prompt, config.max_new_tokens)
+        if row.starts:
+            parent[at], kept[at], sample_keys[at] = np.array(row.starts).T
+            limits[at] -= kept[at]
+    return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
+
+
+def _responses(row, host, processor, config, temperatures, iteration) -> list[Response]:
+    out = []
+    for sample in range(config.branches):
+        parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)
+        before = row.responses[parent - 1][:kept] if kept else ()
+        tokens = [*before, *host.tokens[sample, : int(host.length[sample])].tolist()]
+        text = processor.decode(tokens)
+        cuts = [cut for cut in (text.find(stop) for stop in config.stop_strings) if cut >= 0]
+        out.append(
+            Response(
+                query_id=row.prompt.query.id,
+                sample=sample,
+                text=text[: min(cuts)] if cuts else text,
+                tokens=tuple(tokens),
+                logprob=float(host.logprobs[sample, : int(host.length[sample])].sum()),
+                truncated=not bool(host.stopped[sample]),
+                iteration=iteration,
+                temperature=round(float(temperatures[sample]), 6),
+            )
+        )
+    return out

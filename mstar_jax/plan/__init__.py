@@ -1,0 +1,1 @@
+"""What programs would cost: `python -m mstar_jax.plan`."""

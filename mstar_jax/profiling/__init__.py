@@ -1,0 +1,1 @@
+"""Speed and what computation costs."""

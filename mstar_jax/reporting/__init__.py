@@ -1,1 +1,0 @@
-"""What the report is made of: a run's numbers, figures, sampled responses, and the page's template."""

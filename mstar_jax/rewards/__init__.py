@@ -1,0 +1,1 @@
+"""The process reward model, what it selects, and what is measured of responses."""
