@@ -1,12 +1,17 @@
-"""Every test runs on the CPU with eight fake devices, set here before anything imports jax.
+"""Every test runs on the CPU with eight fake devices, set here before anything imports jax; those of an
+accelerator (`pytest -m accelerator`) run on what there is.
 
 The tests are many programs that run for moments: optimizing them less saves more than it costs.
 """
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-).strip()
+
+def pytest_configure(config):
+    if config.option.markexpr == "accelerator":
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    ).strip()

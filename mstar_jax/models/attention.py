@@ -55,18 +55,39 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
     Returns:
       [B, T, H, N].
     """
-    attend, mesh = kernel(device_kind(), q), jax.sharding.get_abstract_mesh()
-    if attend is None:
+    attend = kernel(device_kind(), q)
+    return None if attend is None else _every_device_its_own(attend, q, k, v, mask)
+
+
+def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
+    """Attends where every token sees every other, as patches of an image do: q, k, v [B, T, H, N] -> [B, T,
+    H, N]; None where no kernel is known (see `fused`)."""
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    if not device_kind().startswith("NVIDIA") or not half or width % 8 or width > 128:
         return None
+    return _every_device_its_own(_cudnn_unmasked, q, k, v)
+
+
+def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    rows, length = q.shape[:2]
+    # its backward pass wants an even length, and its tiles are multiples of 8
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(rows, length, jnp.int32)
+    seen = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)[:, :length]
+
+
+def _every_device_its_own(attend: Callable[..., jax.Array], q, k, v, *mask) -> jax.Array | None:
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(q, k, v, mask)
+        return attend(q, k, v, *mask)
     if len(q) % sharding.batch_shards(mesh) or k.shape[2] % mesh.shape["tensor"]:
         return None
     # the compiler does not see into a kernel: left to it, all rows would be gathered on every device
     heads = sharding.spec(("batch", None, "heads", None), sharding.SAMPLE, k.shape, mesh)
-    rows = sharding.spec(("batch", None, None), sharding.SAMPLE, mask.shape, mesh)
-    local = jax.shard_map(attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return local(q, k, v, mask)
+    rows = [sharding.spec(("batch", None, None), sharding.SAMPLE, x.shape, mesh) for x in mask]
+    local = jax.shard_map(attend, in_specs=(heads, heads, heads, *rows), out_specs=heads, check_vma=False)
+    return local(q, k, v, *mask)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False) -> jax.Array:

@@ -282,14 +282,14 @@ class Decoder(nnx.Module):
 def layers_of(decoder: Decoder) -> Callable[[int], Blocks]:
     """A layer's block by its number, for loops of `decode_hidden` that trace this call outside of them.
 
-    XLA's CPU compiler copies what is cut out of a stack: there it is cut here, once; other compilers read
-    it in place, and a second copy of the weights would cost them memory.
+    XLA's compilers for CPUs and GPUs copy what is sliced out of a stack, in every step: there it is sliced
+    here, once. The TPU's reads it in place, and a second copy of the weights would cost it memory.
     """
 
     def cut(layer: int) -> Blocks:
         return jax.tree.map(lambda p: p[layer], decoder.blocks)
 
-    if attention.device_kind() != "cpu":
+    if attention.device_kind().startswith("TPU"):
         return cut
     return [cut(layer) for layer in range(decoder.config.num_layers)].__getitem__
 
