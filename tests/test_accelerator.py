@@ -1,6 +1,6 @@
 """Small programs on whatever accelerator JAX has, against the same programs on the CPU.
 
-    pytest -m accelerator
+pytest -m accelerator
 """
 
 import jax
@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mstar_jax import sharding, train
-from mstar_jax.checkpoint import Checkpoints
-from mstar_jax.draws import SamplingConfig
+from mstar_jax import sharding
+from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import attention, layers, vision
 from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.optimizer import make_optimizer, make_schedule
+from mstar_jax.training.step import abstract_state, make_train_step
 
 pytestmark = [
     pytest.mark.accelerator,
@@ -75,7 +77,8 @@ def inputs(shape, groups, dtype, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "within"), [(jnp.float32, 384, 1e-5), (jnp.bfloat16, 384, 0.02), (jnp.bfloat16, 90, 0.02)]
+    ("dtype", "length", "within"),
+    [(jnp.float32, 384, 1e-5), (jnp.bfloat16, 384, 0.02), (jnp.bfloat16, 90, 0.02)],
 )
 def test_attention_in_rows(dtype, length, within):
     """Forward and gradients: by a kernel where the machine has one."""
@@ -99,7 +102,8 @@ def test_attention_in_rows(dtype, length, within):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "within"), [(jnp.float32, 50, 1e-5), (jnp.bfloat16, 577, 0.02), (jnp.bfloat16, 64, 0.02)]
+    ("dtype", "length", "within"),
+    [(jnp.float32, 50, 1e-5), (jnp.bfloat16, 577, 0.02), (jnp.bfloat16, 64, 0.02)],
 )
 def test_attention_of_the_tower(dtype, length, within):
     q, k, v, weight = inputs((3, length, 4, 64), 4, dtype)
@@ -130,7 +134,9 @@ def test_sampled_tokens_have_the_probability_that_the_cpu_gives_them(policy, bat
     """The accelerator samples; the CPU scores the same tokens in one full forward pass."""
     processor, rng = tiny.processor(tmp_path), np.random.default_rng(1)
     config = SamplingConfig(BRANCHES, ROOM, cache=cache)
-    prompts = [tiny.row(rng, [(0, n)], 64, [(1, 1)] if n == 30 else []) for n in (30, 9, 50, 41)]  # short of the LongRoPE switch
+    prompts = [
+        tiny.row(rng, [(0, n)], 64, [(1, 1)] if n == 30 else []) for n in (30, 9, 50, 41)
+    ]  # short of the LongRoPE switch
     mesh = on(None)
     with jax.set_mesh(mesh):
         model = jax.device_put(policy, sharding.shardings(policy, sharding.SAMPLE, mesh))
@@ -159,7 +165,7 @@ def step_of(mesh, tx, policy, batch, steps, **how):
     with jax.set_mesh(mesh):
         params = jax.device_put(policy, sharding.shardings(policy, sharding.TRAIN, mesh))
         state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
-        step, losses = train.make_train_step(tx, mesh, **how), []
+        step, losses = make_train_step(tx, mesh, **how), []
         for _ in range(steps):
             state, metrics = step(state, sharding.put_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
@@ -175,7 +181,7 @@ def step_of(mesh, tx, policy, batch, steps, **how):
     ],
 )
 def test_train_steps(policy, batch, how, within):
-    tx = train.make_optimizer(train.make_schedule(1e-3, 10, 0, 1.0))
+    tx = make_optimizer(make_schedule(1e-3, 10, 0, 1.0))
     ours, theirs = (step_of(on(p), tx, policy, batch, 4, **how) for p in (None, "cpu"))
     np.testing.assert_allclose(ours[1], theirs[1], rtol=within)
     assert ours[1][-1] < ours[1][0]
@@ -183,16 +189,18 @@ def test_train_steps(policy, batch, how, within):
 
 def test_restored_state_is_the_saved_one_and_training_goes_on(policy, batch, tmp_path):
     """Sums of gradients may come in another order on an accelerator: what follows is equal up to rounding."""
-    tx, mesh = train.make_optimizer(train.make_schedule(1e-3, 10, 0, 1.0)), on(None)
+    tx, mesh = make_optimizer(make_schedule(1e-3, 10, 0, 1.0)), on(None)
     _, losses = step_of(mesh, tx, policy, batch, 4)
     state, _ = step_of(mesh, tx, policy, batch, 2)
-    Checkpoints(tmp_path).save("iteration_01", state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True)
+    Checkpoints(tmp_path).save(
+        "iteration_01", state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True
+    )
     with jax.set_mesh(mesh):
-        abstract = train.abstract_state(lambda: jax.tree.map(jnp.asarray, policy), tx, mesh)
+        abstract = abstract_state(lambda: jax.tree.map(jnp.asarray, policy), tx, mesh)
         found = Checkpoints(tmp_path).restore("iteration_01", abstract)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        step, again = train.make_train_step(tx, mesh), []
+        step, again = make_train_step(tx, mesh), []
         for _ in range(2):
             found, metrics = step(found, sharding.put_batch(batch, mesh))
             again.append(float(metrics["loss"]))
