@@ -102,9 +102,13 @@ def test_who_takes_it():
 @pytest.mark.parametrize("heads", [2, 8])
 @pytest.mark.parametrize("cache", ["", "int8"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_lowered_for_a_gpu(monkeypatch, heads, cache, dtype):
+def test_lowered_for_a_gpu(heads, cache, dtype):
     """Without one: both kernels are there."""
-    monkeypatch.setattr(attention, "device_kind", lambda: H100)
+    device = jax.sharding.AbstractDevice(H100, None, "cuda")
+    mesh = jax.sharding.AbstractMesh(
+        (1, 1, 1), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, abstract_device=device
+    )
     new, given = inputs(heads, 2, 96, each=True, dtype=dtype, cache=cache)
-    program = jax.jit(lambda *new: attention.branch_attention(*given)(*new)[0]).trace(*new)
-    assert program.lower(lowering_platforms=("cuda",)).as_text().count("xla.gpu.triton") == 2
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.jit(lambda *new: attention.branch_attention(*given)(*new)[0]).trace(*new)
+        assert program.lower(lowering_platforms=("cuda",)).as_text().count("xla.gpu.triton") == 2

@@ -10,6 +10,7 @@ Tiles are powers of two: what is behind an array's end is masked. The alphabet i
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,12 +29,17 @@ NEVER = -1e30  # a score that weighs nothing
 
 def takes(kind: str, q: jax.Array, cached: Any) -> bool:
     """Whether a kind of device has a kernel for q [B, K, G, H/G, N] and a cache's keys and values."""
-    *_, branches, _, heads, width = q.shape
+    _, branches, _, heads, width = q.shape
     dtypes = {
         x.dtype for x in jax.tree.leaves(cached, is_leaf=lambda x: isinstance(x, Int8)) if hasattr(x, "dtype")
     }
     known = q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and dtypes <= {q.dtype}
-    return kind.startswith("NVIDIA") and known and branches * heads <= QUERIES and width <= WIDTH
+    return (
+        kind.startswith("NVIDIA")
+        and known
+        and math.prod(_queries(branches, heads)) <= QUERIES
+        and width <= WIDTH
+    )
 
 
 def attend(
@@ -65,6 +71,12 @@ def attend(
 
 def _tile(size: int) -> int:
     return max(16, pl.next_power_of_2(size))  # a product's sides are 16 or more
+
+
+def _queries(branches: int, heads: int) -> tuple[int, int]:
+    """The sides of a tile with the queries of a row's branches."""
+    heads = pl.next_power_of_2(heads)
+    return max(pl.next_power_of_2(branches), 16 // heads), heads
 
 
 def _load(ref: Any, mask: Any) -> jax.Array:
@@ -100,24 +112,29 @@ def _start(rows: tuple[int, ...], width: int) -> Any:
     )
 
 
-def _finish(refs: Any, state: Any, rows: int, width: int) -> None:
-    for ref, x, size in zip(refs, state, (width, 1, 1)):
-        mask = jnp.arange(x.shape[-1]) < size
-        if x.ndim > 1:
-            mask = (jnp.arange(x.shape[0]) < rows)[:, None] & mask[None]
-        triton.store(ref, x, mask=mask)
+def _finish(refs: Any, state: Any, inside: Sequence[int]) -> None:
+    """Writes out, top and total of a tile to arrays of which `inside` is there, [..., N]."""
+    for ref, x, size in zip(refs, state, (inside[-1], 1, 1)):
+        triton.store(ref, x.reshape(ref.shape), mask=_within(ref.shape, (*inside[:-1], size)))
+
+
+def _within(tile: Sequence[int], inside: Sequence[int]) -> jax.Array:
+    """bool[*tile]; what of a tile is there."""
+    masks = []
+    for axis, size in enumerate(inside):
+        mask = jnp.arange(tile[axis]) < size
+        masks.append(jax.lax.broadcast_in_dim(mask, tile, (axis,)))
+    return functools.reduce(jnp.logical_and, masks)
 
 
 def _own_kernel(q, suffix, own_visible, *refs, heads, width, sizes):
     """q [H/G, N], for one head [N]; of every chunk keys and values [C, N] and seen int8[C]."""
     inside = jnp.arange(q.shape[-1]) < width
+    there = (heads, width)[-len(q.shape) :]
+    query = _load(q, _within(q.shape, there))
     if heads == 1:
-        query = _load(q, inside).astype(jnp.float32)
-        state = _start((), q.shape[-1])
-    else:
-        query = _load(q, (jnp.arange(q.shape[0]) < heads)[:, None] & inside[None])
-        state = _start((q.shape[0],), q.shape[-1])
-    dtype = query.dtype
+        query = query.astype(jnp.float32)
+    dtype, state = query.dtype, _start(q.shape[:-1], q.shape[-1])
     for (k, v), visible, size in zip(suffix, own_visible, sizes):
         block = min(COLUMNS, _tile(size))
 
@@ -136,7 +153,7 @@ def _own_kernel(q, suffix, own_visible, *refs, heads, width, sizes):
             return _renewed(state, scores, lambda w: _dot((w * scale_v).astype(dtype), value))
 
         state = jax.lax.fori_loop(0, pl.cdiv(size, block), visit, state)
-    _finish(refs, state, heads, width)
+    _finish(refs, state, there)
 
 
 def own(
@@ -173,28 +190,30 @@ def own(
     )(q, list(map(tuple, suffix)), [seen.astype(jnp.int8) for seen in own_visible])
 
 
-def _shared_kernel(q, k, v, visible, *refs, queries, width, length, span):
-    """q [K * H/G, N]; of a span of columns keys [N, P], values [P, N] and int8[1 or K * H/G, P]."""
-    within, inside = jnp.arange(q.shape[0]) < queries, jnp.arange(q.shape[1]) < width
-    query = _load(q, within[:, None] & inside[None])
-    first = pl.program_id(2) * span
+def _shared_kernel(q, k, v, visible, *refs, inside, length, span):
+    """q [K, H/G, N]; of a span of columns keys [N, P], values [P, N] and seen int8[1 or K, P]."""
+    branches, heads, width = q.shape
+    queries = branches * heads
+    query = _load(q, _within(q.shape, inside)).reshape(queries, width)
+    first, there = pl.program_id(2) * span, jnp.arange(width) < inside[-1]
 
     def visit(i, state):
         columns = pl.ds(i * COLUMNS, COLUMNS)
-        there = first + i * COLUMNS + jnp.arange(COLUMNS) < length
-        key, scale = _tensors(
-            k, (slice(None), columns), columns, inside[:, None] & there[None], there, q.dtype
-        )
-        scores = _dot(query, key) * scale
-        rows = there[None] if visible.shape[0] == 1 else within[:, None] & there[None]
-        scores = jnp.where(_load(visible.at[:, columns], rows) != 0, scores, NEVER)
-        value, scale = _tensors(
-            v, (columns, slice(None)), columns, there[:, None] & inside[None], there, q.dtype
-        )
-        return _renewed(state, scores, lambda w: _dot((w * scale).astype(q.dtype), value))
+        real = first + i * COLUMNS + jnp.arange(COLUMNS) < length
+        mask = there[:, None] & real[None]
+        key, scale_k = _tensors(k, (slice(None), columns), columns, mask, real, q.dtype)
+        mask = real[:, None] & there[None]
+        value, scale_v = _tensors(v, (columns, slice(None)), columns, mask, real, q.dtype)
+        mask = jnp.broadcast_to(real[None], (visible.shape[0], COLUMNS))
+        if len(mask) > 1:
+            mask &= (jnp.arange(branches) < inside[0])[:, None]
+        seen = _load(visible.at[:, columns], mask)
+        if len(mask) > 1:
+            seen = jnp.broadcast_to(seen[:, None], (branches, heads, COLUMNS)).reshape(queries, COLUMNS)
+        scores = jnp.where(seen != 0, _dot(query, key) * scale_k, NEVER)
+        return _renewed(state, scores, lambda w: _dot((w * scale_v).astype(q.dtype), value))
 
-    state = jax.lax.fori_loop(0, span // COLUMNS, visit, _start(q.shape[:1], q.shape[1]))
-    _finish(refs, state, queries, width)
+    _finish(refs, jax.lax.fori_loop(0, span // COLUMNS, visit, _start((queries,), width)), inside)
 
 
 def shared(
@@ -202,8 +221,7 @@ def shared(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of the prefix (see `attend`), by spans of columns: as `own`, with [S, ...] in front."""
     rows, branches, groups, heads, width = q.shape
-    queries, length = branches * heads, visible.shape[-1]
-    tile, head = _tile(width), _tile(queries)
+    (across, each), tile, length = _queries(branches, heads), _tile(width), visible.shape[-1]
     blocks = pl.cdiv(length, COLUMNS)
     span = COLUMNS * pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, rows * groups)))
     spans = pl.cdiv(length, span)
@@ -213,34 +231,27 @@ def shared(
         scale = pl.BlockSpec((None, None, span), lambda b, g, s: (b, g, s))
         return Int8(values, scale) if isinstance(x, Int8) else values
 
-    seen = visible.astype(jnp.int8)
-    if seen.shape[1] > 1:
-        seen = jnp.repeat(seen, heads, axis=1)
-    outs = [
-        pl.BlockSpec((None, None, None, head, size), lambda b, g, s: (s, b, g, 0, 0)) for size in (tile, 1, 1)
-    ]
-    shapes = [
-        jax.ShapeDtypeStruct((spans, rows, groups, queries, size), jnp.float32) for size in (width, 1, 1)
-    ]
-    parts = pl.pallas_call(
-        functools.partial(_shared_kernel, queries=queries, width=width, length=length, span=span),
+    def out(size):
+        block = (None, None, across, None, each, size)
+        return pl.BlockSpec(block, lambda b, g, s: (s, b, 0, g, 0, 0))
+
+    seen = (None, across if visible.shape[1] > 1 else 1, span)
+    params = triton.CompilerParams(
+        num_warps=4 if across * each < 64 else 8,
+        num_stages=1 if q.dtype == jnp.float32 else 2,  # else float32 would not fit shared memory
+    )
+    return pl.pallas_call(
+        functools.partial(_shared_kernel, inside=(branches, heads, width), length=length, span=span),
         grid=(rows, groups, spans),
         in_specs=[
-            pl.BlockSpec((None, None, head, tile), lambda b, g, s: (b, g, 0, 0)),
+            pl.BlockSpec((None, across, None, each, tile), lambda b, g, s: (b, 0, g, 0, 0)),
             cached(prefix[0], (tile, span), lambda s: (0, s)),
             cached(prefix[1], (span, tile), lambda s: (s, 0)),
-            pl.BlockSpec((None, head if seen.shape[1] > 1 else 1, span), lambda b, g, s: (b, 0, s)),
+            pl.BlockSpec(seen, lambda b, g, s: (b, 0, s)),
         ],
-        out_specs=outs,
-        out_shape=shapes,
-        compiler_params=triton.CompilerParams(
-            num_warps=4 if head < 64 else 8, num_stages=1 if q.dtype == jnp.float32 else 2
-        ),
+        out_specs=[out(tile), out(1), out(1)],
+        out_shape=[jax.ShapeDtypeStruct((spans, *q.shape[:-1], size), jnp.float32) for size in (width, 1, 1)],
+        compiler_params=params,
         interpret=interpret,
         name="decode_shared",
-    )(q.swapaxes(1, 2).reshape(rows, groups, queries, width), *prefix, seen)
-
-    def apart(x):
-        return x.reshape(spans, rows, groups, branches, heads, -1).swapaxes(2, 3)
-
-    return tuple(apart(x) for x in parts)
+    )(q, *prefix, visible.astype(jnp.int8))
