@@ -6,6 +6,8 @@ Within rows there are no scores [B, H, T, T] in memory:
     NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
     else          `blockwise`, without a kernel; it skips empty blocks on the way back
 
+New tokens attend with einsums, on NVIDIA's GPUs with the kernels of models/decode_kernel.py.
+
 The alphabet is that of models/layers.py.
 """
 
