@@ -18,8 +18,7 @@ that it starts from and donates it to the training, so there is one TrainState o
 """
 
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import ml_collections
 
@@ -39,7 +38,10 @@ from mstar_jax.structs import Stage
 
 
 def run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    head: Mapping[str, object],
+    stop: Callable[[], bool],
 ) -> list[Record]:
     """Runs all stages, or what is left of them, and returns the records of results.json.
 

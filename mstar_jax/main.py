@@ -24,7 +24,7 @@ log = logging.getLogger("mstar_jax")
 
 
 def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What results.json says above its stages."""
+    """What results.json says before its stages: config, seed, versions, device."""
     import flax
     import optax
     import orbax.checkpoint as ocp

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig, draw, stop_table, token_texts
@@ -27,10 +28,10 @@ class Generated(NamedTuple):
     """tokens int32[B, K, R], logprobs float32[B, K, R], length int32[B, K], stopped bool[B, K] (a stop id or
     stop string ended it; otherwise it was truncated)."""
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    length: jax.Array
-    stopped: jax.Array
+    tokens: jax.Array | np.ndarray
+    logprobs: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray
+    stopped: jax.Array | np.ndarray
 
 
 class Slots(NamedTuple):
@@ -213,7 +214,7 @@ class Sampler:
         return jax.lax.while_loop(waiting, step, slots)
 
 
-def for_sampling(params: M, mesh: Mesh, dtype: Any) -> M:
+def for_sampling(params: M, mesh: Mesh, dtype: DTypeLike) -> M:
     """The plain model's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
     lower = params.merged(dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))
