@@ -24,6 +24,7 @@ import pytest
 from configs import tiny as tiny_config
 from mstar_jax import evolve, main, sharding
 from mstar_jax.inference import generate
+from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -255,7 +256,7 @@ def test_speeds(whole):
     assert passes["rollouts", FINAL]["decoded_per_second"] > 0
     [events] = (whole / "tensorboard" / FINAL).glob("*tfevents*")
     assert b"speed/tokens_per_second" in events.read_bytes()
-    shown = records.speeds(records)
+    shown = speeds(records)
     assert "rollouts: decode" in shown and len({len(line) for line in shown.split("\n")}) == 1
 
 
@@ -331,7 +332,7 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    monkeypatch.setattr("mstar_jax.stages.run.make_train_step", None)
+    monkeypatch.setattr("mstar_jax.stages.policy.make_train_step", None)
     monkeypatch.setattr("mstar_jax.inference.rollouts.rollouts", None)
     monkeypatch.setattr(prm, "scores", None)
     records = run(small(), whole)

@@ -4,11 +4,12 @@ Shapes: V vocabulary.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mstar_jax.structs import Processor
 
 BLOCK = 128  # ids of the vocabulary that are drawn from together
 
@@ -141,7 +142,7 @@ def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:
     return table
 
 
-def token_texts(processor: Any) -> list[str]:
+def token_texts(processor: Processor) -> list[str]:
     """What each id adds to a text, as `decode` shows it after another token."""
     anchor = processor.encode_response("a")[:-1]
     before = processor.decode(anchor)

@@ -9,27 +9,29 @@ rows, K branches, R response tokens, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig, draw, stop_table, token_texts
-from mstar_jax.structs import Batch, KVCache, ring
+from mstar_jax.structs import Batch, KVCache, Model, Processor, ScoringModel, ring
+
+M = TypeVar("M", Model, ScoringModel)
 
 
 class Generated(NamedTuple):
     """tokens int32[B, K, R], logprobs float32[B, K, R], length int32[B, K], stopped bool[B, K] (a stop id or
     stop string ended it; otherwise it was truncated)."""
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    length: jax.Array
-    stopped: jax.Array
+    tokens: jax.Array | np.ndarray
+    logprobs: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray
+    stopped: jax.Array | np.ndarray
 
 
 class Slots(NamedTuple):
@@ -74,7 +76,7 @@ class Sampler:
         samples at temperatures[k]. The slots are donated.
     """
 
-    def __init__(self, processor: Any, config: SamplingConfig, slots: int, shards: int = 1):
+    def __init__(self, processor: Processor, config: SamplingConfig, slots: int, shards: int = 1):
         """Compiles nothing yet.
 
         Args:
@@ -114,7 +116,7 @@ class Sampler:
         done = jnp.ones_like(slots.done)
         return slots._replace(done=done, cache=slots.cache._replace(clock=jnp.zeros((), jnp.int32)))
 
-    def layout(self, slots: Slots, mesh: Any) -> Slots:
+    def layout(self, slots: Slots, mesh: Mesh) -> Slots:
         """The sharding of every array of the slots."""
 
         def one(x, axes):
@@ -212,7 +214,7 @@ class Sampler:
         return jax.lax.while_loop(waiting, step, slots)
 
 
-def for_sampling(params: Any, mesh: Any, dtype: Any) -> nnx.Module:
-    """The plain policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
+def for_sampling(params: M, mesh: Mesh, dtype: DTypeLike) -> M:
+    """The plain model's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
     lower = params.merged(dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

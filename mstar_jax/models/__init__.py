@@ -61,7 +61,7 @@ class Pretrained:
         return self.family.model(self.config, nnx.Rngs(seed))
 
     def processor(self) -> Any:
-        """The host side: see `vlm.Processor`."""
+        """The host side: see `structs.Processor`."""
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
     def load(
@@ -117,7 +117,7 @@ def load(
       mesh, rules: the sharding to read into; without a mesh, the first device.
 
     Returns:
-      The model (`vlm.VisionLanguageModel`) and its processor (`vlm.Processor`).
+      The model (`vlm.VisionLanguageModel`) and its processor (`structs.Processor`).
 
     Raises:
       ValueError: with everything that does not fit.
@@ -144,7 +144,7 @@ class FromScratch:
         return self.family.model(self.config, nnx.Rngs(seed))
 
     def processor(self) -> Any:
-        """The host side: see `vlm.Processor`."""
+        """The host side: see `structs.Processor`."""
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
     def save(self, model: Any, output: str | os.PathLike, dtype: str = "float32") -> None:

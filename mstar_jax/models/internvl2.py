@@ -23,7 +23,8 @@ from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
-from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
+from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.structs import EncodedPrompt
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -146,7 +147,7 @@ def without_control(text: str) -> str:
 
 
 class InternVL2Processor:
-    """Text and images to arrays; see `vlm.Processor`."""
+    """Text and images to arrays; see `structs.Processor`."""
 
     def __init__(self, config: InternVL2Config, tokenizer: Any):
         self.config = config

@@ -21,7 +21,8 @@ from mstar_jax.models import hf, names, slicing, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, attention, tanh_gelu
-from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
+from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.structs import EncodedPrompt
 
 BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -157,7 +158,7 @@ def placeholder(cut: slicing.Layout, query_num: int) -> str:
 
 
 class MiniCPMV25Processor:
-    """Text and images to arrays; see `vlm.Processor`."""
+    """Text and images to arrays; see `structs.Processor`."""
 
     def __init__(self, config: MiniCPMV25Config, tokenizer: Any):
         self.config = config

@@ -23,7 +23,8 @@ from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, DecoderConfig, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
-from mstar_jax.models.vlm import EncodedPrompt, VisionLanguageModel
+from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.structs import EncodedPrompt
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -168,7 +169,7 @@ def without_control(text: str) -> str:
 
 
 class Phi35Processor:
-    """Text and images to arrays; see `vlm.Processor`."""
+    """Text and images to arrays; see `structs.Processor`."""
 
     def __init__(self, config: Phi35Config, tokenizer: Any):
         self.config = config

@@ -7,11 +7,10 @@ HD layouts, tiles and slices are data and never shapes.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mstar_jax import sharding
@@ -19,43 +18,6 @@ from mstar_jax.models import attention, layers
 from mstar_jax.structs import Batch, KVCache, ring
 
 PIECE = 512  # tokens of a row whose logits are there together
-
-
-class EncodedPrompt(NamedTuple):
-    """One prompt as arrays.
-
-    Attributes:
-      tokens: int32[P], 0 where an image feature stands.
-      image_index: int32[P], -1 for text.
-      pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
-    """
-
-    tokens: np.ndarray
-    image_index: np.ndarray
-    pixels: Any
-
-
-class Processor(Protocol):
-    """The host side of a family: text and images to arrays and back. Plain data, cheap to send to workers."""
-
-    stop_ids: tuple[int, ...]
-    forbidden_ids: tuple[int, ...]
-    vocab_size: int
-
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
-
-    def encode(self, text: str, images: list[Any]) -> EncodedPrompt:
-        """The prompt's tokens with every image span whole; one image per mark, in order."""
-
-    def encode_response(self, text: str) -> list[int]:
-        """Ids of a response, closed by the stop id."""
-
-    def decode(self, tokens: Any) -> str:
-        """Text without special tokens."""
-
-    def length_limit(self, prefix_tokens: int) -> int:
-        """Longest sequence (prompt + response) that a prompt of this length may grow to."""
 
 
 class VisionLanguageModel(nnx.Module):
