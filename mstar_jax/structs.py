@@ -1,13 +1,78 @@
-"""The values that travel between the modules.
+"""The values that travel between the modules, and the protocols of a policy's two sides.
 
 Text lives in `Query` and `Response`, arrays in `Batch`, `KVCache` and `TrainState`. The two meet in two
 places only: the loader's collate and `rollouts.rollouts`.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import numpy as np
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Stage:
+    """A stage of a run; stages are ordered as they run.
+
+        base < warmup < reward_model < iteration(1) < iteration(2) < ...
+
+    Attributes:
+      place: its number in this order.
+    """
+
+    place: int
+
+    base: ClassVar["Stage"]
+    warmup: ClassVar["Stage"]
+    reward_model: ClassVar["Stage"]
+
+    @classmethod
+    def iteration(cls, t: int) -> "Stage":
+        """Iteration t of self-evolving training, counted from 1."""
+        if t < 1:
+            raise ValueError(f"iterations are counted from 1, got {t}")
+        return cls(len(KINDS) - 1 + t - 1)
+
+    @classmethod
+    def parse(cls, name: str) -> "Stage":
+        """The stage with this `name`.
+
+        Raises:
+          ValueError: no stage has it.
+        """
+        if name in KINDS[:-1]:
+            return cls(KINDS.index(name))
+        kind, _, number = name.partition("_")
+        if kind != KINDS[-1] or not number.isdigit() or int(number) < 1:
+            raise ValueError(f"no stage is called {name!r}; there are base, warmup, prm and iteration_01, ...")
+        return cls.iteration(int(number))
+
+    @property
+    def kind(self) -> str:
+        """`base`, `warmup`, `prm` or `iteration`: what results.json calls it."""
+        return KINDS[min(self.place, len(KINDS) - 1)]
+
+    @property
+    def number(self) -> int:
+        """t of an iteration, 0 for the other stages."""
+        return max(self.place - len(KINDS) + 2, 0)
+
+    @property
+    def name(self) -> str:
+        """The name of its folders and files, e.g. `warmup` or `iteration_03`."""
+        return f"{self.kind}_{self.number:02d}" if self.number else self.kind
+
+    def __str__(self) -> str:
+        return self.name
+
+
+KINDS = ("base", "warmup", "prm", "iteration")
+Stage.base = Stage(0)
+Stage.warmup = Stage(1)
+Stage.reward_model = Stage(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +119,8 @@ class Row:
       responses: token ids, ending in a stop id where one was reached; the branches 1, 2, ...
       weights: each response's weight in the loss on its tokens; empty means 1 for all.
       labels: each response's (index of a step's last token, label of the step); empty where no step counts.
-      starts: where sampling goes on, (branch, its first tokens that are kept, sample key), one for each of
-        the K samples; empty: K samples from the prompt, with keys 0..K-1.
+      starts: where sampling continues, (branch, how many of its first tokens are kept, sample key), one for
+        each of the K samples; empty: K samples from the prompt, with keys 0..K-1.
     """
 
     prompt: Prompt
@@ -101,6 +166,25 @@ class Response:
     temperature: float = 1.0
 
 
+class Source(NamedTuple):
+    """Rows to train on, one part of a stage's training data.
+
+    Attributes:
+      rows: prompts with the responses that are learned.
+      weight: this part's share of the rows drawn, relative to the other parts.
+      notes: numbers about it for the stage's record in results.json.
+    """
+
+    rows: Sequence[Row]
+    weight: float = 1.0
+    notes: Mapping[str, float] = {}
+
+    @property
+    def responses(self) -> int:
+        """How many responses it holds."""
+        return sum(len(row.responses) for row in self.rows)
+
+
 class Batch(NamedTuple):
     """Rows for the device; a row is one query: a shared prefix (image + prompt) and its branches.
 
@@ -123,6 +207,71 @@ class Batch(NamedTuple):
     image_index: Any
     pixels: Any
     labels: Any = None
+
+
+class EncodedPrompt(NamedTuple):
+    """One prompt as arrays.
+
+    Attributes:
+      tokens: int32[P], 0 where an image feature stands.
+      image_index: int32[P], -1 for text.
+      pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
+    """
+
+    tokens: np.ndarray
+    image_index: np.ndarray
+    pixels: Any
+
+
+class Processor(Protocol):
+    """The host side of a model family: text and images to arrays and back. It is sent to worker processes, so
+    it holds plain data."""
+
+    stop_ids: tuple[int, ...]
+    forbidden_ids: tuple[int, ...]
+    vocab_size: int
+
+    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
+
+    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+        """The prompt's tokens with every image span whole; one image per mark, in order."""
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response, closed by the stop id."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens."""
+
+    def length_limit(self, prefix_tokens: int) -> int:
+        """Longest sequence (prompt + response) that a prompt of this length may grow to."""
+
+
+class Model(Protocol):
+    """The device side of a model family, a policy; the module is its own parameter pytree."""
+
+    def __call__(self, batch: Batch, remat: Callable[..., Any] | None = None) -> jax.Array:
+        """hidden [B, T, D] that predicts each token of the rows."""
+
+    def token_logprobs(
+        self, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log probabilities (nats) of tokens [B, T], and whether each is the likeliest one."""
+
+    def merged(self, dtype: Any = None) -> "Model":
+        """The plain policy that is equal to this one: adapters are added into their weights."""
+
+
+class ScoringModel(Protocol):
+    """A process reward model; the module is its own parameter pytree."""
+
+    def __call__(
+        self, batch: Batch, remat: Callable[..., Any] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The score (a logit) after each token of the rows and the token's log probability, [B, T] each."""
+
+    def merged(self, dtype: Any = None) -> "ScoringModel":
+        """The same on the plain policy as its trunk."""
 
 
 class Int8(NamedTuple):
@@ -183,7 +332,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32[]; optimizer steps done in this run of the schedule.
-      params: the model (an `nnx.Module` is its own parameter pytree).
+      params: a `Model` or a `ScoringModel` (an `nnx.Module` is its own parameter pytree).
       opt_state: optax state.
     """
 
@@ -194,14 +343,14 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass
 class EvolveState:
-    """Where the run stands; written beside the TrainState in every checkpoint.
+    """Where the run stands; written next to the TrainState in every checkpoint.
 
     Attributes:
-      stage: the stage whose training wrote the checkpoint: `base`, `warmup` or `iteration`.
-      iteration: self-evolving iteration, from 1; 0 outside of `iteration`.
+      stage: `Stage.kind` of the stage whose training wrote the checkpoint.
+      iteration: its `Stage.number`.
       cursor: batches of this stage's training already consumed.
       done: the stage's training is complete.
-      temperature: sampling temperature in force.
+      temperature: what the responses trained on were sampled at.
       seed: the run's seed.
       loader: state of the stage's input pipeline, as its iterator gives it.
       curve: sums of the training metrics since the last row of the stage's curve.

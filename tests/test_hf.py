@@ -130,7 +130,7 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     half = copy(folder, tmp_path / "half", lambda values: None)
     data = (half / "model.safetensors").read_bytes()
     (half / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"half/model.safetensors: .*is the file whole\?"):
+    with pytest.raises(ValueError, match=r"half/model.safetensors: .*is the file complete\?"):
         models.load(half)
     (half / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \*.safetensors file"):

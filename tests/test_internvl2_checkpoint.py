@@ -78,7 +78,7 @@ def test_siblings_of_another_architecture_are_refused(folder, tmp_path, part, ke
     values = hf.read_json(folder / "config.json")
     (values[part] if part else values)[key] = value
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"config.json: .*{key} is {value!r}, only .* is known"):
+    with pytest.raises(ValueError, match=f"config.json: .*{key} is {value!r}, only .* is supported"):
         models.Pretrained(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_official_image_prompt(official):
     case = np.load(GOLDEN / "golden_img_1tile.npz")
     image = Image.open(GOLDEN / "img_1tile.png").convert("RGB")
     grid = internvl2.tile_grid(*image.size, 1, 12, 448)
-    pixels = internvl2.cut_tiles(image, *grid, 448, thumbnail=True)
+    pixels = internvl2.split_tiles(image, *grid, 448, thumbnail=True)
     np.testing.assert_allclose(pixels, np.moveaxis(case["pixel_values"], 1, -1), atol=1e-5)
     features = jax.jit(lambda m, p: m.image_features(p))(official, pixels[None])
     close(features, case["vit_proj"], 5e-5)
