@@ -107,7 +107,7 @@ def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[Any, list[Prompt]]
         path = folder / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (side, 3 * side, 3), np.uint8)).save(path)
         pairs.append((Query(str(number), (str(path),), text), text))
-    prompts, _ = loader.plan_prompts(pairs, processor, sizes.prompt)
+    prompts = [p for p in loader.plan_prompts(pairs, processor, sizes.prompt) if p is not None]
     assert {prompt.length for prompt in prompts} == {sizes.prompt}
     return processor, prompts
 

@@ -43,7 +43,7 @@ from mstar_jax.models.vision import VitConfig
 from mstar_jax.plan import official
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm
-from mstar_jax.structs import Prompt, Query, Row
+from mstar_jax.structs import EncodedPrompt, Prompt, Query, Row
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import REMAT, init_state, make_train_step, token_loss
 
@@ -65,7 +65,7 @@ class Host:
         self.crops = 1 + self.grid[0] * self.grid[1]
         self.rng = np.random.default_rng(0)
 
-    def encode(self, text: str, images: list[Any]) -> vlm.EncodedPrompt:
+    def encode(self, text: str, images: list[Any]) -> EncodedPrompt:
         side = self.config.vision.image_size
         span = phi35.feature_layout(*self.grid, self.config.vision.side // 2, 2)
         if len(span) > self.prompt - 2:
@@ -74,7 +74,7 @@ class Host:
         index[1 : 1 + len(span)] = span
         tokens = np.where(index < 0, self.rng.integers(0, self.vocab_size, self.prompt), 0).astype(np.int32)
         pixels = self.rng.normal(size=(self.crops, side, side, 3)).astype(np.float32)
-        return vlm.EncodedPrompt(tokens, index, pixels)
+        return EncodedPrompt(tokens, index, pixels)
 
     def decode(self, tokens: Any) -> str:
         return ""

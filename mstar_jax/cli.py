@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -18,23 +19,23 @@ from mstar_jax.inference.generate import Stopped
 from mstar_jax.progress import ProgressHandler
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<config>.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run; default runs/<config>.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes; on TPU pods, GKE and SLURM they find each other."
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where nothing tells.")
-COUNT = flags.DEFINE_integer("num_processes", None, "How many there are, where nothing tells.")
-INDEX = flags.DEFINE_integer("process_id", None, "Which one this is, where nothing tells.")
-GRACE = flags.DEFINE_float("grace", 8.0, "Seconds from SIGTERM until the process is gone, saved or not.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where it is not detected.")
+COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are, where it is not detected.")
+INDEX = flags.DEFINE_integer("process_id", None, "Which process this is, where it is not detected.")
+GRACE = flags.DEFINE_float("grace", 8.0, "Seconds from SIGTERM until the process exits, saved or not.")
 
 log = logging.getLogger("mstar_jax")
 
 
 class Termination:
-    """Turns SIGTERM into a question that the stages ask; a second thread keeps the promised time.
+    """Turns SIGTERM into a flag that the stages read; a second thread ends the process when its time is over.
 
-    A compiler or a long device batch cannot be interrupted, so after the grace period the process leaves
-    as it is: everything on disk is whole, and a restart ends the same.
+    A compiler or a long device batch cannot be interrupted, so after the grace period the process exits
+    as it is: everything on disk is whole, and a restart ends with the same result.
     """
 
     def __init__(self, grace: float):
@@ -43,8 +44,8 @@ class Termination:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
-        # Python runs a handler between two of its own instructions, which can be long in coming; the
-        # byte on the pipe is written at once
+        # Python runs a handler between two of its own instructions, and the next one may be long in coming;
+        # the byte on the pipe is written at once
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
@@ -57,10 +58,10 @@ class Termination:
 
 
 def start(argv: Sequence[str]) -> Callable[[], bool]:
-    """Sets up the log and SIGTERM; returns the question whether the command was told to stop.
+    """Sets up the log and SIGTERM; returns a function that says whether the command was told to stop.
 
     Raises:
-      UsageError: something stands on the command line that is no flag.
+      UsageError: the command line has an argument that is not a flag.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
@@ -71,20 +72,26 @@ def start(argv: Sequence[str]) -> Callable[[], bool]:
 
 
 def begin() -> None:
-    """Joins the other processes, if there are any; only process 0 says how things go."""
+    """Joins the other processes, if there are any; only process 0 logs progress."""
     if DISTRIBUTED.value or COORDINATOR.value:
         processes.start(COORDINATOR.value, COUNT.value, INDEX.value)
     log.setLevel(logging.INFO if processes.first() else logging.WARNING)
 
 
+def main(command: Callable[[list[str]], None]) -> None:
+    """Reads the flags, JAX's own among them, and runs a command."""
+    jax.config.config_with_absl()
+    app.run(command)
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Ends the process with 143 where what is done inside was stopped, with 2 and a line where a value is
-    wrong."""
+    """Ends the process with exit code 143 if the block was stopped, and with 2 and one line if a value is
+    wrong; with MSTAR_TRACEBACK set in the environment, the traceback is shown."""
     try:
         yield
     except Stopped as stopped:
-        log.warning("%s. Start the same command again to go on.", stopped)
+        log.warning("%s. Start the same command again to continue.", stopped)
         sys.exit(143)
     except ValueError as error:
         if os.environ.get("MSTAR_TRACEBACK"):

@@ -1,17 +1,22 @@
 """Self-evolving training (M-STaR, arXiv 2412.17451), from a base model to an evolved one.
 
-    base       a policy to start from: a checkpoint; the tiny one is trained here, on a narrow data set
-    warm-up    prompted with the answer, the policy writes rationales; the correct ones teach it to reason
-    reward     R(y) = H( 1(a = a*) R_p(y) ): a process reward model, trained on Monte-Carlo labels of steps
-    iteration  generate:  y_1..y_K ~ pi_t( . | x, o; T)      for a share of the labelled queries
-               reward:    Top-2 by R_p of the correct ones   (or Random-k, all, ...)
-               improve:   pi_t+1 = SFT(pi_t)                 optimizer and schedule inherited, or reset
-               explore:   T by Reward-Pass@2                 every two iterations
+    base       pi_0, a checkpoint (of the embedded data set: a small policy, trained here on narrow data)
+    warm-up    shown the answers, pi_0 writes rationales; the correct ones teach it to reason step by step
+    reward     R_p, a process reward model, trained once on Monte-Carlo labels of the warm-up policy's steps
+    iteration  generate   y_1..y_K ~ pi_t( . | x, o; T)     for a share of the labelled queries x, images o
+               select     H( 1(a = a*) R_p(y) )             Top-2 by R_p of the correct responses
+               improve    pi_t+1 = SFT(pi_t)                optimizer and schedule are carried on
+               explore    T = argmax Reward-Pass@2          on validation queries, every two iterations
 
-Iterative RFT, ReST^EM and SFT are the same loop with other values (`configs/tiny.py`).
+Iterative RFT, ReST^EM, SFT and the control are the same loop with other values of the config.
+
+Every verb is idempotent: what the workdir already holds is returned without computing it again. So a restart
+walks down this page once more; a verb that was interrupted continues where its files end, and the result is
+the same to the last bit. A policy is a handle: it names a stage, and its parameters are read from the stage's
+checkpoint when a verb first asks for them, if they are not in memory. `improve` takes the state of the policy
+that it starts from and donates it to the training, so there is one TrainState on the devices at a time.
 """
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,19 +24,28 @@ from typing import Any
 import ml_collections
 
 from mstar_jax.data import splits
-from mstar_jax.stages.measure import Dynamics
-from mstar_jax.stages.reward_model import Reward
-from mstar_jax.stages.run import Run
+from mstar_jax.records import Record
+from mstar_jax.stages.base import base
+from mstar_jax.stages.benchmark import benchmark
+from mstar_jax.stages.explore import chosen_after, explore
+from mstar_jax.stages.generate import generate
+from mstar_jax.stages.improve import Carry, improve
+from mstar_jax.stages.measure import measure
+from mstar_jax.stages.policy import outcome
+from mstar_jax.stages.reward_model import train_reward_model
+from mstar_jax.stages.run import passed, start
+from mstar_jax.stages.select import gold_answers, rationales, select, select_unlabelled
+from mstar_jax.structs import Stage
 
 
 def run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
-):
+) -> list[Record]:
     """Runs all stages, or what is left of them, and returns the records of results.json.
 
     Args:
-      config: see `configs/tiny.py`.
-      workdir: everything the run writes; a second start with the same config goes on from there.
+      config: see `configs/`.
+      workdir: everything that the run writes; a second start with the same config continues from it.
       head: what results.json says above its stages.
       stop: asked between device batches and steps; once true, the run saves and raises `Stopped`.
 
@@ -39,73 +53,67 @@ def run(
       ValueError: a config value is impossible, before anything is compiled.
       Stopped: see `stop`.
     """
-    r = Run(config, workdir, head, stop)
-    reward = Reward(r)
-    dynamics = Dynamics(r, reward)
-    warmup, evolve, unlabelled = config.warmup, config.evolve, config.evolve.unlabelled
-    final = functools.partial(functools.partial, r.final)  # final("warmup")() is that stage's outcome
+    run = start(config, workdir, head, stop)
+    warm, evolve = config.warmup, config.evolve
 
     # ---------------------------------------------------------------------------------------- base
-    if not r.beyond("base"):
-        r.base()
-        dynamics.measure("base", 0, final("base"))
+    initial = base(run)
+    measure(run, initial)
 
     # ------------------------------------------------------------------------------------- warm-up
-    queries = r.labelled[: warmup.queries]
-    hinted = r.generate(
-        "warmup", final("base"), queries, config.prompts.hint, [warmup.temperature] * warmup.k
+    queries = run.labelled[: warm.queries]
+    hinted = generate(
+        run, Stage.warmup, initial, queries, warm.temperature, warm.k, template=config.prompts.hint
     )
-    rationales = r.rows(queries, reward.rationales("warmup", queries, hinted, warmup.keep))
-    if not r.beyond("warmup"):
-        start = r.final("base")
-        r.improve("warmup", 0, start, [(rationales, 1.0)], warmup, temperature=warmup.temperature)
+    reasons = rationales(run, queries, hinted)  # correct ones; trained on without the hint
+    warmup = improve(run, Stage.warmup, initial, [reasons], temperature=warm.temperature)
 
     # -------------------------------------------------------------------------------- reward model
-    reward.train()
-    if not r.beyond("prm"):
-        dynamics.measure("warmup", 0, final("warmup"), sum(len(row.responses) for row in rationales))
+    reward = train_reward_model(run, warmup)  # R_p stays as it is from here on; None without one
+    measure(run, warmup, reward, [reasons], warm.temperature)
+    temperature = explore(run, warmup, reward, evolve.temperature)
 
     # -------------------------------------------------------------------------------------- evolve
+    policy = warmup
     for t in range(1, evolve.iterations + 1):
-        stage, before = f"iteration_{t:02d}", "warmup" if t == 1 else f"iteration_{t - 1:02d}"
-        if r.beyond(stage):
+        stage = Stage.iteration(t)
+        if passed(run, stage):  # a restart: iteration t + 1 has begun to train, so nothing is left to do in t
+            policy = outcome(run, stage)
+            temperature = chosen_after(run, stage, temperature)
             continue
-        temperature = dynamics.temperature(t)
-        policy, sampled = final(before), [temperature] * evolve.k
-        queries = splits.share(r.labelled, evolve.fraction, t, config.seed)
-        more: dict[str, Any] = {}
+        queries = splits.share(run.labelled, evolve.fraction, t, config.seed)
 
         if evolve.data == "rollouts":
-            # generate: y_1..y_K ~ pi_t( . | x, o; T), for this iteration's share of the queries
-            responses = r.generate(stage, policy, queries, r.template, sampled, iteration=t)
-            # reward: H( 1(a = a*) R_p(y) )
-            sources = [(r.rows(queries, reward.keep(stage, queries, responses)), 1.0)]
-            # prompts: unlabelled queries join once T_mixin of the training is done, with voted answers
-            if unlabelled.mixin is not None and t - 1 >= unlabelled.mixin * evolve.iterations:
-                name = f"{stage}_unlabelled"
-                queries = splits.share(r.unlabelled, evolve.fraction, t, config.seed)
-                responses = r.generate(name, policy, queries, r.template, sampled, iteration=t)
-                queries, responses, more = reward.pseudo_label(name, queries, responses)
-                rows = r.rows(queries, reward.keep(name, queries, responses))
-                sources.append((rows, unlabelled.weight))
-        elif evolve.data == "answers":  # SFT: the labelled answers themselves, no sampling
-            sources = [(r.answer_rows(queries), 1.0)]
-        else:  # control: the same steps on what the warm-up had
-            sources = [(rationales, 1.0)]
+            responses = generate(run, stage, policy, queries, temperature, evolve.k)
+            sources = [select(run, stage, reward, queries, responses)]
+            if joins(evolve, t):  # unlabelled queries: the same, with the answers that the responses vote for
+                queries = splits.share(run.unlabelled, evolve.fraction, t, config.seed)
+                responses = generate(run, stage, policy, queries, temperature, evolve.k, part="unlabelled")
+                sources += [select_unlabelled(run, stage, reward, queries, responses, part="unlabelled")]
+        elif evolve.data == "answers":  # SFT: the labelled answers themselves, nothing is sampled
+            sources = [gold_answers(run, queries)]
+        else:  # control: as many steps on what the warm-up was trained on
+            sources = [reasons]
 
-        # improve: pi_t+1 = SFT(pi_t); continuous training inherits the optimizer's moments and the schedule
-        start = r.final("warmup" if evolve.start == "initial" else before)
-        inherit = (not evolve.reset_moments and t > 1, not evolve.reset_schedule and t > 1)
-        r.improve(stage, t, start, sources, evolve, inherit=inherit, temperature=temperature)
-        # explore: the dynamics, and the temperature that they ask for
-        kept = sum(len(row.responses) for rows, _ in sources for row in rows)
-        if t % config.eval.every == 0 or dynamics.explores(t) or t == evolve.iterations:
-            dynamics.measure("iteration", t, final(stage), kept, more)
-        r.forget(t - evolve.keep_checkpoints)
+        if evolve.start == "initial":  # ReST^EM trains the warm-up policy again in every iteration
+            policy = warmup
+        carry = Carry(  # continuous training carries on Adam's moments and the schedule, after iteration 1
+            moments=t > 1 and not evolve.reset_moments, schedule=t > 1 and not evolve.reset_schedule
+        )
+        policy = improve(run, stage, policy, sources, carry=carry, temperature=temperature)
+        measure(run, policy, reward, sources, temperature)  # in every eval.every-th iteration
+        temperature = explore(run, policy, reward, temperature)  # in every explore.every-th iteration
+        if t > evolve.keep_checkpoints:
+            run.checkpoints.drop(Stage.iteration(t - evolve.keep_checkpoints).name)
 
     # ---------------------------------------------------------------------------------- benchmarks
-    for stage in ("base", "warmup", *r.stages[3:][-1:]) if config.benchmarks.names else ():
-        dynamics.benchmark(stage, final(stage))
+    if config.benchmarks.names:
+        benchmark(run, [initial, warmup, policy], reward)
+    run.checkpoints.wait()
+    return run.results.records
 
-    r.checkpoints.wait()
-    return r.results.data["stages"]
+
+def joins(evolve: ml_collections.ConfigDict, t: int) -> bool:
+    """Whether unlabelled queries join in iteration t: once a share `unlabelled.mixin` of the run is done."""
+    mixin = evolve.unlabelled.mixin
+    return mixin is not None and t - 1 >= mixin * evolve.iterations

@@ -4,121 +4,58 @@
     python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-prm --stage=prm
 
 Weights go out under the official names, in the files and dtypes of the checkpoint that the run started
-from; its config, generation_config, tokenizer and processor files are taken along unchanged. A reward model
-is a policy's checkpoint with one file more, reward_head.safetensors; `prm.path` of a config takes it.
+from; its config, generation_config, tokenizer and processor files are copied unchanged. A reward model
+is a policy's checkpoint with one more file, reward_head.safetensors; `prm.path` of a config takes it.
 """
 
-import argparse
-import json
 import pathlib
-import sys
-from typing import Any
 
-import absl.logging
-import jax
-import ml_collections
+from absl import flags
 
-from mstar_jax import configure, sharding
-from mstar_jax.models import vlm
-from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax import cli
+from mstar_jax.cli import WORKDIR
+from mstar_jax.stages import finished
+from mstar_jax.structs import Stage
 
-
-def restore(workdir: pathlib.Path, stage: str = "", mesh: Any = None) -> tuple[Any, str, Any]:
-    """Reads a stage's parameters back.
-
-    Args:
-      workdir: of a run.
-      stage: which policy, or `prm`; empty for the last policy whose training is complete.
-      mesh: where they go; None for the first device.
-
-    Returns:
-      The run's policy (`models.Pretrained` or `models.FromScratch`), the stage's name, the parameters.
-
-    Raises:
-      ValueError: there is no such run or stage.
-    """
-    policy, stage = policy_of(workdir), finished(workdir, stage)
-    abstract = jax.eval_shape(policy.build)
-    if stage == "prm":
-        abstract = jax.eval_shape(vlm.RewardModel, abstract)
-    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    return policy, stage, Checkpoints(workdir / "checkpoints").params(stage, abstract)
+OUTPUT = flags.DEFINE_string("output", None, "The folder to write; new or empty.")
+STAGE = flags.DEFINE_string("stage", "", "base, warmup, prm, iteration_07; default the last policy.")
 
 
-def policy_of(workdir: pathlib.Path) -> Any:
-    """A run's policy, without its parameters.
-
-    Raises:
-      ValueError: there is no such run.
-    """
-    if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is no run: it holds no config.json")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    return configure.make_policy(config, workdir)
-
-
-def finished(workdir: pathlib.Path, stage: str = "") -> str:
-    """The stage itself if its training is complete; for '' the last policy's.
-
-    Raises:
-      ValueError: it is not.
-    """
-    done = {path.parent.name for path in (workdir / "checkpoints").glob("*/done.json")}
-    first = ("base", "prm", "warmup")  # the default is the last policy, never the reward model
-    found = [*(name for name in first if name in done), *sorted(done - set(first))]
-    if not found or (stage and stage not in found):
-        there = ", ".join(found) or "none"
-        raise ValueError(f"{workdir}: no finished training of {stage or 'any stage'}; there is {there}")
-    return stage or found[-1]
-
-
-def export(workdir: pathlib.Path, output: pathlib.Path, stage: str = "") -> str:
-    """Writes a stage's policy.
+def export(workdir: pathlib.Path, output: pathlib.Path, stage: Stage | None = None) -> Stage:
+    """Writes a stage's policy, or the reward model.
 
     Args:
       workdir: of a run.
       output: a new or empty folder.
-      stage: which policy, or `prm`; empty for the last policy whose training is complete.
+      stage: which one; None for the last policy whose training is complete.
 
     Returns:
-      The stage's name.
+      The stage.
 
     Raises:
       ValueError: there is no such run or stage, or `output` holds something.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there and not empty: nothing is overwritten")
-    policy, stage, params = restore(workdir, stage)
-    policy.save(params, output)
-    return stage
+        raise ValueError(f"{output} exists and is not empty: nothing is overwritten")
+    found = finished.restore(workdir, stage)
+    found.policy.save(found.params, output)
+    return found.stage
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a run's policy as a Hugging Face checkpoint.")
-    parser.add_argument("--workdir", required=True, help="a run of mstar_jax.main")
-    parser.add_argument("--output", required=True, help="the folder to write; new or empty")
-    parser.add_argument(
-        "--stage", default="", help="base, warmup, prm, iteration_07; default the last policy"
-    )
-    args = parser.parse_args()
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax reports through absl
-    output = pathlib.Path(args.output)
-    try:
-        stage = export(pathlib.Path(args.workdir), output, args.stage)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(argv: list[str]) -> None:
+    cli.start(argv)
+    workdir, output = pathlib.Path(WORKDIR.value or ""), pathlib.Path(OUTPUT.value or "")
+    with cli.explained():
+        wanted = Stage.parse(STAGE.value) if STAGE.value else None
+        stage = export(workdir, output, wanted)
     names = ", ".join(sorted(path.name for path in output.iterdir()))
-    print(f"{stage} of {args.workdir} -> {output.absolute()}: {names}")
-    how = (
-        f"models.Pretrained({str(output)!r}).load_reward()"
-        if stage == "prm"
-        else f"models.load({str(output)!r})"
-    )
-    print(f"load it with mstar_jax.{how}")
+    print(f"{stage} of {workdir} -> {output.absolute()}: {names}")
+    path = str(output)
+    reward = stage == Stage.reward_model
+    call = f"models.Pretrained({path!r}).load_reward()" if reward else f"models.load({path!r})"
+    print(f"load it with mstar_jax.{call}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.mark_flags_as_required(["workdir", "output"])
+    cli.main(main)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from mstar_jax import __version__, cli, configure, evolve, processes, records, sharding
@@ -109,5 +109,4 @@ def _default_workdir() -> str:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    jax.config.config_with_absl()
-    app.run(main)
+    cli.main(main)

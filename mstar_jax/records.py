@@ -4,63 +4,141 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import tensorboardX
 
 from mstar_jax import processes
 from mstar_jax.store import write_text
-from mstar_jax.structs import Query, Response
+from mstar_jax.structs import Query, Response, Stage
+
+
+class Record(TypedDict, total=False):
+    """What results.json says of a stage on a split; what cannot be told is absent.
+
+    Attributes:
+      stage, iteration: `Stage.kind` and `Stage.number`.
+      split: `validation` or `test`; of the reward model `held-out`.
+      n: queries.
+      k: K of Pass@K.
+      temperature: what the stage's training responses were sampled at; None for the base.
+      kept: how many responses it was trained on; None for the base and the reward model.
+      greedy_accuracy, ..., length: see `rewards.metrics.dynamics`.
+      all_right, unfaithful: of the embedded data's greedy responses, see `stages.measure.right_steps`.
+      pseudo_coverage, pseudo_precision: of unlabelled queries that joined, see `stages.select.pseudo_label`.
+      grid, chosen: the dynamics at several temperatures, and the temperature that was chosen by them.
+      responses, ..., truth: of the reward model, see `stages.reward_model.report`.
+      seconds: since the record before.
+      speed: of the passes since then, by kind of work and name; see `profiling.speed`.
+    """
+
+    stage: str
+    iteration: int
+    split: str
+    n: int
+    k: int
+    temperature: float | None
+    kept: int | None
+    greedy_accuracy: float
+    pass_at_k: float
+    gap: float
+    sampled_accuracy: float
+    distinct_answers: float
+    reward_pass_at_2: float
+    balance_score: float
+    unparsed: float
+    gold_unparsed: float
+    truncated: float
+    length: float
+    all_right: float
+    unfaithful: float
+    pseudo_coverage: float
+    pseudo_precision: float
+    grid: list[dict[str, float]]
+    chosen: float | None
+    responses: int
+    steps: int
+    label_auc: float | None
+    label_auc_within: float | None
+    ece: float | None
+    brier: float | None
+    calibration: list[dict[str, float]] | None
+    curve: list[dict[str, float]]
+    truth: dict[str, float | None]
+    seconds: float
+    speed: dict[str, dict[str, dict[str, float]]]
 
 
 class Results:
-    """`<workdir>/results.json`: a head (config, seed, versions, device), a record per evaluated stage."""
+    """`<workdir>/results.json`: a head (config, seed, versions, device), a record per stage and split.
+
+    Attributes:
+      records: the records, in the order of their writing.
+    """
 
     def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
-        self.workdir = workdir
+        self.workdir, self.head = workdir, head
         self.path = workdir / "results.json"
-        self.data: dict[str, Any] = {**head, "stages": []}
+        self.records: list[Record] = []
         if processes.first():
             (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.data["stages"] = json.loads(self.path.read_text())["stages"]
-        processes.barrier("results")  # read by all before one adds to them
+            self.records = json.loads(self.path.read_text())["stages"]
+        processes.barrier("results")  # read by all processes before one adds to them
 
-    def find(self, stage: str, iteration: int, split: str) -> dict[str, Any] | None:
-        """The record of a stage, None where it is not there yet."""
-        key = (stage, iteration, split)
-        return next((s for s in self.data["stages"] if (s["stage"], s["iteration"], s["split"]) == key), None)
+    def find(self, stage: Stage, split: str) -> Record | None:
+        """The record of a stage on a split, None where it is not there yet."""
+        key = (stage.kind, stage.number, split)
+        return next((r for r in self.records if (r["stage"], r["iteration"], r["split"]) == key), None)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, stage: Stage, values: Mapping[str, Any]) -> None:
         """Appends a record and writes the file; also as TensorBoard events and a CSV of all records."""
-        self.data["stages"].append(record)
+        record: Any = {"stage": stage.kind, "iteration": stage.number, **values}
+        self.records.append(record)
+        self._write(stage, record["split"], record)
+
+    def extend(self, stage: Stage, split: str, values: Mapping[str, Any]) -> None:
+        """Adds values to a record that is there; seconds and speeds are added to its own."""
+        record: Any = self.find(stage, split)
+        seconds = record["seconds"] + values["seconds"]
+        speed = {kind: dict(passes) for kind, passes in record["speed"].items()}
+        for kind, passes in values["speed"].items():
+            speed.setdefault(kind, {}).update(passes)
+        record |= {**values, "seconds": round(seconds, 2), "speed": speed}
+        self._write(stage, split, values)
+
+    def _write(self, stage: Stage, split: str, new: Mapping[str, Any]) -> None:
         if not processes.first():
             return
-        stages = self.data["stages"]
-        flat = [{k: v for k, v in stage.items() if not isinstance(v, dict | list)} for stage in stages]
-        names = list(dict.fromkeys(name for stage in flat for name in stage if name != "seconds"))
-        rows = [names, *([stage.get(name, "") for name in names] for stage in flat)]
-        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        flat = [
+            {key: value for key, value in record.items() if not isinstance(value, dict | list)}
+            for record in self.records
+        ]
+        names = list(dict.fromkeys(name for record in flat for name in record if name != "seconds"))
+        rows: list[list[Any]] = [names, *([record.get(name, "") for name in names] for record in flat)]
+        text = "".join(",".join(str(cell) for cell in row) + "\n" for row in rows)
         write_text(self.workdir / "metrics" / "dynamics.csv", text)
-        write_text(self.path, json.dumps(self.data, indent=1))  # last: a record here means all is written
+        data = {**self.head, "stages": self.records}
+        write_text(self.path, json.dumps(data, indent=1))  # last: a record here means that all is written
         events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard" / "dynamics"))
-        step = {"base": -1, "warmup": 0}.get(record["stage"], record["iteration"])
-        for name, value in record.items():
+        at = 0 if stage == Stage.base else stage.number + 1
+        for name, value in new.items():
             if isinstance(value, float) and name != "seconds":
-                events.add_scalar(f"{record['split']}/{name}", value, step + 1)
+                events.add_scalar(f"{split}/{name}", value, at)
         events.close()
 
 
-def table(stages: Iterable[dict[str, Any]]) -> str:
-    """The stages as a table for the terminal."""
+def table(stages: Iterable[Record]) -> str:
+    """The records as a table for the terminal."""
     names = "stage split n greedy pass@k gap reward-pass@2 unparsed kept T seconds"
     head = tuple(names.split())
     shares = ("greedy_accuracy", "pass_at_k", "gap", "reward_pass_at_2", "unparsed")
     rows: list[Sequence[str]] = [head]
     for s in stages:
         name = s["stage"] if s["stage"] != "iteration" else f"iteration {s['iteration']}"
-        percent = [f"{100 * s[key]:5.1f}%" if key in s else "" for key in shares]
+        values: Mapping[str, Any] = s
+        percent = [f"{100 * values[key]:5.1f}%" if key in values else "" for key in shares]
         kept = "" if s["kept"] is None else str(s["kept"])
         used = "" if s["temperature"] is None else f"{s['temperature']:g}"
         end = (kept, used, f"{s['seconds']:.0f}")
@@ -68,8 +146,8 @@ def table(stages: Iterable[dict[str, Any]]) -> str:
     return _aligned(rows, left=2)
 
 
-def speeds(stages: Iterable[dict[str, Any]]) -> str:
-    """What the stages say of their speed, by kind of work, as a table for the terminal; empty without any."""
+def speeds(stages: Iterable[Record]) -> str:
+    """The speeds in the records, by kind of work, as a table for the terminal; empty without any."""
     found: dict[str, list[dict[str, float]]] = {}
     for s in stages:
         for kind, passes in s.get("speed", {}).items():

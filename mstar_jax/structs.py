@@ -47,7 +47,9 @@ class Stage:
             return cls(KINDS.index(name))
         kind, _, number = name.partition("_")
         if kind != KINDS[-1] or not number.isdigit() or int(number) < 1:
-            raise ValueError(f"no stage is called {name!r}; there are base, warmup, prm and iteration_01, ...")
+            raise ValueError(
+                f"no stage is called {name!r}; stages are base, warmup, prm and iteration_01, ..."
+            )
         return cls.iteration(int(number))
 
     @property
@@ -265,9 +267,7 @@ class Model(Protocol):
 class ScoringModel(Protocol):
     """A process reward model; the module is its own parameter pytree."""
 
-    def __call__(
-        self, batch: Batch, remat: Callable[..., Any] | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, batch: Batch, remat: Callable[..., Any] | None = None) -> tuple[jax.Array, jax.Array]:
         """The score (a logit) after each token of the rows and the token's log probability, [B, T] each."""
 
     def merged(self, dtype: Any = None) -> "ScoringModel":

@@ -1,4 +1,4 @@
-"""What the dynamics say, and which temperature they ask for."""
+"""What the dynamics say, and which temperature is in force."""
 
 import types
 
@@ -6,28 +6,89 @@ import pytest
 from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
-from mstar_jax.stages.measure import Dynamics
-from mstar_jax.structs import Response
+from mstar_jax.records import Results
+from mstar_jax.stages.explore import chosen_after, explore, explores
+from mstar_jax.stages.measure import right_steps
+from mstar_jax.stages.policy import Policy
+from mstar_jax.structs import Response, Stage, TrainState
 
 
-def made(records, truths=()):
-    out = object.__new__(Dynamics)
-    config = ConfigDict({"evolve": {"temperature": 1.0}})
-    out.run = types.SimpleNamespace(config=config, results=types.SimpleNamespace(data={"stages": records}))
-    out.reward = types.SimpleNamespace(truth={t.id: t for t in truths})
-    return out
+def run(tmp_path, every=2):
+    return types.SimpleNamespace(
+        results=Results(tmp_path, {}), config=ConfigDict({"explore": {"every": every}})
+    )
 
 
-def test_the_temperature_is_the_last_one_chosen_before():
-    records = [
-        {"stage": "base", "iteration": 0},
-        {"stage": "warmup", "iteration": 0, "chosen": 0.6},
-        {"stage": "iteration", "iteration": 1},
-        {"stage": "iteration", "iteration": 2, "chosen": 0.8},
-        {"stage": "iteration", "iteration": 4, "chosen": None},  # measured, not chosen
+def add(run, stage, **values):
+    run.results.add(stage, {"split": "validation", "seconds": 1.0, "speed": {}} | values)
+
+
+def test_the_temperature_stays_until_an_exploration_chooses(tmp_path):
+    """As a restart walks through the stages of a run."""
+    here = run(tmp_path)
+    chosen = {Stage.warmup: 0.6, Stage.iteration(2): 0.8, Stage.iteration(4): None}  # measured, not chosen
+    for stage in (Stage.base, Stage.warmup, *map(Stage.iteration, (1, 2, 4))):
+        add(here, stage, **({"grid": [], "chosen": chosen[stage]} if stage in chosen else {}))
+    here.results.records.reverse()  # the order of the records does not matter
+    temperature, found = 1.0, []
+    for stage in (Stage.base, Stage.warmup, *map(Stage.iteration, range(1, 6))):
+        temperature = chosen_after(here, stage, temperature)
+        found.append(temperature)
+    assert found == [1.0, 0.6, 0.6, 0.8, 0.8, 0.8, 0.8]
+
+
+def test_a_finished_exploration_is_read(tmp_path):
+    here = run(tmp_path)
+    add(here, Stage.warmup)
+    here.results.extend(
+        Stage.warmup, "validation", {"grid": [], "chosen": 0.6, "seconds": 2.0, "speed": {"score": {"a": {}}}}
+    )
+    record = Results(tmp_path, {}).find(Stage.warmup, "validation")  # from the file
+    assert record["seconds"] == 3.0 and record["speed"] == {"score": {"a": {}}} and record["split"]
+    policy = Policy(Stage.warmup, lambda: pytest.fail("nothing has to be sampled"))
+    assert explore(here, policy, object(), 1.0) == 0.6
+
+
+def test_when_temperatures_are_explored(tmp_path):
+    reward = object()
+    stages = [Stage.base, Stage.warmup, *map(Stage.iteration, range(1, 5))]
+    assert [explores(run(tmp_path), s, reward) for s in stages] == [False, True, False, True, False, True]
+    assert not any(explores(run(tmp_path), s, None) for s in stages)
+    assert not any(explores(run(tmp_path, every=0), s, reward) for s in stages)
+
+
+def test_a_policy_is_restored_when_it_is_asked_for():
+    read = []
+
+    def restore():
+        read.append(1)
+        return TrainState(0, "params", ())
+
+    policy = Policy(Stage.warmup, restore)
+    assert not read
+    assert policy.params == policy.params == "params" and len(read) == 1
+    assert policy.take().params == "params" and policy.state is None and len(read) == 1
+    assert policy.params == "params" and len(read) == 2  # the state was given away
+    trained = Policy(Stage.warmup, restore, TrainState(1, "new", ()))
+    assert trained.params == "new" and trained.take().step == 1 and len(read) == 2
+
+
+def test_stages_are_ordered_as_they_run():
+    stages = [Stage.base, Stage.warmup, Stage.reward_model, *map(Stage.iteration, (1, 2, 10, 100))]
+    assert sorted(stages[::-1]) == stages
+    names = ["base", "warmup", "prm", "iteration_01", "iteration_02", "iteration_10", "iteration_100"]
+    assert [stage.name for stage in stages] == names == [str(stage) for stage in stages]
+    assert [Stage.parse(name) for name in names] == stages
+    assert [(stage.kind, stage.number) for stage in stages[1:4]] == [
+        ("warmup", 0),
+        ("prm", 0),
+        ("iteration", 1),
     ]
-    assert [made(records).temperature(t) for t in (1, 2, 3, 4, 5)] == [0.6, 0.6, 0.8, 0.8, 0.8]
-    assert [made(records[:1]).temperature(t) for t in (1, 2)] == [1.0, 1.0]
+    for name in ("", "iteration", "iteration_00", "iteration_x", "warm-up", "iteration_-1"):
+        with pytest.raises(ValueError, match="no stage is called"):
+            Stage.parse(name)
+    with pytest.raises(ValueError, match="counted from 1"):
+        Stage.iteration(0)
 
 
 def test_steps_by_the_generators_truth():
@@ -44,5 +105,6 @@ def test_steps_by_the_generators_truth():
         [Response("q", i, text, (), 0.0, False, verdict=verdict, temperature=t)]
         for i, (text, verdict, t) in enumerate(texts)
     ]
-    assert made([], [truth]).steps(groups) == {"all_right": 1 / 4, "unfaithful": pytest.approx(2 / 3)}
-    assert made([]).steps(groups) == {}  # no embedded data
+    expected = {"all_right": 1 / 4, "unfaithful": pytest.approx(2 / 3)}
+    assert right_steps(groups, {truth.id: truth}) == expected
+    assert right_steps(groups, {}) == {}  # no embedded data

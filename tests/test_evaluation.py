@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import types
 
 import openpyxl
 import pytest
@@ -13,9 +12,10 @@ from configs import tiny as tiny_config
 from mstar_jax import configure
 from mstar_jax.data import toy
 from mstar_jax.evaluate import __main__ as evaluate
-from mstar_jax.evaluate import evaluation
+from mstar_jax.evaluate import evaluation, summary
 from mstar_jax.evaluate.benchmarks import Item
 from mstar_jax.inference import generate
+from mstar_jax.inference.score import Scorer
 from mstar_jax.models import vlm
 from mstar_jax.profiling import speed
 from mstar_jax.structs import Query, Response
@@ -58,32 +58,40 @@ def answers(name, *texts, scores=()):
 
 
 class Host:
-    """Answers as prepared, and remembers how it was asked."""
+    """What an evaluation reads of `Inference`; it answers as prepared, and remembers how it was asked."""
 
     def __init__(self, found):
         sampling = {"max_new_tokens": 8, "dtype": "float32", "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        sampling["stop_strings"] = ()
-        prompts = {"cot": "{question}{choices} Think."}
-        config = {"sampling": sampling, "prompts": prompts, "data": {"buckets": (64,)}, "seed": 0}
-        self.config, self.found, self.asked = ConfigDict(config), found, []
+        self.sampling = ConfigDict(sampling | {"stop_strings": ()})
+        self.data, self.seed, self.found, self.asked = ConfigDict({"buckets": (64,)}), 0, found, []
         self.speeds = speed.Speeds(chips=1)
 
-    def sample(self, name, params, asked, temperatures, *, how, longest, kind):
-        assert kind == "evaluation"
-        self.asked.append((name, {q.id: text for q, text in asked}, list(temperatures), how, longest))
-        return {q.id: self.found[q.id] for q, _ in asked if q.id in self.found}
+
+def sample(host, name, params, asked, temperatures, *, settings, longest, kind):
+    assert kind == "evaluation"
+    host.asked.append((name, {q.id: text for q, text in asked}, list(temperatures), settings, longest))
+    return {q.id: host.found[q.id] for q, _ in asked if q.id in host.found}
 
 
-def evaluated(tmp_path, items, hosts, scores=False, **settings):
-    out = evaluation.Evaluation(tmp_path, ConfigDict(SETTINGS | settings))
-    out.items = items
-    voter = None
-    if scores:
-        scorer = types.SimpleNamespace(score=lambda name, model, asked, found, **_: found)
-        voter = evaluation.Voter(scorer, lambda: None, {})
-    for name, host in hosts.items():
-        out.evaluate(evaluation.Policy(name, host, lambda: None, {"policy": name}), voter)
-    return out
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A function that evaluates prepared policies, and returns the results by policy and benchmark."""
+    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(evaluation, "score", lambda host, scorer, name, asked, found, **_: found)
+
+    def evaluated(items, hosts, scores=False, folder=tmp_path, **settings):
+        settings = ConfigDict(SETTINGS | settings)
+        templates = {"cot": "{question}{choices} Think."}
+        asked = evaluation.Benchmarks(items, settings, templates, folder / "benchmarks")
+        scorer = Scorer(lambda: None, {}, None, ()) if scores else None
+        results = {}
+        for name, host in hosts.items():
+            candidate = evaluation.Candidate(name, lambda: None, {"policy": name})
+            results[name] = evaluation.evaluate(host, asked, candidate, scorer)
+            evaluation.write_table(asked, results)
+        return results
+
+    return evaluated
 
 
 ITEMS = {"m3cot": [item("1", "B"), item("2", "A"), item("3", "C"), item("4", "B")]}
@@ -95,9 +103,9 @@ FIRST = {
 SECOND = FIRST | {"2": answers("2", "The answer is A"), "4": answers("4", "x The answer is B")}
 
 
-def test_scores_files_and_the_paired_test(tmp_path):
+def test_scores_files_and_the_paired_test(tmp_path, evaluated):
     hosts = {"base": Host(FIRST), "final": Host(SECOND)}
-    out = evaluated(tmp_path, ITEMS, hosts, paper="InternVL2-2B")
+    out = evaluated(ITEMS, hosts, paper="InternVL2-2B")
     record = json.loads((tmp_path / "benchmarks/base/m3cot.json").read_text())
     greedy = record["greedy"]
     assert greedy["n"] == 4 and greedy["strict"]["correct"] == 1 and record["left_out"] == 1
@@ -107,8 +115,8 @@ def test_scores_files_and_the_paired_test(tmp_path):
     assert [x["greedy"]["verdict"] for x in lines] == ["correct", "wrong", "unparsed", "unparsed"]
     assert lines[3]["greedy"]["response"] is None
     assert lines[0]["prompt"] == "Which?\nChoices:\n(A) red\n(B) blue\n(C) green Think."
-    assert out.hits["final"]["m3cot"] == {"1": True, "2": True, "3": False, "4": True}
-    table = out.table()
+    assert out["final"]["m3cot"].hits == {"1": True, "2": True, "3": False, "4": True}
+    table = summary.table(out, "InternVL2-2B")
     assert table == (tmp_path / "benchmarks/table.md").read_text().rstrip("\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
     assert rows[0] == ["", "M3CoT"] and rows[2] == ["base", "25.0"] and rows[3] == ["final", "75.0"]
@@ -116,10 +124,10 @@ def test_scores_files_and_the_paired_test(tmp_path):
     assert [row for row in rows if row[0] == "final"][-1][2:] == ["+50.0", "+1.0 to +99.0", "2", "0", "0.5"]
 
 
-def test_five_benchmarks_have_a_mean(tmp_path):
-    items = {name: [item("1"), item("2")] for name in evaluation.FIVE}
+def test_five_benchmarks_have_a_mean(evaluated):
+    items = {name: [item("1"), item("2")] for name in summary.FIVE}
     right = {"1": answers("1", "The answer is B"), "2": answers("2", "The answer is C")}
-    rows = evaluated(tmp_path, items, {"policy": Host(right)}, paper="Phi-3.5-vision").table().splitlines()
+    rows = summary.table(evaluated(items, {"policy": Host(right)}), "Phi-3.5-vision").splitlines()
     assert rows[0].endswith("| AI2D | mean of five |")
     assert rows[2].endswith("| 50.0 | 50.0 |")
     assert rows[5] == "| the paper's Phi-3.5-vision, M-STaR | 54.5 | 51.3 | 48.8 | 73.6 | 67.9 | 59.2 |"
@@ -130,15 +138,15 @@ def test_the_papers_means():
     printed = {"MiniCPM-V-2.5": (55.0, 57.7, 61.6), "Phi-3.5-vision": (46.5, 55.3, 59.2)}
     printed["InternVL2-2B"] = (26.2, 52.8, 53.3)
     for name, means in printed.items():
-        found = [sum(row) / 5 for row in evaluation.PAPER[name].values()]
+        found = [sum(row) / 5 for row in summary.PAPER[name].values()]
         assert found == pytest.approx(means, abs=0.051)
 
 
-def test_votes(tmp_path):
+def test_votes(tmp_path, evaluated):
     texts = ("The answer is A", "The answer is C", "The answer is B", "The answer is C", "xThe answer is B")
     found = {"1": answers("1", *texts, scores=(0.0, 0.2, 0.9, 0.3, 0.99))}
     host, items = Host(found), {"m3cot": [item("1", "B")]}
-    record = evaluated(tmp_path, items, {"p": host}, scores=True, samples=4).records["p"]["m3cot"]
+    record = evaluated(items, {"p": host}, scores=True, samples=4)["p"]["m3cot"].record
     chosen = json.loads((tmp_path / "benchmarks/p/m3cot.jsonl").read_text())
     # majority: C twice; weighted: B .9 against C .5; best of n: B .9 (the truncated one has no reward)
     assert [chosen[m]["answer"] for m in ("greedy", "majority", "weighted_vote", "best_of_n")] == list("ACBB")
@@ -149,38 +157,38 @@ def test_votes(tmp_path):
         1,
     ]
     assert host.asked[0][2] == [0.0, 1.0, 1.0, 1.0, 1.0]
-    plain = evaluated(tmp_path / "plain", items, {"p": Host(found)}, samples=4).records["p"]["m3cot"]
+    plain = evaluated(items, {"p": Host(found)}, folder=tmp_path / "plain", samples=4)["p"]["m3cot"].record
     assert "majority" in plain and "best_of_n" not in plain
 
 
-def test_parts_of_a_benchmark(tmp_path):
+def test_parts_of_a_benchmark(evaluated):
     items = [item("1", domain="science"), item("2", domain="science"), item("3", domain="algebra")]
     found = {name: answers(name, f"The answer is {letter}") for name, letter in zip("123", "BCB")}
-    lines = evaluated(tmp_path, {"m3cot": items}, {"p": Host(found)}).table().splitlines()
+    lines = summary.table(evaluated({"m3cot": items}, {"p": Host(found)}), "").splitlines()
     at = lines.index("| M3CoT | algebra (1) | science (2) |")
     assert lines[at + 2] == "| p | 100.0 | 50.0 |"
 
 
-def test_a_question_counts_where_all_its_rotations_do(tmp_path):
+def test_a_question_counts_where_all_its_rotations_do(evaluated):
     rotations = [item("7"), item("1000007", "C", base="7"), item("8")]
     texts = {"7": "The answer is B", "1000007": "The answer is B", "8": "The answer is B"}
     found = {name: answers(name, text) for name, text in texts.items()}
-    out = evaluated(tmp_path, {"mmbench": rotations}, {"p": Host(found)})
-    assert out.hits["p"]["mmbench"] == {"7": False, "8": True}
-    assert out.records["p"]["mmbench"]["greedy"]["accuracy"] == 0.5
+    out = evaluated({"mmbench": rotations}, {"p": Host(found)})["p"]["mmbench"]
+    assert out.hits == {"7": False, "8": True}
+    assert out.record["greedy"]["accuracy"] == 0.5
 
 
-def test_official_prompts_and_identity_reach_the_store(tmp_path):
+def test_official_prompts_and_identity_reach_the_store(evaluated):
     host = Host(FIRST)
-    evaluated(tmp_path, ITEMS, {"p": host}, prompt="official")
+    evaluated(ITEMS, {"p": host}, prompt="official")
     name, asked, _, how, longest = host.asked[0]
     assert name == "p_m3cot" and asked["1"] == "official 1" and longest == 64
     assert how == {"policy": "p", "prompt": "official"}
 
 
-def test_vlmevalkit_layout(tmp_path):
+def test_vlmevalkit_layout(tmp_path, evaluated):
     found = {"7": answers("7", "=The answer is\x07 B\n\tdone")}
-    evaluated(tmp_path, {"mmstar": [item("7")]}, {"p": Host(found)})
+    evaluated({"mmstar": [item("7")]}, {"p": Host(found)})
     stem = tmp_path / "benchmarks/p/p_MMStar"
     sheet = openpyxl.load_workbook(f"{stem}.xlsx").active
     head, row = sheet.iter_rows(values_only=True)
@@ -233,7 +241,7 @@ def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
         except generate.Stopped:
             continue
     assert asked > 4
-    assert again.table() == whole.table()
+    assert summary.table(again, "") == summary.table(whole, "")
     for path in (tmp_path / "whole").rglob("*.json*"):
         other = tmp_path / "broken" / path.relative_to(tmp_path / "whole")
         assert other.read_text() == path.read_text(), path

@@ -331,7 +331,7 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    monkeypatch.setattr("mstar_jax.stages.run.make_train_step", None)
+    monkeypatch.setattr("mstar_jax.stages.policy.make_train_step", None)
     monkeypatch.setattr("mstar_jax.inference.rollouts.rollouts", None)
     monkeypatch.setattr(prm, "scores", None)
     records = run(small(), whole)

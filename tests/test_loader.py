@@ -41,15 +41,15 @@ def queries(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(processor, queries):
-    planned, left_out = loader.plan_prompts([(q, q.question) for q in queries], processor, 10_000)
-    assert not left_out
+    planned = loader.plan_prompts([(q, q.question) for q in queries], processor, 10_000)
+    assert None not in planned
     return planned
 
 
 def text_rows(processor, count, name="t", length=3):
     """Rows without images; the first response token tells which one it is."""
     found = [Query(f"{name}{i}", (), "area") for i in range(count)]
-    planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
+    planned = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
     return [Row(p, ((20 + i,) * length,)) for i, p in enumerate(planned)]
 
 
@@ -81,8 +81,10 @@ def assert_equal(a, b):
 @given(longest=st.integers(10, 140))
 def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
     pairs = [(q, q.question) for q in queries]
-    planned, left_out = loader.plan_prompts(pairs, processor, longest)
-    assert [q for q in queries if q not in left_out] == [p.query for p in planned]  # each in one of the two
+    found = loader.plan_prompts(pairs, processor, longest)
+    planned = [prompt for prompt in found if prompt is not None]
+    left_out = [query for query, prompt in zip(queries, found, strict=True) if prompt is None]
+    assert [q for q in queries if q not in left_out] == [p.query for p in planned]
     for query in left_out:
         sizes = [Image.open(path).size for path in query.images]
         assert processor.prefix_shape(query.question, sizes)[0] > longest
@@ -103,7 +105,7 @@ def test_sizes_are_those_of_the_turned_image(processor, tmp_path):
     exif[0x0112] = 6  # shown rotated by a quarter
     Image.new("RGB", (70, 12)).save(tmp_path / "turned.jpg", exif=exif)
     query = Query("turned", (str(tmp_path / "turned.jpg"),), "area")
-    [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
+    [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
     loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops)
 
 
@@ -111,7 +113,7 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (16, 16)).save(path)
     query = Query("train_000012_0", (str(path),), "area")
-    [prompt], _ = loader.plan_prompts([(query, "area")], processor, 1000)
+    [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
     Image.new("RGB", (80, 16)).save(path)
     with pytest.raises(
         ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"

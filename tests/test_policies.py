@@ -18,6 +18,7 @@ from mstar_jax import evolve, export, models, sharding
 from mstar_jax.data import toy
 from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
 from mstar_jax.rewards import selection
+from mstar_jax.structs import Stage
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 SMALL = {
@@ -115,7 +116,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     assert all(s["n"] and s.get("length", 1) > 0 for s in stages)
     assert [s["iteration"] for s in stages if s["stage"] == "iteration"] == [1, 1]
 
-    assert export.export(work, tmp_path / "out") == "iteration_01"
+    assert export.export(work, tmp_path / "out") == Stage.iteration(1)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys()
     assert all(before[k].dtype == after[k].dtype and before[k].shape == after[k].shape for k in before)
@@ -125,7 +126,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
         if path.suffix != ".safetensors":
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     if reward_model:
-        assert export.export(work, tmp_path / "reward", "prm") == "prm"
+        assert export.export(work, tmp_path / "reward", Stage.reward_model) == Stage.reward_model
         there = models.Pretrained(tmp_path / "reward").load_reward(jnp.float32)
         assert np.isfinite(np.asarray(there.weight[...])).all() and float(there.likelihood[...]) != 0.3
     trained, _ = models.load(tmp_path / "out", jnp.float32)
@@ -176,5 +177,5 @@ def test_export_refuses(tmp_path):
         export.export(tmp_path, tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").write_text("")
-    with pytest.raises(ValueError, match="out is there and not empty: nothing is overwritten"):
+    with pytest.raises(ValueError, match="out exists and is not empty: nothing is overwritten"):
         export.export(tmp_path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""How a run's reward selects: every strategy on responses made by hand."""
+"""How responses are selected: every strategy on responses made by hand; and the reward model's data."""
 
 import dataclasses
 import types
@@ -8,8 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
-from mstar_jax.stages.reward_model import Reward
-from mstar_jax.structs import Prompt, Query, Response
+from mstar_jax.inference.generate import Asked
+from mstar_jax.stages.reward_model import against_truth, labelled_rows, reward_queries
+from mstar_jax.stages.select import draw, keep, pseudo_label, select_unlabelled
+from mstar_jax.structs import Prompt, Query, Response, Source, Stage
 
 QUERY = Query("q", (), "What is the total of all bars?", answer="6", answer_type="integer")
 FAITHFUL = "Bars red 4 blue 2\nSum 4 + 2 = 6\nThe answer is 6"
@@ -34,24 +36,18 @@ RESPONSES = [
 ]
 
 
-def reward(**values):
-    """A Reward whose reward model has scored already."""
-    out = object.__new__(Reward)
-    unlabelled = ConfigDict({"threshold": 0.3, "oracle": False})
-    evolve = ConfigDict({"select": "prm", "keep": 2, "distinct": False, "unlabelled": unlabelled})
-    evolve.threshold = None
-    with evolve.ignore_type():
-        evolve.update(values)
-    config = ConfigDict({"evolve": evolve, "seed": 3})
-    out.run = types.SimpleNamespace(config=config, data={"hidden": {"q": "6", "r": "1"}})
-    out.values = ConfigDict({"aggregate": "min"})
-    out.truth, out.exists = {"q": TRUTH}, True
-    out.score = lambda name, queries, responses, **_: responses
-    return out
+SETTINGS = {"select": "prm", "keep": 2, "distinct": False, "threshold": None}
 
 
-def kept(**values):
-    [found] = reward(**values).keep("iteration_01", [QUERY], {"q": RESPONSES})
+def kept(name="iteration_01", responses=RESPONSES, **values):
+    found = keep(
+        QUERY,
+        responses,
+        settings=ConfigDict(SETTINGS | values),
+        aggregate="min",
+        draw=draw(3, name, QUERY),
+        known=TRUTH,
+    )
     return [r.sample for r in found]
 
 
@@ -76,41 +72,53 @@ def test_keep(values, samples):
     assert kept(**values) == samples
 
 
-def test_by_lot():
-    draws = {
-        tuple(reward(select="random").keep(f"iteration_{t:02d}", [QUERY], {"q": RESPONSES})[0])
-        for t in range(40)
-    }
-    assert len(draws) > 5 and all(len(d) == 2 and all(r.verdict == "correct" for r in d) for d in draws)
+def test_random_selection_depends_on_the_pass_and_the_query():
+    draws = {tuple(kept(f"iteration_{t:02d}", select="random")) for t in range(40)}
+    right = {r.sample for r in RESPONSES if r.verdict == "correct"}
+    assert len(draws) > 5 and all(len(d) == 2 and set(d) <= right for d in draws)
     assert kept(select="random") == kept(select="random")
-    assert reward().keep("x", [QUERY], {}) == [[]]
+    assert kept(responses=[]) == []
+
+
+def labels(queries, responses, **values):
+    settings = ConfigDict({"threshold": 0.3, "oracle": False} | values)
+    hidden = {"q": "6", "r": "1"}
+    return pseudo_label(queries, responses, hidden=hidden, settings=settings, aggregate="min")
 
 
 def test_pseudo_labels():
     unlabelled = [dataclasses.replace(QUERY, answer=None), dataclasses.replace(QUERY, id="r", answer=None)]
     silent = [dataclasses.replace(r, query_id="r", answer=None, verdict=None) for r in RESPONSES]
     given = {"q": [dataclasses.replace(r, verdict=None) for r in RESPONSES], "r": silent}
-    [query], judged, shares = reward().pseudo_label("x", unlabelled, given)
+    [query], notes = labels(unlabelled, given)
     assert (query.id, query.answer) == ("q", "6")
-    assert [r.verdict for r in judged["q"]] == [
-        "correct",
-        "correct",
-        "wrong",
-        "correct",
-        "correct",
-        "correct",
-    ]
-    assert shares == {"pseudo_coverage": 0.5, "pseudo_precision": 1.0}
-    strict = {"unlabelled": ConfigDict({"threshold": 0.9, "oracle": False})}
-    assert reward(**strict).pseudo_label("x", unlabelled, given)[0] == []
-    oracle = {"unlabelled": ConfigDict({"threshold": 0.3, "oracle": True})}
-    queries, judged, shares = reward(**oracle).pseudo_label("x", unlabelled, given)
-    assert [q.answer for q in queries] == ["6", "1"] and shares["pseudo_coverage"] == 1.0
-    assert {r.verdict for r in judged["r"]} == {"wrong"}  # judged by the hidden answer
+    assert notes == {"pseudo_coverage": 0.5, "pseudo_precision": 1.0}
+    assert labels(unlabelled, given, threshold=0.9)[0] == []
+    queries, notes = labels(unlabelled, given, oracle=True)
+    assert [q.answer for q in queries] == ["6", "1"] and notes["pseudo_coverage"] == 1.0
+
+
+def test_pseudo_labelled_queries_are_judged_by_their_own_answers(monkeypatch):
+    """By the voted answer, or as here by the hidden one; the selection is then that of labelled queries."""
+    judged = {}
+
+    def selected(run, stage, reward, queries, responses, *, part):
+        judged.update(responses)
+        return Source([])
+
+    monkeypatch.setattr("mstar_jax.stages.select.select", selected)
+    settings = {"threshold": 0.3, "oracle": True, "weight": 0.5}
+    config = ConfigDict({"evolve": {"unlabelled": settings}, "prm": {"aggregate": "min"}})
+    run = types.SimpleNamespace(config=config, hidden={"q": "7"})
+    query = dataclasses.replace(QUERY, answer=None)
+    given = {"q": [dataclasses.replace(r, verdict=None) for r in RESPONSES]}
+    found = select_unlabelled(run, Stage.iteration(1), None, [query], given, part="unlabelled")
+    assert found.weight == 0.5 and found.notes == {"pseudo_coverage": 1.0, "pseudo_precision": 1.0}
+    assert [r.sample for r in judged["q"] if r.verdict == "correct"] == [2]
 
 
 def test_against_truth():
-    found = reward().against_truth({"q": RESPONSES})
+    found = against_truth({"q": RESPONSES}, {"q": TRUTH}, "min")
     # steps: of the first, WRONG .9 and FAITHFUL .8 are right, LUCKY .3 is not; of the second, FAITHFUL .7 is,
     # LUCKY .9 and WRONG .9 are not
     assert found["step_auc"] == pytest.approx(2 / 4)
@@ -119,31 +127,30 @@ def test_against_truth():
 
 
 @pytest.mark.parametrize(("labelled", "trained"), [(40, 20), (16, 12), (6, 5)])
-def test_queries_of_the_reward_model(labelled, trained, tmp_path):
+def test_queries_of_the_reward_model(labelled, trained):
     """The warm-up's come last; few queries are used up, never refused, and never twice."""
     found = [dataclasses.replace(QUERY, id=f"q{i}") for i in range(labelled)]
-    prm = {"queries": 20, "held_out": 5, "path": ""}
-    config = {"prm": prm, "evolve": {"select": "prm"}, "warmup": {"queries": 12}, "data": {"labelled": "x"}}
-    shared = {"labelled": found, "processor": None, "texts": (), "workdir": tmp_path}
-    run = types.SimpleNamespace(config=ConfigDict(config), **shared)
-    out = Reward(run)
-    ids = [q.id for q in [*out.held_out, *out.queries]]
-    assert len(out.queries) == trained and len(ids) == len(set(ids))
+    config = ConfigDict({"prm": {"queries": 20, "held_out": 5}, "warmup": {"queries": 12}})
+    out = reward_queries(types.SimpleNamespace(config=config, labelled=found))
+    ids = [q.id for q in [*out.held_out, *out.trained]]
+    assert len(out.trained) == trained and len(ids) == len(set(ids))
     fresh = [q.id for q in found[12:]]
     assert ids[: len(fresh)] == fresh[: len(ids)]
 
 
 def test_long_prompts_make_longer_rows(monkeypatch):
-    """A row is parted at prm.longest, unless a prompt alone needs more."""
-    out = reward()
-    out.values = ConfigDict({"longest": 40})
+    """A row is split at prm.longest, unless a prompt alone needs more."""
     encode = lambda text: list(range(len(text.split("\n")) * 5))  # noqa: E731  (five ids a line)
-    processor, texts = types.SimpleNamespace(encode_response=encode), ["a"] * 4 + ["\n"] + ["b"] * 20
-    out.scorer = types.SimpleNamespace(processor=processor, texts=texts)
-    out.run.asked = lambda queries: [(q, q.question) for q in queries]
+    host = types.SimpleNamespace(
+        prm=ConfigDict({"longest": 40}),
+        processor=types.SimpleNamespace(encode_response=encode),
+        texts=["a"] * 4 + ["\n"] + ["b"] * 20,
+    )
     labelled = {("q", r.sample): tuple(0.5 for _ in r.text.split("\n")) for r in RESPONSES}
     monkeypatch.setattr("mstar_jax.rewards.steps.ends", lambda ids, texts: list(range(4, len(ids), 5)))
+    asked = [Asked(QUERY, "total?"), Asked(dataclasses.replace(QUERY, id="r"), "total?")]
     for length, parts in ((8, 2), (300, 4)):
-        out.run.plan = lambda pairs, *_, n=length: [Prompt(q, text, n, 0) for q, text in pairs]
-        rows = out._rows([QUERY], {"q": RESPONSES}, labelled)
+        planned = [Prompt(QUERY, "total?", length, 0), None]  # the second prompt does not fit
+        monkeypatch.setattr("mstar_jax.stages.reward_model.plan", lambda *_, planned=planned: planned)
+        rows = labelled_rows(host, asked, {"q": RESPONSES}, labelled)
         assert len(rows) == parts and sum(len(row.responses) for row in rows) == 4  # different ones

@@ -21,8 +21,8 @@ from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
 
 
 def plan_prompts(
-    pairs: Sequence[tuple[Query, str]], processor: Any, max_length: int
-) -> tuple[list[Prompt], list[Query]]:
+    pairs: Sequence[tuple[Query, str]], processor: Processor, max_length: int
+) -> list[Prompt | None]:
     """Measures prompts without decoding their images.
 
     Args:
@@ -33,17 +33,15 @@ def plan_prompts(
         a response in the model's context.
 
     Returns:
-      The prompts that fit, in order, and the queries left out.
+      A prompt for each pair, None for one that is left out.
     """
-    prompts, left_out = [], []
+    prompts: list[Prompt | None] = []
     size = functools.cache(_image_size)
     for query, text in pairs:
         length, crops = processor.prefix_shape(text, [size(path) for path in query.images])
-        if length > max_length or processor.length_limit(length) <= length:
-            left_out.append(query)
-        else:
-            prompts.append(Prompt(query, text, length, crops))
-    return prompts, left_out
+        fits = length <= max_length and processor.length_limit(length) > length
+        prompts.append(Prompt(query, text, length, crops) if fits else None)
+    return prompts
 
 
 def _image_size(path: str) -> tuple[int, int]:

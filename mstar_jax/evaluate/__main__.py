@@ -4,9 +4,9 @@
         --checkpoint=/checkpoints/Phi-3.5-vision-instruct,runs/phi35:warmup,runs/phi35 \
         --benchmarks=mathvista,m3cot,mmstar_r,mmbench_r,ai2d [--prm=runs/phi35 --samples=16]
 
-A checkpoint is a folder in one of the three families' official format, or a run of mstar_jax.main, its last
-policy or `:stage`. The first is what the others are compared with. A reward model is a run's, or a folder
-that `export --stage=prm` wrote. Started again, nothing is asked twice.
+A checkpoint is a folder in the official format of one of the three families, or a run of mstar_jax.main:
+its last policy, or that of `:stage`. The first is what the others are compared with. A reward model is a
+run's, or a folder that `export --stage=prm` wrote. Started again, the command asks nothing twice.
 
 `--root` holds the official files, in a folder for each benchmark or all together: see `benchmarks.py`.
 """
@@ -21,15 +21,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import app, flags
+from absl import flags
+from jax.sharding import Mesh
 
-from mstar_jax import cli, configure, export, models, processes, sharding
+from mstar_jax import cli, configure, models, processes, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import benchmarks
-from mstar_jax.evaluate.evaluation import Evaluation, Policy, Voter, identity
-from mstar_jax.inference import sampler
-from mstar_jax.inference.generate import Generator
+from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, read, write_table
+from mstar_jax.evaluate.summary import Result, Results, table
+from mstar_jax.inference import draw, sampler
+from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer
+from mstar_jax.stages import finished
+from mstar_jax.structs import Processor, Stage
 
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
@@ -41,15 +45,22 @@ log = logging.getLogger("mstar_jax")
 
 
 class Checkpoint:
-    """A policy or a reward model in a folder of its own or in a run; its weights wait until they are asked
-    for."""
+    """A policy or a reward model, in a folder of its own or in a run; its parameters are not read yet.
 
-    def __init__(self, text: str, stage: str = ""):
+    Attributes:
+      path: the folder.
+      run: whether it is a run's.
+      stage: which stage of the run; empty for a folder.
+      name: in files and tables.
+      identity: what tells its parameters from others in the same place.
+    """
+
+    def __init__(self, text: str, stage: Stage | None = None):
         """Reads what is needed to name it.
 
         Args:
-          text: a folder, or a run with `:stage` behind it.
-          stage: of a run, where the text names none.
+          text: a folder, or a run followed by `:stage`.
+          stage: of a run, where the text names none; None for its last policy.
 
         Raises:
           ValueError: it is neither, or has no such stage.
@@ -61,41 +72,43 @@ class Checkpoint:
         self.run = "model_type" not in values and "evolve" in values
         if not self.run and "model_type" not in values:
             raise ValueError(f"{text} is neither a run nor a checkpoint's folder: no such config.json in it")
-        self.stage = export.finished(self.path, named or stage) if self.run else ""
+        if self.run:
+            stage = finished.finished(self.path, Stage.parse(named) if named else stage)
+        self.stage = stage.name if self.run and stage else ""
         self.name = "_".join(part for part in (self.path.resolve().name, self.stage) if part)
         self.identity = identity(self.path, self.stage)
 
-    def processor(self, max_crops: int | None) -> Any:
+    def processor(self, max_crops: int | None) -> Processor:
         """The family's host side."""
         if self.run:
-            return export.policy_of(self.path).processor()
+            return finished.policy_of(self.path).processor()
         return models.Pretrained(self.path, max_crops=max_crops).processor()
 
-    def load(self, mesh: Any, dtype: Any, reward: bool = False) -> Callable[[], Any]:
-        """Reads the parameters, laid out for sampling, when it is first called."""
-
-        @functools.cache
-        def params() -> Any:
-            if self.run:
-                return sampler.for_sampling(export.restore(self.path, self.stage, mesh)[2], mesh, dtype)
-            source = models.Pretrained(self.path)
-            how = {"mesh": mesh, "rules": sharding.SAMPLE}
-            return source.load_reward(dtype, **how) if reward else source.load(dtype, **how)
-
-        return params
+    def load(self, mesh: Mesh, dtype: Any, reward: bool = False) -> Any:
+        """Reads the parameters, a `Model` or, of a reward model, a `ScoringModel`, laid out for sampling."""
+        if self.run:
+            restored = finished.restore(self.path, Stage.parse(self.stage), mesh)
+            return sampler.for_sampling(restored.params, mesh, dtype)
+        source = models.Pretrained(self.path)
+        if reward:
+            return source.load_reward(dtype, mesh=mesh, rules=sharding.SAMPLE)
+        return source.load(dtype, mesh=mesh, rules=sharding.SAMPLE)
 
 
 def main(argv: list[str]) -> None:
     stop = cli.start(argv)
-    config, b = CONFIG.value, CONFIG.value.benchmarks
+    config = CONFIG.value
+    b = config.benchmarks
     b.names = tuple(BENCHMARKS.value) or b.names
-    b.root, b.samples = ROOT.value or b.root, b.samples if SAMPLES.value is None else SAMPLES.value
+    b.root = ROOT.value or b.root
+    b.samples = b.samples if SAMPLES.value is None else SAMPLES.value
     workdir = pathlib.Path(WORKDIR.value or "runs/benchmarks")
     with cli.explained():
         cli.begin()
-        evaluation = run(config, workdir, CHECKPOINTS.value or [], PRM.value, stop)
+        results = run(config, workdir, CHECKPOINTS.value or [], PRM.value, stop)
     if processes.first():
-        print(f"\n{evaluation.table()}\n\n{evaluation.folder.absolute()}: scores, predictions, table.md")
+        folder = (workdir / "benchmarks").absolute()
+        print(f"\n{table(results, b.paper)}\n\n{folder}: scores, predictions, table.md")
 
 
 def run(
@@ -104,7 +117,7 @@ def run(
     checkpoints: Sequence[str],
     prm: str | None,
     stop: Callable[[], bool],
-) -> Evaluation:
+) -> Results:
     """Evaluates every checkpoint on `config.benchmarks`.
 
     Args:
@@ -113,6 +126,9 @@ def run(
       checkpoints: folders, or runs with `:stage`.
       prm: a reward model's, or None.
       stop: asked between device batches; once true, `Stopped` is raised.
+
+    Returns:
+      The results by policy and benchmark.
 
     Raises:
       ValueError: there is nothing to evaluate, or something is not what it should be.
@@ -125,26 +141,34 @@ def run(
     names = [checkpoint.name for checkpoint in found]
     if len(set(names)) < len(names):
         raise ValueError(f"two checkpoints have the same name ({', '.join(names)}): rename a folder")
-    judge = Checkpoint(prm, "prm") if prm else None
+    judge = Checkpoint(prm, Stage.reward_model) if prm else None
     mesh = sharding.make_mesh(**config.mesh)
     configure.check_benchmarks(config)
     configure.check_sampling(config, mesh)
-    dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.get("max_crops")
+    dtype = jnp.dtype(config.sampling.dtype)
+    crops = config.policy.get("max_crops")
+    scorer = scorer_of(judge, mesh, dtype, crops) if judge else None
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
-        evaluation = Evaluation(workdir, config.benchmarks)
+        asked = read(config, workdir)
+    results: dict[str, dict[str, Result]] = {}
     for checkpoint in found:
-        host, voter = Generator(config, workdir, checkpoint.processor(crops), stop), None
-        if judge:
-            model = judge.load(mesh, dtype, reward=True)
-            voter = Voter(Scorer(host, judge.processor(crops)), model, judge.identity)
-        params = checkpoint.load(mesh, dtype)
+        host = inference(config, workdir, checkpoint.processor(crops), stop)
+        params = functools.cache(functools.partial(checkpoint.load, mesh, dtype))  # once for all benchmarks
+        candidate = Candidate(checkpoint.name, params, checkpoint.identity)
         with jax.set_mesh(mesh):
-            evaluation.evaluate(Policy(checkpoint.name, host, params, checkpoint.identity), voter)
-    return evaluation
+            results[checkpoint.name] = evaluate(host, asked, candidate, scorer)
+        write_table(asked, results)
+    return results
+
+
+def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: Any, crops: int | None) -> Scorer:
+    """The reward model that votes; it stays in memory once it is loaded."""
+    processor = judge.processor(crops)
+    load = functools.cache(functools.partial(judge.load, mesh, dtype, reward=True))
+    return Scorer(load, judge.identity, processor, draw.token_texts(processor))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
     flags.mark_flag_as_required("checkpoint")
-    jax.config.config_with_absl()
-    app.run(main)
+    cli.main(main)

@@ -1,35 +1,34 @@
-"""A policy that answers, through the stores of a workdir.
+"""Sampling through the stores of a workdir: prompts in, judged responses out.
 
-What is in a store is not computed again, so whatever is killed here goes on where it was.
+What a store holds is not computed again, so a pass that was killed continues where it was.
 """
 
 import dataclasses
-import functools
 import itertools
 import logging
 import math
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from mstar_jax import processes, progress, sharding
-from mstar_jax.data import loader
+from mstar_jax.data import loader, prompts
 from mstar_jax.inference import draw, rollouts
 from mstar_jax.inference.sampler import Sampler, for_sampling
 from mstar_jax.profiling import speed
 from mstar_jax.rewards import selection
 from mstar_jax.store import Store, read_rollout, rollout
-from mstar_jax.structs import Prompt, Query, Response, Row
+from mstar_jax.structs import Model, Processor, Prompt, Query, Response, Row
 
 log = logging.getLogger(__name__)
 
-Asked = Sequence[tuple[Query, str]]  # queries, each with its rendered prompt
 Groups = dict[str, list[Response]]  # by query id
 
 
@@ -37,165 +36,279 @@ class Stopped(Exception):
     """The run was told to stop and has saved where it stands."""
 
 
+class Asked(NamedTuple):
+    """A query and the prompt that it is asked with."""
+
+    query: Query
+    prompt: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Inference:
+    """What sampling and scoring need: values, without a policy and without a place in the algorithm.
+
+    Attributes:
+      workdir: where the stores are.
+      processor: the policy's host side.
+      texts: what each of its ids adds to a text, see `draw.token_texts`.
+      mesh: the device mesh.
+      seed: of the run.
+      sampling, data, prm: `config.sampling`, `config.data` and `config.prm`.
+      stop: asked between device batches and steps; true ends the run.
+      speeds: how fast the passes since the last record were.
+      samplers: compiled programs by (branches, rows sampled together).
+    """
+
+    workdir: pathlib.Path
+    processor: Processor
+    texts: Sequence[str]
+    mesh: Mesh
+    seed: int
+    sampling: ml_collections.ConfigDict
+    data: ml_collections.ConfigDict
+    prm: ml_collections.ConfigDict
+    stop: Callable[[], bool]
+    speeds: speed.Speeds
+    samplers: dict[tuple[int, int], Sampler] = dataclasses.field(default_factory=dict)
+
+
+def inference(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    processor: Processor,
+    stop: Callable[[], bool] = lambda: False,
+) -> Inference:
+    """The `Inference` of a config."""
+    mesh = sharding.make_mesh(**config.mesh)
+    return Inference(
+        workdir=workdir,
+        processor=processor,
+        texts=draw.token_texts(processor),
+        mesh=mesh,
+        seed=config.seed,
+        sampling=config.sampling,
+        data=config.data,
+        prm=config.prm,
+        stop=stop,
+        speeds=speed.Speeds(mesh.size, sharding.share_of(mesh)),
+    )
+
+
+# ---- 1. stopping --------------------------------------------------------------------------------------
+
+
+def stopping(stop: Callable[[], bool], at: int = 0, every: int = 1) -> bool:
+    """Whether any process was told to stop. Several processes ask each other at every `every`-th place only,
+    where they wait for the device anyway."""
+    if jax.process_count() == 1:
+        return stop()
+    return at % every == 0 and processes.agree(stop())
+
+
+def check_stop(stop: Callable[[], bool], where: str) -> None:
+    """Raises Stopped if the run was told to stop; what is on disk by now is whole."""
+    if stopping(stop):
+        raise Stopped(f"{where}: stopped")
+
+
+# ---- 2. prompts ---------------------------------------------------------------------------------------
+
+
+def ask(queries: Sequence[Query], template: str) -> list[Asked]:
+    """The queries with their prompts, rendered from a template."""
+    return [Asked(query, prompts.render(template, query)) for query in queries]
+
+
+def plan(
+    host: Inference,
+    asked: Sequence[Asked],
+    name: str,
+    *,
+    processor: Processor | None = None,
+    longest: int = 0,
+) -> list[Prompt | None]:
+    """The measured prompts, None for each that does not fit; how many do not is logged.
+
+    Args:
+      host: see `Inference`.
+      asked: queries with their prompts.
+      name: of the pass, for the log.
+      processor: of another model than the policy.
+      longest: most tokens of a prompt; 0 for `data.max_prompt`.
+    """
+    longest = longest or host.data.max_prompt
+    planned = loader.plan_prompts(asked, processor or host.processor, longest)
+    left_out = [each.query.id for each, prompt in zip(asked, planned) if prompt is None]
+    if left_out:
+        ids = ", ".join(left_out[:3])
+        text = "%s: left out %d prompts (%s ...): over data.max_prompt = %d tokens, or no room for an answer"
+        log.warning(text, name, len(left_out), ids, longest)
+    return planned
+
+
+# ---- 3. sampling --------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """A pass of sampling into a store.
+
+    Attributes:
+      folder: of the store, under the workdir: what kind of samples, and the name of the pass.
+      temperatures: one for every response of a row; 0 is greedy.
+      key: of all its samples.
+      settings: what the records depend on; a store refuses other ones.
+      iteration: written into the responses.
+      kind: of work, in the table of speeds.
+    """
+
+    folder: str
+    temperatures: Sequence[float]
+    key: jax.Array
+    settings: dict[str, Any]
+    iteration: int = 0
+    kind: str = "rollouts"
+
+
+def pass_key(seed: int, name: str) -> jax.Array:
+    """The PRNG key of a pass: it depends on the run's seed and the name alone."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
 def entering(batch: int, share: float, shards: int) -> int:
-    """How many rows are prefilled together: a share of the batch, in as many for each of its shards."""
+    """How many rows are prefilled together: a share of the batch, equally many for each of its shards."""
     return min(batch, shards * math.ceil(share * batch / shards))
 
 
-class Generator:
-    """A policy's host side and compiled programs: prompts in, judged responses out."""
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        workdir: pathlib.Path,
-        processor: Any,
-        stop: Callable[[], bool] = lambda: False,
-    ):
-        self.config, self.workdir, self.processor, self.stop = config, workdir, processor, stop
-        self.mesh = sharding.make_mesh(**config.mesh)
-        self.texts = draw.token_texts(processor)
-        self.key = jax.random.key(config.seed)
-        self.speeds = speed.Speeds(self.mesh.size, sharding.share_of(self.mesh))
-
-    def stopping(self, at: int = 0, every: int = 1) -> bool:
-        """Whether any process was told to stop; several ask each other at every `every`-th place only, where
-        they wait for the device anyway."""
-        if jax.process_count() == 1:
-            return self.stop()
-        return at % every == 0 and processes.agree(self.stop())
-
-    def check_stop(self, where: str) -> None:
-        """Raises Stopped if the run was told to stop; what is on disk by now is whole."""
-        if self.stopping():
-            raise Stopped(f"{where}: stopped")
-
-    @functools.cache  # noqa: B019  (a Generator lives as long as the process)
-    def sampler(self, branches: int, batch: int) -> Sampler:
-        """Samples so many responses of a row, and so many rows at a time."""
-        s = self.config.sampling
+def sampler_for(host: Inference, branches: int, batch: int) -> Sampler:
+    """The sampler of so many responses of a row and so many rows at a time."""
+    if (branches, batch) not in host.samplers:
+        s = host.sampling
         settings = draw.SamplingConfig(
-            branches, s.max_new_tokens, s.top_k, s.top_p, s.min_p, tuple(s.stop_strings), s.cache
+            branches=branches,
+            max_new_tokens=s.max_new_tokens,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            stop_strings=tuple(s.stop_strings),
+            cache=s.cache,
         )
-        return Sampler(self.processor, settings, batch, sharding.batch_shards(self.mesh))
+        shards = sharding.batch_shards(host.mesh)
+        host.samplers[branches, batch] = Sampler(host.processor, settings, batch, shards)
+    return host.samplers[branches, batch]
 
-    def plan(self, asked: Asked, name: str, processor: Any = None, longest: int = 0) -> list[Prompt]:
-        """The prompts that fit, for the policy or another model's processor; the others are reported."""
-        longest = longest or self.config.data.max_prompt
-        planned, left_out = loader.plan_prompts(asked, processor or self.processor, longest)
-        if left_out:
-            ids = ", ".join(q.id for q in left_out[:3])
-            text = "%s: left out %d prompts (%s ...): over data.max_prompt = %d tokens, or no room to answer"
-            log.warning(text, name, len(left_out), ids, longest)
-        return planned
 
-    def sample(
-        self,
-        name: str,
-        params: Callable[[], Any],
-        asked: Asked,
-        temperatures: Sequence[float],
-        *,
-        how: dict[str, Any],
-        iteration: int = 0,
-        batch: int | None = None,
-        longest: int = 0,
-        kind: str = "rollouts",
-    ) -> Groups:
-        """Samples and judges responses through the store of rollouts.
+def sample(
+    host: Inference,
+    name: str,
+    params: Callable[[], Model],
+    asked: Sequence[Asked],
+    temperatures: Sequence[float],
+    *,
+    settings: dict[str, Any],
+    iteration: int = 0,
+    batch: int = 0,
+    longest: int = 0,
+    kind: str = "rollouts",
+) -> Groups:
+    """Samples and judges responses through the store of rollouts.
 
-        Args:
-          name: of the pass; samples depend on it.
-          params: the policy's parameters, called only where something is missing.
-          asked: queries with their prompts.
-          temperatures: one for every response of a query; 0 is greedy.
-          how: what else the samples depend on, for the store's settings.
-          iteration: written into the responses.
-          batch: queries sampled side by side; None for `sampling.batch`.
-          longest: tokens of a prompt; 0 for `data.max_prompt`.
-          kind: of work, in the table of speeds.
-        """
-        sampler = self.sampler(len(temperatures), batch or self.config.sampling.batch)
-        planned = self.plan(asked, name, longest=longest)
-        rows = [Row(p) for p in planned]
-        how = dataclasses.asdict(sampler.config) | {"temperatures": list(temperatures)} | how
-        key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+    Args:
+      host: see `Inference`.
+      name: of the pass; the samples depend on it.
+      params: the policy, called only where something is missing.
+      asked: queries with their prompts; those that do not fit get no responses.
+      temperatures: one for every response of a query; 0 is greedy.
+      settings: what else the samples depend on, for the store's settings.
+      iteration: written into the responses.
+      batch: queries sampled together; 0 for `sampling.batch`.
+      longest: most tokens of a prompt; 0 for `data.max_prompt`.
+      kind: of work, in the table of speeds.
+    """
+    sampler = sampler_for(host, len(temperatures), batch or host.sampling.batch)
+    rows = [Row(prompt) for prompt in plan(host, asked, name, longest=longest) if prompt is not None]
+    own = dataclasses.asdict(sampler.config) | {"temperatures": list(temperatures)}
+    task = Task(
+        folder=f"rollouts/{name}",
+        temperatures=temperatures,
+        key=pass_key(host.seed, name),
+        settings=own | settings,
+        iteration=iteration,
+        kind=kind,
+    )
 
-        def records(rows, answered):
-            queries = [row.prompt.query for row in rows]
-            judged = [[selection.judge(q, r) for r in group] for q, group in zip(queries, answered)]
-            return [rollout(q, group) for q, group in zip(queries, judged)]
+    def record(row: Row, responses: Sequence[Response]) -> dict[str, Any]:
+        query = row.prompt.query
+        return rollout(query, [selection.judge(query, response) for response in responses])
 
-        return dict(
-            self.rollouts(
-                f"rollouts/{name}", sampler, rows, params, key, temperatures, records, how, iteration, kind
-            ).read(read_rollout)
-        )
+    return dict(sample_rows(host, task, sampler, rows, params, record).read(read_rollout))
 
-    def rollouts(
-        self,
-        name: str,
-        sampler: Sampler,
-        rows: Sequence[Row],
-        params: Callable[[], Any],
-        key: jax.Array,
-        temperatures: Sequence[float],
-        records: Callable[[list[Row], list[list[Response]]], list[dict[str, Any]]],
-        how: dict[str, Any],
-        iteration: int = 0,
-        kind: str = "rollouts",
-    ) -> Store:
-        """The store `name` of the workdir with the missing shards sampled.
 
-        Args:
-          name: of the store, under the workdir.
-          sampler: from `sampler`.
-          rows: what is sampled from.
-          params: the policy's parameters, called only where something is missing.
-          key: of all samples.
-          temperatures: one for every response of a row.
-          records: (rows of a shard, their responses) -> what the store keeps of them.
-          how: what else the records depend on, for the store's settings.
-          iteration: written into the responses.
-          kind: of work, in the table of speeds.
-        """
-        c, batch = self.config, sampler.slots
-        plans = loader.plan_batches(rows, batch * c.sampling.shard, c.data.buckets)
-        size = entering(batch, c.sampling.refill, sampler.shards)
-        title = name.split("/")[1] + ": " + name.split("/")[0]
-        how = how | {"seed": c.seed, "batch": batch, "refill": size, "shard": c.sampling.shard}
-        store = Store(self.workdir / name, how)
-        if missing := store.missing(len(plans)):
-            todo, shards = [plans[i] for i in missing], [plans[i][1] for i in missing]
-            found, watch, taken = sum(map(len, shards)), self.speeds.of(kind, name.split("/")[1]), 0
-            ended, whole = 0, set(itertools.accumulate(map(len, shards)))
-            with progress.bar(len(rows), title, len(rows) - found, "row") as bar:
+def sample_rows(
+    host: Inference,
+    task: Task,
+    sampler: Sampler,
+    rows: Sequence[Row],
+    params: Callable[[], Model],
+    record: Callable[[Row, Sequence[Response]], dict[str, Any]],
+) -> Store:
+    """The store of a task, with the missing shards sampled.
 
-                def each(count: int, steps: int) -> None:
-                    nonlocal taken, ended
-                    taken, ended = steps, ended + count
-                    bar.update(count)
-                    if ended not in whole:  # a shard that is complete is written first
-                        self.check_stop(title)
+    Args:
+      host: see `Inference`.
+      task: which store, and how it is sampled.
+      sampler: from `sampler_for`.
+      rows: what is sampled from.
+      params: the policy, called only where something is missing.
+      record: (a row, its responses) -> what the store keeps of them.
+    """
+    s, data, batch = host.sampling, host.data, sampler.slots
+    plans = loader.plan_batches(rows, batch * s.shard, data.buckets)
+    size = entering(batch, s.refill, sampler.shards)
+    store = Store(
+        host.workdir / task.folder,
+        task.settings | {"seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
+    )
+    if missing := store.missing(len(plans)):
+        kind, _, name = task.folder.partition("/")
+        title = f"{name}: {kind}"
+        shards = [plans[number][1] for number in missing]
+        watch = host.speeds.of(task.kind, name)
+        whole = set(itertools.accumulate(map(len, shards)))
+        steps_taken = 0
+        ended = 0
+        with progress.bar(len(rows), title, len(rows) - sum(map(len, shards)), "row") as bar:
 
-                batches = loader.row_batches(
-                    todo, self.processor, size, workers=c.data.workers, share=sharding.share_of(self.mesh)
-                )
-                answered = rollouts.rollouts(
-                    sampler,
-                    for_sampling(params(), self.mesh, jnp.dtype(c.sampling.dtype)),
-                    shards,
-                    watch.fed(batches),
-                    self.processor,
-                    key=key,
-                    temperatures=np.asarray(temperatures),
-                    iteration=iteration,
-                    mesh=self.mesh,
-                    each=each,
-                )
-                answered = watch.sampled(shards, answered, lambda: taken * batch * len(temperatures))
-                for number, these, responses in zip(missing, shards, answered):
-                    store.write(number, records(these, responses))
-                    self.check_stop(title)
-        store.complete(len(plans))
-        return store
+            def each(count: int, steps: int) -> None:
+                nonlocal steps_taken, ended
+                steps_taken = steps
+                ended += count
+                bar.update(count)
+                if ended not in whole:  # a complete shard is written before the run may stop
+                    check_stop(host.stop, title)
+
+            batches = loader.row_batches(
+                [plans[number] for number in missing],
+                host.processor,
+                size,
+                workers=data.workers,
+                share=sharding.share_of(host.mesh),
+            )
+            answered = rollouts.rollouts(
+                sampler,
+                for_sampling(params(), host.mesh, jnp.dtype(s.dtype)),
+                shards,
+                watch.fed(batches),
+                host.processor,
+                key=task.key,
+                temperatures=np.asarray(task.temperatures),
+                iteration=task.iteration,
+                mesh=host.mesh,
+                each=each,
+            )
+            room = batch * len(task.temperatures)
+            answered = watch.sampled(shards, answered, lambda: steps_taken * room)
+            for number, these, responses in zip(missing, shards, answered):
+                store.write(number, [record(row, group) for row, group in zip(these, responses)])
+                check_stop(host.stop, title)
+    store.complete(len(plans))
+    return store

@@ -9,17 +9,18 @@ rows, K branches, R response tokens, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig, draw, stop_table, token_texts
-from mstar_jax.structs import Batch, KVCache, ring
+from mstar_jax.structs import Batch, KVCache, Model, Processor, ScoringModel, ring
+
+M = TypeVar("M", Model, ScoringModel)
 
 
 class Generated(NamedTuple):
@@ -74,7 +75,7 @@ class Sampler:
         samples at temperatures[k]. The slots are donated.
     """
 
-    def __init__(self, processor: Any, config: SamplingConfig, slots: int, shards: int = 1):
+    def __init__(self, processor: Processor, config: SamplingConfig, slots: int, shards: int = 1):
         """Compiles nothing yet.
 
         Args:
@@ -114,7 +115,7 @@ class Sampler:
         done = jnp.ones_like(slots.done)
         return slots._replace(done=done, cache=slots.cache._replace(clock=jnp.zeros((), jnp.int32)))
 
-    def layout(self, slots: Slots, mesh: Any) -> Slots:
+    def layout(self, slots: Slots, mesh: Mesh) -> Slots:
         """The sharding of every array of the slots."""
 
         def one(x, axes):
@@ -212,7 +213,7 @@ class Sampler:
         return jax.lax.while_loop(waiting, step, slots)
 
 
-def for_sampling(params: Any, mesh: Any, dtype: Any) -> nnx.Module:
-    """The plain policy's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
+def for_sampling(params: M, mesh: Mesh, dtype: Any) -> M:
+    """The plain model's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
     lower = params.merged(dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

@@ -1,96 +1,126 @@
-"""A reward model that scores, through the stores of a workdir."""
+"""Scoring through the stores of a workdir: responses in, their step scores out."""
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.inference import draw
-from mstar_jax.inference.generate import Asked, Generator, Groups
+from mstar_jax.inference.generate import Asked, Groups, Inference, check_stop, plan
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm, selection
 from mstar_jax.store import Store, read_rollout, rollout
-from mstar_jax.structs import Row
+from mstar_jax.structs import Processor, Response, Row, ScoringModel
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A reward model's host side: responses in, their step scores out."""
+    """A reward model; it holds no parameters.
 
-    def __init__(self, generator: Generator, processor: Any = None):
-        """Takes the generator's processor where the reward model is of its family."""
-        self.generator, self.values = generator, generator.config.prm
-        self.processor = processor or generator.processor
-        self.texts = draw.token_texts(processor) if processor else generator.texts
+    Attributes:
+      load: its parameters, laid out for scoring. Every pass that has something to score loads them and drops
+        them at its end, so that they are never in memory while a policy trains.
+      identity: what tells it from other reward models, for the settings of the stores.
+      processor: its host side.
+      texts: what each id of the processor adds to a text, see `draw.token_texts`.
+    """
 
-    def score(
-        self,
-        name: str,
-        model: Callable[[], Any],
-        asked: Asked,
-        responses: Groups,
-        *,
-        how: dict[str, Any],
-        only_correct: bool = False,
-        longest: int = 0,
-    ) -> Groups:
-        """The responses with their step scores, through the store of scores.
+    load: Callable[[], ScoringModel]
+    identity: Mapping[str, Any]
+    processor: Processor
+    texts: Sequence[str]
 
-        Args:
-          name: of the rollouts.
-          model: the reward model laid out for scoring, called only where something is missing.
-          asked: queries with their prompts.
-          responses: by query id.
-          how: what else the scores depend on, for the store's settings.
-          only_correct: leave out responses that cannot be selected.
-          longest: tokens of a prompt; 0 for `data.max_prompt`.
-        """
-        host, v = self.generator, self.values
-        asked = [(q, text) for q, text in asked if q.id in responses]
-        chunks = [asked[at : at + v.chunk] for at in range(0, len(asked), v.chunk)]
-        how = how | {"only_correct": only_correct, "batch": v.batch, "chunk": v.chunk}
-        store = Store(host.workdir / "scores" / name, how)
-        for number in store.missing(len(chunks)):
-            part = {q.id: responses[q.id] for q, _ in chunks[number]}
-            some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
-            found = self.scored(model(), chunks[number], some, longest, name)
-            store.write(number, [rollout(q, found.get(q.id, part[q.id])) for q, _ in chunks[number]])
-            host.check_stop(f"{name}: scores")
-        store.complete(len(chunks))
-        return dict(store.read(read_rollout))
 
-    def scored(
-        self, model: Any, asked: Asked, responses: Groups, longest: int = 0, name: str = "scores"
-    ) -> Groups:
-        """The responses with their step scores by a reward model; copies of a text are scored once."""
-        host, v, buckets = self.generator, self.values, self.generator.config.data.buckets
-        some = [(q, text) for q, text in asked if responses[q.id]]
-        rows, encode, odd = list[Row](), functools.cache(self.processor.encode_response), 0
-        for prompt in host.plan(some, "scores", self.processor, longest):
-            group = selection.distinct(responses[prompt.query.id])
-            plain = [r for r in group if prm.same_steps(r.text, encode(r.text), self.texts)]
-            odd += len(group) - len(plain)
-            whole = [prm.row(prompt, plain, encode, self.texts)] if plain else []
-            rows += loader.split_rows(whole, max(buckets))
-        plans = loader.plan_batches(rows, v.batch, buckets)
-        how = {"workers": host.config.data.workers, "share": sharding.share_of(host.mesh)}
-        batches = loader.row_batches(plans, self.processor, v.batch, **how)
-        found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
-        watch = host.speeds.of("score", name)
-        fed = watch.fed(batches, functools.partial(flops.count, prm.token_scores, model))
-        for (_, these), values in zip(plans, watch.read(prm.scores(model, fed, host.mesh))):
-            for row, each in zip(these, values):
-                found.update(zip(((row.prompt.query.id, tokens) for tokens in row.responses), each))
-        if odd:
-            log.warning("scores: %d responses have 0: their steps cannot be told from their tokens", odd)
-        return {
-            q.id: [
-                dataclasses.replace(r, step_scores=found.get((q.id, tuple(encode(r.text))), ()))
-                for r in responses[q.id]
-            ]
-            for q, _ in asked
-        }
+def score(
+    host: Inference,
+    scorer: Scorer,
+    name: str,
+    asked: Sequence[Asked],
+    responses: Groups,
+    *,
+    settings: dict[str, Any],
+    only_correct: bool = False,
+    longest: int = 0,
+) -> Groups:
+    """The responses with their step scores, through the store of scores.
+
+    Args:
+      host: see `Inference`.
+      scorer: the reward model.
+      name: of the pass that sampled the responses.
+      asked: queries with their prompts.
+      responses: by query id.
+      settings: what the scores depend on, for the store's settings.
+      only_correct: leave out responses that cannot be selected.
+      longest: most tokens of a prompt; 0 for `data.max_prompt`.
+    """
+    size = host.prm.chunk
+    asked = [each for each in asked if each.query.id in responses]
+    chunks = [asked[at : at + size] for at in range(0, len(asked), size)]
+    own = {"only_correct": only_correct, "batch": host.prm.batch, "chunk": size}
+    store = Store(host.workdir / "scores" / name, settings | own)
+    missing = store.missing(len(chunks))
+    model: Any = scorer.load() if missing else None
+    for number in missing:
+        part = {each.query.id: responses[each.query.id] for each in chunks[number]}
+        some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
+        found = score_with(host, scorer, model, chunks[number], some, longest=longest, name=name)
+        queries = [each.query for each in chunks[number]]
+        store.write(number, [rollout(query, found.get(query.id, part[query.id])) for query in queries])
+        check_stop(host.stop, f"{name}: scores")
+    store.complete(len(chunks))
+    return dict(store.read(read_rollout))
+
+
+def score_with(
+    host: Inference,
+    scorer: Scorer,
+    model: ScoringModel,
+    asked: Sequence[Asked],
+    responses: Groups,
+    *,
+    longest: int = 0,
+    name: str = "scores",
+) -> Groups:
+    """The responses with their step scores by a model of the scorer's family, without a store. Copies of a
+    text are scored once."""
+    buckets = host.data.buckets
+    encode = functools.cache(scorer.processor.encode_response)
+    rows: list[Row] = []
+    odd = 0
+    some = [each for each in asked if responses[each.query.id]]
+    for prompt in plan(host, some, "scores", processor=scorer.processor, longest=longest):
+        if prompt is None:
+            continue
+        group = selection.distinct(responses[prompt.query.id])
+        plain = [r for r in group if prm.same_steps(r.text, encode(r.text), scorer.texts)]
+        odd += len(group) - len(plain)
+        if plain:
+            rows += loader.split_rows([prm.row(prompt, plain, encode, scorer.texts)], max(buckets))
+    plans = loader.plan_batches(rows, host.prm.batch, buckets)
+    batches = loader.row_batches(
+        plans,
+        scorer.processor,
+        host.prm.batch,
+        workers=host.data.workers,
+        share=sharding.share_of(host.mesh),
+    )
+    found: dict[tuple[str, tuple[int, ...]], tuple[float, ...]] = {}
+    watch = host.speeds.of("score", name)
+    fed = watch.fed(batches, functools.partial(flops.count, prm.token_scores, model))
+    for (_, these), values in zip(plans, watch.read(prm.scores(model, fed, host.mesh))):
+        for row, each in zip(these, values):
+            keys = [(row.prompt.query.id, tokens) for tokens in row.responses]
+            found.update(zip(keys, each))
+    if odd:
+        log.warning("scores: %d responses get 0: their steps cannot be told from their tokens", odd)
+
+    def scored(response: Response) -> Response:
+        key = response.query_id, tuple(encode(response.text))
+        return dataclasses.replace(response, step_scores=found.get(key, ()))
+
+    return {each.query.id: [scored(r) for r in responses[each.query.id]] for each in asked}

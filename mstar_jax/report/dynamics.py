@@ -8,7 +8,7 @@ from mstar_jax.report import figures, runs
 from mstar_jax.report.figures import Line
 from mstar_jax.report.page import Page
 from mstar_jax.report.runs import Missing, Run
-from mstar_jax.stages import explore
+from mstar_jax.rewards import temperature
 
 STAGE_AXIS = "stage of the run (iteration)"
 WINDOW = 3  # stages that a smoothed curve averages over
@@ -127,7 +127,7 @@ def figure5(page: Page, found: Sequence[Run]) -> str:
                 xs, ys = [x for x, _ in rows], [y for _, y in rows]
                 label = f"{'adaptive' if _grids(run) else 'static'} T: {run.name}"
                 drawn.append(Line("", xs, ys, colour=i, faint=True))
-                drawn.append(Line(label, xs, explore.smoothed(ys, WINDOW), colour=i, marker=""))
+                drawn.append(Line(label, xs, temperature.smoothed(ys, WINDOW), colour=i, marker=""))
         if drawn:
             picture = figures.lines(drawn, STAGE_AXIS, f"{name} (% of queries)", ticks=ticks)
             note = (

@@ -1,43 +1,64 @@
-"""The sampling temperature, chosen from the dynamics on the validation split (Figures 4 and 5)."""
+"""explore: the sampling temperature with the best Reward-Pass@2 on validation queries (Figures 4 and 5)."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import logging
+
+import numpy as np
+
+from mstar_jax.inference.score import Scorer
+from mstar_jax.rewards import metrics
+from mstar_jax.rewards import temperature as temperatures
+from mstar_jax.stages.generate import pass_name, respond
+from mstar_jax.stages.policy import Policy
+from mstar_jax.stages.run import Run, lap
+from mstar_jax.stages.select import scores
+from mstar_jax.structs import Stage
+
+log = logging.getLogger(__name__)
 
 
-def choose(grid: Sequence[Mapping[str, Any]], criterion: str, present: float) -> float:
-    """The temperature whose record has the greatest criterion.
+def explore(run: Run, policy: Policy, reward: Scorer | None, temperature: float) -> float:
+    """Samples validation queries at each of `explore.temperatures` and chooses one of them; what it found
+    joins the stage's validation record as `grid` and `chosen`.
 
-    Of equal ones the nearest to the present temperature, then the lower: a flat criterion moves nothing.
+    Where it is not time for this (every `explore.every` iterations, and after the warm-up), or without a
+    reward model, the temperature stays as it is. So it does with `explore.adapt` off, which only measures.
 
     Args:
-      grid: records of `metrics.by_temperature`.
-      criterion: `reward_pass_at_2` (M-STaR) or `balance_score` (B-STaR).
-      present: the temperature in force.
+      run: see `Run`.
+      policy: what is sampled from.
+      reward: what scores the samples.
+      temperature: in force until now.
 
-    Raises:
-      ValueError: the grid is empty, or a record has no such number.
+    Returns:
+      The temperature to sample at from now on.
     """
-    if not grid:
-        raise ValueError(f"no temperature to choose by {criterion}: the grid is empty")
-    for record in grid:
-        if not math.isfinite(math.nan if (value := record.get(criterion)) is None else value):
-            at = record.get("temperature")
-            raise ValueError(f"temperature {at} has no {criterion} (were its samples scored?), got {value}")
+    stage, c = policy.stage, run.config.explore
+    record = run.results.find(stage, "validation")
+    if (record is None or "grid" not in record) and reward is not None and explores(run, stage, reward):
+        queries = run.validation[: c.queries]
+        part = "temperatures"
+        sampled = [0.0, *np.repeat(list(c.temperatures), c.samples).tolist()]
+        found = respond(run, stage, policy, queries, sampled, part=part, batch=c.batch, kind="evaluation")
+        found = scores(run, reward, pass_name(stage, part), queries, found)
+        groups = [found[query.id] for query in queries if query.id in found]
+        k = min(run.config.eval.k, c.samples)
+        rows = metrics.by_temperature(groups, k, aggregate=run.config.prm.aggregate, alpha=c.alpha)
+        grid = [row | {"k": k, "n": len(groups)} for row in rows]
+        chosen = temperatures.choose(grid, c.criterion, temperature) if c.adapt else None
+        if chosen is not None:
+            log.info("%s: temperature %g, chosen by %s (it was %g)", stage, chosen, c.criterion, temperature)
+        run.results.extend(stage, "validation", {"grid": grid, "chosen": chosen} | lap(run))
+    return chosen_after(run, stage, temperature)
 
-    def rank(record: Mapping[str, Any]) -> tuple[float, float, float]:
-        # rounded: 0.4 - 0.3 and 0.5 - 0.4 differ in the last bit
-        return -record[criterion], round(abs(record["temperature"] - present), 6), record["temperature"]
 
-    return min(grid, key=rank)["temperature"]
+def chosen_after(run: Run, stage: Stage, temperature: float) -> float:
+    """What a finished exploration after a stage chose, as its record says; else the temperature given."""
+    record = run.results.find(stage, "validation") or {}
+    chosen = record.get("chosen")
+    return temperature if chosen is None else chosen
 
 
-def smoothed(values: Sequence[float], window: int = 3) -> list[float]:
-    """Centred moving average over an odd window, which shrinks on both sides near the ends."""
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"a centred window has an odd width, got {window}")
-    out = []
-    for at in range(len(values)):
-        reach = min(window // 2, at, len(values) - 1 - at)
-        out.append(math.fsum(values[at - reach : at + reach + 1]) / (2 * reach + 1))
-    return out
+def explores(run: Run, stage: Stage, reward: Scorer | None) -> bool:
+    """Whether temperatures are explored after a stage."""
+    every = run.config.explore.every
+    return bool(reward is not None and every and stage >= Stage.warmup and stage.number % every == 0)

@@ -1,300 +1,290 @@
-"""R(y) = H( 1(a = a*) R_p(y) ): the reward of a run, from its reward model to the responses that are kept."""
+"""The process reward model R_p: trained once, on Monte-Carlo labels of the warm-up policy's steps."""
 
-import dataclasses
 import functools
 import logging
-import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mstar_jax import models, sharding
 from mstar_jax.data import loader, truth
-from mstar_jax.inference import sampler
-from mstar_jax.inference.generate import Groups
-from mstar_jax.inference.score import Scorer
+from mstar_jax.inference import draw, sampler
+from mstar_jax.inference.generate import (
+    Asked,
+    Groups,
+    Inference,
+    Task,
+    ask,
+    pass_key,
+    plan,
+    sample_rows,
+    sampler_for,
+)
+from mstar_jax.inference.score import Scorer, score, score_with
 from mstar_jax.models import vlm
 from mstar_jax.rewards import metrics, prm, selection
-from mstar_jax.stages.run import Run
-from mstar_jax.structs import Query, Response, Row, TrainState
+from mstar_jax.stages.generate import generate
+from mstar_jax.stages.improve import Carry, carried, train
+from mstar_jax.stages.policy import Policy, restore_params
+from mstar_jax.stages.run import Run, lap
+from mstar_jax.structs import Query, Response, Row, ScoringModel, Source, Stage, TrainState
 
 log = logging.getLogger(__name__)
 
+Labels = Mapping[tuple[str, int], tuple[float, ...]]  # of a response's steps, by query id and sample
 
-class Reward:
-    """The answer checker, the process reward model, and how they select."""
 
-    def __init__(self, run: Run):
-        self.run, self.values = run, run.config.prm
-        self.likelihood = run.config.evolve.select == "likelihood"  # control: the warm-up policy, untrained
-        self.trained = bool(self.values.queries) and not self.values.path and not self.likelihood
-        self.exists = self.trained or self.likelihood or bool(self.values.path)
-        self.source = models.Pretrained(self.values.path) if self.values.path else None
-        self.scorer = Scorer(run, self.source.processor() if self.source else None)
-        path = run.workdir / "figures" / "truth.jsonl"
-        embedded = path.exists() and not run.config.data.labelled
-        self.truth: dict[str, truth.Truth] = truth.read_truth(path) if embedded else {}
-        known = run.config.warmup.queries  # by heart: they come last
-        order = [*run.labelled[known:], *run.labelled[:known]]
-        held_out = min(self.values.held_out, len(order) // 4)
-        self.held_out, self.queries = order[:held_out], order[held_out : held_out + self.values.queries]
-        if self.trained and held_out + self.values.queries > len(run.labelled) - known:
-            text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
-            log.warning(text, len(order), len(self.queries))
+def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
+    """Labels the steps of the warm-up policy's responses, trains the reward model on them, and reports on it.
 
-    # --------------------------------------------------------------------------------- reward model
-    def train(self) -> None:
-        """Labels the steps of the warm-up policy's responses and trains the reward model on them."""
-        run, v = self.run, self.values
-        if not self.trained or run.beyond("prm"):
-            return
-        asked = [*self.queries, *self.held_out]
-        policy = functools.partial(run.final, "warmup")
-        responses = run.generate("prm", policy, asked, run.template, [v.temperature] * v.k)
-        labelled = self.label([*self.queries[: v.labelled], *self.held_out], responses)
-        rows = self._rows(self.queries, responses, labelled)
-        start = TrainState(0, vlm.RewardModel(run.final("warmup").params), ())
-        run.improve(
-            "prm", 0, start, [(rows, 1.0)], v, processor=self.scorer.processor, temperature=v.temperature
-        )
-        if not run.results.find("prm", 0, "held-out"):
-            record = self.report(responses, labelled)
-            run.results.add(record)
-            shown = {"labels": record["label_auc_within"]} | record.get("truth", {})
-            text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items() if value is not None)
-            log.info("prm: AUC within held-out queries: %s", text)
+    Nothing is trained where `prm.path` names a reward model, or the warm-up's own likelihood selects.
 
-    def label(self, queries: Sequence[Query], responses: Groups) -> dict[tuple[str, int], tuple[float, ...]]:
-        """Monte-Carlo labels of the steps of every response, by query id and sample."""
-        run, v, c = self.run, self.values, self.run.config
-        rows = list[Row]()
-        for prompt in run.plan(run.asked(queries), "prm"):
+    Args:
+      run: see `Run`.
+      warmup: writes the responses and their completions, and becomes the reward model's trunk; its state is
+        donated.
+
+    Returns:
+      The reward model, None where the config has none.
+    """
+    settings = run.config.prm
+    if settings.path:
+        return pretrained_scorer(run)
+    if run.config.evolve.select == "likelihood":
+        return own_scorer(run, likelihood=True)
+    if not settings.queries:
+        return None
+    reward = own_scorer(run, likelihood=False)
+    if run.results.find(Stage.reward_model, "held-out"):
+        return reward
+
+    # responses of the warm-up policy, and the share of completions of each step that are right
+    queries, held_out = reward_queries(run)
+    responses = generate(
+        run, Stage.reward_model, warmup, [*queries, *held_out], settings.temperature, settings.k
+    )
+    labels = label(run, warmup, [*queries[: settings.labelled], *held_out], responses)
+
+    # SFT with the labels as targets, from the warm-up policy
+    rows = labelled_rows(run, ask(queries, run.template), responses, labels)
+
+    def begin() -> TrainState:
+        start = TrainState(0, vlm.RewardModel(warmup.take().params), ())
+        return carried(run, Stage.reward_model, start, Carry())
+
+    train(run, Stage.reward_model, begin, [Source(rows)], temperature=settings.temperature)
+
+    record = report(run, reward, ask(held_out, run.template), responses, labels)
+    run.results.add(Stage.reward_model, record | lap(run))
+    shown = {"labels": record["label_auc_within"]} | record.get("truth", {})
+    text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items() if value is not None)
+    log.info("prm: AUC within held-out queries: %s", text)
+    return reward
+
+
+# ---- 1. the reward model as a scorer ------------------------------------------------------------------
+
+
+def own_scorer(run: Run, *, likelihood: bool) -> Scorer:
+    """The run's reward model; with `likelihood` the warm-up policy as an untrained reward model."""
+
+    def load() -> ScoringModel:
+        stage = Stage.warmup if likelihood else Stage.reward_model
+        params = restore_params(run, stage)
+        model = vlm.RewardModel(params) if likelihood else params
+        return sampler.for_sampling(model, run.mesh, jnp.dtype(run.sampling.dtype))
+
+    return Scorer(load, {"path": "", "likelihood": likelihood}, run.processor, run.texts)
+
+
+def pretrained_scorer(run: Run) -> Scorer:
+    """The reward model of `prm.path`, of any family."""
+    files = models.Pretrained(run.config.prm.path)
+    processor = files.processor()
+    dtype = jnp.dtype(run.sampling.dtype)
+    load = functools.partial(files.load_reward, dtype, mesh=run.mesh, rules=sharding.SAMPLE)
+    identity = {"path": run.config.prm.path, "likelihood": run.config.evolve.select == "likelihood"}
+    return Scorer(load, identity, processor, draw.token_texts(processor))
+
+
+# ---- 2. data ------------------------------------------------------------------------------------------
+
+
+class Queries(NamedTuple):
+    """The labelled queries that the reward model is trained and reported on."""
+
+    trained: Sequence[Query]
+    held_out: Sequence[Query]
+
+
+def reward_queries(run: Run) -> Queries:
+    """`prm.held_out` and `prm.queries` of the labelled queries; those that the warm-up trained on come last:
+    the policy may have memorised them."""
+    settings, known = run.config.prm, run.config.warmup.queries
+    order = [*run.labelled[known:], *run.labelled[:known]]
+    held_out = min(settings.held_out, len(order) // 4)
+    found = Queries(order[held_out : held_out + settings.queries], order[:held_out])
+    if held_out + settings.queries > len(run.labelled) - known:
+        text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
+        log.warning(text, len(order), len(found.trained))
+    return found
+
+
+def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups) -> Labels:
+    """Monte-Carlo labels of the steps of every response."""
+    settings = run.config.prm
+    rows: list[Row] = []
+    for prompt in plan(run, ask(queries, run.template), "prm"):
+        if prompt is not None:
             found = prm.prefixes(responses[prompt.query.id], run.texts)
-            rows += prm.stems(prompt, found, v.completions, v.samples, max(c.data.buckets))
-        store = run.rollouts(
-            "labels/prm",
-            run.sampler(v.samples, v.rows),
-            rows,
-            lambda: run.final("warmup").params,
-            jax.random.fold_in(run.key, zlib.crc32(b"labels")),
-            [v.temperature] * v.samples,
-            lambda rows, found: [self._labels(row, group) for row, group in zip(rows, found)],
-            {"completions": v.completions, "samples": v.samples, "temperature": v.temperature},
-            kind="labels",
-        )
-        values: dict[str, dict[prm.Prefix, float]] = {q.id: {} for q in queries}
-        for query, reached in store.read(_read_labels):
-            values[query].update(reached)
-        return {
-            (q.id, r.sample): prm.label(r, values[q.id], run.texts, hard=v.hard)
-            for q in queries
-            for r in responses.get(q.id, ())
-        }
-
-    def _labels(self, row: Row, group: Sequence[Response]) -> dict[str, Any]:
-        """A record of the store of labels: how many completions of each prefix reached the gold answer."""
-        query, of = row.prompt.query, self.values.completions
-        records = []
-        for at in range(0, len(row.starts), of):
-            branch, kept, _ = row.starts[at]
-            if kept:
-                judged = [selection.judge(query, r) for r in group[at : at + of]]
-                tokens = row.responses[branch - 1][:kept]
-                reached = len(selection.correct(judged))
-                text = self.run.processor.decode(tokens)
-                records.append({"text": text, "reached": reached, "of": of, "tokens": tokens})
-        return {"query": query.id, "question": query.question, "gold": query.answer, "steps": records}
-
-    def _rows(self, queries: Sequence[Query], responses: Groups, labelled: dict) -> list[Row]:
-        """Rows to train the reward model on: the distinct responses of each query, of those whose steps have
-        no labels the correct ones."""
-        rows, left_out = list[Row](), 0
-        asked, processor, texts = self.run.asked(queries), self.scorer.processor, self.scorer.texts
-        for prompt in self.run.plan(asked, "prm", processor):
-            found = selection.distinct(responses.get(prompt.query.id, []))
-            labels = [labelled[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labelled]
-            encode = processor.encode_response
-            try:
-                if labels:
-                    row = prm.row(prompt, found, encode, texts, labels)
-                    least = prompt.length + max(map(len, row.responses))  # a long prompt makes a longer row
-                    rows += loader.split_rows([row], max(self.values.longest, least))
-                elif right := selection.correct(found):
-                    rows.append(Row(prompt, tuple(tuple(encode(r.text)) for r in right)))
-            except ValueError as error:
-                left_out += 1
-                log.warning("prm: left out: %s", error)
-        if left_out:
-            log.warning("prm: %d of %d queries left out", left_out, len(asked))
-        return rows
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """The reward model, laid out for scoring."""
-        run, dtype = self.run, jnp.dtype(self.run.config.sampling.dtype)
-        if self.source:
-            return self.source.load_reward(dtype, mesh=run.mesh, rules=sharding.SAMPLE)
-        params = run.final("prm").params if self.trained else self.untrained()
-        return sampler.for_sampling(params, run.mesh, dtype)
-
-    def untrained(self) -> Any:
-        """The warm-up policy as a reward model: its scores order responses by likelihood."""
-        return vlm.RewardModel(self.run.final("warmup").params)
-
-    # ---------------------------------------------------------------------------------------- scores
-    def score(
-        self, name: str, queries: Sequence[Query], responses: Groups, *, only_correct: bool = False
-    ) -> Groups:
-        """The responses with their step scores; see `Scorer.score`."""
-        how, asked = {"path": self.values.path, "likelihood": self.likelihood}, self.run.asked(queries)
-        return self.scorer.score(
-            name, lambda: self.model, asked, responses, how=how, only_correct=only_correct
-        )
-
-    def scored(self, model: Any, queries: Sequence[Query], responses: Groups) -> Groups:
-        """The responses with their step scores by another reward model, without a store."""
-        return self.scorer.scored(model, self.run.asked(queries), responses)
-
-    # ------------------------------------------------------------------------------------- selection
-    def keep(self, name: str, queries: Sequence[Query], responses: Groups) -> list[list[Response]]:
-        """H: the responses of every query that train the policy, of the correct ones (Table 2).
-
-        Args:
-          name: of the rollouts; a lot depends on it.
-          queries: with the answers that count, gold or voted.
-          responses: judged by these.
-        """
-        e, how = self.run.config.evolve, self.values.aggregate
-        found = [selection.correct(responses.get(q.id, [])) for q in queries]
-        if e.distinct:
-            found = [selection.distinct(group) for group in found]
-        if e.select == "random":
-            return [self.by_lot(name, q, group, e.keep) for q, group in zip(queries, found)]
-        if e.select in ("prm", "likelihood"):
-            scored = self.score(name, queries, responses, only_correct=True)
-            rewards = [self._rewards(group, scored, how) for group in found]
-        elif e.select == "frequency":
-            rewards = [selection.frequencies(group) for group in found]
-        else:  # oracle: what the generator knows, a bound that no method can use
-            rewards = [
-                [float(truth.all_right(r.text, self.truth[r.query_id])) for r in group] for group in found
-            ]
-        if e.threshold is not None:
-            found = [selection.above(group, values, e.threshold) for group, values in zip(found, rewards)]
-            rewards = [[value for value in values if value > e.threshold] for values in rewards]
-        return [selection.top_k(group, values, e.keep) for group, values in zip(found, rewards)]
-
-    def rationales(
-        self, name: str, queries: Sequence[Query], responses: Groups, k: int
-    ) -> list[list[Response]]:
-        """What the warm-up trains on: k different correct responses of every query, by lot."""
-        found = [selection.distinct(selection.correct(responses.get(q.id, []))) for q in queries]
-        return [self.by_lot(name, q, group, k) for q, group in zip(queries, found)]
-
-    def by_lot(self, name: str, query: Query, found: Sequence[Response], k: int) -> list[Response]:
-        """Random-K; the lot depends on the run's seed, the pass and the query alone."""
-        lot = [self.run.config.seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())]
-        return selection.random_k(found, k, np.random.default_rng(lot))
-
-    def _rewards(self, group: Sequence[Response], scored: Groups, how: str) -> list[float]:
-        by_sample = {(r.query_id, r.sample): r for r in (s for g in group[:1] for s in scored[g.query_id])}
-        return [selection.reward(by_sample[r.query_id, r.sample], how) for r in group]
-
-    def pseudo_label(
-        self, name: str, queries: Sequence[Query], responses: Groups
-    ) -> tuple[list[Query], Groups, dict[str, float]]:
-        """Gives unlabelled queries the answer that their responses vote for, weighted by the reward.
-
-        Returns:
-          The queries that got an answer, their responses judged by it, and pseudo_coverage (share of the
-          queries) with, against the hidden answers, pseudo_precision.
-        """
-        u, hidden = self.run.config.evolve.unlabelled, self.run.data["hidden"]
-        scored = (
-            self.score(f"{name}_votes", queries, responses) if self.exists and not u.oracle else responses
-        )
-        answered, right = list[Query](), 0
-        for query in queries:
-            group, gold = scored.get(query.id, []), dataclasses.replace(query, answer=hidden[query.id])
-            if u.oracle:
-                answered.append(gold)
-                continue
-            weights = [selection.reward(r, self.values.aggregate) if self.exists else 1.0 for r in group]
-            if (voted := selection.pseudo_label(query, group, weights, u.threshold)) is not None:
-                answered.append(voted)
-                right += selection.checker(query)(voted.answer or "", gold.answer or "")
-        judged = {q.id: [selection.judge(q, r) for r in scored.get(q.id, [])] for q in answered}
-        shares = {"pseudo_coverage": len(answered) / max(len(queries), 1)}
-        shares["pseudo_precision"] = 1.0 if u.oracle else right / max(len(answered), 1)
-        return answered, judged, shares
-
-    # ---------------------------------------------------------------------------------------- report
-    def report(self, responses: Groups, labelled: dict[tuple[str, int], tuple[float, ...]]) -> dict[str, Any]:
-        """How good the reward model is on held-out queries: against their Monte-Carlo labels, as a verifier,
-        and, on the embedded data, against what the generator knows, beside the untrained one."""
-        asked = [q for q in self.held_out if q.id in responses]
-        scored = self.score("prm_held_out", asked, {q.id: responses[q.id] for q in asked})
-        groups = [(q, scored[q.id]) for q in asked]
-        pairs = [
-            (q.id, step, score, label)
-            for q, group in groups
-            for r in selection.distinct(group)
-            if r.step_scores is not None
-            for step, (score, label) in enumerate(zip(r.step_scores, labelled[q.id, r.sample]))
-        ]
-        flat = [score for *_, score, _ in pairs], [float(label >= 0.5) for *_, label in pairs]
-        within: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
-        for query, step, score, label in pairs:
-            values = within.setdefault((query, step), ([], []))
-            values[0].append(score)
-            values[1].append(float(label >= 0.5))
-        found = metrics.calibration([p[2] for p in pairs], [p[3] for p in pairs]) if pairs else {}
-        record = {"stage": "prm", "iteration": 0, "split": "held-out", "n": len(asked)}
-        record |= {"responses": sum(len(g) for _, g in groups), "steps": len(pairs)}
-        record |= {"label_auc": metrics.auc(*flat), "label_auc_within": metrics.within_auc(within.values())}
-        record |= {"ece": found.get("ece"), "brier": found.get("brier"), "calibration": found.get("bins")}
-        ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= self.values.k]
-        record["curve"] = metrics.curve(groups, ns, aggregate=self.values.aggregate) if groups else []
-        if self.truth and asked:
-            plain = self.scored(self.untrained_for_scoring(), asked, {q.id: responses[q.id] for q in asked})
-            record["truth"] = self.against_truth(scored) | {
-                f"{name}_likelihood": value for name, value in self.against_truth(plain).items()
-            }
-        return record | {"temperature": self.values.temperature, "kept": None} | self.run.lap()
-
-    def untrained_for_scoring(self) -> Any:
-        run = self.run
-        return sampler.for_sampling(self.untrained(), run.mesh, jnp.dtype(run.config.sampling.dtype))
-
-    def against_truth(self, scored: Groups) -> dict[str, float | None]:
-        """AUCs of scores within queries, on distinct responses, against the generator's knowledge:
-
-        step_auc: is this step, and all before it, right; pairs of the same query and step number.
-        all_right_auc: of the correct responses, which have all steps right; pairs of the same query.
-        """
-        steps: dict[tuple[str, int], tuple[list[float], list[bool]]] = {}
-        whole: dict[str, tuple[list[float], list[bool]]] = {}
-        for key, group in scored.items():
-            for r in selection.distinct(group):
-                if r.step_scores is None:
-                    continue
-                known = self.truth[key]
-                for step, (score, right) in enumerate(zip(r.step_scores, truth.check_steps(r.text, known))):
-                    into = steps.setdefault((key, step), ([], []))
-                    into[0].append(score)
-                    into[1].append(right)
-                if selection.correct([r]):
-                    into = whole.setdefault(key, ([], []))
-                    into[0].append(selection.reward(r, self.values.aggregate))
-                    into[1].append(truth.all_right(r.text, known))
-        return {
-            "step_auc": metrics.within_auc(steps.values()),
-            "all_right_auc": metrics.within_auc(whole.values()),
-        }
+            longest = max(run.data.buckets)
+            rows += prm.stems(prompt, found, settings.completions, settings.samples, longest)
+    task = Task(
+        folder="labels/prm",
+        temperatures=[settings.temperature] * settings.samples,
+        key=pass_key(run.seed, "labels"),
+        settings={
+            "completions": settings.completions,
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+        },
+        kind="labels",
+    )
+    sampled_by = sampler_for(run, settings.samples, settings.rows)
+    record = functools.partial(label_record, run)
+    store = sample_rows(run, task, sampled_by, rows, lambda: policy.params, record)
+    values: dict[str, dict[prm.Prefix, float]] = {query.id: {} for query in queries}
+    for query_id, reached in store.read(read_labels):
+        values[query_id].update(reached)
+    return {
+        (query.id, r.sample): prm.label(r, values[query.id], run.texts, hard=settings.hard)
+        for query in queries
+        for r in responses.get(query.id, ())
+    }
 
 
-def _read_labels(record: dict[str, Any]) -> tuple[str, list[tuple[prm.Prefix, float]]]:
+def label_record(host: Inference, row: Row, completions: Sequence[Response]) -> dict[str, Any]:
+    """A record of the store of labels: how many completions of each step prefix reached the gold answer."""
+    query, count = row.prompt.query, host.prm.completions
+    steps = []
+    for at in range(0, len(row.starts), count):
+        branch, kept, _ = row.starts[at]
+        if kept:
+            judged = [selection.judge(query, r) for r in completions[at : at + count]]
+            tokens = row.responses[branch - 1][:kept]
+            reached = len(selection.correct(judged))
+            text = host.processor.decode(tokens)
+            steps.append({"text": text, "reached": reached, "of": count, "tokens": tokens})
+    return {"query": query.id, "question": query.question, "gold": query.answer, "steps": steps}
+
+
+def read_labels(record: dict[str, Any]) -> tuple[str, list[tuple[prm.Prefix, float]]]:
+    """(query id, the share of right completions of each step prefix) of such a record."""
     return record["query"], [(tuple(s["tokens"]), s["reached"] / s["of"]) for s in record["steps"]]
+
+
+def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, labels: Labels) -> list[Row]:
+    """Rows to train the reward model on: the distinct responses of each query; where their steps have no
+    labels, the correct ones."""
+    rows: list[Row] = []
+    left_out = 0
+    encode = host.processor.encode_response
+    for prompt in plan(host, asked, "prm"):
+        if prompt is None:
+            continue
+        found = selection.distinct(responses.get(prompt.query.id, []))
+        own = [labels[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labels]
+        try:
+            if own:
+                row = prm.row(prompt, found, encode, host.texts, own)
+                least = prompt.length + max(map(len, row.responses))  # a long prompt makes a longer row
+                rows += loader.split_rows([row], max(host.prm.longest, least))
+            elif right := selection.correct(found):
+                rows.append(Row(prompt, tuple(tuple(encode(r.text)) for r in right)))
+        except ValueError as error:
+            left_out += 1
+            log.warning("prm: left out: %s", error)
+    if left_out:
+        log.warning("prm: %d of %d queries left out", left_out, len(asked))
+    return rows
+
+
+# ---- 3. report ----------------------------------------------------------------------------------------
+
+
+def report(
+    run: Run, reward: Scorer, asked: Sequence[Asked], responses: Groups, labels: Labels
+) -> dict[str, Any]:
+    """How good the reward model is on held-out queries: against their Monte-Carlo labels, as a verifier,
+    and, on the embedded data, against what the generator knows, next to the untrained one."""
+    aggregate = run.config.prm.aggregate
+    asked = [each for each in asked if each.query.id in responses]
+    some = {each.query.id: responses[each.query.id] for each in asked}
+    scored = score(run, reward, "prm_held_out", asked, some, settings=dict(reward.identity))
+    pairs = [
+        (r.query_id, step, value, target)
+        for group in scored.values()
+        for r in selection.distinct(group)
+        if r.step_scores is not None
+        for step, (value, target) in enumerate(zip(r.step_scores, labels[r.query_id, r.sample]))
+    ]
+    values = [value for _, _, value, _ in pairs]
+    targets = [target for *_, target in pairs]
+    right = [target >= 0.5 for target in targets]
+    calibration = metrics.calibration(values, targets) if pairs else {}
+    groups = [(each.query, scored[each.query.id]) for each in asked]
+    ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= run.config.prm.k]
+    record: dict[str, Any] = {
+        "split": "held-out",
+        "n": len(asked),
+        "responses": sum(map(len, scored.values())),
+        "steps": len(pairs),
+        "label_auc": metrics.auc(values, right),
+        "label_auc_within": within(
+            ((query, step), value, target >= 0.5) for query, step, value, target in pairs
+        ),
+        "ece": calibration.get("ece"),
+        "brier": calibration.get("brier"),
+        "calibration": calibration.get("bins"),
+        "curve": metrics.curve(groups, ns, aggregate=aggregate) if groups else [],
+    }
+    if run.truth and asked:
+        untrained = own_scorer(run, likelihood=True)
+        plain = score_with(run, untrained, untrained.load(), asked, some)
+        record["truth"] = against_truth(scored, run.truth, aggregate) | {
+            f"{name}_likelihood": value for name, value in against_truth(plain, run.truth, aggregate).items()
+        }
+    return record | {"temperature": run.config.prm.temperature, "kept": None}
+
+
+def against_truth(
+    scored: Groups, known: Mapping[str, truth.Truth], aggregate: str
+) -> dict[str, float | None]:
+    """AUCs of scores within queries, on distinct responses, against the generator's knowledge:
+
+    step_auc: is this step, and all before it, right; pairs of the same query and step number.
+    all_right_auc: of the correct responses, which have all steps right; pairs of the same query.
+    """
+    steps: list[tuple[Any, float, bool]] = []
+    whole: list[tuple[Any, float, bool]] = []
+    for query, group in scored.items():
+        for r in selection.distinct(group):
+            if r.step_scores is None:
+                continue
+            right = truth.check_steps(r.text, known[query])
+            steps += [((query, at), value, ok) for at, (value, ok) in enumerate(zip(r.step_scores, right))]
+            if selection.correct([r]):
+                reward = selection.reward(r, aggregate)
+                whole.append((query, reward, truth.all_right(r.text, known[query])))
+    return {"step_auc": within(steps), "all_right_auc": within(whole)}
+
+
+def within(scores: Iterable[tuple[Any, float, bool]]) -> float | None:
+    """The AUC of (group, score, is it right) over pairs of the same group."""
+    groups: dict[Any, tuple[list[float], list[bool]]] = {}
+    for group, value, right in scores:
+        values, labels = groups.setdefault(group, ([], []))
+        values.append(value)
+        labels.append(right)
+    return metrics.within_auc(groups.values())

@@ -1,286 +1,124 @@
-"""The verbs of the algorithm in `evolve`: what stages do, through the stores and checkpoints of a workdir."""
+"""What the verbs of the algorithm share: a run's values, opened once, without the algorithm's state."""
 
 import dataclasses
-import functools
-import logging
 import pathlib
 import time
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import optax
 
-from mstar_jax import configure, models, processes, progress, records, sharding
-from mstar_jax.data import loader, prompts, splits, toy
-from mstar_jax.inference.generate import Generator, Groups, Stopped
-from mstar_jax.models import vlm
-from mstar_jax.profiling import flops, speed
-from mstar_jax.rewards import metrics, prm
-from mstar_jax.structs import EvolveState, Query, Response, Row, TrainState
-from mstar_jax.training import curves, optimizer
+from mstar_jax import configure, models, processes, records, sharding
+from mstar_jax.data import splits, toy, truth
+from mstar_jax.evaluate import evaluation
+from mstar_jax.inference import generate
+from mstar_jax.structs import Query, Stage
+from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
-from mstar_jax.training.step import abstract_state, init_state, make_train_step, token_loss
-
-log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class _Trained:
-    """A stage's outcome while it is in memory."""
+class Program(NamedTuple):
+    """The compiled training step of all stages that train the same parameters.
 
-    stage: str
-    state: TrainState
+    Attributes:
+      tx: the optimizer.
+      step: see `training.step.make_train_step`.
+      plain: the same without accumulation and recomputation: it is traced to count FLOPs.
+    """
+
+    tx: optax.GradientTransformation
+    step: Callable[..., Any]
+    plain: Callable[..., Any]
 
 
-class Run(Generator):
-    """What the stages share: data, policy, mesh, stores; its methods generate, lay out and improve."""
+@dataclasses.dataclass(kw_only=True)
+class Run(generate.Inference):
+    """A run's values.
 
-    def __init__(self, config, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]):
-        configure.check(config, sharding.make_mesh(**config.mesh))
-        self.results = records.Results(workdir, head)
-        self.checkpoints = Checkpoints(workdir / "checkpoints")
-        with processes.first_alone("data"):  # makes the embedded data set
-            self.data = configure.load_data(config, workdir)
-        self.labelled, self.unlabelled = (
-            splits.shuffled(self.data[name], config.seed, 0) for name in ("labelled", "unlabelled")
-        )
-        if config.evolve.unlabelled.mixin is not None and not self.unlabelled:
-            raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
-        self.template = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
-        with processes.first_alone("policy"):  # and its tokenizer
-            self.policy = configure.make_policy(config, workdir, self.data.get("base", ()))
-        super().__init__(config, workdir, self.policy.processor(), stop)
-        self.make_model = functools.partial(self.policy.build, config.seed)
-        optimizer.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
-        self.prm_loss = prm.make_loss(config.prm.mc_weight)
-        self.started = time.time()
-        self.done: _Trained | None = None
-        self._optimizers: dict[Any, Any] = {}  # by what is trained
-        self._steps: dict[Any, tuple[Any, Any]] = {}  # by optimizer
-        count = config.evolve.iterations
-        self.stages = ["base", "warmup", "prm", *(f"iteration_{t:02d}" for t in range(1, count + 1))]
+    Attributes:
+      config: all of them; see `configs/`.
+      source: the policy to start from: a checkpoint's files, or the dimensions of one from scratch.
+      template: of the prompt that the policy is asked with.
+      labelled, unlabelled: training queries, shuffled.
+      validation, test: queries to measure on.
+      hidden: the answers of the unlabelled queries by id, to measure pseudo-labels with.
+      base_set, base_validation: the narrow data that a policy from scratch begins with.
+      truth: of the embedded data set, what its generator knows of each query; it measures and never trains.
+      benchmarks: what the policies are asked at the end.
+      results: results.json.
+      checkpoints: of the stages' training.
+      programs: compiled training steps, by (is it the reward model's, patterns of what is frozen).
+      since: when the last record was written, seconds.
+    """
 
-    # ------------------------------------------------------------------------------ where it stands
-    def beyond(self, stage: str) -> bool:
-        """A later stage has begun to train, so this one is over."""
-        return any(self.checkpoints.has(later) for later in self.stages[self.stages.index(stage) + 1 :])
+    config: ml_collections.ConfigDict
+    source: models.Pretrained | models.FromScratch
+    template: str
+    labelled: Sequence[Query]
+    unlabelled: Sequence[Query]
+    validation: Sequence[Query]
+    test: Sequence[Query]
+    hidden: Mapping[str, str]
+    base_set: Sequence[toy.BaseExample]
+    base_validation: Sequence[Query]
+    truth: Mapping[str, truth.Truth]
+    benchmarks: evaluation.Benchmarks
+    results: records.Results
+    checkpoints: Checkpoints
+    programs: dict[tuple[bool, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
+    since: float = dataclasses.field(default_factory=time.time)
 
-    def final(self, stage: str) -> TrainState:
-        """The TrainState that a finished stage ended with, from memory or from its checkpoint."""
-        if self.done is None or self.done.stage != stage:
-            if stage == "base" and isinstance(self.policy, models.Pretrained):
-                how = {"mesh": self.mesh, "seed": self.config.seed}
-                params = self.policy.load(configure.base_dtype(self.config.train), **how)
-                state = TrainState(0, params, ())  # no optimizer yet
-            else:
-                tx, _ = self._optimizer(stage)
-                abstract = abstract_state(self._make(stage), tx, self.mesh)
-                state = self.checkpoints.restore(stage, abstract)
-            self.done = _Trained(stage, state)
-        return self.done.state
 
-    def lap(self) -> dict[str, Any]:
-        """Seconds since the last call, or since the start, and the speeds of the passes in them."""
-        before, self.started = self.started, time.time()
-        return {"seconds": round(self.started - before, 2), "speed": self.speeds.lap()}
+def start(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
+) -> Run:
+    """Checks the config, reads (or makes) the data, and opens the workdir; see `evolve.run`.
 
-    def forget(self, iteration: int) -> None:
-        """Drops the checkpoint of an old iteration."""
-        if iteration >= 1:
-            self.checkpoints.drop(f"iteration_{iteration:02d}")
+    Raises:
+      ValueError: a config value is impossible, before anything is compiled.
+    """
+    configure.check(config, sharding.make_mesh(**config.mesh))
+    results = records.Results(workdir, head)
+    with processes.first_alone("data"):  # makes the embedded data set
+        data = configure.load_data(config, workdir)
+    if config.evolve.unlabelled.mixin is not None and not data["unlabelled"]:
+        raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
+    with processes.first_alone("policy"):  # and its tokenizer
+        source = configure.make_policy(config, workdir, data.get("base", ()))
+    optimizer.check_frozen(jax.eval_shape(source.build), config.train.frozen)
+    with processes.first_alone("benchmarks"):  # writes the images that their files hold
+        benchmarks = evaluation.read(config, workdir)
+    known = workdir / "figures" / "truth.jsonl"
+    host = generate.inference(config, workdir, source.processor(), stop)
+    return Run(
+        **vars(host),
+        config=config,
+        source=source,
+        template=config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot,
+        labelled=splits.shuffled(data["labelled"], config.seed, 0),
+        unlabelled=splits.shuffled(data["unlabelled"], config.seed, 0),
+        validation=data["validation"],
+        test=data["test"],
+        hidden=data["hidden"],
+        base_set=data.get("base", ()),
+        base_validation=data.get("base_validation", ()),
+        truth=truth.read_truth(known) if known.exists() and not config.data.labelled else {},
+        benchmarks=benchmarks,
+        results=results,
+        checkpoints=Checkpoints(workdir / "checkpoints"),
+    )
 
-    def _make(self, stage: str) -> Callable[[], Any]:
-        """What a stage trains: the policy, or the reward model around one."""
-        make: Callable[[], Any] = self.make_model
-        return lambda: self._stored(stage, vlm.RewardModel(make()) if stage == "prm" else make())
 
-    def _stored(self, stage: str, params: Any) -> Any:
-        """With LoRA, what is frozen lies in its own dtype as soon as there is something to adapt."""
-        c = self.config.train
-        if stage == "base" or not c.lora.rank:
-            return params
-        return optimizer.store(params, configure.frozen(c, stage), configure.base_dtype(c))
+def passed(run: Run, stage: Stage) -> bool:
+    """Whether a later stage has begun to train, so that everything about this one is done."""
+    last = Stage.iteration(max(run.config.evolve.iterations, 1))
+    later = (Stage(place) for place in range(stage.place + 1, last.place + 1))
+    return any(run.checkpoints.has(each.name) for each in later)
 
-    def _optimizer(self, stage: str):
-        settings = self.config.evolve if stage.startswith("iteration") else self.config[stage]
-        tx, schedule = configure.optimizer(settings, self.config.train, stage)
-        key = stage == "prm", configure.frozen(self.config.train, stage)
-        return self._optimizers.setdefault(key, tx), schedule  # the step is given the schedule
 
-    # ------------------------------------------------------------------------------------- generate
-    def asked(self, queries: Sequence[Query], template: str = "") -> list[tuple[Query, str]]:
-        """Queries with their prompts: what the policy is asked while it evolves, or by another template."""
-        return [(q, prompts.render(template or self.template, q)) for q in queries]
-
-    def generate(
-        self,
-        name: str,
-        state: Callable[[], TrainState],
-        queries: Sequence[Query],
-        template: str,
-        temperatures: Sequence[float],
-        iteration: int = 0,
-        batch: int | None = None,
-        kind: str = "rollouts",
-    ) -> Groups:
-        """Samples and judges responses of queries that are asked by a template; see `sample`."""
-        return self.sample(
-            name,
-            lambda: state().params,
-            self.asked(queries, template),
-            temperatures,
-            how={"prompt": template},
-            iteration=iteration,
-            batch=batch,
-            kind=kind,
-        )
-
-    def rows(self, queries: Sequence[Query], kept: Sequence[Sequence[Response]]) -> list[Row]:
-        """Training rows: each query's prompt, without the answer, and its kept responses."""
-        pairs = [(q, tuple(r.tokens for r in chosen)) for q, chosen in zip(queries, kept) if chosen]
-        return self._rows([(q, prompts.render(self.config.prompts.cot, q), tokens) for q, tokens in pairs])
-
-    def answer_rows(self, queries: Sequence[Query]) -> list[Row]:
-        """Rows of SFT: the gold answer itself as the response."""
-        direct, encode = self.config.prompts.direct, self.processor.encode_response
-        golds = [(tuple(encode(f"{toy.ANSWER} {q.answer}")),) for q in queries]
-        return self._rows([(q, prompts.render(direct, q), gold) for q, gold in zip(queries, golds)])
-
-    def _rows(self, triples: Sequence[tuple[Query, str, tuple[tuple[int, ...], ...]]]) -> list[Row]:
-        # a query may come several times (base modes), so prompts are matched in order, not by id
-        rows, fitting = [], self.plan([(q, text) for q, text, _ in triples], "rows")[::-1]
-        for query, text, responses in triples:
-            if fitting and fitting[-1].query is query and fitting[-1].text == text:
-                rows.append(Row(fitting.pop(), responses))
-        return rows
-
-    # -------------------------------------------------------------------------------------- improve
-    def improve(
-        self,
-        stage: str,
-        iteration: int,
-        start: TrainState | None,
-        sources: Sequence[tuple[Sequence[Row], float]],
-        settings: ml_collections.ConfigDict,
-        *,
-        processor: Any = None,
-        temperature: float = 0.0,
-        inherit: tuple[bool, bool] = (False, False),
-        until: Callable[[TrainState, int], bool] | None = None,
-    ) -> TrainState:
-        """Trains for `settings.steps` steps, or goes on with what the stage's checkpoint left.
-
-        Args:
-          stage: its name in the workdir.
-          iteration: written into the checkpoint.
-          start: parameters to start from; None initialises them.
-          sources: weighted rows.
-          settings: learning_rate, steps, warmup_steps, final_fraction, batch.
-          processor: of the model that is trained; None for the policy's.
-          temperature: what the responses were sampled at; written into the checkpoint.
-          inherit: carry on (the optimizer's moments, the schedule) of the start, instead of new ones.
-          until: asked before every `settings.check_every` steps; true ends the stage early.
-        """
-        c = self.config
-        tx, schedule = self._optimizer(stage)
-        saved = self.checkpoints.run(stage)
-        if saved is not None and saved.done:
-            return self.final(stage)
-        if saved is not None:
-            abstract = abstract_state(self._make(stage), tx, self.mesh)
-            state = self.checkpoints.restore(stage, abstract)
-        elif start is None:
-            state = init_state(self.make_model, tx, self.mesh)
-        else:
-            start = start._replace(params=self._stored(stage, start.params))
-            state = optimizer.carry_on(start, tx, self.mesh, moments=inherit[0], schedule=inherit[1])
-        self.done = None  # the step donates its state
-        cursor = saved.cursor if saved else 0
-        steps = settings.steps if any(len(rows) for rows, _ in sources) else 0
-        if not steps:
-            log.warning("%s: no response was kept, so nothing is trained", stage)
-        batches: Any = steps and loader.train_batches(
-            sources,
-            processor or self.processor,
-            settings.batch,
-            c.data.buckets,
-            seed=(c.seed * 1_000_003 + zlib.crc32(stage.encode())) % 2**31,
-            grouped=c.data.grouped,
-            workers=c.data.workers,
-            share=sharding.share_of(self.mesh),
-            state=saved.loader if saved else None,
-        )
-        step, plain = self._train_step(stage, tx)
-        curve = curves.StageLog(self.workdir, stage, cursor, saved.curve if saved else None)
-
-        def save(done: bool, wait: bool = False) -> None:
-            at = stage.split("_")[0], iteration, cursor, done, temperature, c.seed
-            where = EvolveState(*at, batches.get_state() if batches else {}, curve.pending())
-            self.checkpoints.save(stage, state, where, wait)
-
-        watch = self.speeds.of("train prm" if stage == "prm" else "train", stage)
-        bar = progress.bar(steps, f"{stage}: train", cursor, "step")
-        with bar, speed.profiler(self.workdir / "profile" / stage, c.train.profile) as profile:
-            while cursor < steps:
-                if until and cursor % settings.check_every == 0 and watch.apart(until, state, cursor):
-                    break
-                if profile(cursor, state):
-                    watch.skip()
-                batch = next(batches)
-                state, values = step(state, sharding.put_batch(batch, self.mesh), schedule)
-                watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
-                cursor += 1
-                curve.add(values)
-                bar.update()
-                if cursor % c.train.log_every == 0 or cursor == steps:
-                    means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
-                    bar.set_postfix_str(f"loss {means['loss']:.3f}")
-                if self.stopping(cursor, c.train.log_every):
-                    save(done=False, wait=True)
-                    raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
-                if cursor % c.train.save_every == 0 and cursor < steps:
-                    watch.apart(save, False)
-        curve.close()
-        save(done=True, wait=True)
-        self.done = _Trained(stage, state)
-        return state
-
-    def _train_step(self, stage: str, tx):
-        """One program for all stages of an optimizer, and one without recomputation to count FLOPs by."""
-        c, loss = self.config.train, self.prm_loss if stage == "prm" else token_loss
-        if tx not in self._steps:
-            frozen = configure.frozen(c, stage)
-            how: dict[str, Any] = {"loss": loss, "dtype": jnp.dtype(c.dtype), "frozen": frozen}
-            step = make_train_step(tx, self.mesh, accumulate=c.accumulate, remat=c.remat, **how)
-            once = c.accumulate == 1 and c.remat == "none"  # is traced already
-            self._steps[tx] = step, step if once else make_train_step(tx, self.mesh, **how)
-        return self._steps[tx]
-
-    # ----------------------------------------------------------------------------------------- base
-    def base(self) -> TrainState:
-        """The policy to start from: a checkpoint's, or one trained here until it is good enough."""
-        if isinstance(self.policy, models.Pretrained):
-            return self.final("base")
-        until = self.base_is_good_enough
-        return self.improve("base", 0, None, self.base_sources(), self.config.base, until=until)
-
-    def base_sources(self) -> list[tuple[list[Row], float]]:
-        """The narrow set's rows by mode, with their weights."""
-        modes = configure.base_examples(self.config, self.data["base"], self.processor.encode_response)
-        return [(self._rows(modes[mode]), weight) for mode, weight in self.config.base.mix.items()]
-
-    def base_is_good_enough(self, state: TrainState, cursor: int) -> bool:
-        """Validation accuracy on the narrow task has reached `base.target`, so there is room to evolve."""
-        c = self.config
-        if cursor < c.base.check_from:
-            return False
-        queries = self.data["base_validation"]
-        name, kind = f"base_check_{cursor:05d}", "evaluation"
-        found = self.generate(name, lambda: state, queries, c.prompts.cot, [0.0], kind=kind)
-        accuracy = metrics.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
-        goal = 100 * c.base.target
-        log.info("base, step %d: greedy %.1f%% on validation, ends at %.1f%%", cursor, 100 * accuracy, goal)
-        return accuracy >= c.base.target
+def lap(run: Run) -> dict[str, Any]:
+    """Seconds since the last record, or since the start, and the speeds of the passes in them."""
+    before, run.since = run.since, time.time()
+    return {"seconds": round(run.since - before, 2), "speed": run.speeds.lap()}

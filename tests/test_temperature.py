@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstar_jax.stages import explore
+from mstar_jax.rewards import temperature
 
 GRID = [round(0.3 + 0.1 * i, 1) for i in range(14)]  # the paper's: 0.3 to 1.6
 
@@ -24,18 +24,18 @@ def test_best_then_nearest_then_lower(values, present, rng):
         if near:
             break
     rng.shuffle(grid)
-    assert explore.choose(grid, "balance_score", present) == pytest.approx(near[0] / 10)
+    assert temperature.choose(grid, "balance_score", present) == pytest.approx(near[0] / 10)
 
 
 @pytest.mark.parametrize("present", GRID[1:-1])
 def test_neighbours_are_equally_near_whatever_their_last_bits(present):
     at = GRID.index(present)
     values = [1.0 if abs(i - at) == 1 else 0.5 for i in range(14)]
-    assert explore.choose(records(values), "reward_pass_at_2", present) == GRID[at - 1]
+    assert temperature.choose(records(values), "reward_pass_at_2", present) == GRID[at - 1]
 
 
 def test_a_flat_criterion_moves_nothing():
-    assert explore.choose(records([0.5] * 14), "reward_pass_at_2", 0.7) == 0.7
+    assert temperature.choose(records([0.5] * 14), "reward_pass_at_2", 0.7) == 0.7
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_a_flat_criterion_moves_nothing():
 )
 def test_refuses_a_grid_that_says_nothing(grid, complaint):
     with pytest.raises(ValueError, match=complaint):
-        explore.choose(grid, "reward_pass_at_2", 0.3)
+        temperature.choose(grid, "reward_pass_at_2", 0.3)
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3), max_size=20), st.sampled_from([1, 3, 5, 7]))
 def test_smoothed(values, window):
-    found = explore.smoothed(values, window)
+    found = temperature.smoothed(values, window)
     assert len(found) == len(values)
     for at, value in enumerate(found):
         reach = min(window // 2, at, len(values) - 1 - at)
@@ -66,8 +66,8 @@ def test_smoothed(values, window):
 
 
 def test_smoothed_by_hand():
-    assert explore.smoothed([1, 4, 1, 4]) == [1.0, 2.0, 3.0, 4.0]
-    assert explore.smoothed([3 * i for i in range(6)], 5) == [3 * i for i in range(6)]  # a trend stays
+    assert temperature.smoothed([1, 4, 1, 4]) == [1.0, 2.0, 3.0, 4.0]
+    assert temperature.smoothed([3 * i for i in range(6)], 5) == [3 * i for i in range(6)]  # a trend stays
     for window in (0, -1, 2):
         with pytest.raises(ValueError, match=f"odd width, got {window}"):
-            explore.smoothed([1.0], window)
+            temperature.smoothed([1.0], window)

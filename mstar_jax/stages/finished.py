@@ -1,0 +1,73 @@
+"""The finished stages of a run's workdir, read back by commands other than the run itself."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from mstar_jax import configure, models, sharding
+from mstar_jax.models import vlm
+from mstar_jax.structs import Stage
+from mstar_jax.training.checkpoint import Checkpoints
+
+Policy = models.Pretrained | models.FromScratch
+
+
+class Restored(NamedTuple):
+    """A stage read back: the run's policy, which stage it is, and its parameters (a `Model`, or of the reward
+    model a `ScoringModel`)."""
+
+    policy: Policy
+    stage: Stage
+    params: Any
+
+
+def restore(workdir: pathlib.Path, stage: Stage | None = None, mesh: Mesh | None = None) -> Restored:
+    """Reads a stage's parameters back.
+
+    Args:
+      workdir: of a run.
+      stage: which policy, or the reward model; None for the last policy whose training is complete.
+      mesh: where they go; None for the first device.
+
+    Raises:
+      ValueError: there is no such run or stage.
+    """
+    policy, stage = policy_of(workdir), finished(workdir, stage)
+    abstract = jax.eval_shape(policy.build)
+    if stage == Stage.reward_model:
+        abstract = jax.eval_shape(vlm.RewardModel, abstract)
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    params = Checkpoints(workdir / "checkpoints").params(stage.name, abstract)
+    return Restored(policy, stage, params)
+
+
+def policy_of(workdir: pathlib.Path) -> Policy:
+    """A run's policy, without its parameters.
+
+    Raises:
+      ValueError: there is no such run.
+    """
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no run: it holds no config.json")
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    return configure.make_policy(config, workdir)
+
+
+def finished(workdir: pathlib.Path, stage: Stage | None = None) -> Stage:
+    """The stage itself if its training is complete; for None the last policy's.
+
+    Raises:
+      ValueError: it is not.
+    """
+    done = sorted(Stage.parse(path.parent.name) for path in (workdir / "checkpoints").glob("*/done.json"))
+    policies = [each for each in done if each != Stage.reward_model]
+    if not policies or (stage is not None and stage not in done):
+        there = ", ".join(map(str, done)) or "none"
+        raise ValueError(f"{workdir}: no finished training of {stage or 'any stage'}; there is {there}")
+    return policies[-1] if stage is None else stage

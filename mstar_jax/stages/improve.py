@@ -1,0 +1,152 @@
+"""improve: pi_t+1 = SFT(pi_t) on the selected responses."""
+
+import functools
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mstar_jax import configure, progress, sharding
+from mstar_jax.data import loader
+from mstar_jax.inference.generate import Stopped, stopping
+from mstar_jax.profiling import flops, speed
+from mstar_jax.stages.policy import Policy, outcome, program, restore, settings_of, with_frozen_dtype
+from mstar_jax.stages.run import Run
+from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
+from mstar_jax.training import curves, optimizer
+
+log = logging.getLogger(__name__)
+
+
+class Carry(NamedTuple):
+    """What a stage's training inherits of the stage that it starts from, beside the parameters.
+
+    Attributes:
+      moments: the optimizer's; otherwise they start from zero.
+      schedule: the place in the learning rate's schedule; otherwise it starts at its beginning.
+    """
+
+    moments: bool = False
+    schedule: bool = False
+
+
+NOTHING = Carry()
+
+
+def improve(
+    run: Run,
+    stage: Stage,
+    start: Policy,
+    sources: Sequence[Source],
+    *,
+    carry: Carry = NOTHING,
+    temperature: float,
+) -> Policy:
+    """Trains a policy on responses.
+
+    Args:
+      run: see `Run`.
+      stage: the stage whose outcome is returned.
+      start: the policy to start from; its state is donated.
+      sources: what it learns.
+      carry: what of the optimizer is carried on.
+      temperature: what the responses were sampled at; written into the checkpoint.
+    """
+
+    def begin() -> TrainState:
+        return carried(run, stage, start.take(), carry)
+
+    return train(run, stage, begin, sources, temperature=temperature)
+
+
+def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainState:
+    """The first state of a stage's training, from the last one of the stage before."""
+    state = state._replace(params=with_frozen_dtype(run, stage, state.params))
+    return optimizer.carry_on(
+        state, program(run, stage).tx, run.mesh, moments=carry.moments, schedule=carry.schedule
+    )
+
+
+def train(
+    run: Run,
+    stage: Stage,
+    begin: Callable[[], TrainState],
+    sources: Sequence[Source],
+    *,
+    temperature: float = 0.0,
+    until: Callable[[Model, int], bool] | None = None,
+) -> Policy:
+    """Trains for the stage's number of steps, or for those that its checkpoint leaves; a finished stage is
+    returned as it is.
+
+    Args:
+      run: see `Run`.
+      stage: which stage.
+      begin: gives the first state, asked only where there is no checkpoint.
+      sources: what is trained on.
+      temperature: what the responses were sampled at; written into the checkpoint.
+      until: (parameters, steps done) -> whether to end early; asked every `check_every` steps.
+    """
+    saved = run.checkpoints.run(stage.name)
+    if saved is not None and saved.done:
+        return outcome(run, stage)
+    settings = settings_of(run, stage)
+    train = run.config.train
+    _, schedule = configure.optimizer(settings, train, stage.kind)
+    tx, step, plain = program(run, stage)
+    state = restore(run, stage) if saved else begin()
+    cursor = saved.cursor if saved else 0
+    steps = settings.steps if any(len(source.rows) for source in sources) else 0
+    if not steps:
+        log.warning("%s: no response was kept, so nothing is trained", stage)
+    batches: Any = steps and loader.train_batches(
+        [(source.rows, source.weight) for source in sources],
+        run.processor,
+        settings.batch,
+        run.data.buckets,
+        seed=(run.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31,
+        grouped=run.data.grouped,
+        workers=run.data.workers,
+        share=sharding.share_of(run.mesh),
+        state=saved.loader if saved else None,
+    )
+    curve = curves.StageLog(run.workdir, stage.name, cursor, saved.curve if saved else None)
+
+    def save(done: bool, wait: bool = False) -> None:
+        where = EvolveState(
+            stage=stage.kind,
+            iteration=stage.number,
+            cursor=cursor,
+            done=done,
+            temperature=temperature,
+            seed=run.seed,
+            loader=batches.get_state() if batches else {},
+            curve=curve.pending(),
+        )
+        run.checkpoints.save(stage.name, state, where, wait)
+
+    watch = run.speeds.of("train prm" if stage == Stage.reward_model else "train", stage.name)
+    bar = progress.bar(steps, f"{stage}: train", cursor, "step")
+    with bar, speed.profiler(run.workdir / "profile" / stage.name, train.profile) as profile:
+        while cursor < steps:
+            if until and cursor % settings.check_every == 0 and watch.apart(until, state.params, cursor):
+                break
+            if profile(cursor, state):
+                watch.skip()
+            batch = next(batches)
+            state, values = step(state, sharding.put_batch(batch, run.mesh), schedule)
+            watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
+            cursor += 1
+            curve.add(values)
+            bar.update()
+            if cursor % train.log_every == 0 or cursor == steps:
+                means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
+                bar.set_postfix_str(f"loss {means['loss']:.3f}")
+            if stopping(run.stop, cursor, train.log_every):
+                save(done=False, wait=True)
+                raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
+            if cursor % train.save_every == 0 and cursor < steps:
+                watch.apart(save, False)
+    curve.close()
+    save(done=True, wait=True)
+    return outcome(run, stage, state)

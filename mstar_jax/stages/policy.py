@@ -1,0 +1,121 @@
+"""A policy as a handle: which stage it is the outcome of, and its state, restored when first asked for."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mstar_jax import configure, models, sharding
+from mstar_jax.models import vlm
+from mstar_jax.rewards import prm
+from mstar_jax.stages.run import Program, Run
+from mstar_jax.structs import Model, Stage, TrainState
+from mstar_jax.training import optimizer
+from mstar_jax.training.step import abstract_state, make_train_step, token_loss
+
+
+@dataclasses.dataclass
+class Policy:
+    """The outcome of a stage's training: parameters, the optimizer's moments, the place in the schedule.
+
+    Attributes:
+      stage: which stage's.
+      restore: reads the state back.
+      state: while it is in memory.
+    """
+
+    stage: Stage
+    restore: Callable[[], TrainState]
+    state: TrainState | None = None
+
+    @property
+    def params(self) -> Model:
+        """The parameters."""
+        self.state = self.state or self.restore()
+        return self.state.params
+
+    def take(self) -> TrainState:
+        """Hands the state over to a training that donates it; asked again, the policy is restored."""
+        state = self.state or self.restore()
+        self.release()
+        return state
+
+    def release(self) -> None:
+        """Makes room on the device; asked again, the policy is restored."""
+        self.state = None
+
+
+def outcome(run: Run, stage: Stage, state: TrainState | None = None) -> Policy:
+    """The handle of a finished stage's policy; nothing is read yet."""
+    return Policy(stage, lambda: restore(run, stage), state)
+
+
+def restore(run: Run, stage: Stage) -> TrainState:
+    """The newest state of a stage, from its checkpoint; of a pretrained base, from the files it came in."""
+    if stage == Stage.base and isinstance(run.source, models.Pretrained):
+        dtype = configure.base_dtype(run.config.train)
+        params = run.source.load(dtype, mesh=run.mesh, seed=run.seed)
+        return TrainState(0, params, ())  # no optimizer yet
+    abstract = abstract_state(builder(run, stage), program(run, stage).tx, run.mesh)
+    return run.checkpoints.restore(stage.name, abstract)
+
+
+def restore_params(run: Run, stage: Stage) -> Any:
+    """The parameters alone (`Model`, or `ScoringModel` of the reward model's stage), without the optimizer's
+    moments. Nothing else holds them: they are gone with the last name for them."""
+    abstract = jax.eval_shape(builder(run, stage))
+    layout = sharding.shardings(abstract, sharding.TRAIN, run.mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
+    return run.checkpoints.params(stage.name, abstract)
+
+
+def builder(run: Run, stage: Stage) -> Callable[[], Any]:
+    """Builds what a stage trains, with random parameters: the policy, or the reward model around one."""
+
+    def build() -> Any:
+        model: Any = run.source.build(run.seed)
+        return with_frozen_dtype(run, stage, vlm.RewardModel(model) if stage == Stage.reward_model else model)
+
+    return build
+
+
+def with_frozen_dtype(run: Run, stage: Stage, params: Any) -> Any:
+    """With LoRA, frozen parameters have their own dtype as soon as there is something to adapt."""
+    train = run.config.train
+    if stage == Stage.base or not train.lora.rank:
+        return params
+    return optimizer.store(params, configure.frozen(train, stage.kind), configure.base_dtype(train))
+
+
+def settings_of(run: Run, stage: Stage) -> Any:
+    """The part of the config with a stage's steps, batch and learning rate."""
+    return run.config.evolve if stage.number else run.config[stage.kind]
+
+
+def program(run: Run, stage: Stage) -> Program:
+    """The optimizer and the training step of a stage: one program for all that train the same parameters."""
+    train = run.config.train
+    scoring = stage == Stage.reward_model
+    frozen = configure.frozen(train, stage.kind)
+    if (scoring, frozen) not in run.programs:
+        tx, _ = configure.optimizer(
+            settings_of(run, stage), train, stage.kind
+        )  # steps are given the schedule
+
+        def make(accumulate: int, remat: str) -> Callable[..., Any]:
+            return make_train_step(
+                tx,
+                run.mesh,
+                loss=prm.make_loss(run.config.prm.mc_weight) if scoring else token_loss,
+                frozen=frozen,
+                accumulate=accumulate,
+                dtype=jnp.dtype(train.dtype),
+                remat=remat,
+            )
+
+        step = make(train.accumulate, train.remat)
+        traced = train.accumulate == 1 and train.remat == "none"  # the step itself is the plain one
+        run.programs[scoring, frozen] = Program(tx, step, step if traced else make(1, "none"))
+    return run.programs[scoring, frozen]
