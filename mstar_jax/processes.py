@@ -47,11 +47,6 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
-def here() -> tuple[int, int]:
-    """(index of this process, number of processes)."""
-    return jax.process_index(), jax.process_count()
-
-
 def barrier(name: str) -> None:
     """Waits for all processes; `name` must be the same in all of them."""
     if jax.process_count() > 1:

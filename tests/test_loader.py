@@ -244,7 +244,7 @@ def test_processes_share_the_global_batch(processor, count):
         assert all(len(part[step].tokens) == 8 // count for part in parts)
         shared = np.concatenate([part[step].tokens for part in parts])
         assert sorted(map(tuple, shared.tolist())) == sorted(map(tuple, batch.tokens.tolist()))
-    with pytest.raises(ValueError, match="global batch of 9 rows cannot be cut in 2 parts"):
+    with pytest.raises(ValueError, match="global batch of 9 rows cannot be split into 2 shards"):
         stream(sources, processor, 9, share=sharding.Share((0,), 2))
 
 

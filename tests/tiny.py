@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers import AutoTokenizer
 
-from mstar_jax.inference.sampler import Sampler
+from mstar_jax.inference.sampler import Entry, Sampler
 from mstar_jax.models import attention, phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -264,5 +264,6 @@ def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits
     limits = np.full(shape, config.max_new_tokens, np.int32) if limits is None else limits
     slots = sampler.blank(policy, batch, None)
     source = numbers.astype(np.int32)
-    slots = sampler.enter(policy, slots, batch, keys, jax.random.key(key), limits, samples, None, source)
+    entry = Entry(batch, keys, limits, samples, None, source)
+    slots = sampler.enter(policy, slots, jax.random.key(key), entry)
     return sampler.advance(policy, slots, np.full(config.branches, temperature, np.float32), rows).out

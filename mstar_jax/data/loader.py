@@ -61,7 +61,7 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
         if length <= size:
             return size
     raise ValueError(
-        f"{length} tokens do not fit into the largest bucket, {max(buckets)}: add a larger one in data.buckets"
+        f"{length} tokens do not fit into the largest bucket, {max(buckets)}: add one to data.buckets"
     )
 
 

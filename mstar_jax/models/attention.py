@@ -6,6 +6,8 @@ Within rows, the scores [B, H, T, T] are never materialised:
     NVIDIA GPU  cuDNN's flash attention, in bfloat16 and float16
     otherwise   `blockwise`, plain XLA; it skips empty blocks in the backward pass
 
+New tokens attend with einsums, or on NVIDIA GPUs with the kernels of models/decode_kernel.py.
+
 The alphabet is that of models/layers.py.
 """
 
@@ -19,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 
 from mstar_jax import sharding
+from mstar_jax.models import decode_kernel
 from mstar_jax.structs import Int8
 
 # block sizes of `blockwise` in tokens: (forward, backward)
@@ -49,49 +52,56 @@ def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array | None:
-    """Attends, every device its own rows and heads; None where machine, shapes or mesh do not allow it.
+    """Attention with a fused kernel, on each device for its own rows and heads.
 
     Args:
       q: [B, T, H, N].
       k, v: [B, T, G, N].
-      mask: bool[B, T, T]; every token sees at least one.
+      mask: bool[B, T, T], causal; every token sees at least one.
 
     Returns:
-      [B, T, H, N].
+      [B, T, H, N], or None if device, shapes or mesh do not allow it.
     """
     attend = kernel(device_kind(), q)
-    return None if attend is None else _every_device_its_own(attend, q, k, v, mask)
+    return None if attend is None else _every_device_its_own(attend, (2, 2, 2, 0), q, k, v, mask)
 
 
 def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
-    """Attends where every token sees every other, as patches of an image do: q, k, v [B, T, H, N] -> [B, T,
-    H, N]; None where no kernel is known (see `fused`)."""
+    """As `fused`, but without a mask, for the patches of an image: q, k, v [B, T, H, N] -> [B, T, H, N]."""
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     if not device_kind().startswith("NVIDIA") or not half or width % 8 or width > 128:
         return None
-    return _every_device_its_own(_cudnn_unmasked, q, k, v)
+    return _every_device_its_own(_cudnn_unmasked, (2, 2, 2), q, k, v)
 
 
 def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     rows, length = q.shape[:2]
-    # its backward pass wants an even length, and its tiles are multiples of 8
+    # its backward pass needs an even length, and its tiles are multiples of 8
     q, k, v = (jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(rows, length, jnp.int32)
-    seen = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)[:, :length]
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
-def _every_device_its_own(attend: Callable[..., jax.Array], q, k, v, *mask) -> jax.Array | None:
+def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int], *args: Any) -> Any:
+    """Calls `attend` on each device with its own rows and heads; None if the mesh does not divide them evenly.
+
+    `axes` has the axis of the heads in each argument [B, ...], 0 if it has none; in the result it is 2.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(q, k, v, *mask)
-    if len(q) % sharding.batch_shards(mesh) or k.shape[2] % mesh.shape["tensor"]:
-        return None
-    # the compiler does not see into a kernel: left to it, all rows would be gathered on every device
-    heads = sharding.spec(("batch", None, "heads", None), sharding.SAMPLE, k.shape, mesh)
-    rows = [sharding.spec(("batch", None, None), sharding.SAMPLE, x.shape, mesh) for x in mask]
-    local = jax.shard_map(attend, in_specs=(heads, heads, heads, *rows), out_specs=heads, check_vma=False)
-    return local(q, k, v, *mask)
+        return attend(*args)
+    cut = {0: sharding.batch_shards(mesh), 1: mesh.shape["tensor"], 2: mesh.shape["tensor"]}
+    for axis, x in zip(axes, args, strict=True):
+        if any(leaf.shape[at] % cut[at] for leaf in jax.tree.leaves(x) for at in {0, axis}):
+            return None
+    # kernels are opaque to the compiler, which would gather all rows on every device
+    batch, heads = sharding.SAMPLE["batch"], sharding.SAMPLE["heads"]
+    specs = [jax.P(batch), jax.P(batch, heads), jax.P(batch, None, heads)]
+    in_specs = tuple(specs[axis] for axis in axes)
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=specs[2], check_vma=False)(*args)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False) -> jax.Array:
@@ -131,8 +141,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN's flash attention, to which the mask is a bias [B, 1, T, T] in q's dtype."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    """cuDNN's flash attention, to which the mask is a bias [B, 1, T, T] in q's dtype. Since it is also told
+    that the mask is causal, it skips the blocks above the diagonal."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -164,17 +175,8 @@ def _put(x: jax.Array, new: jax.Array, block: jax.Array, axis: int) -> jax.Array
 def _attend_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int, back: int
 ) -> jax.Array:
-    """Attention without materialised scores.
-
-    Args:
-      q: [B, G, H/G, T, N], already scaled.
-      k, v: [B, G, T, N].
-      mask: bool[B, T, T], causal.
-      size, back: block size in tokens, forward and backward.
-
-    Returns:
-      float32, in q's shape.
-    """
+    """Scaled q [B, G, H/G, T, N], k and v [B, G, T, N], causal mask bool[B, T, T] -> float32, in q's shape.
+    `size` and `back` are block sizes in tokens, forward and backward."""
     return _forward(q, k, v, mask, size)[0]
 
 
@@ -295,7 +297,10 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
     return attend
 
 
-def stored(x: jax.Array, dtype: str) -> jax.Array | Int8:
+Cached = jax.Array | Int8  # keys or values in a cache
+
+
+def stored(x: jax.Array, dtype: str) -> Cached:
     """Keys or values [..., N] as a cache stores them: `int8` gives `Int8`, an empty dtype keeps theirs."""
     if dtype != "int8":
         return x.astype(dtype or x.dtype)
@@ -304,7 +309,7 @@ def stored(x: jax.Array, dtype: str) -> jax.Array | Int8:
     return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
 
 
-def _read(cached: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+def _read(cached: Cached, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
     """The stored values in a dtype, and their scale or None."""
     if isinstance(cached, Int8):
         return cached.values.astype(dtype), cached.scale
@@ -312,23 +317,24 @@ def _read(cached: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Ar
 
 
 def branch_attention(
-    prefix: tuple[Any, Any],
+    prefix: tuple[Cached, Cached],
     visible: jax.Array,
-    suffix: Sequence[tuple[Any, Any]],
+    suffix: Sequence[tuple[Cached, Cached]],
     own_visible: Sequence[jax.Array],
     column: jax.Array,
 ) -> Callable[..., Any]:
-    """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
+    """Attention of one new token per branch, over the shared prefix and the branch's own suffix.
 
-    The parts are scored apart and normalised together, so the prefix is read once for its K branches. In
-    `attend`, the T axis of q, k and v is the K branches; it hands out the first chunk with the new token.
+    Scores of the two parts are computed separately and normalised together, so the prefix is read once for
+    its K branches. In `attend`, the T axis of q, k and v is the K branches; it also returns the first chunk
+    with the new token.
 
     Args:
       prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
       visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
-      suffix: chunks that are read, keys and values [B, K, G, C, N]; the first one is written.
-      own_visible: of each chunk bool[B, C], the columns that a branch sees, the new token's among them.
-      column: int32[]; where the new token stands.
+      suffix: the chunks that are read, keys and values [B, K, G, C, N]; the first one is written to.
+      own_visible: for each chunk bool[B, C], the columns that a branch sees, including the new token's.
+      column: int32[], the new token's column in the first chunk.
     """
 
     def attend(q, k, v):
@@ -343,7 +349,16 @@ def branch_attention(
             return jax.tree.map(put, chunk, stored(new, dtype))
 
         first = with_new(suffix[0][0], k), with_new(suffix[0][1], v)
-        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in (first, *suffix[1:])]
+        read = (first, *suffix[1:])
+        queries = _heads_first(q, groups)
+        each = queries.transpose(0, 3, 1, 2, 4)
+        if decode_kernel.takes(device_kind(), each, (prefix, suffix)):
+            out = _every_device_its_own(
+                decode_kernel.attend, (2, 2, 0, 1, 0), each, read, tuple(own_visible), prefix, visible
+            )
+            if out is not None:
+                return out.astype(q.dtype).reshape(q.shape), first
+        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in read]
         (keys, scale_k), (values, scale_v) = (_read(x, q.dtype) for x in prefix)
 
         def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
@@ -352,13 +367,11 @@ def branch_attention(
         def own_scaled(x, scale):  # [B, K, G, H/G, C] by [B, K, G, C]
             return x if scale is None else x * scale[:, :, :, None]
 
-        queries = _heads_first(q, groups)
         shared = jnp.einsum("bgqtn,bgns->bgqts", queries, keys, preferred_element_type=jnp.float32)
         shared = jnp.where(visible[:, None, None], scaled(shared, scale_k), -jnp.inf)
-        queries = queries.transpose(0, 3, 1, 2, 4)
         parts = []
         for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
-            part = jnp.einsum("bkgqn,bkgcn->bkgqc", queries, own_k, preferred_element_type=jnp.float32)
+            part = jnp.einsum("bkgqn,bkgcn->bkgqc", each, own_k, preferred_element_type=jnp.float32)
             part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
             parts.append(part)
         top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
@@ -369,7 +382,7 @@ def branch_attention(
         )
         total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
         total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
-        out = jnp.zeros(queries.shape, jnp.float32)
+        out = jnp.zeros(each.shape, jnp.float32)
         for (_, (own_v, scale)), part in zip(chunks, parts):
             part = own_scaled(part, scale).astype(own_v.dtype)
             out += jnp.einsum("bkgqc,bkgcn->bkgqn", part, own_v, preferred_element_type=jnp.float32)

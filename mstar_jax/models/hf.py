@@ -175,8 +175,10 @@ def _scatter(
     target: jax.sharding.Sharding,
 ) -> jax.Array:
     """Copies values (one per layer if `stacked`) into this process's shards and puts them on its devices."""
-    devices = target.addressable_devices_indices_map(shape)
-    spans = {d: tuple(s.indices(n) for s, n in zip(index, shape)) for d, index in devices.items()}
+    spans = {
+        device: tuple(s.indices(n) for s, n in zip(index or (), shape))
+        for device, index in target.addressable_devices_indices_map(shape).items()
+    }
     buffers = {
         span: np.empty([stop - start for start, stop, _ in span], dtype) for span in set(spans.values())
     }
@@ -337,6 +339,6 @@ class Family(Generic[Config]):
     config_files: Callable[[Config, str], dict[str, dict[str, Any]]]
     table: Callable[[Config], list[Tensor]]
     model: Callable[[Config, nnx.Rngs], VisionLanguageModel]
-    processor: Callable[[Config, Tokenizer], Processor]
-    load_tokenizer: Callable[[pathlib.Path], Tokenizer]
+    processor: Callable[[Config, Any], Processor]
+    load_tokenizer: Callable[[pathlib.Path], Any]
     pixels: Callable[[Config, int], Shapes]

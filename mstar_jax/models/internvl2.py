@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, layer_norm, param
@@ -227,7 +228,7 @@ class InternVL2Processor:
         return self.config.decoder.max_position
 
 
-def load_tokenizer(folder: pathlib.Path) -> hf.Tokenizer:
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast | tokenizer.SentencePiece:
     """The fast tokenizer if the folder has one; officially it has a sentencepiece model only."""
     fast = (folder / "tokenizer.json").exists()
     return tokenizer.load(folder) if fast else tokenizer.SentencePiece(folder)

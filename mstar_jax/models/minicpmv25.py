@@ -234,7 +234,8 @@ class MiniCPMV25Processor:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens; spaces are not cleaned up."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = list(map(int, tokens))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def length_limit(self, prefix_tokens: int) -> int:
         """The longest sequence: the decoder's context."""

@@ -23,7 +23,9 @@ def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder))
 
 
-def vocabulary(tokenizer: hf.Tokenizer, special: Sequence[str], size: int) -> dict[str, int]:
+def vocabulary(
+    tokenizer: hf.Tokenizer | PreTrainedTokenizerFast, special: Sequence[str], size: int
+) -> dict[str, int]:
     """{token: id} of a tokenizer, checked against the policy.
 
     Args:
