@@ -76,8 +76,10 @@ def rollouts(
                 these, batch = pending
                 source = _assign(free, owner, entered, len(these), size, parts)
                 entered += len(these)
-                places = jax.tree.map(lambda x: x[share.rows(size)], _places(these, size, processor, config))
-                entry = sharding.put_batch(Entry(batch, *places, source[mine]), mesh)
+                places = _places(these, size, processor, config)
+                query_keys, limits, keys, starts = jax.tree.map(lambda x: x[share.rows(size)], places)
+                entry = Entry(batch, query_keys, limits, keys, starts, source[mine])
+                entry = sharding.put_batch(entry, mesh)
                 if slots is None:
                     slots = sampler.blank(model, entry.batch, entry.starts)
                 slots = sampler.enter(model, slots, key, entry)

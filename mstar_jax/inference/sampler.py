@@ -163,7 +163,8 @@ class Sampler:
             return NamedSharding(mesh, sharding.spec(axes, sharding.SAMPLE, x.shape, mesh))
 
         found = self._by_axes(one, slots)
-        return found._replace(cache=found.cache._replace(clock=NamedSharding(mesh, PartitionSpec())))
+        clock = NamedSharding(mesh, PartitionSpec())
+        return found._replace(cache=found.cache._replace(clock=clock))  # type: ignore[arg-type]
 
     @staticmethod
     def _by_axes(fn: Callable[..., object], *slots: Slots) -> Slots:

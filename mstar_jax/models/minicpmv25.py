@@ -167,7 +167,7 @@ class MiniCPMV25Processor:
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
         known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
-        self.stop_ids = (known[END], known[EOS])
+        self.stop_ids: tuple[int, ...] = (known[END], known[EOS])
         self.unk_id = known[UNK]
         added = tokenizer.added_tokens_decoder
         self.control = tuple(dict.fromkeys([*SPECIAL, *(t.content for t in added.values() if t.special)]))
