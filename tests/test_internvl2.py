@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiny
+from close import close
 from PIL import Image
 
 from mstar_jax.models import internvl2, tokenizer
@@ -129,9 +130,9 @@ def test_tiles_stand_row_by_row_and_the_thumbnail_last():
     for number, tile in enumerate(tiles[:6]):
         colour = np.array([number, 10 * number, 255 - number]) / 255
         want = (colour - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        np.testing.assert_allclose(tile, np.broadcast_to(want, tile.shape), atol=1e-6)
+        close(tile, np.broadcast_to(want, tile.shape), scale=3.0)
     small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
-    np.testing.assert_allclose(tiles[6] * internvl2.STD + internvl2.MEAN, small, atol=1e-6)
+    close(tiles[6] * internvl2.STD + internvl2.MEAN, small, scale=3.0)
     np.testing.assert_array_equal(internvl2.split_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
 
 
@@ -139,7 +140,7 @@ def test_one_tile_has_no_thumbnail():
     image = picture(16, 16)
     tiles = internvl2.split_tiles(image, 1, 1, 16, thumbnail=True)
     want = (np.asarray(image, np.float32) / 255 - internvl2.MEAN) / internvl2.STD
-    np.testing.assert_allclose(tiles, want[None], atol=1e-6)
+    close(tiles, want[None], scale=3.0)
 
 
 def test_fewer_crops_than_the_least_are_possible():

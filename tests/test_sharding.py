@@ -50,8 +50,8 @@ def test_check_divides(mesh):
     with pytest.raises(ValueError) as error:
         sharding.check_divides("train.batch_size", 12, mesh, accumulate=2)
     assert str(error.value) == (
-        "train.batch_size = 12 is impossible: the mesh splits a batch into 4 shards (data=2 x fsdp=2) and it is "
-        "accumulated over 2 microbatches, so it must be a multiple of 8, e.g. 8 or 16"
+        "train.batch_size = 12 is impossible: the mesh splits a batch into 4 shards (data=2 x fsdp=2) and it "
+        "is accumulated over 2 microbatches, so it must be a multiple of 8, e.g. 8 or 16"
     )
     for size in (0, -4, 3):
         with pytest.raises(ValueError, match=rf"sample.queries = {size} is .*multiple of 4, e.g. 4 or 8"):

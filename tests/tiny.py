@@ -255,6 +255,11 @@ def glue_values(w: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
     }
 
 
+def replicated(tree, mesh):
+    """The tree on every device of a mesh."""
+    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+
+
 def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits=None, temperature=0.0):
     """All rows of a batch sampled to their ends, as `sampler.Generated`."""
     rows, shape = len(batch.tokens), (len(batch.tokens), config.branches)
