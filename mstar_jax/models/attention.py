@@ -86,7 +86,7 @@ def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int], *args: Any) -> Any:
-    """Calls `attend` on each device with its own rows and heads; None if the mesh does not divide them evenly.
+    """Calls `attend` on each device with its own rows and heads; None if the mesh does not split them evenly.
 
     `axes` has the axis of the heads in each argument [B, ...], 0 if it has none; in the result it is 2.
     """
