@@ -2,8 +2,8 @@
 
     python benchmarks/reward_model.py runs/tiny [runs/other ...] [--queries=2000]
 
-The warm-up policy of every run answers fresh questions, 16 times each at T = 1; the reward model and, as a
-baseline, the warm-up policy's own likelihood score the different responses. Steps and responses are compared
+The warm-up policy of every run answers new questions, 16 times each at T = 1; the reward model and, as a
+baseline, the warm-up policy's own likelihood score the distinct responses. Steps and responses are compared
 within a query only, by what the data's generator knows:
 
   step       is this step, and all before it, right; pairs of the same query and step number
@@ -21,23 +21,31 @@ import ml_collections
 
 from mstar_jax import configure, sharding
 from mstar_jax.data import toy, truth
-from mstar_jax.stages.reward_model import Reward
-from mstar_jax.stages.run import Run
+from mstar_jax.inference.generate import ask, inference, sample
+from mstar_jax.inference.score import score_with
+from mstar_jax.stages.policy import outcome
+from mstar_jax.stages.reward_model import against_truth, own_scorer
+from mstar_jax.stages.run import start
+from mstar_jax.structs import Stage
 
 
 def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str, float]:
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    run = Run(config, workdir, {}, lambda: False)
-    reward = Reward(run)
-    reward.truth = truth.read_truth(folder / "truth.jsonl")
-    queries = configure.read(folder / "test.json", folder)[:count]
+    run = start(config, workdir, {}, lambda: False)
+    known = truth.read_truth(folder / "truth.jsonl")
+    asked = ask(configure.read(folder / "test.json", folder)[:count], run.template)
+    warmup = outcome(run, Stage.warmup)
     with tempfile.TemporaryDirectory() as scratch:  # nothing is added to the run
-        run.workdir = pathlib.Path(scratch)
-        found = run.generate("fresh", lambda: run.final("warmup"), queries, run.template, [1.0] * 16)
+        host = inference(config, pathlib.Path(scratch), run.processor)
+        settings = {"prompt": run.template}
+        found = sample(host, "fresh", lambda: warmup.params, asked, [1.0] * 16, settings=settings)
+    asked = [each for each in asked if each.query.id in found]
     out = {"queries": len(found)}
-    for name, model in (("prm", reward.model), ("likelihood", reward.untrained_for_scoring())):
-        scored = reward.scored(model, [q for q in queries if q.id in found], found)
-        out |= {f"{key} {name}": value for key, value in reward.against_truth(scored).items()}
+    for name in ("prm", "likelihood"):
+        scorer = own_scorer(run, likelihood=name == "likelihood")
+        scored = score_with(run, scorer, scorer.load(), asked, found)
+        values = against_truth(scored, known, config.prm.aggregate)
+        out |= {f"{key} {name}": value for key, value in values.items()}
     return out
 
 

@@ -1,25 +1,26 @@
 """Self-evolving training (M-STaR, arXiv 2412.17451), from a base model to an evolved one.
 
-    base       pi_0, a checkpoint (of the embedded data set: a small policy, trained here on narrow data)
-    warm-up    shown the answers, pi_0 writes rationales; the correct ones teach it to reason step by step
-    reward     R_p, a process reward model, trained once on Monte-Carlo labels of the warm-up policy's steps
+    base       pi_0: a checkpoint; of the embedded data set a small policy, trained here on narrow data
+    warm-up    shown the answers, pi_0 writes rationales; SFT on correct ones teaches it to reason in steps
+    reward     R_p: a process reward model, trained once, on Monte-Carlo labels of the warm-up policy's steps
     iteration  generate   y_1..y_K ~ pi_t( . | x, o; T)     for a share of the labelled queries x, images o
                select     H( 1(a = a*) R_p(y) )             Top-2 by R_p of the correct responses
-               improve    pi_t+1 = SFT(pi_t)                optimizer and schedule are carried on
+               improve    pi_t+1 = SFT(pi_t)                Adam's moments and the schedule are carried on
                explore    T = argmax Reward-Pass@2          on validation queries, every two iterations
 
 Iterative RFT, ReST^EM, SFT and the control are the same loop with other values of the config.
 
-Every verb is idempotent: what the workdir already holds is returned without computing it again. So a restart
-walks down this page once more; a verb that was interrupted continues where its files end, and the result is
-the same to the last bit. A policy is a handle: it names a stage, and its parameters are read from the stage's
-checkpoint when a verb first asks for them, if they are not in memory. `improve` takes the state of the policy
-that it starts from and donates it to the training, so there is one TrainState on the devices at a time.
+Restarts: every verb is idempotent. What the workdir holds already is returned without computing it again,
+and a verb that was interrupted continues where its files end. So a second start walks down this page once
+more and ends with the same result, to the last bit.
+
+Memory: a policy is a handle. It names a stage, and its parameters are read from the stage's checkpoint when a
+verb first needs them, unless they are in memory still. `improve` takes the state of the policy it starts from
+and donates it to the training, and R_p is loaded only while it scores: there is one TrainState at a time.
 """
 
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import ml_collections
 
@@ -39,7 +40,10 @@ from mstar_jax.structs import Stage
 
 
 def run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    head: Mapping[str, object],
+    stop: Callable[[], bool],
 ) -> list[Record]:
     """Runs all stages, or what is left of them, and returns the records of results.json.
 
@@ -58,26 +62,27 @@ def run(
 
     # ---------------------------------------------------------------------------------------- base
     initial = base(run)
-    measure(run, initial)
+    measure(run, initial)  # greedy responses, and samples at eval.temperature, on validation and test queries
 
     # ------------------------------------------------------------------------------------- warm-up
     queries = run.labelled[: warm.queries]
     hinted = generate(
         run, Stage.warmup, initial, queries, warm.temperature, warm.k, template=config.prompts.hint
     )
-    reasons = rationales(run, queries, hinted)  # correct ones; trained on without the hint
+    reasons = rationales(run, queries, hinted)  # correct ones, at random; trained on without the hint
     warmup = improve(run, Stage.warmup, initial, [reasons], temperature=warm.temperature)
 
     # -------------------------------------------------------------------------------- reward model
-    reward = train_reward_model(run, warmup)  # R_p stays as it is from here on; None without one
+    # the warm-up policy writes responses, and completions of their steps, at prm.temperature; it is the trunk
+    reward = train_reward_model(run, warmup)  # R_p, which never changes again; None where the config has none
     measure(run, warmup, reward, [reasons], warm.temperature)
-    temperature = explore(run, warmup, reward, evolve.temperature)
+    temperature = explore(run, warmup, reward, evolve.temperature)  # T; without R_p it stays as it is
 
     # -------------------------------------------------------------------------------------- evolve
     policy = warmup
     for t in range(1, evolve.iterations + 1):
         stage = Stage.iteration(t)
-        if passed(run, stage):  # a restart: iteration t + 1 has begun to train, so nothing is left to do in t
+        if passed(run, stage):  # a restart, and iteration t + 1 has begun to train: t has nothing left to do
             policy = outcome(run, stage)
             temperature = chosen_after(run, stage, temperature)
             continue
@@ -95,14 +100,16 @@ def run(
         else:  # control: as many steps on what the warm-up was trained on
             sources = [reasons]
 
-        if evolve.start == "initial":  # ReST^EM trains the warm-up policy again in every iteration
+        if evolve.start == "initial":  # ReST^EM: pi_t has sampled, but the warm-up policy is trained again
             policy = warmup
-        carry = Carry(  # continuous training carries on Adam's moments and the schedule, after iteration 1
-            moments=t > 1 and not evolve.reset_moments, schedule=t > 1 and not evolve.reset_schedule
+        # besides the parameters; iteration 1 has other settings than the warm-up, so both start anew
+        carry = Carry(
+            moments=t > 1 and not evolve.reset_moments,
+            schedule=t > 1 and not evolve.reset_schedule,
         )
         policy = improve(run, stage, policy, sources, carry=carry, temperature=temperature)
-        measure(run, policy, reward, sources, temperature)  # in every eval.every-th iteration
-        temperature = explore(run, policy, reward, temperature)  # in every explore.every-th iteration
+        measure(run, policy, reward, sources, temperature)  # every eval.every iterations, and at the end
+        temperature = explore(run, policy, reward, temperature)  # every explore.every iterations
         if t > evolve.keep_checkpoints:
             run.checkpoints.drop(Stage.iteration(t - evolve.keep_checkpoints).name)
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ log = logging.getLogger("mstar_jax")
 
 
 def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What results.json says above its stages."""
+    """What results.json says before its stages: config, seed, versions, device."""
     import flax
     import optax
     import orbax.checkpoint as ocp
@@ -45,8 +46,8 @@ def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Writes the config into a new workdir; refuses one that holds a run with other values.
+def claim(workdir: pathlib.Path, config: dict[str, object]) -> None:
+    """Writes the config into a new workdir; refuses a workdir that holds a run with other values.
 
     Raises:
       ValueError: with every value that differs.
@@ -66,7 +67,8 @@ def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         write_text(path, json.dumps(config, indent=1))
 
 
-def _differences(there: Any, now: Any, name: str = ""):
+def _differences(there: object, now: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    """(dotted key, value there, value now) of every value that differs."""
     if isinstance(there, dict) and isinstance(now, dict):
         for key in there | now:
             yield from _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)
@@ -76,29 +78,31 @@ def _differences(there: Any, now: Any, name: str = ""):
 
 def main(argv: list[str]) -> None:
     stop = cli.start(argv)
-    compiled, config, started = speed.compiled(), CONFIG.value, time.time()
+    started = time.time()
+    compiled = speed.compiled()
+    config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
     with cli.explained():
         cli.begin()
         top = head(config)
         mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(mesh)
-        configure.check(config, mesh)  # an impossible run claims no workdir
+        configure.check(config, mesh)  # before the workdir is claimed
         with processes.first_alone("claim"):
             claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        stages = evolve.run(config, workdir, top, stop)
+        found = evolve.run(config, workdir, top, stop)
     spent = time.time() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     if not processes.first():
         return
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
     asked = workdir / "benchmarks" / "table.md" if config.benchmarks.names else None
-    shown = [records.table(stages), records.speeds(stages), asked.read_text().strip() if asked else ""]
+    shown = [records.table(found), records.speeds(found), asked.read_text().strip() if asked else ""]
     print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
     try:
         print(f"{document.write([workdir])}: the report, one file for any browser")
-    except OSError as error:  # the run is whole without it
+    except OSError as error:  # the run is complete without it
         log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
 
 

@@ -77,7 +77,7 @@ class Results:
       records: the records, in the order of their writing.
     """
 
-    def __init__(self, workdir: pathlib.Path, head: dict[str, Any]):
+    def __init__(self, workdir: pathlib.Path, head: Mapping[str, object]):
         self.workdir, self.head = workdir, head
         self.path = workdir / "results.json"
         self.records: list[Record] = []
@@ -92,7 +92,7 @@ class Results:
         key = (stage.kind, stage.number, split)
         return next((r for r in self.records if (r["stage"], r["iteration"], r["split"]) == key), None)
 
-    def add(self, stage: Stage, values: Mapping[str, Any]) -> None:
+    def add(self, stage: Stage, values: Mapping[str, object]) -> None:
         """Appends a record and writes the file; also as TensorBoard events and a CSV of all records."""
         record: Any = {"stage": stage.kind, "iteration": stage.number, **values}
         self.records.append(record)
@@ -108,7 +108,7 @@ class Results:
         record |= {**values, "seconds": round(seconds, 2), "speed": speed}
         self._write(stage, split, values)
 
-    def _write(self, stage: Stage, split: str, new: Mapping[str, Any]) -> None:
+    def _write(self, stage: Stage, split: str, new: Mapping[str, object]) -> None:
         if not processes.first():
             return
         flat = [
@@ -116,7 +116,7 @@ class Results:
             for record in self.records
         ]
         names = list(dict.fromkeys(name for record in flat for name in record if name != "seconds"))
-        rows: list[list[Any]] = [names, *([record.get(name, "") for name in names] for record in flat)]
+        rows: list[Sequence[object]] = [names, *([record.get(name, "") for name in names] for record in flat)]
         text = "".join(",".join(str(cell) for cell in row) + "\n" for row in rows)
         write_text(self.workdir / "metrics" / "dynamics.csv", text)
         data = {**self.head, "stages": self.records}

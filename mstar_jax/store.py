@@ -1,8 +1,8 @@
-"""The stores: append-only, readable, and the reason that a restart computes nothing twice.
+"""The stores: append-only and readable. What they hold is not computed again after a restart.
 
     <workdir>/rollouts/<name>/settings.json    what the samples depend on
     <workdir>/rollouts/<name>/00012.jsonl      one shard per device batch, renamed into place when whole
-    <workdir>/labels/<name>/...                Monte-Carlo labels of steps, kept alike
+    <workdir>/labels/<name>/...                Monte-Carlo labels of steps, in the same layout
     <workdir>/scores/<name>/...                responses with the reward model's step scores
 
 A line of a shard of rollouts or scores is one query with its responses:
@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically: whole or not at all."""
     part = path.with_name(f"{path.name}.part{uuid.uuid4().hex[:8]}")  # several hosts may write the same
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
@@ -38,37 +38,37 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 class Store:
-    """Records in shards; a shard is there whole or not at all."""
+    """Records in shards; a shard is complete or absent."""
 
-    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
-        """Opens or begins a store.
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, object]):
+        """Opens or creates a store.
 
         Raises:
           ValueError: the folder holds records that were made with other settings.
         """
         self.folder = pathlib.Path(folder)
         path = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
+        now = json.loads(json.dumps(settings))
         if processes.first():
             self.folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
             there = json.loads(path.read_text())
-            if there != settings:
-                pairs = {k: (there.get(k), settings.get(k)) for k in there | settings}
+            if there != now:
+                pairs = {k: (there.get(k), now.get(k)) for k in there | now}
                 changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
                 raise ValueError(f"{self.folder} was made with other settings (there, now): {changed}")
         elif processes.first():
-            write_text(path, json.dumps(settings, indent=1))
+            write_text(path, json.dumps(now, indent=1))
 
     def _shard(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05d}.jsonl"
 
     def missing(self, shards: int) -> list[int]:
-        """Which of the shards 0..shards-1 are not there yet, as process 0 sees it."""
+        """Which of the shards 0..shards-1 do not exist yet, as process 0 sees it."""
         there = np.array([self._shard(number).exists() for number in range(shards)])
         return np.flatnonzero(~processes.from_first(there)).tolist() if shards else []
 
-    def write(self, number: int, records: Iterable[dict[str, Any]]) -> None:
+    def write(self, number: int, records: Iterable[Mapping[str, object]]) -> None:
         """Writes shard `number`, a record a line, if this is process 0."""
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         if processes.first():
@@ -84,7 +84,7 @@ class Store:
         processes.visible(lambda: all(self._shard(n).exists() for n in range(shards)), self.folder)
 
     def read(self, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-        """Every record as `parse` takes it, shard by shard.
+        """Every record, as `parse` reads it, shard by shard.
 
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
@@ -103,12 +103,16 @@ class Store:
                 yield found
 
 
-def rollout(query: Query, responses: Sequence[Response]) -> dict[str, Any]:
+def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:
     """The record of a query with its responses."""
-    head: dict[str, Any] = {"query": query.id, "question": query.question}
-    head |= {"images": query.images, "gold": query.answer}
     shown = [{k: v for k, v in dataclasses.asdict(r).items() if k != "query_id"} for r in responses]
-    return head | {"responses": shown}
+    return {
+        "query": query.id,
+        "question": query.question,
+        "images": query.images,
+        "gold": query.answer,
+        "responses": shown,
+    }
 
 
 def read_rollout(record: dict[str, Any]) -> tuple[str, list[Response]]:

@@ -75,7 +75,8 @@ def test_a_policy_is_restored_when_it_is_asked_for():
 
 def test_stages_are_ordered_as_they_run():
     stages = [Stage.base, Stage.warmup, Stage.reward_model, *map(Stage.iteration, (1, 2, 10, 100))]
-    assert sorted(stages[::-1]) == stages
+    backwards = list(reversed(stages))
+    assert sorted(backwards) == stages
     names = ["base", "warmup", "prm", "iteration_01", "iteration_02", "iteration_10", "iteration_100"]
     assert [stage.name for stage in stages] == names == [str(stage) for stage in stages]
     assert [Stage.parse(name) for name in names] == stages

@@ -24,6 +24,7 @@ import pytest
 from configs import tiny as tiny_config
 from mstar_jax import evolve, main, sharding
 from mstar_jax.inference import generate
+from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -255,7 +256,7 @@ def test_speeds(whole):
     assert passes["rollouts", FINAL]["decoded_per_second"] > 0
     [events] = (whole / "tensorboard" / FINAL).glob("*tfevents*")
     assert b"speed/tokens_per_second" in events.read_bytes()
-    shown = records.speeds(records)
+    shown = speeds(records)
     assert "rollouts: decode" in shown and len({len(line) for line in shown.split("\n")}) == 1
 
 

@@ -116,7 +116,7 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
     Image.new("RGB", (80, 16)).save(path)
     with pytest.raises(
-        ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"
+        ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did one of its images change"
     ):
         loader.encode_row(Row(prompt, ()), processor, 1000, 50)
 

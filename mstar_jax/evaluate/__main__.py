@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mstar_jax import cli, configure, models, processes, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
@@ -84,7 +85,7 @@ class Checkpoint:
             return finished.policy_of(self.path).processor()
         return models.Pretrained(self.path, max_crops=max_crops).processor()
 
-    def load(self, mesh: Mesh, dtype: Any, reward: bool = False) -> Any:
+    def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False) -> Any:
         """Reads the parameters, a `Model` or, of a reward model, a `ScoringModel`, laid out for sampling."""
         if self.run:
             restored = finished.restore(self.path, Stage.parse(self.stage), mesh)
@@ -161,7 +162,7 @@ def run(
     return results
 
 
-def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: Any, crops: int | None) -> Scorer:
+def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: DTypeLike, crops: int | None) -> Scorer:
     """The reward model that votes; it stays in memory once it is loaded."""
     processor = judge.processor(crops)
     load = functools.cache(functools.partial(judge.load, mesh, dtype, reward=True))

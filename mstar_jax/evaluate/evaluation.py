@@ -57,7 +57,7 @@ class Candidate(NamedTuple):
 
     name: str
     params: Callable[[], Model]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
 
 
 class Benchmarks(NamedTuple):
@@ -146,7 +146,7 @@ def _responses(
 ) -> Groups:
     """Per query its greedy response, then its samples, scored where there is a reward model."""
     s, longest = asked.settings, max(host.data.buckets)
-    settings = dict(policy.identity) | {"prompt": s.prompt}
+    settings: dict[str, object] = {**policy.identity, "prompt": s.prompt}
     if s.prompt != "official":
         settings |= {"template": asked.templates[s.prompt]}
     found = sample(
@@ -223,7 +223,7 @@ def _write(
     asked: Benchmarks,
     policy: str,
     name: str,
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
     pairs: Sequence[Asked],
     methods: Methods,
 ) -> None:
@@ -232,7 +232,12 @@ def _write(
     scores = {method: judged(name, items, chosen) for method, chosen in methods.items()}
     lines = []
     for at, (query, prompt) in enumerate(pairs):
-        out: dict[str, Any] = {"id": query.id, "prompt": prompt, "images": query.images, "gold": query.answer}
+        out: dict[str, object] = {
+            "id": query.id,
+            "prompt": prompt,
+            "images": query.images,
+            "gold": query.answer,
+        }
         for method, chosen in methods.items():
             r, found = chosen[at], scores[method][at]
             out[method] = {
@@ -297,7 +302,7 @@ def write_vlmevalkit(stem: pathlib.Path, answered: Sequence[tuple[Mapping[str, s
     part.replace(stem.with_name(stem.name + ".xlsx"))
 
 
-def identity(path: pathlib.Path, stage: str = "") -> dict[str, Any]:
+def identity(path: pathlib.Path, stage: str = "") -> dict[str, object]:
     """What tells a checkpoint's weights from others in the same place: path, stage, files, sizes, times."""
     found = sorted(path.glob("*.safetensors")) if not stage else []
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]

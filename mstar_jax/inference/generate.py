@@ -9,8 +9,8 @@ import logging
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +164,7 @@ class Task(NamedTuple):
     folder: str
     temperatures: Sequence[float]
     key: jax.Array
-    settings: dict[str, Any]
+    settings: Mapping[str, object]
     iteration: int = 0
     kind: str = "rollouts"
 
@@ -204,7 +204,7 @@ def sample(
     asked: Sequence[Asked],
     temperatures: Sequence[float],
     *,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     iteration: int = 0,
     batch: int = 0,
     longest: int = 0,
@@ -231,12 +231,12 @@ def sample(
         folder=f"rollouts/{name}",
         temperatures=temperatures,
         key=pass_key(host.seed, name),
-        settings=own | settings,
+        settings={**own, **settings},
         iteration=iteration,
         kind=kind,
     )
 
-    def record(row: Row, responses: Sequence[Response]) -> dict[str, Any]:
+    def record(row: Row, responses: Sequence[Response]) -> dict[str, object]:
         query = row.prompt.query
         return rollout(query, [selection.judge(query, response) for response in responses])
 
@@ -249,7 +249,7 @@ def sample_rows(
     sampler: Sampler,
     rows: Sequence[Row],
     params: Callable[[], Model],
-    record: Callable[[Row, Sequence[Response]], dict[str, Any]],
+    record: Callable[[Row, Sequence[Response]], Mapping[str, object]],
 ) -> Store:
     """The store of a task, with the missing shards sampled.
 
@@ -266,7 +266,7 @@ def sample_rows(
     size = entering(batch, s.refill, sampler.shards)
     store = Store(
         host.workdir / task.folder,
-        task.settings | {"seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
+        {**task.settings, "seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
     )
     if missing := store.missing(len(plans)):
         kind, _, name = task.folder.partition("/")

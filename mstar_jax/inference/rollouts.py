@@ -1,19 +1,19 @@
-"""The host's side of sampling: which row enters which slot, and the responses that come of it.
+"""The host's side of sampling: which row enters which slot, and the responses that result.
 
 Shapes: B slots, E entering rows, K branches.
 """
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mstar_jax import processes, sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.inference.sampler import Entry, Generated, Sampler
-from mstar_jax.structs import Batch, Response, Row, ring
+from mstar_jax.structs import Batch, Model, Processor, Response, Row, ring
 
 
 def query_key(query_id: str) -> int:
@@ -23,15 +23,15 @@ def query_key(query_id: str) -> int:
 
 def rollouts(
     sampler: Sampler,
-    model: Any,
+    model: Model,
     shards: Iterable[Sequence[Row]],
     batches: Iterator[tuple[tuple[Row, ...], Batch]],
-    processor: Any,
+    processor: Processor,
     *,
     key: jax.Array,
     temperatures: np.ndarray,
     iteration: int,
-    mesh: Any,
+    mesh: Mesh,
     each: Callable[[int, int], None] = lambda rows, steps: None,
 ) -> Iterator[list[list[Response]]]:
     """Samples K responses for every row: new ones, or the continuations of those that the row holds.
@@ -39,8 +39,8 @@ def rollouts(
     Args:
       sampler: of the same processor, for this mesh.
       model: the policy, laid out for sampling.
-      shards: rows of one shape each. A shard is sampled on its own, so that it is the same to the last bit
-        when it is sampled again.
+      shards: rows, of one shape within a shard. A shard is sampled on its own, so that it is the same to the
+        last bit when it is sampled again.
       batches: (rows, batch) pairs from `loader.row_batches`: the next E rows of the shard, and this process's
         share of them as arrays; a shard's last batch may end in empty rows.
       processor: the family's host side.
@@ -109,7 +109,7 @@ def _room(free: np.ndarray, size: int, parts: int) -> bool:
 
 
 def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: int, parts: int):
-    """Gives rows free slots of their own part of the batch; `source` of an `Entry`."""
+    """Gives rows free slots in their own part of the batch; returns `source` of an `Entry`."""
     source, each = np.full(len(free), -1, np.int32), size // parts
     for part, slots in enumerate(np.arange(len(free)).reshape(parts, -1)):
         mine = range(part * each, min((part + 1) * each, rows))
@@ -118,13 +118,14 @@ def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: 
     return source
 
 
-def _unrolled(out: Any, first: int) -> Generated:
-    """A row of the rings, from its first token on."""
-    tokens, logprobs = (np.roll(x, -first, axis=-1) for x in (out.tokens, out.logprobs))
-    return Generated(tokens, logprobs, out.length, out.stopped)
+def _unrolled(out: Generated, first: int) -> Generated:
+    """A row of the ring buffers, rotated so that its first token comes first."""
+    return out._replace(
+        tokens=np.roll(out.tokens, -first, axis=-1), logprobs=np.roll(out.logprobs, -first, axis=-1)
+    )
 
 
-def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConfig):
+def _places(rows: Sequence[Row], size: int, processor: Processor, config: SamplingConfig):
     """query keys [E], limits [E, K], sample keys [E, K], and starts (parent, kept) [E, K] or None."""
     query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
     sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()
@@ -138,7 +139,15 @@ def _places(rows: Sequence[Row], size: int, processor: Any, config: SamplingConf
     return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
 
 
-def _responses(row, host, processor, config, temperatures, iteration) -> list[Response]:
+def _responses(
+    row: Row,
+    host: Generated,
+    processor: Processor,
+    config: SamplingConfig,
+    temperatures: np.ndarray,
+    iteration: int,
+) -> list[Response]:
+    """The K responses of a row that has ended."""
     out = []
     for sample in range(config.branches):
         parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)

@@ -35,10 +35,10 @@ class Generated(NamedTuple):
       stopped: bool[B, K], whether a stop id or stop string ended the branch; otherwise it was truncated.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    length: jax.Array
-    stopped: jax.Array
+    tokens: Array
+    logprobs: Array
+    length: Array
+    stopped: Array
 
 
 class Slots(NamedTuple):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
@@ -30,7 +29,7 @@ class Scorer:
     """
 
     load: Callable[[], ScoringModel]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     processor: Processor
     texts: Sequence[str]
 
@@ -42,7 +41,7 @@ def score(
     asked: Sequence[Asked],
     responses: Groups,
     *,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     only_correct: bool = False,
     longest: int = 0,
 ) -> Groups:
@@ -62,10 +61,11 @@ def score(
     asked = [each for each in asked if each.query.id in responses]
     chunks = [asked[at : at + size] for at in range(0, len(asked), size)]
     own = {"only_correct": only_correct, "batch": host.prm.batch, "chunk": size}
-    store = Store(host.workdir / "scores" / name, settings | own)
+    store = Store(host.workdir / "scores" / name, {**settings, **own})
     missing = store.missing(len(chunks))
-    model: Any = scorer.load() if missing else None
+    model = None
     for number in missing:
+        model = model or scorer.load()
         part = {each.query.id: responses[each.query.id] for each in chunks[number]}
         some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
         found = score_with(host, scorer, model, chunks[number], some, longest=longest, name=name)

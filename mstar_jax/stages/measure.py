@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mstar_jax.data import truth
 from mstar_jax.inference.score import Scorer
@@ -47,7 +46,7 @@ def measure(
         queries = run.test if split == "test" else run.validation
         groups = answers(run, policy, reward, queries, split)
         measured = metrics.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate, alpha=c.explore.alpha)
-        record: dict[str, Any] = {"split": split, "n": len(groups), **measured, "k": c.eval.k}
+        record: dict[str, object] = {"split": split, "n": len(groups), **measured, "k": c.eval.k}
         record["temperature"] = temperature
         record["kept"] = sum(source.responses for source in trained_on) if trained_on else None
         for source in trained_on:

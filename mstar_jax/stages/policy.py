@@ -100,9 +100,7 @@ def program(run: Run, stage: Stage) -> Program:
     scoring = stage == Stage.reward_model
     frozen = configure.frozen(train, stage.kind)
     if (scoring, frozen) not in run.programs:
-        tx, _ = configure.optimizer(
-            settings_of(run, stage), train, stage.kind
-        )  # steps are given the schedule
+        tx, _ = configure.optimizer(settings_of(run, stage), train, stage.kind)  # `step` takes a schedule
 
         def make(accumulate: int, remat: str) -> Callable[..., Any]:
             return make_train_step(

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from mstar_jax.structs import Query, Response, Row, ScoringModel, Source, Stage,
 
 log = logging.getLogger(__name__)
 
+Ranked = tuple[Hashable, float, bool]  # (group, score, is it right)
 Labels = Mapping[tuple[str, int], tuple[float, ...]]  # of a response's steps, by query id and sample
 
 
@@ -164,7 +165,7 @@ def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups)
     }
 
 
-def label_record(host: Inference, row: Row, completions: Sequence[Response]) -> dict[str, Any]:
+def label_record(host: Inference, row: Row, completions: Sequence[Response]) -> dict[str, object]:
     """A record of the store of labels: how many completions of each step prefix reached the gold answer."""
     query, count = row.prompt.query, host.prm.completions
     steps = []
@@ -266,8 +267,8 @@ def against_truth(
     step_auc: is this step, and all before it, right; pairs of the same query and step number.
     all_right_auc: of the correct responses, which have all steps right; pairs of the same query.
     """
-    steps: list[tuple[Any, float, bool]] = []
-    whole: list[tuple[Any, float, bool]] = []
+    steps: list[Ranked] = []
+    whole: list[Ranked] = []
     for query, group in scored.items():
         for r in selection.distinct(group):
             if r.step_scores is None:
@@ -280,9 +281,9 @@ def against_truth(
     return {"step_auc": within(steps), "all_right_auc": within(whole)}
 
 
-def within(scores: Iterable[tuple[Any, float, bool]]) -> float | None:
-    """The AUC of (group, score, is it right) over pairs of the same group."""
-    groups: dict[Any, tuple[list[float], list[bool]]] = {}
+def within(scores: Iterable[Ranked]) -> float | None:
+    """The AUC over pairs of the same group."""
+    groups: dict[Hashable, tuple[list[float], list[bool]]] = {}
     for group, value, right in scores:
         values, labels = groups.setdefault(group, ([], []))
         values.append(value)

@@ -72,7 +72,10 @@ class Run(generate.Inference):
 
 
 def start(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, head: dict[str, Any], stop: Callable[[], bool]
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    head: Mapping[str, object],
+    stop: Callable[[], bool],
 ) -> Run:
     """Checks the config, reads (or makes) the data, and opens the workdir; see `evolve.run`.
 

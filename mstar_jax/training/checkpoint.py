@@ -115,8 +115,9 @@ class Checkpoints:
         wanted = {f"params.{name}": leaf for name, leaf in sharding.named(abstract).items()}
         args = ocp.checkpoint_utils.construct_restore_args(wanted)
         how = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
-        try:
-            found = manager.restore(step, args=ocp.args.Composite(state=how))["state"]
+        try:  # not the manager's restore: it is bound to the handler that saved
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                found = reader.restore(self.folder / stage / str(step) / "state", args=how)
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
