@@ -141,7 +141,7 @@ def test_encode_row(processor, prompts):
 
 def test_buckets():
     assert [loader.bucket(n, (64, 16, 32)) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
-    with pytest.raises(ValueError, match="65 tokens do not fit the largest bucket, 64"):
+    with pytest.raises(ValueError, match="65 tokens do not fit into the largest bucket, 64"):
         loader.bucket(65, (64, 16, 32))
 
 
@@ -324,7 +324,7 @@ def test_split_rows_never_cuts_a_response(lengths, room):
 
 def test_a_response_that_never_fits_names_the_query():
     prompt = Prompt(Query("q9", (), "area"), "area", 10, 0)
-    with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit 40"):
+    with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit into 40"):
         loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
 
 
