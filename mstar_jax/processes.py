@@ -1,68 +1,73 @@
-"""Several processes that run one program: who writes, what they agree on, how values reach the host.
+"""Several processes that run one program: which one writes, how they agree, how values reach the host.
 
-Every process runs the same code on the same values; device work is shared by the mesh, files are written by
-process 0 into a workdir that all of them see. With one process each of these is free.
+Every process runs the same code on the same values. The mesh divides device work among them, and process 0
+writes files to a workdir that all of them can read. With a single process, each function here is free.
 """
 
 import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-LATE = 120.0  # seconds until a file that another process wrote has to be visible here
+LATE = 120.0  # seconds within which a file that another process wrote must become visible here
+Tree = TypeVar("Tree")
 
 
 def start(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Joins the other processes; on TPU pods and SLURM nothing has to be given.
+    """Connects to the other processes. On TPU pods and SLURM, JAX finds them itself.
+
+    Args:
+      coordinator: host:port of process 0; None where JAX finds it.
+      count: the number of processes.
+      index: this process's index.
 
     Raises:
-      ValueError: the cluster is not one that JAX recognises, and it was not described in full.
+      ValueError: only some of the three are given, or JAX does not recognise the cluster.
     """
-    how: dict[str, Any] = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 30}
-    if coordinator is not None or count is not None or index is not None:
-        if coordinator is None or count is None or index is None:
-            raise ValueError("--coordinator, --num_processes and --process_id go together")
-        how |= {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    jax.distributed.initialize(**how)
+    given = [value is not None for value in (coordinator, count, index)]
+    if any(given) and not all(given):
+        raise ValueError("--coordinator, --num_processes and --process_id must be given together")
+    jax.config.update("jax_enable_preemption_service", False)  # it would install its own SIGTERM handler
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=count,
+        process_id=index,
+        heartbeat_timeout_seconds=60,
+        shutdown_timeout_seconds=30,
+    )
 
 
 def first() -> bool:
-    """Whether this is process 0, which writes."""
+    """Whether this is process 0, the one that writes."""
     return jax.process_index() == 0
 
 
-def here() -> tuple[int, int]:
-    """(index of this process, how many there are)."""
-    return jax.process_index(), jax.process_count()
-
-
 def barrier(name: str) -> None:
-    """Waits for all processes; `name` has to be the same in all of them."""
+    """Waits for all processes; `name` must be the same in all of them."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def agree(asked: bool) -> bool:
-    """Whether any process says so."""
+    """Whether `asked` is true in any process."""
     if jax.process_count() == 1:
         return asked
     return bool(multihost_utils.process_allgather(np.array([asked])).any())
 
 
 def from_first(value: np.ndarray) -> np.ndarray:
-    """Process 0's value."""
+    """Process 0's value, on every process."""
     return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[None]:
-    """Process 0 goes through the block before the others do, which then find what it made."""
+    """Runs the block in process 0 first, so that the other processes find its files."""
     if not first():
         barrier(name)
     try:
@@ -72,8 +77,8 @@ def first_alone(name: str) -> Iterator[None]:
             barrier(name)
 
 
-def fetch(tree: Any) -> Any:
-    """Device arrays as whole host arrays, on every process."""
+def fetch(tree: Tree) -> Tree:
+    """Copies device arrays to the host as whole numpy arrays, on every process."""
 
     def one(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
@@ -84,13 +89,20 @@ def fetch(tree: Any) -> Any:
 
 
 def visible(there: Callable[[], bool], what: str | os.PathLike) -> None:
-    """Waits until something that process 0 wrote can be seen here: network file systems take their time.
+    """Waits until a file that process 0 wrote is visible here; network file systems have a delay.
+
+    Args:
+      there: whether it is visible.
+      what: its path, for the message.
 
     Raises:
-      ValueError: it cannot; most likely the processes have different folders of this name.
+      ValueError: it is still not visible after `LATE` seconds.
     """
     begun = time.monotonic()
     while not there():
         if time.monotonic() - begun > LATE:
-            raise ValueError(f"{what}: written by process 0 and not visible here; is the workdir shared?")
+            raise ValueError(
+                f"{what}: written by process 0, but not visible to process {jax.process_index()} after "
+                f"{LATE:.0f} s; the workdir must be on storage that all hosts share"
+            )
         time.sleep(0.2)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiny
+from close import close
 from PIL import Image
 
 from mstar_jax.models import internvl2, tokenizer
@@ -124,22 +125,22 @@ def test_grid_is_the_one_a_scan_would_end_at(least, most):
 def test_tiles_stand_row_by_row_and_the_thumbnail_last():
     values = np.arange(6, dtype=np.uint8).reshape(2, 3).repeat(8, axis=0).repeat(8, axis=1)
     image = Image.fromarray(np.stack([values, 10 * values, 255 - values], axis=-1))
-    tiles = internvl2.cut_tiles(image, 2, 3, 8, thumbnail=True)
+    tiles = internvl2.split_tiles(image, 2, 3, 8, thumbnail=True)
     assert tiles.shape == (7, 8, 8, 3) and tiles.dtype == np.float32
     for number, tile in enumerate(tiles[:6]):
         colour = np.array([number, 10 * number, 255 - number]) / 255
         want = (colour - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        np.testing.assert_allclose(tile, np.broadcast_to(want, tile.shape), atol=1e-6)
+        close(tile, np.broadcast_to(want, tile.shape), scale=3.0)
     small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
-    np.testing.assert_allclose(tiles[6] * internvl2.STD + internvl2.MEAN, small, atol=1e-6)
-    np.testing.assert_array_equal(internvl2.cut_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
+    close(tiles[6] * internvl2.STD + internvl2.MEAN, small, scale=3.0)
+    np.testing.assert_array_equal(internvl2.split_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
 
 
 def test_one_tile_has_no_thumbnail():
     image = picture(16, 16)
-    tiles = internvl2.cut_tiles(image, 1, 1, 16, thumbnail=True)
+    tiles = internvl2.split_tiles(image, 1, 1, 16, thumbnail=True)
     want = (np.asarray(image, np.float32) / 255 - internvl2.MEAN) / internvl2.STD
-    np.testing.assert_allclose(tiles, want[None], atol=1e-6)
+    close(tiles, want[None], scale=3.0)
 
 
 def test_fewer_crops_than_the_least_are_possible():
@@ -179,7 +180,7 @@ def test_prompt_is_the_official_string(processor, sizes):
     assert ids[0] == vocab["<s>"] and (ids == vocab["<s>"]).sum() == 1
     assert prompt.tokens.dtype == prompt.image_index.dtype == np.int32
     each = [
-        internvl2.cut_tiles(image, *internvl2.tile_grid(*image.size, 1, 6, SIZE), SIZE, True)
+        internvl2.split_tiles(image, *internvl2.tile_grid(*image.size, 1, 6, SIZE), SIZE, True)
         for image in images
     ]
     assert len(prompt.pixels) == sum(counts) // 4
@@ -315,7 +316,8 @@ def test_folders_without_a_tokenizer(words, processor, tmp_path):
     assert added.decode([331, 330, 400]) == "<r>x<r>" and not added.decode([331], skip_special_tokens=True)
     with pytest.raises(ValueError, match="the tokenizer has no <|plugin|>, .*, <img>"):
         internvl2.InternVL2Processor(CONFIG, bare)
-    internvl2.make_tokenizer(tiny.TEXTS, tmp_path, VOCAB)  # a tokenizer.json goes first
+    special = {"special": internvl2.SPECIAL, "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    tokenizer.make(tiny.TEXTS, tmp_path, VOCAB, **special)  # tokenizer.json takes precedence
     fast = internvl2.InternVL2Processor(CONFIG, internvl2.load_tokenizer(tmp_path))
     assert not isinstance(fast.tokenizer, tokenizer.SentencePiece)
     vocab, tokens = fast.tokenizer.get_vocab(), fast.encode("?", [picture(16, 16)]).tokens.tolist()

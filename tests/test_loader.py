@@ -116,7 +116,7 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
     Image.new("RGB", (80, 16)).save(path)
     with pytest.raises(
-        ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did an image change"
+        ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did one of its images change"
     ):
         loader.encode_row(Row(prompt, ()), processor, 1000, 50)
 
@@ -141,7 +141,7 @@ def test_encode_row(processor, prompts):
 
 def test_buckets():
     assert [loader.bucket(n, (64, 16, 32)) for n in (1, 16, 17, 64)] == [16, 16, 32, 64]
-    with pytest.raises(ValueError, match="65 tokens do not fit the largest bucket, 64"):
+    with pytest.raises(ValueError, match="65 tokens do not fit into the largest bucket, 64"):
         loader.bucket(65, (64, 16, 32))
 
 
@@ -244,7 +244,7 @@ def test_processes_share_the_global_batch(processor, count):
         assert all(len(part[step].tokens) == 8 // count for part in parts)
         shared = np.concatenate([part[step].tokens for part in parts])
         assert sorted(map(tuple, shared.tolist())) == sorted(map(tuple, batch.tokens.tolist()))
-    with pytest.raises(ValueError, match="global batch of 9 rows cannot be cut in 2 parts"):
+    with pytest.raises(ValueError, match="global batch of 9 rows cannot be split into 2 shards"):
         stream(sources, processor, 9, share=sharding.Share((0,), 2))
 
 
@@ -324,7 +324,7 @@ def test_split_rows_never_cuts_a_response(lengths, room):
 
 def test_a_response_that_never_fits_names_the_query():
     prompt = Prompt(Query("q9", (), "area"), "area", 10, 0)
-    with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit 40"):
+    with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit into 40"):
         loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
 
 

@@ -143,7 +143,7 @@ def test_sixteen_in_a_row_score_as_one_by_one(reward, processor, texts):
     spread = np.concatenate(whole)
     assert spread.std() > 0.05 and spread.min() > 1e-4 and spread.max() < 1 - 1e-4
     cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    [again] = scored(sharding.replicate(reward, cube), [together], processor, texts, mesh=cube)
+    [again] = scored(tiny.replicated(reward, cube), [together], processor, texts, mesh=cube)
     np.testing.assert_allclose(np.concatenate(again), spread, atol=1e-5)
 
 

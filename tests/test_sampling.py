@@ -3,12 +3,14 @@ of a sample from everything but its own key."""
 
 import copy
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from close import POLICY, close, tolerance
 
 from mstar_jax import sharding
 from mstar_jax.inference import draw, rollouts
@@ -21,6 +23,8 @@ LENGTH, ROOM, BRANCHES = 80, 10, 4
 TEMPERATURES = np.array([0.0, 0.7, 1.0, 1.6], np.float32)
 PREFIXES = (20, 33, 61, 70, 5, 64, 9, 40)  # the LongRoPE switch is at 64
 LIMITS = [ROOM, ROOM, 3, ROOM, ROOM, 0, ROOM, ROOM]
+LOGIT = tolerance(POLICY, scale=4.0)  # the tiny policy's logits stay below 4
+LOGPROB = 2 * ROOM * LOGIT / 0.7  # of a response: two logits a token, at the lowest temperature
 
 
 def filtered(logits, top_k=0, top_p=1.0, min_p=0.0):
@@ -63,7 +67,7 @@ def test_filter_logits_equals_brute_force(setting):
     logits[::3, rng.permutation(64)[:30]] = -np.inf
     ours = jax.nn.log_softmax(filter_logits(jnp.asarray(logits), SamplingConfig(1, 1, **setting)))
     for row, got in zip(logits, np.asarray(ours)):
-        np.testing.assert_allclose(got, filtered(row, **setting), atol=1e-5)
+        close(got, filtered(row, **setting), 64)
 
 
 def test_settings_are_checked():
@@ -84,17 +88,16 @@ def test_settings_are_checked():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_probabilities(temperature):
-    count, config = 400_000, SamplingConfig(1, 1, top_k=9)
+    """For evenly spaced numbers, so without luck: counts are exact, up to one at each end of an interval."""
+    count, config = 20_000, SamplingConfig(1, 1, top_k=9)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=12) * 2, jnp.float32)
-    uniform = jax.random.uniform(jax.random.key(3), (count,))
-    tokens, logprobs = jax.jit(
-        lambda u: draw.draw(jnp.tile(logits, (count, 1)), u, jnp.full(count, temperature), config)
-    )(uniform)
+    uniform = (jnp.arange(count) + 0.5) / count
+    tokens, logprobs = draw.draw(jnp.tile(logits, (count, 1)), uniform, jnp.full(count, temperature), config)
     want = np.exp(filtered(np.asarray(logits) / temperature, top_k=9))
-    share = np.bincount(np.asarray(tokens), minlength=12) / count
-    assert (want == 0).sum() == 3 and (share[want == 0] == 0).all()
-    assert (np.abs(share - want) <= 5 * np.sqrt(want * (1 - want) / count)).all(), (share, want)
-    np.testing.assert_allclose(logprobs, np.log(want[np.asarray(tokens)]), atol=1e-5)
+    counts = np.bincount(np.asarray(tokens), minlength=12)
+    assert (want == 0).sum() == 3 and (counts[want == 0] == 0).all()
+    assert (np.abs(counts - want * count) <= 2).all(), (counts, want)
+    close(logprobs, np.log(want[np.asarray(tokens)]), 12)
 
 
 def test_temperature_zero_is_greedy_per_row():
@@ -107,7 +110,7 @@ def test_temperature_zero_is_greedy_per_row():
     drawn = [np.searchsorted(row, 0.97, side="right") for row in mass]
     np.testing.assert_array_equal(tokens[1::2], drawn[1::2])
     want = np.asarray(jax.nn.log_softmax(logits))
-    np.testing.assert_allclose(logprobs, want[np.arange(50), np.asarray(tokens)], atol=1e-6)
+    close(logprobs, want[np.arange(50), np.asarray(tokens)], 30)
 
 
 @pytest.mark.parametrize("vocab", [50, 300, 4096])
@@ -185,7 +188,9 @@ def query(name):
 NAMES = tuple(f"query-{i}" for i in range(8))
 
 
+@functools.cache
 def sampler_for(processor, config, mesh, slots=8):
+    """One for each setting, so that its programs are compiled once."""
     return Sampler(processor, config, slots, sharding.batch_shards(mesh))
 
 
@@ -217,7 +222,7 @@ def sampler(processor, mesh):
 
 @pytest.fixture(scope="module")
 def responses(policy, processor, rows, mesh, sampler):
-    return run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, sampler=sampler)
+    return run(tiny.replicated(policy, mesh), processor, rows, NAMES, mesh, CONFIG, sampler=sampler)
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +254,9 @@ def test_tokens_and_logprobs_are_those_of_the_full_forward(processor, responses,
                 step[forbidden] = -np.inf
                 want = filtered(step / (temperature or 1.0), top_k=60, top_p=0.95, min_p=0.01)
                 assert np.isfinite(want[token])
-                if temperature == 0.0:
-                    assert token == np.argmax(step)
+                assert temperature > 0.0 or step[token] >= step.max() - LOGIT
                 total += want[token]
-            assert response.logprob == pytest.approx(total, abs=2e-4)
+            assert response.logprob == pytest.approx(total, abs=LOGPROB)
     assert tempting > 5, "forbidden ids must have been the likeliest somewhere"
 
 
@@ -282,23 +286,23 @@ def same(ours, theirs):
     for name in ours:
         for one, other in zip(ours[name], theirs[name], strict=True):
             assert (one.tokens, one.text, one.truncated) == (other.tokens, other.text, other.truncated)
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert one.logprob == pytest.approx(other.logprob, abs=LOGPROB)
 
 
 def test_samples_do_not_depend_on_order(policy, processor, rows, mesh, sampler, responses):
     order = np.random.default_rng(7).permutation(8)
     moved = [rows[i] for i in order], [NAMES[i] for i in order]
-    same(run(sharding.replicate(policy, mesh), processor, *moved, mesh, CONFIG, sampler=sampler), responses)
+    same(run(tiny.replicated(policy, mesh), processor, *moved, mesh, CONFIG, sampler=sampler), responses)
 
 
+@pytest.mark.slow  # slots and entering rows of other sizes are below
 def test_samples_do_not_depend_on_the_batch(policy, processor, rows, mesh, responses):
-    everything = run(sharding.replicate(policy, mesh), processor, rows, NAMES, mesh, CONFIG, 16)
+    everything = run(tiny.replicated(policy, mesh), processor, rows, NAMES, mesh, CONFIG, 16)
     same(everything, responses)
 
 
 def test_samples_do_not_depend_on_the_devices(policy, processor, rows, responses):
-    one = sharding.make_mesh(devices=jax.devices()[:1])
-    same(run(policy, processor, rows, NAMES, one, CONFIG), responses)
+    """The same samples on eight devices, on a cube and, below, on one and on four."""
     cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     lower = for_sampling(policy, cube, jnp.float32)
     assert lower.decoder.blocks.gate[...].sharding.spec[2] == "tensor"
@@ -313,7 +317,7 @@ def test_branches_differ_and_keys_matter(responses):
 
 
 def test_temperatures_do_not_recompile(policy, processor, rows, mesh, sampler, responses):
-    programs, policy = (sampler.enter, sampler.advance), sharding.replicate(policy, mesh)
+    programs, policy = (sampler.enter, sampler.advance), tiny.replicated(policy, mesh)
     compiled = [program._cache_size() for program in programs]
     hot = np.array([0.0, 3.0, 3.0, 0.0], np.float32)
     out = run(policy, processor, rows, NAMES, mesh, CONFIG, sampler=sampler, temperatures=hot)
@@ -325,7 +329,7 @@ def test_temperatures_do_not_recompile(policy, processor, rows, mesh, sampler, r
         run(policy, processor, rows, NAMES, mesh, CONFIG, sampler=sampler, temperatures=hot[:2])
 
 
-def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh):
+def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows):
     """Sampling ASCII only, so that a text is the texts of its tokens one after another."""
     texts = token_texts(processor)
     ascii_only = copy.copy(processor)
@@ -335,13 +339,13 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows, mesh)
     ascii_only.forbidden_ids = tuple(
         i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable() and text)
     )
-    policy = sharding.replicate(policy, mesh)
-    free = run(policy, ascii_only, rows, NAMES, mesh, SamplingConfig(BRANCHES, ROOM))
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    free = run(policy, ascii_only, rows, NAMES, one, SamplingConfig(BRANCHES, ROOM))
     assert all(r.truncated for name in NAMES for r in free[name])
     whole = [texts[t] for t in free[NAMES[0]][1].tokens]
     across = whole[3][-1] + whole[4][0]
     stops = (across, whole[7] + whole[8][0])
-    cut = run(policy, ascii_only, rows, NAMES, mesh, SamplingConfig(BRANCHES, ROOM, stop_strings=stops))
+    cut = run(policy, ascii_only, rows, NAMES, one, SamplingConfig(BRANCHES, ROOM, stop_strings=stops))
     found = 0
     for name in NAMES:
         for r, want in zip(cut[name], free[name]):
@@ -367,7 +371,9 @@ def test_token_texts(processor):
 # ---- rows that leave and rows that enter ---------------------------------------------------------------
 
 
-def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, order=range(8), each=None):
+def refilled(
+    policy, processor, rows, mesh, slots, entering, config=CONFIG, order=range(8), each=None, sampler=None
+):
     """The rows as one shard, `entering` at a time into so many slots; and how many ended in every segment."""
     asked = [Row(Prompt(query(NAMES[i]), "", PREFIXES[i], 0)) for i in order]
     parts = [list(order)[at : at + entering] for at in range(0, len(rows), entering)]
@@ -377,7 +383,7 @@ def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, orde
     ]
     counts: list[int] = []
     [groups] = rollouts.rollouts(
-        sampler_for(processor, config, mesh, slots),
+        sampler or sampler_for(processor, config, mesh, slots),
         policy,
         [asked],
         iter(batches),
@@ -391,8 +397,16 @@ def refilled(policy, processor, rows, mesh, slots, entering, config=CONFIG, orde
     return {group[0].query_id: group for group in groups}, counts
 
 
-@pytest.mark.parametrize("count", [4, 3, 2])
-@pytest.mark.parametrize("slots, entering", [(8, 8), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("slots", "entering", "count"),
+    [
+        (3, 2, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(3, 2, 4), (2, 1, 4), (8, 8, 3), (8, 8, 2)]
+        ),
+    ],
+)
 def test_what_holds_no_token_is_not_read(
     policy, processor, rows, responses, monkeypatch, slots, entering, count
 ):
@@ -406,12 +420,16 @@ def test_what_holds_no_token_is_not_read(
     used, chunks = [], Sampler.chunks
     monkeypatch.setattr(Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1])
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    found, _ = refilled(policy, processor, rows, one, slots, entering)
+    fresh = sampler_for.__wrapped__(processor, CONFIG, one, slots)  # a cached one has other rings
+    found, _ = refilled(policy, processor, rows, one, slots, entering, sampler=fresh)
     same(found, responses)
     assert used[0] == 1 and set(used) == set(range(count))
 
 
-@pytest.mark.parametrize("slots, entering", [(1, 1), (2, 1), (3, 2), (4, 3), (5, 1)])
+@pytest.mark.parametrize(
+    ("slots", "entering"),
+    [(2, 1), (4, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1), (3, 2), (5, 1)])],
+)
 def test_refilled_slots_give_the_same_samples(policy, processor, rows, responses, slots, entering):
     one = sharding.make_mesh(devices=jax.devices()[:1])
     found, counts = refilled(policy, processor, rows, one, slots, entering)
@@ -424,8 +442,9 @@ def test_refilled_slots_on_several_devices(policy, processor, rows, responses):
     mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     lower = for_sampling(policy, mesh, jnp.float32)
     for order in (range(8), (5, 2, 7, 0, 1, 6, 3, 4)):
-        found, counts = refilled(lower, processor, rows, mesh, 8, 4, order=order)
+        found, counts = refilled(lower, processor, rows, mesh, 4, 4, order=order)
         same(found, responses)
+        assert len(counts) > 1
     six, _ = refilled(lower, processor, rows[:6], mesh, 4, 4, order=range(6))
     same(six, {name: responses[name] for name in NAMES[:6]})
 
@@ -439,21 +458,30 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
     for size in steps:
         at = int(np.argmin(ends))
         ends[at] += size
-    sampler, counted = sampler_for(processor, CONFIG, one, 2), []
+    sampler, counted = copy.copy(sampler_for(processor, CONFIG, one, 2)), []
     advance = sampler.advance
 
-    def count(*args, **how):
-        counted.append(advance(*args, **how))
+    def count(*args, chunks):
+        counted.append(advance(*args, chunks=chunks))
         return counted[-1]
 
     sampler.advance = count
     asked = [Row(Prompt(query(name), "", n, 0)) for name, n in zip(NAMES, PREFIXES)]
     batches = iter([((row,), tiny.stack([array])) for row, array in zip(asked, rows)])
-    how = {"key": jax.random.key(11), "temperatures": TEMPERATURES, "iteration": 3, "mesh": one}
     clocks = []
-    for _ in rollouts.rollouts(
-        sampler, policy, [asked], batches, processor, **how, each=lambda *_: clocks.append(1)
-    ):
+    sampled = rollouts.rollouts(
+        sampler,
+        policy,
+        [asked],
+        batches,
+        processor,
+        key=jax.random.key(11),
+        temperatures=TEMPERATURES,
+        iteration=3,
+        mesh=one,
+        each=lambda *_: clocks.append(1),
+    )
+    for _ in sampled:
         assert int(counted[-1].cache.clock) == max(ends) < sum(max(steps[i : i + 2]) for i in range(0, 8, 2))
     assert len(clocks) == len(counted)
 
@@ -484,7 +512,9 @@ def test_int8_is_the_array_to_half_a_step():
     assert attention.stored(x, "bfloat16").dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dtype, bound", [("int8", 0.05), ("bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("int8", 0.05), pytest.param("bfloat16", 0.03, marks=pytest.mark.slow)]
+)
 def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, responses, dtype, bound):
     """Greedy branches of the free policy agree, and what was drawn has nearly the probability it had."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
@@ -500,7 +530,7 @@ def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, respon
     assert 0 < max(gaps) < bound, max(gaps)
 
 
-# ---- going on from the steps of a response -----------------------------------------------------------
+# ---- continuing from the steps of a response -----------------------------------------------------------
 
 
 def continued(policy, processor, rows, starts_of, held, mesh):
@@ -568,6 +598,6 @@ def test_continuations(policy, processor, rows, responses):
                 step = step.copy()
                 step[forbidden] = -np.inf
                 want = filtered(step / (temperature or 1.0), top_k=60, top_p=0.95, min_p=0.01)
-                assert temperature > 0 or token == np.argmax(step)
+                assert temperature > 0 or step[token] >= step.max() - LOGIT
                 total += want[token]
-            assert response.logprob == pytest.approx(total, abs=2e-4)
+            assert response.logprob == pytest.approx(total, abs=LOGPROB)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from transformers import AutoTokenizer
 
-from mstar_jax.inference.sampler import Sampler
+from mstar_jax.inference.sampler import Entry, Sampler
 from mstar_jax.models import attention, phi35
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -255,6 +255,11 @@ def glue_values(w: dict[str, np.ndarray], at: str) -> dict[str, np.ndarray]:
     }
 
 
+def replicated(tree, mesh):
+    """The tree on every device of a mesh."""
+    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+
+
 def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits=None, temperature=0.0):
     """All rows of a batch sampled to their ends, as `sampler.Generated`."""
     rows, shape = len(batch.tokens), (len(batch.tokens), config.branches)
@@ -264,5 +269,6 @@ def generate(processor, config, policy, batch, *, key=0, query_keys=None, limits
     limits = np.full(shape, config.max_new_tokens, np.int32) if limits is None else limits
     slots = sampler.blank(policy, batch, None)
     source = numbers.astype(np.int32)
-    slots = sampler.enter(policy, slots, batch, keys, jax.random.key(key), limits, samples, None, source)
+    entry = Entry(batch, keys, limits, samples, None, source)
+    slots = sampler.enter(policy, slots, jax.random.key(key), entry)
     return sampler.advance(policy, slots, np.full(config.branches, temperature, np.float32), rows).out

@@ -58,7 +58,15 @@ def model(seed: int = 0) -> minicpmv25.MiniCPMV25:
 
 def processor(folder, cfg: minicpmv25.MiniCPMV25Config | None = None) -> minicpmv25.MiniCPMV25Processor:
     """A processor with a tokenizer trained into `folder`."""
-    minicpmv25.make_tokenizer(tiny.TEXTS, folder, DECODER.vocab_size)
+    tokenizer.make(
+        tiny.TEXTS,
+        folder,
+        DECODER.vocab_size,
+        special=minicpmv25.SPECIAL,
+        bos=minicpmv25.BOS,
+        eos=minicpmv25.EOS,
+        unk=minicpmv25.UNK,
+    )
     return minicpmv25.MiniCPMV25Processor(cfg or config(), tokenizer.load(folder))
 
 

@@ -1,8 +1,8 @@
-"""From queries and responses to batches: planning on the host, decoding in Grain workers.
+"""From queries and responses to batches: planned on the host, decoded in Grain workers.
 
-A plan is made from image headers and token counts alone, so shapes are known, few and the same on every
-process before an image is decoded. Each stage's stream is a function of its plan and seed, and its state
-is a small dictionary: a restart continues with the very next batch.
+A plan needs image headers and token counts only, so before any image is decoded the shapes are known, few,
+and the same on every process. A stage's stream of batches is a function of its plan and seed, and its state
+is a small dictionary, so a restart continues with the next batch.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ def plan_prompts(
 def _image_size(path: str) -> tuple[int, int]:
     with Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # shown rotated by a quarter
-    return (height, width) if turned else (width, height)
+        transposed = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+    return (height, width) if transposed else (width, height)
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
@@ -61,37 +61,45 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
         if length <= size:
             return size
     raise ValueError(
-        f"{length} tokens do not fit the largest bucket, {max(buckets)}: add one to data.buckets"
+        f"{length} tokens do not fit into the largest bucket, {max(buckets)}: add one to data.buckets"
     )
 
 
-def encode_row(row: Row, processor: Any, length: int, crops: int) -> Batch:
-    """Decodes the images of a row and lays out prefix and branches, padded to `length` and `crops`.
+def encode_row(row: Row, processor: Processor, length: int, crops: int) -> Batch:
+    """Decodes a row's images and lays out its prefix and branches, padded to `length` and `crops`.
+
+    Returns:
+      A batch whose arrays have no leading B.
 
     Raises:
-      ValueError: naming the query, where image features and their places do not match or the row does
-        not fit. The device is never called with such a row.
+      ValueError: the prompt differs from its plan, or the row does not fit; the message names the query. The
+        device is never given such a row.
     """
     query = row.prompt.query
     prefix = processor.encode(row.prompt.text, [load_image(path) for path in query.images])
     n, c = len(prefix.tokens), len(jax.tree.leaves(prefix.pixels)[0])
     if (n, c) != (row.prompt.length, row.prompt.crops):
         raise ValueError(
-            f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, "
-            f"encoded {n} and {c}; did an image change on disk?"
+            f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, but "
+            f"encoded {n} and {c}; did one of its images change on disk? {list(query.images)}"
         )
     if row.length > length or c > crops:
         raise ValueError(
-            f"query {query.id}: {row.length} tokens and {c} crops do not fit {length} and {crops}"
+            f"query {query.id}: {row.length} tokens and {c} crops do not fit into {length} and {crops}"
         )
-    tokens, branch = np.zeros(length, np.int32), np.full(length, -1, np.int32)
-    index, mask = np.full(length, -1, np.int32), np.zeros(length, np.float32)
+    tokens = np.zeros(length, np.int32)
+    branch = np.full(length, -1, np.int32)
+    index = np.full(length, -1, np.int32)
+    mask = np.zeros(length, np.float32)
     labels = np.full(length, -1, np.float32)
-    tokens[:n], branch[:n], index[:n] = prefix.tokens, 0, prefix.image_index
+    tokens[:n] = prefix.tokens
+    branch[:n] = 0
+    index[:n] = prefix.image_index
     at = n
     for number, response in enumerate(row.responses):
         end = at + len(response)
-        tokens[at:end], branch[at:end] = response, number + 1
+        tokens[at:end] = response
+        branch[at:end] = number + 1
         mask[at:end] = row.weights[number] if row.weights else 1.0
         for place, label in row.labels[number] if row.labels else ():
             labels[at + place] = label
@@ -105,11 +113,13 @@ def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _stack(rows: Sequence[Batch], size: int, like: Batch) -> Batch:
-    """Stacks rows, images to their common shape, and fills up with empty rows of the shapes of `like`."""
-    nothing = np.full_like(like.branch, -1)
-    unlabelled = np.full_like(like.labels, -1)
-    empty = jax.tree.map(np.zeros_like, like)
-    empty = empty._replace(branch=nothing, image_index=nothing, labels=unlabelled)
+    """Stacks rows, pads images to a common shape, and adds empty rows of the shapes of `like` up to
+    `size`."""
+    empty = jax.tree.map(np.zeros_like, like)._replace(
+        branch=np.full_like(like.branch, -1),
+        image_index=np.full_like(like.image_index, -1),
+        labels=np.full_like(like.labels, -1),
+    )
     rows = [*rows, *[empty] * (size - len(rows))]
 
     def stack(*parts):
@@ -121,9 +131,9 @@ def _stack(rows: Sequence[Batch], size: int, like: Batch) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _EncodeRows(grain.transforms.Map):
-    """One planned batch of rows to arrays: this process's share of it."""
+    """Encodes this process's share of a planned batch of rows."""
 
-    processor: Any
+    processor: Processor
     size: int
     share: sharding.Share
 
@@ -134,13 +144,17 @@ class _EncodeRows(grain.transforms.Map):
             encode_row(row, self.processor, length, crops)
             for row in (rows[i] for i in self.share.rows(self.size) if i < len(rows))
         ]
-        # a share without rows has the shapes of the first row
+        # a share without rows gets the shapes of the first row
         like = encoded[0] if encoded else encode_row(rows[0], self.processor, length, crops)
         return tuple(rows), _stack(encoded, len(self.share.rows(self.size)), like)
 
 
 def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
-    """Groups rows by shape, in order: (bucket, up to `size` rows with the same number of crops)."""
+    """Groups rows by shape, in order.
+
+    Returns:
+      (bucket, up to `size` rows of this bucket with the same number of crops).
+    """
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((bucket(row.length, buckets), row.prompt.crops), []).append(row)
@@ -153,7 +167,7 @@ def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list
 
 def row_batches(
     plans: Sequence[tuple[int, list[Row]]],
-    processor: Any,
+    processor: Processor,
     size: int,
     *,
     workers: int = 0,
@@ -163,10 +177,14 @@ def row_batches(
 
     Args:
       plans: from `plan_batches`.
-      processor: the family's host side.
-      size: rows of a batch: a longer plan gives several, a short one is filled up with empty rows.
-      workers: processes that decode images; 0 decodes in threads of this one.
-      share: this process's part of every batch; it gets all of the rows.
+      processor: the policy's processor.
+      size: rows of a batch. A longer plan is split into several batches; a shorter one is padded with empty
+        rows.
+      workers: processes that decode images; 0 decodes in threads of this process.
+      share: this process's share of every batch.
+
+    Yields:
+      All rows of a batch, and this process's share of them as arrays.
     """
     parts = [(length, rows[at : at + size]) for length, rows in plans for at in range(0, len(rows), size)]
     if not parts:
@@ -177,9 +195,9 @@ def row_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _EncodeBatch(grain.transforms.Map):
-    """The rows of a training batch to arrays: this process's share of them."""
+    """Encodes this process's share of the rows of a training batch."""
 
-    processor: Any
+    processor: Processor
     length: int
     crops: int
     share: sharding.Share
@@ -191,19 +209,20 @@ class _EncodeBatch(grain.transforms.Map):
 
 
 def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Cuts rows whose branches do not fit into several rows of the same query.
+    """Splits rows that are too long into several rows of the same query.
 
     Raises:
-      ValueError: a single response does not fit beside its prompt.
+      ValueError: a prompt with a single response is too long; the message names the query.
     """
     out = []
     for row in rows:
-        first, room = 0, max_length - row.prompt.length
+        first = 0
+        room = max_length - row.prompt.length
         for last, response in enumerate(row.responses):
             if len(response) > room:
                 raise ValueError(
                     f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response "
-                    f"tokens do not fit {max_length}, the largest of data.buckets"
+                    f"tokens do not fit into {max_length}, the largest of data.buckets; add a larger one"
                 )
             if sum(map(len, row.responses[first : last + 1])) > room:
                 out.append(_part(row, first, last))
@@ -218,8 +237,8 @@ def _part(row: Row, first: int, last: int) -> Row:
 
 
 def by_bucket(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[list[Row]]:
-    """Rows in groups of one bucket, the shortest first; one that does not fill a batch of `size` joins the
-    next, the last one that before it."""
+    """Groups rows by bucket, the shortest first. A group with fewer than `size` rows is merged into the next
+    one, and the last group into the one before it."""
     groups = list[list[Row]]()
     for length in sorted(buckets):
         same = [row for row in rows if bucket(row.length, buckets) == length]
@@ -235,7 +254,7 @@ def by_bucket(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[li
 
 def train_batches(
     sources: Sequence[tuple[Sequence[Row], float]],
-    processor: Any,
+    processor: Processor,
     size: int,
     buckets: Sequence[int],
     *,
@@ -247,40 +266,41 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """An endless, shuffled stream of training batches from weighted sources.
 
-    Sources whose longest rows fall into the same bucket are mixed row by row; sources of different shapes
-    take turns, batch by batch, so that short rows are not padded to the longest ones. So do the groups of a
-    source, where it is `grouped`; all its rows still come equally often.
+    Sources of the same shape (the bucket of their longest row, and the most crops) are mixed row by row.
+    Sources of different shapes alternate batch by batch, so that short rows are not padded to the longest
+    ones. With `grouped`, the same holds for the groups of a source, and all its rows are still drawn equally
+    often.
 
     Args:
-      sources: (rows, weight): e.g. labelled and pseudo-labelled rows; weights are shares of the rows
-        drawn.
-      processor: the family's host side.
+      sources: (rows, weight), e.g. labelled and pseudo-labelled rows; a weight is a share of the rows drawn.
+      processor: the policy's processor.
       size: rows of the *global* batch.
-      buckets: row lengths to choose from; one is chosen for a source, so few programs are compiled.
+      buckets: the row lengths to choose from. One is chosen per source, so that few programs are compiled.
       seed: of the shuffle; every epoch has its own order.
-      grouped: a batch holds rows of one bucket, see `by_bucket`: more programs, less padding.
-      workers: processes that decode images; 0 decodes in threads of this one.
-      share: this process's part of every global batch.
-      state: of an earlier iterator (`get_state()`), to continue behind it.
+      grouped: whether each batch has rows of one bucket only (see `by_bucket`): less padding, more programs.
+      workers: processes that decode images; 0 decodes in threads of this process.
+      share: this process's share of every global batch.
+      state: from `get_state()` of an earlier iterator, to continue after its last batch.
 
     Raises:
-      ValueError: no source has rows, or the processes do not divide the batch.
+      ValueError: no source has rows, or the global batch cannot be split evenly.
     """
     filled = [
         (split_rows(rows, max(buckets)), weight) for rows, weight in sources if len(rows) and weight > 0
     ]
     if not filled:
-        raise ValueError("there is nothing to train on: no source has rows")
-    share.rows(size)
-    shapes: dict[tuple[int, int], list[tuple[Any, float]]] = {}
+        raise ValueError("there is nothing to train on: no source with a positive weight has rows")
+    share.rows(size)  # raises if the batch cannot be split evenly
+    shapes: dict[tuple[int, int], list[tuple[grain.MapDataset, float]]] = {}
     for part, weight in filled:
         for group in by_bucket(part, size, buckets) if grouped else [part]:
-            shape = bucket(max(row.length for row in group), buckets), max(row.prompt.crops for row in group)
+            longest = max(row.length for row in group)
+            shape = (bucket(longest, buckets), max(row.prompt.crops for row in group))
             rows = grain.MapDataset.source(group).seed(seed).shuffle().repeat()
             shapes.setdefault(shape, []).append((rows, weight * len(group) / len(part)))
     streams = []
     for (length, crops), parts in shapes.items():
-        batches = _mix(parts).batch(size, batch_fn=list)  # whole, so that they do not depend on the count
+        batches = _mix(parts).batch(size, batch_fn=list)  # global: independent of the number of processes
         encoded = batches.map(_EncodeBatch(processor, length, crops, share))
         streams.append((encoded, sum(weight for _, weight in parts)))
     encoded = _mix(streams)

@@ -1,6 +1,6 @@
-r"""Reader of the MathV360K format, the training pool, and its splits.
+r"""Reader of the MathV360K format, the pool of training queries.
 
-A file is a JSON list, or JSON lines (.jsonl, .jsonl.gz), of rows. One row, as it is:
+A file is a JSON list of rows, or JSON lines (.jsonl, .jsonl.gz). One row:
 
     {
       "id": "TabMWP_7",
@@ -16,10 +16,11 @@ A file is a JSON list, or JSON lines (.jsonl, .jsonl.gz), of rows. One row, as i
       ]
     }
 
-`id` may be absent, `image` may be a list, the hint, the `Question:` mark and the choices may be absent. The
-first component of the image path is the source. About nine rows share an image.
+`id`, the hint, the `Question:` mark and the choices may be absent, and `image` may be a list. The first
+component of the image path is the source. About nine rows share an image.
 
-The reader keeps what can be trained on and counts everything else by cause; a broken row never stops it.
+The reader keeps the rows that can be trained on and counts all others by cause; an invalid row never stops
+it.
 """
 
 import concurrent.futures
@@ -39,8 +40,8 @@ from mstar_jax.structs import Query
 
 __all__ = ["Report", "parse_answer", "parse_question", "read", "split"]
 
-LONGEST_TEXT = 5  # words; longer texts cannot be checked by comparison
-EXAMPLES = 3  # shown per cause
+LONGEST_TEXT = 5  # words; a longer text answer cannot be checked by comparison
+EXAMPLES = 3  # rows that the report names per cause
 
 
 @dataclasses.dataclass
@@ -48,12 +49,12 @@ class Report:
     """What the reader kept and dropped.
 
     Attributes:
-      path: the file read.
-      rows: rows found, bad JSON lines included.
-      kept: queries returned.
-      renamed: kept queries whose id was taken; they got a suffix `_2`, `_3`, ...
-      dropped: number of rows per cause; their sum and `kept` are `rows`.
-      examples: up to three of them per cause, as `line 7` or `row 7`, with the id where there is one.
+      path: the file.
+      rows: the number of rows, including invalid JSON lines.
+      kept: the number of queries returned.
+      renamed: the number of kept queries whose id was taken, and which got a suffix `_2`, `_3`, ...
+      dropped: the number of rows dropped per cause; with `kept`, they sum to `rows`.
+      examples: up to three dropped rows per cause, as `line 7` or `row 7`, with the id if there is one.
     """
 
     path: str
@@ -78,14 +79,14 @@ class Report:
 
 
 class _Bad(Exception):
-    """A row to drop; its text is the cause."""
+    """A row that is dropped; the message is the cause."""
 
 
 # ---- 1. rows ------------------------------------------------------------------------------------------
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields (`line 7` or `row 7`, the decoded row, or the ValueError of a line that is not JSON)."""
+    """Yields `line 7` or `row 7`, and the decoded row, or the error if the line is not valid JSON."""
     if path.endswith((".jsonl", ".jsonl.gz")):
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
             number = 0
@@ -94,7 +95,7 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
                     if line.strip():
                         yield f"line {number}", _decode(line)
             except (EOFError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: broken gzip data after line {number}: {error}") from error
+                raise ValueError(f"{path}: damaged gzip data after line {number}: {error}") from error
         return
     with open(path, "rb") as file:
         text = file.read()
@@ -121,12 +122,12 @@ def _string(value: object) -> str:
     if not isinstance(value, str):
         raise _Bad("wrong types")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise _Bad("wrong types")  # half a character: it could never be written to disk
+        raise _Bad("wrong types")  # an unpaired surrogate, which cannot be encoded as UTF-8
     return value
 
 
 def _turns(row: object) -> tuple[str, str]:
-    """(the human turn, the gpt turn or '')."""
+    """(the human turn, the gpt turn or an empty string)."""
     if not isinstance(row, dict):
         raise _Bad("wrong types")
     turns = row.get("conversations")
@@ -158,10 +159,10 @@ _ANSWER = re.compile(r"\s*(?:(?:the )?answer\b(?: is\b)?\s*:?)?\s*", re.IGNORECA
 
 
 def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
-    """(question, options or None, hint) of a human turn; image marks are removed.
+    """(question, options or None, hint) of a human turn, without image marks.
 
     Raises:
-      _Bad: there is a `Choices:` line but the lines after it are not (A), (B), (C), ...
+      _Bad: there is no question, or the lines after `Choices:` are not (A), (B), (C), ...
     """
     text = value.replace(_MARK, "").replace("\r\n", "\n").strip()
     hint = ""
@@ -176,7 +177,7 @@ def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
             option = _OPTION.fullmatch(line.strip())
             if option and option[1] == chr(ord("A") + len(options)):
                 options.append(option[2].strip())
-            elif options and not option:  # an option of several lines
+            elif options and not option:  # an option with several lines
                 options[-1] = f"{options[-1]}\n{line.strip()}".strip()
             else:
                 raise _Bad("options not lettered (A), (B), ...")
@@ -186,12 +187,12 @@ def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
 
 
 def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") -> tuple[str, str]:
-    """(gold, answer type) of a gpt turn; an option's letter where there are options.
+    """(gold answer, answer type) of a gpt turn; the gold answer is an option's letter if there are options.
 
     Raises:
-      _Bad: no answer, no option equals it, or it is a free text of more than LONGEST_TEXT words.
+      _Bad: there is no answer, no option equals it, or it is a text of more than LONGEST_TEXT words.
     """
-    gold = _ANSWER.sub("", value, count=1).strip()  # it matches at the start, if only nothing
+    gold = _ANSWER.sub("", value, count=1).strip()  # all parts are optional, so it matches at the start
     gold = gold[:-1].rstrip() if gold.endswith((".", "。")) else gold
     if not gold:
         raise _Bad("no answer")
@@ -258,20 +259,21 @@ def read(
     check_images: bool = True,
     unlabelled: bool = False,
 ) -> tuple[list[Query], Report]:
-    """Reads a file of the MathV360K format; broken rows are dropped and counted by cause.
+    """Reads a file in the MathV360K format; invalid rows are dropped and counted by cause.
 
     Args:
       path: a .json list, .jsonl or .jsonl.gz file.
       root: the folder that image paths are relative to.
-      max_pixels: largest width x height of an image.
+      max_pixels: the largest width x height of an image.
       check_images: decode every distinct image once; otherwise only the paths are checked.
-      unlabelled: keep rows without an answer, and give every query `answer=None`.
+      unlabelled: also keep rows without an answer, and set `answer=None` in every query.
 
     Returns:
-      The queries in the order of the file, with absolute image paths and unique ids, and the report.
+      The queries in the order of the file, with absolute image paths and unique ids; and the report.
 
     Raises:
-      ValueError: a JSON list, or the gzip data, is broken as a whole; names the file and the line.
+      ValueError: the file as a whole is not a JSON list, or its gzip data is damaged; the message names the
+        file and the line.
     """
     path, root = os.fspath(path), os.fspath(root)
     report = Report(path)
@@ -318,7 +320,7 @@ def _image_faults(paths: Sequence[str], max_pixels: int) -> dict[str, str]:
 
 
 def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
-    """The first of equal questions about an image; none of them where their answers differ."""
+    """Of equal questions about the same images, the first; none if their answers differ."""
     groups: dict[tuple, list[Query]] = {}
     for _, query in found:
         groups.setdefault((query.images, query.question, query.options), []).append(query)
@@ -342,8 +344,10 @@ def _same_gold(a: Query, b: Query) -> bool:
 
 
 def _rename(queries: list[Query], report: Report) -> list[Query]:
-    """Unique ids: a later query whose id is taken gets the first free suffix."""
-    taken, reserved, unique = set(), {query.id for query in queries}, []
+    """Makes ids unique: a query whose id is taken gets the first free suffix."""
+    taken: set[str] = set()
+    reserved = {query.id for query in queries}
+    unique = []
     for query in queries:
         name, suffix = query.id, 2
         while name in taken or (name != query.id and name in reserved):

@@ -1,4 +1,4 @@
-"""Splits by image: no image is seen from two splits."""
+"""Splits of a data set by image, and the share of it that an iteration uses."""
 
 import dataclasses
 import hashlib
@@ -18,30 +18,32 @@ def split(
     validation: int = 250,
     test: int = 750,
 ) -> dict[str, list[Query]]:
-    """Splits by image: no image is seen from two splits, so a test question's image was never trained on.
+    """Splits by image: no two splits share an image, so test images are never trained on.
 
-    M-STaR, section 4: half of MathV360K is labelled, the other half counts as unlabelled; validation and
-    test queries come from the unlabelled half. All are stratified by source as far as whole groups allow.
-    Queries that share an image, directly or through others, are one group. Where a group is larger than
-    what is left to fill, the rest of that group is in no split. Depends on the seed and the ids only, not
-    on the order of the queries; each split keeps that order.
+    As in M-STaR (section 4), half of MathV360K is labelled and the other half counts as unlabelled;
+    validation and test queries come from the unlabelled half. Queries that share an image, directly or
+    through others, form a group, and splits are stratified by source as far as whole groups allow. If a group
+    is larger than what a split still needs, the rest of the group is in no split. The splits depend on the
+    seed and the ids, not on the order of the queries, and each split keeps that order.
 
     Args:
       queries: labelled queries with unique ids.
       seed: any integer.
-      labelled: share of the queries that keeps its answers for training.
+      labelled: fraction of the queries that are labelled.
       validation, test: exact numbers of queries.
 
     Returns:
       `labelled`, `unlabelled` (with `answer=None`), `validation` and `test`.
 
     Raises:
-      ValueError: a query has no answer, ids repeat, or the unlabelled part is too small.
+      ValueError: a query has no answer, ids are not unique, or the unlabelled part is too small.
     """
     if missing := [query.id for query in queries if query.answer is None]:
         raise ValueError(f"split needs answers; {len(missing)} queries have none, such as {missing[0]!r}")
     if len({query.id for query in queries}) != len(queries):
-        raise ValueError("split needs unique ids; some repeat")
+        names = [query.id for query in queries]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"split needs unique ids; {twice!r} occurs more than once")
 
     def order(group: list[Query]) -> tuple[str, str]:  # by source, shuffled within it
         return group[0].source, hashlib.sha256(f"{seed}:{group[0].id}".encode()).hexdigest()
@@ -75,7 +77,7 @@ def split(
 
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
-    """Connected sets of queries that share an image, each sorted by id."""
+    """Connected components of queries that share images, each sorted by id."""
     parent: dict[str, str] = {}
 
     def find(node: str) -> str:
@@ -95,10 +97,13 @@ def _groups(queries: Sequence[Query]) -> list[list[Query]]:
 
 
 def _take(groups: list[list[Query]], count: int) -> tuple[set[str], list[list[Query]]]:
-    """(ids of exactly `count` queries where there are so many, the groups not touched).
+    """Takes `count` queries, or all if there are fewer.
 
-    Every source gives its share in whole groups; what is missing comes from whole groups of any source,
-    and at last from a part of one group.
+    Every source contributes its share in whole groups. The remainder comes from whole groups of any source,
+    and finally from a part of one group.
+
+    Returns:
+      The ids of the queries taken, and the groups of which none was taken.
     """
     total = sum(map(len, groups))
     sources: dict[str, list[int]] = {}
@@ -125,15 +130,16 @@ def _take(groups: list[list[Query]], count: int) -> tuple[set[str], list[list[Qu
 
 
 def shuffled(queries: Sequence[Query], seed: int, epoch: int) -> list[Query]:
-    """The queries in the order of one pass over them."""
+    """The queries in the random order of one epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(len(queries))
     return [queries[i] for i in order]
 
 
 def share(queries: Sequence[Query], fraction: float, iteration: int, seed: int) -> list[Query]:
-    """The queries of an iteration, counted from 1: the next `fraction` of them, pass after pass."""
+    """The queries of an iteration: the next `fraction` of them, epoch after epoch; iterations start at 1."""
     count = max(1, math.ceil(fraction * len(queries)))
-    first, out = (iteration - 1) * count, list[Query]()
+    first = (iteration - 1) * count
+    out: list[Query] = []
     while len(out) < count:
         epoch, at = divmod(first + len(out), len(queries))
         out += shuffled(queries, seed, epoch + 1)[at : at + count - len(out)]

@@ -1,14 +1,14 @@
-"""The embedded data set: rendered figures with questions, in MathV360K's format on disk.
+"""The embedded data set: rendered figures with questions, stored in MathV360K's format.
 
-Two kinds of 64x64 image, each in four column slots of 16 px: bar charts and shape scenes. Every question
-except `read` depends on every object: what is read wrongly matters. Text is written for a byte-level BPE: a
-line starts with a capitalised word and a number always follows one space.
+There are two kinds of image, bar charts and scenes of shapes, both 64 x 64 px with four column slots of 16
+px. Every question except `read` depends on several objects, so that misreading one matters. The text suits a
+byte-level BPE: a line starts with a capitalised word, and a single space precedes every number.
 
-    <folder>/figures.json                manifest: the parameters that the set was made with
+    <folder>/figures.json                manifest: the parameters of the set
     <folder>/figures/images/<split>_<n>.png
     <folder>/{train,unlabelled,validation,test}.json    MathV360K rows, images relative to <folder>
-    <folder>/truth.jsonl                 the generator's knowledge of every query; measures, never trains
-    <folder>/base.jsonl                  the narrow set that trains the tiny base model
+    <folder>/truth.jsonl                 ground truth of every query, for evaluation only
+    <folder>/base.jsonl                  the small set that the tiny base model is trained on
 
 A record of `truth.jsonl` (the variants are the valid orders of the steps) and one of `base.jsonl`:
 
@@ -33,14 +33,18 @@ import PIL.Image
 from mstar_jax.data.truth import ANSWER, Truth
 from mstar_jax.structs import Query
 
-FORMAT = 2  # raised when the same parameters come to give other data
+FORMAT = 2  # incremented whenever the same parameters give different data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
 STREAMS = (*SPLITS, "captions", "arithmetic", "instruct")  # each has its own random stream
 BAR_FAMILIES = {"read": 0.08, "sum": 0.22, "difference": 0.18, "range": 0.14, "total": 0.18}
-BAR_FAMILIES |= {"split": 0.04, "remainder": 0.05, "parity": 0.03}  # more steps, or an answer easily guessed
+BAR_FAMILIES |= {
+    "split": 0.04,
+    "remainder": 0.05,
+    "parity": 0.03,
+}  # rare: more steps, or an answer that is easily guessed
 SCENE_FAMILIES = {"count": 0.05, "compare": 0.03}
-SCENE_CAPTIONS = 0.3  # above the scenes' share of questions: captions are where the base model learns to see
-READ_CAPTIONS = 0.5  # of the charts' captions: they also read one bar off
+SCENE_CAPTIONS = 0.3  # more than their share of questions: the base model learns to see from captions
+READ_CAPTIONS = 0.5  # fraction of chart captions that also read one bar
 ARITHMETIC = {  # share, question
     "Sum": (0.5, "Compute {} + {}."),
     "Difference": (0.2, "Compute {} - {}."),
@@ -49,13 +53,18 @@ ARITHMETIC = {  # share, question
     "Parity": (0.1, "Compute parity {}."),
 }
 
-SIZE, SLOT, UNIT, BASELINE = 64, 16, 8, 60  # px; bars end above row BASELINE
-TALLEST = 7  # units; what a bar can stand for
+SIZE = 64  # px
+SLOT = 16  # px
+UNIT = 8  # px of height per unit of a bar
+BASELINE = 60  # px; bars end above this row
+TALLEST = 7  # units; the largest value of a bar
 COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
 COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
 KINDS = ("circle", "ring", "cross")
-BACKGROUND, AXIS = (238, 238, 234), (70, 70, 76)
-COLOUR_SD, NOISE_SD = 7.0, 10.0  # of 255: per object and channel, per pixel
+BACKGROUND = (238, 238, 234)
+AXIS = (70, 70, 76)
+COLOUR_SD = 7.0  # of 255, per object and channel
+NOISE_SD = 10.0  # of 255, per pixel
 
 HINT = "Hint: Please answer the question "
 INTEGER_HINT = HINT + "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end."
@@ -65,18 +74,18 @@ OURS = {"figures.json", "figures", "truth.jsonl", "base.jsonl", *(f"{split}.json
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question about a figure, with every valid sequence of step lines (final answer line excluded)."""
+    """A question about a figure, with all valid sequences of steps (without the final answer line)."""
 
     family: str
     question: str
     options: tuple[str, ...] | None
-    answer: str  # the letter where there are options
+    answer: str  # the letter if there are options
     variants: tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseExample:
-    """One example of the base set; `mode` is `caption`, `arithmetic` (no image) or `cot`."""
+    """An example of the base set; `mode` is `caption`, `arithmetic` (without an image) or `cot`."""
 
     query: Query
     mode: str
@@ -87,7 +96,7 @@ class BaseExample:
 
 
 def draw_objects(rng, scene, families=()):
-    """Three or four objects that fit the families: four bars for `split`, no tie for `compare`."""
+    """Three or four objects that suit the families: four bars for `split`, no tie for `compare`."""
     n = 4 if "split" in families else int(rng.integers(3, 5))
     colours = rng.permutation(list(COLOURS)).tolist()
     if not scene:
@@ -100,7 +109,7 @@ def draw_objects(rng, scene, families=()):
 
 
 def describe(objects):
-    """The description, first step of every response: `Bars red 9 purple 7 yellow 6`."""
+    """The description of a figure, the first step of every response: `Bars red 9 purple 7 yellow 6`."""
     kind = "Shapes" if objects[0][1] in KINDS else "Bars"
     return " ".join([kind, *(f"{colour} {value}" for colour, value in objects)])
 
@@ -129,7 +138,7 @@ def render(rng, objects):
 
 
 def _cover(kind, size):
-    """How much of every pixel the shape covers, soft at its edge: float[size, size]."""
+    """The fraction of every pixel that the shape covers, soft at its edge: float[size, size]."""
     y, x = np.abs(np.mgrid[:size, :size] - (size - 1) / 2)
     disc = size / 2 - np.hypot(x, y)
     inside = {"circle": disc, "ring": np.minimum(disc, 3 - disc), "cross": 2 - np.minimum(x, y)}[kind]
@@ -140,10 +149,10 @@ def _cover(kind, size):
 
 
 def draw_families(rng, scene, k):
-    """k families for the questions on one figure, each as often as its weight says.
+    """k families for the questions about one figure, drawn in proportion to their weights.
 
-    Systematic sampling, k points evenly spaced on the line of weights: a family comes twice only where its
-    share is above 1/k, which is so for `count` alone (k = 2), and `count` has several questions.
+    Systematic sampling: k points, evenly spaced on the cumulative weights. A family is drawn twice only if
+    its share exceeds 1/k, which for k = 2 holds for `count` alone, and that family has several questions.
     """
     weights = SCENE_FAMILIES if scene else BAR_FAMILIES
     names = rng.permutation(list(weights)).tolist()
@@ -154,7 +163,7 @@ def draw_families(rng, scene, k):
 def pose(rng, family, objects):
     """A question of the family about the objects: Problem."""
     options, values = None, [value for _, value in objects]
-    first, second, end = [], [], []  # the steps in two orders, and what follows either
+    first, second, end = [], [], []  # the steps in two orders, and the steps that follow both
     if family in ("total", "remainder", "parity"):
         first, second, total = _sums(values), _sums(values[::-1]), sum(values)
         question, answer = "What is the total of all bars?", total
@@ -202,7 +211,7 @@ def pose(rng, family, objects):
 
 
 def step(name, a, b=None):
-    """One line of arithmetic, `Sum 13 + 9 = 22`; there is no b in `Parity 17 odd`."""
+    """One line of arithmetic, such as `Sum 13 + 9 = 22`; `Parity 17 odd` has no b."""
     if name == "Parity":
         return f"Parity {a} {'odd' if a % 2 else 'even'}"
     sign, result = {"Sum": ("+", a + b), "Remainder": ("by", a % b)}.get(name, ("-", a - b))
@@ -214,10 +223,10 @@ def _sums(values):
 
 
 def draw_arithmetic(rng, count):
-    """count pairs (question, step line), evenly over the numbers that the charts' steps can hold."""
+    """Yields `count` pairs (question, step), evenly over the numbers that can occur in the charts' steps."""
     n, one = TALLEST, range(1, TALLEST + 1)
     facts = {
-        # sums of two bars three times as often as sums that run on: every other one needs them first
+        # sums of two bars are three times as frequent as running sums, because every running sum needs one
         "Sum": [(a, b) for a in range(1, 3 * n + 1) for b in one for _ in range(3 if a <= n else 1)],
         "Difference": [(a, b) for a in range(1, 2 * n + 1) for b in range(1, a + 1)],
         "Range": [(a, b) for a in one for b in range(1, a + 1)],
@@ -245,19 +254,19 @@ def make(
     arithmetic=2000,
     instruct=400,
 ):
-    """Writes the data set (see the module's docstring) and returns its folder; does nothing if it is there.
+    """Writes the data set (see the module's docstring), unless it exists already, and returns its folder.
 
-    The same parameters give the same bytes. All is written beside `folder` and renamed into place; a set made
-    with other parameters is replaced.
+    The same parameters give the same bytes. The set is written next to `folder` and then renamed; a set with
+    other parameters is replaced.
 
     Args:
-      folder: where; absent, or holding nothing but an earlier set.
+      folder: does not exist yet, or holds an earlier set and nothing else.
       seed: of every random stream.
-      train, unlabelled, validation, test: queries in each split.
-      captions, arithmetic, instruct: base examples of each mode (`instruct` is the number of `cot` ones).
+      train, unlabelled, validation, test: numbers of queries.
+      captions, arithmetic, instruct: numbers of base examples (`instruct` for mode `cot`).
 
     Raises:
-      FileExistsError: the folder holds files that this function did not write.
+      FileExistsError: the folder holds other files.
     """
     sizes = {"train": train, "unlabelled": unlabelled, "validation": validation, "test": test}
     base = {"captions": captions, "arithmetic": arithmetic, "instruct": instruct}
@@ -267,7 +276,7 @@ def make(
         return folder
     foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []
     if foreign:
-        raise FileExistsError(f"{folder} is to hold the figures data set, but has other files: {foreign[:5]}")
+        raise FileExistsError(f"{folder} is for the figures data set, but holds other files: {foreign[:5]}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = pathlib.Path(temporary) / "new"
@@ -281,7 +290,7 @@ def make(
             os.rename(folder, pathlib.Path(temporary) / "old")
         try:
             os.rename(new, folder)
-        except OSError:  # fine where another process was faster
+        except OSError:  # another process may have written the same set
             if _manifest(folder) != manifest:
                 raise
     return folder
@@ -304,7 +313,7 @@ def _save(root, name, image):
 
 
 def _draw(rng, k):
-    """One figure with k different questions: (objects, [Problem])."""
+    """Draws a figure with k different questions: (objects, problems)."""
     scene = rng.random() < sum(SCENE_FAMILIES.values())
     families = draw_families(rng, scene, k)
     objects, problems = draw_objects(rng, scene, families), {}
@@ -360,8 +369,9 @@ def _base_records(root, rngs, captions, arithmetic, instruct):
 
 
 def read_base(folder):
-    """The base set of a folder that `make` wrote: list[BaseExample], images as absolute paths."""
-    root, examples = pathlib.Path(folder).absolute(), []
+    """Reads the base set of a folder that `make` wrote, with absolute image paths."""
+    root = pathlib.Path(folder).absolute()
+    examples = []
     for r in map(json.loads, (root / "base.jsonl").read_text().splitlines()):
         images = (str(root / r["image"]),) if r["image"] else ()
         options = tuple(r["options"]) if r["options"] else None

@@ -1,4 +1,4 @@
-"""What the embedded data set's generator knows of every query. It measures responses; it never trains."""
+"""Ground truth of the embedded data set. It is used to evaluate responses, never to train."""
 
 import dataclasses
 import json
@@ -10,7 +10,15 @@ ANSWER = "The answer is"
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What the generator knows of a query; `objects` are (colour, height or kind), left to right."""
+    """Ground truth of a query.
+
+    Attributes:
+      id, split: of the query.
+      family: the kind of question.
+      objects: (colour, height or kind of shape), from left to right.
+      variants: the valid sequences of steps.
+      answer: the final answer.
+    """
 
     id: str
     split: str
@@ -21,7 +29,7 @@ class Truth:
 
 
 def read_truth(path: str | os.PathLike) -> dict[str, Truth]:
-    """`truth.jsonl` by query id: dict[str, Truth]."""
+    """Reads `truth.jsonl`: {query id: its ground truth}."""
     truths = {}
     for record in map(json.loads, pathlib.Path(path).read_text().splitlines()):
         lists = {name: tuple(tuple(item) for item in record[name]) for name in ("objects", "variants")}
@@ -30,17 +38,17 @@ def read_truth(path: str | os.PathLike) -> dict[str, Truth]:
 
 
 def check_steps(text: str, truth: Truth) -> list[bool]:
-    """Whether every step of a response is right: list[bool].
+    """Whether each step of a response is right.
 
-    Steps are the non-empty lines without the final `The answer is X`; the description is the first. Step j is
-    right iff lines 0..j begin a valid variant, so that nothing after a wrong step is right.
+    Steps are the non-empty lines except the final `The answer is X`; the first describes the image. Step j is
+    right iff steps 0..j are a prefix of a valid variant, so no step after a wrong one is right.
     """
     steps = _steps(text)
     return [any(v[: j + 1] == steps[: j + 1] for v in truth.variants) for j in range(len(steps))]
 
 
 def all_right(text: str, truth: Truth) -> bool:
-    """Whether the steps of a response are one whole valid variant; the final answer is not looked at."""
+    """Whether the steps of a response are a complete valid variant, whatever its final answer."""
     return _steps(text) in truth.variants
 
 

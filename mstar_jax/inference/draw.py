@@ -1,4 +1,4 @@
-"""How a token is drawn: settings, truncation of the distribution, the draw itself, stop strings.
+"""How a token is sampled: settings, truncation of the distribution, the draw, stop strings.
 
 Shapes: V vocabulary.
 """
@@ -11,21 +11,21 @@ import numpy as np
 
 from mstar_jax.structs import Processor
 
-BLOCK = 128  # ids of the vocabulary that are drawn from together
+BLOCK = 128  # tokens of the vocabulary per block, see `draw`
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How a branch is continued; the temperature is an argument of each call, so it never recompiles.
+    """Static sampling settings. The temperature is an argument of each call, so a change does not recompile.
 
     Attributes:
       branches: K, responses per query.
-      max_new_tokens: length cap R; a branch that meets it is reported as truncated.
+      max_new_tokens: R, the most tokens of a response; one that reaches it is truncated.
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
       min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
-      stop_strings: a branch ends once its text contains one of these; the text is cut before it.
-      cache: dtype of the keys and values, `bfloat16`, `int8` (with a scale a token and head), ...; empty for
+      stop_strings: a branch ends once its text contains one of these; the text ends before it.
+      cache: dtype of keys and values: `bfloat16`, `int8` (with a scale per token and head), ...; empty for
         that of the weights.
     """
 
@@ -43,18 +43,18 @@ class SamplingConfig:
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
             raise ValueError(f"need 0 < top_p <= 1, 0 <= min_p <= 1 and top_k >= 0, got {self}")
         if any(not stop for stop in self.stop_strings):
-            raise ValueError("an empty stop string would end every response at once")
+            raise ValueError("an empty stop string would end every response immediately")
 
 
 def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Sets the logits [..., V] that top-k, top-p and min-p exclude to -inf, in this order."""
+    """Sets logits [..., V] that top-k, top-p and min-p (in this order) exclude to -inf."""
     if config.top_k and config.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if config.top_p < 1.0:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ranked, axis=-1)
-        # a token stays while the mass before it is under top_p, so the likeliest always stays
+        # a token is kept if the mass of likelier tokens is below top_p, so the likeliest is always kept
         keep = jnp.cumsum(probs, axis=-1) - probs < config.top_p
         least = jnp.min(jnp.where(keep, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -65,29 +65,31 @@ def filter_logits(logits: jax.Array, config: SamplingConfig) -> jax.Array:
 
 
 def _first(found: jax.Array) -> jax.Array:
-    """int32[...]: where bool[..., V] is first true, 0 where it never is; an argmax, in one sweep on a CPU."""
+    """int32[...]: the first index where bool[..., V] is true, 0 if none; an argmax in one pass on a CPU."""
     size = found.shape[-1]
     at = jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
-    return jnp.where(at < size, at, 0)  # logits that are not numbers must not name an id that has no text
+    return jnp.where(at < size, at, 0)  # for NaN logits, an id that exists
 
 
-def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig):
-    """Draws a token per row by inverting the cumulative distribution.
+def draw(
+    logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: SamplingConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Samples a token per row by inverting the cumulative distribution.
 
     Args:
       logits: float32[..., V].
-      uniform: float32[...] in [0, 1): the one random number that a token costs.
+      uniform: float32[...], a random number in [0, 1).
       temperature: float32[...]; 0 is greedy.
 
     Returns:
-      tokens int32[...] and their log probability under the distribution sampled from (for greedy rows:
-      under the untempered one).
+      tokens int32[...], and their log probabilities under the distribution that is sampled from; if greedy,
+      under the distribution at temperature 1.
     """
     greedy = temperature <= 0.0
     logits = filter_logits(logits / jnp.where(greedy, 1.0, temperature)[..., None], config)
     top = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
-    # in two steps, a block of the vocabulary and a token of it: no sum runs over all of a long row
+    # first a block of the vocabulary, then a token in it: no cumulative sum runs over the whole vocabulary
     blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % BLOCK)])
     blocks = blocks.reshape(*weights.shape[:-1], -1, BLOCK)
     block, rest = _invert(blocks.sum(axis=-1), uniform)
@@ -98,13 +100,13 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array, config: 
 
 
 def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the cumulative sum of weights [..., N] passes the share `uniform` [...] of their total: the
-    entry, and the share of that entry's own weight that is left, in [0, 1]."""
+    """The entry where the cumulative sum of weights [..., N] exceeds the fraction `uniform` [...] of their
+    total, and how far into that entry's own weight this is, in [0, 1]."""
     mass = jnp.cumsum(weights, axis=-1)
-    # a parallel cumulative sum is not monotone to the last bit: without the mask an entry of no weight (a
+    # a parallel cumulative sum is monotone only up to rounding: without the mask, an entry of weight 0 (a
     # forbidden token) could be drawn
     mass = jnp.where(weights > 0.0, mass, 0.0)
-    wanted = jnp.minimum(uniform, 1.0 - 2.0**-23) * mass.max(axis=-1)  # below the total, rounded or not
+    wanted = jnp.minimum(uniform, 1.0 - 2.0**-23) * mass.max(axis=-1)  # below the total in spite of rounding
     at = _first(mass > wanted[..., None])
     own, upto = (jnp.take_along_axis(x, at[..., None], axis=-1)[..., 0] for x in (weights, mass))
     left = (wanted - (upto - own)) / jnp.where(own > 0.0, own, 1.0)
@@ -112,15 +114,15 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:
-    """Automaton that finds `stop` in text made of tokens.
+    """An automaton that finds `stop` in the text of a token sequence.
 
     Args:
-      text_of_token: what each id adds to a text.
+      text_of_token: the text of each id.
       stop: the string to find.
 
     Returns:
-      int32[len(stop) + 1, V]: the state after a token; a state is how many characters of `stop` the
-      text ends with, the last one means found and is never left.
+      int32[len(stop) + 1, V]: the next state for a state and a token. A state is the number of characters of
+      `stop` that the text ends with; the last state means that it was found, and is never left.
     """
     fallback = [0] * (len(stop) + 1)  # Knuth-Morris-Pratt
     for i in range(1, len(stop)):
@@ -143,7 +145,7 @@ def stop_table(text_of_token: list[str], stop: str) -> np.ndarray:
 
 
 def token_texts(processor: Processor) -> list[str]:
-    """What each id adds to a text, as `decode` shows it after another token."""
+    """The text of each id, as `decode` shows it after another token."""
     anchor = processor.encode_response("a")[:-1]
     before = processor.decode(anchor)
     return [processor.decode([*anchor, token])[len(before) :] for token in range(processor.vocab_size)]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mstar_jax import processes, sharding
 from mstar_jax.inference.draw import SamplingConfig
-from mstar_jax.inference.sampler import Generated, Sampler
+from mstar_jax.inference.sampler import Entry, Generated, Sampler
 from mstar_jax.structs import Batch, Model, Processor, Response, Row, ring
 
 
@@ -76,12 +76,13 @@ def rollouts(
                 these, batch = pending
                 source = _assign(free, owner, entered, len(these), size, parts)
                 entered += len(these)
-                places = jax.tree.map(lambda x: x[share.rows(size)], _places(these, size, processor, config))
-                placed = sharding.put_batch((batch, *places, source[mine]), mesh)
-                batch, query_keys, limits, keys, starts, to = placed
+                places = _places(these, size, processor, config)
+                query_keys, limits, keys, starts = jax.tree.map(lambda x: x[share.rows(size)], places)
+                entry = Entry(batch, query_keys, limits, keys, starts, source[mine])
+                entry = sharding.put_batch(entry, mesh)
                 if slots is None:
-                    slots = sampler.blank(model, batch, starts)
-                slots = sampler.enter(model, slots, batch, query_keys, key, limits, keys, starts, to)
+                    slots = sampler.blank(model, entry.batch, entry.starts)
+                slots = sampler.enter(model, slots, key, entry)
                 age = np.where(source < 0, age, 0)
                 pending = next(batches) if entered < len(rows) else None
             wanted = np.int32((size if pending else count) // parts)
@@ -108,7 +109,7 @@ def _room(free: np.ndarray, size: int, parts: int) -> bool:
 
 
 def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: int, parts: int):
-    """Gives rows free slots in their own part of the batch; returns `source` of `Sampler.enter`."""
+    """Gives rows free slots in their own part of the batch; returns `source` of an `Entry`."""
     source, each = np.full(len(free), -1, np.int32), size // parts
     for part, slots in enumerate(np.arange(len(free)).reshape(parts, -1)):
         mine = range(part * each, min((part + 1) * each, rows))

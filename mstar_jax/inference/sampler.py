@@ -1,15 +1,15 @@
-"""Rollouts: prefill a query once, decode its K branches against the one shared prefix cache.
+"""Rollouts: prefill a query once, decode its K branches against one shared prefix cache.
 
-    slots      | row 7 | row 2  | row 9 | row 4  |     B rows are decoded side by side
+    slots      | row 7 | row 2  | row 9 | row 4  |     B rows are decoded in parallel
     free                   x                x          all K branches of rows 2 and 4 have ended
-    entering   | row 7 | row 10 | row 9 | row 11 |     rows that waited are prefilled and take their slots
+    entering   | row 7 | row 10 | row 9 | row 11 |     waiting rows are prefilled and take the free slots
 
-so that one long response does not keep the device from the queries that wait. Shapes: B slots, E entering
-rows, K branches, R response tokens, D model width.
+A long response therefore does not delay the queries that wait. Shapes: B slots, E entering rows, K branches,
+R response tokens, D model width.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,29 +22,36 @@ from mstar_jax.inference.draw import SamplingConfig, draw, stop_table, token_tex
 from mstar_jax.structs import Batch, KVCache, Model, Processor, ScoringModel, ring
 
 M = TypeVar("M", Model, ScoringModel)
+Array = jax.Array | np.ndarray  # on the device, or on the host
 
 
 class Generated(NamedTuple):
-    """tokens int32[B, K, R], logprobs float32[B, K, R], length int32[B, K], stopped bool[B, K] (a stop id or
-    stop string ended it; otherwise it was truncated)."""
+    """Sampled tokens.
 
-    tokens: jax.Array | np.ndarray
-    logprobs: jax.Array | np.ndarray
-    length: jax.Array | np.ndarray
-    stopped: jax.Array | np.ndarray
+    Attributes:
+      tokens: int32[B, K, R].
+      logprobs: float32[B, K, R], in nats.
+      length: int32[B, K].
+      stopped: bool[B, K], whether a stop id or stop string ended the branch; otherwise it was truncated.
+    """
+
+    tokens: Array
+    logprobs: Array
+    length: Array
+    stopped: Array
 
 
 class Slots(NamedTuple):
-    """B rows on the device, each somewhere in its responses.
+    """B rows on the device, each at its own point of decoding.
 
     Attributes:
-      hidden: [B, K, D] that predicts the branches' next token.
+      hidden: [B, K, D], predicts each branch's next token.
       cache: the keys and values.
-      keys: uint32[B, K, ...], the data of the samples' PRNG keys.
-      limits: int32[B, K]; tokens that a branch may add.
-      done: bool[B, K]; the branch has ended. A row whose branches all have ended is free.
-      states: int32[B, K] of every stop string's automaton.
-      out: what the branches hold; a row's tokens lie in the same columns as in the cache.
+      keys: uint32[B, K, ...], data of the samples' PRNG keys.
+      limits: int32[B, K], the most tokens that a branch may add.
+      done: bool[B, K], whether the branch has ended. A slot is free once all its branches have ended.
+      states: int32[B, K] for each stop string, the state of its automaton.
+      out: the tokens so far, in the same columns as in the cache.
     """
 
     hidden: jax.Array
@@ -56,36 +63,56 @@ class Slots(NamedTuple):
     out: Generated
 
 
-class Sampler:
-    """Sampling compiled for one set of static settings.
+class Entry(NamedTuple):
+    """E rows that enter the slots.
 
-    A token is drawn with fold_in(key, query, sample, position): it does not depend on the slot, on what the
-    other slots hold, or on the number of devices.
+    Attributes:
+      batch: the rows.
+      query_keys: uint32[E], folded into the samples' keys.
+      limits: int32[E, K], the most tokens that a branch may add.
+      sample_keys: uint32[E, K], folded into the samples' keys.
+      starts: where samples start, see `VisionLanguageModel.prefill`; None for the end of the prompt.
+      source: int32[B], the row that a slot takes, counted within the batch shard on the slot's device; -1
+        keeps the slot as it is.
+    """
+
+    batch: Batch
+    query_keys: Array
+    limits: Array
+    sample_keys: Array
+    starts: tuple[Array, Array] | None
+    source: Array
+
+
+class Sampler:
+    """Sampling, compiled for one set of static settings.
+
+    A token is drawn with fold_in(key, query, sample, position). It does not depend on the slot, on the other
+    slots, or on the number of devices.
 
     Attributes:
       config: the settings.
       slots: B.
-      blank: `(model, batch, starts) -> Slots`, all free, for rows of the shapes of `batch`.
-      enter: `(model, slots, batch of E rows, query_keys uint32[E], key, limits int32[E, K], sample_keys
-        uint32[E, K], starts or None, source int32[B]) -> Slots`. Prefills the rows (see
-        `VisionLanguageModel.prefill` for starts). Where source is not -1 a slot takes the row of this number,
-        counted within the part of the batch that lies on the slot's device. The slots given are donated.
-      advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`. Decodes until so many
-        slots of each part of the batch are free, or the first chunk of the cache is full (see
-        `KVCache.turned`), or the rows need more than the given number of chunks (see `chunks`). Branch k
-        samples at temperatures[k]. The slots are donated.
+      blank: `(model, batch, starts) -> Slots`: free slots for rows of the shapes of `batch`.
+      enter: `(model, slots, key, entry) -> Slots`: prefills the rows of an `Entry` and puts them into slots.
+        The given slots are donated.
+      advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`: decodes until `free`
+        slots of each batch shard are free, the first chunk of the cache is full (see `KVCache`), or the rows
+        need more than `chunks` chunks. Branch k samples at temperatures[k]. The given slots are donated.
     """
 
     def __init__(self, processor: Processor, config: SamplingConfig, slots: int, shards: int = 1):
         """Compiles nothing yet.
 
         Args:
-          processor: the family's host side.
+          processor: the policy's processor.
           config: the settings.
           slots: B.
-          shards: in how many parts the mesh cuts a batch, see `sharding.batch_shards`.
+          shards: the number of shards of a batch, see `sharding.batch_shards`.
         """
-        self.config, self.slots, self.shards = config, slots, shards
+        self.config = config
+        self.slots = slots
+        self.shards = shards
         self._forbidden = np.zeros(processor.vocab_size, bool)
         self._forbidden[list(processor.forbidden_ids)] = True
         self._stop_ids = np.asarray(processor.stop_ids, np.int32)
@@ -96,12 +123,25 @@ class Sampler:
         self.advance = jax.jit(self._advance, donate_argnums=1, static_argnames="chunks")
 
     def _prefilled(self, model, batch, keys, limits, starts) -> Slots:
-        c, shape = self.config, limits.shape
+        c = self.config
         hidden, cache = model.prefill(batch, c.branches, c.max_new_tokens, starts, c.cache)
-        zero, room = jnp.zeros(shape, jnp.int32), (*shape, c.max_new_tokens)
-        out = Generated(jnp.zeros(room, jnp.int32), jnp.zeros(room), zero, jnp.zeros(shape, bool))
+        zero = jnp.zeros(limits.shape, jnp.int32)
+        room = (*limits.shape, c.max_new_tokens)
         limits = jnp.minimum(limits, c.max_new_tokens)
-        return Slots(hidden, cache, keys, limits, limits <= 0, tuple(zero for _ in self._tables), out)
+        return Slots(
+            hidden=hidden,
+            cache=cache,
+            keys=keys,
+            limits=limits,
+            done=limits <= 0,
+            states=tuple(zero for _ in self._tables),
+            out=Generated(
+                tokens=jnp.zeros(room, jnp.int32),
+                logprobs=jnp.zeros(room),
+                length=zero,
+                stopped=jnp.zeros(limits.shape, bool),
+            ),
+        )
 
     def _blank(self, model, batch, starts) -> Slots:
         shape = len(batch.tokens), self.config.branches
@@ -123,12 +163,12 @@ class Sampler:
             return NamedSharding(mesh, sharding.spec(axes, sharding.SAMPLE, x.shape, mesh))
 
         found = self._by_axes(one, slots)
-        clock: Any = NamedSharding(mesh, PartitionSpec())
-        return found._replace(cache=found.cache._replace(clock=clock))
+        clock = NamedSharding(mesh, PartitionSpec())
+        return found._replace(cache=found.cache._replace(clock=clock))  # type: ignore[arg-type]
 
     @staticmethod
-    def _by_axes(fn: Callable[..., Any], *slots: Slots) -> Slots:
-        """Maps over all that has a row for each slot: fn(arrays..., logical axes)."""
+    def _by_axes(fn: Callable[..., object], *slots: Slots) -> Slots:
+        """Maps fn(arrays..., logical axes) over all arrays that have a row for each slot."""
         heads = {"prefix_k": 1, "prefix_v": 1, "suffix_k": 2, "suffix_v": 2}
 
         def over(tree, field=""):
@@ -146,27 +186,26 @@ class Sampler:
         others = {name: over([getattr(s, name) for s in slots]) for name in Slots._fields if name != "cache"}
         return Slots(**others, cache=KVCache(**cache, clock=caches[0].clock))
 
-    def _enter(
-        self, model, slots, batch: Batch, query_keys, key, limits, sample_keys, starts, source
-    ) -> Slots:
+    def _enter(self, model, slots: Slots, key: jax.Array, entry: Entry) -> Slots:
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, query_keys), sample_keys)
-        new = self._prefilled(model, batch, jax.random.key_data(keys), limits, starts)
-        source = source.reshape(self.shards, -1)
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, entry.query_keys), entry.sample_keys)
+        new = self._prefilled(model, entry.batch, jax.random.key_data(keys), entry.limits, entry.starts)
+        source = jnp.reshape(entry.source, (self.shards, -1))
 
-        def place(old, new, axes):  # every slot takes its row from its own part of the batch
+        def place(old, new, axes):  # every slot takes its row from its own shard of the batch
             parts = new.reshape(self.shards, -1, *new.shape[1:])
             picked = jax.vmap(lambda x, row: jnp.take(x, row, axis=0, mode="clip"))(parts, source)
             stay = (source < 0).reshape(-1, *(1,) * (old.ndim - 1))
             return sharding.constrain(jnp.where(stay, old, picked.reshape(old.shape)), axes)
 
-        # a new row sees nothing of the suffixes and of what the slot's last row said
+        # a new row's age is 0, so it does not see the suffixes of the slot's previous row
         kept = {name: getattr(slots.cache, name) for name in ("suffix_k", "suffix_v", "clock")}
         placed = self._by_axes(place, slots, new._replace(cache=new.cache._replace(**kept)))
         return placed._replace(cache=placed.cache._replace(**kept))
 
     def chunks(self, ages: np.ndarray, clock: int) -> int:
-        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 for all."""
+        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 stands for
+        all."""
         count, size = ring(self.config.max_new_tokens)
         missing = int(ages.max(initial=0)) - clock % size
         needed = 1 + max(-(-missing // size), 0)
@@ -174,7 +213,8 @@ class Sampler:
 
     def _advance(self, model, slots: Slots, temperatures, free, chunks: int = 0) -> Slots:
         c = self.config
-        temperature, decode = jnp.broadcast_to(temperatures, slots.done.shape), model.decoding()
+        temperature = jnp.broadcast_to(temperatures, slots.done.shape)
+        decode = model.decoding()
 
         def uniform(key, position):
             return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), position))
@@ -190,12 +230,16 @@ class Sampler:
             for table, state in zip(self._tables, states):
                 stop |= state == table.shape[0] - 1
 
-            def put(old, new):  # what has ended stays as it is, wherever the ring stands now
+            def put(old, new):  # branches that have ended keep their tokens
                 before = jax.lax.dynamic_index_in_dim(old, column, 2, keepdims=False)
                 return jax.lax.dynamic_update_index_in_dim(old, jnp.where(done, before, new), column, 2)
 
-            tokens, logprobs = put(out.tokens, token), put(out.logprobs, logprob)
-            out = Generated(tokens, logprobs, out.length + ~done, out.stopped | (stop & ~done))
+            out = Generated(
+                tokens=put(out.tokens, token),
+                logprobs=put(out.logprobs, logprob),
+                length=out.length + ~done,
+                stopped=out.stopped | (stop & ~done),
+            )
             ended = done | stop | (cache.age[:, None] + 1 >= limits)
             hidden, cache = decode(jnp.where(done, 0, token), cache, chunks)
             return Slots(hidden, cache, keys, limits, ended, states, out)
@@ -204,17 +248,18 @@ class Sampler:
         full = (slots.cache.clock // size + 1) * size if count > 1 else jnp.iinfo(jnp.int32).max
 
         def waiting(slots: Slots):
-            clock, ended = slots.cache.clock, jnp.all(slots.done, axis=1)
-            go_on = (ended.reshape(self.shards, -1).sum(axis=1).min() < free) & (clock < full)
+            clock = slots.cache.clock
+            ended = jnp.all(slots.done, axis=1)
+            unfinished = (ended.reshape(self.shards, -1).sum(axis=1).min() < free) & (clock < full)
             if not chunks:
-                return go_on
+                return unfinished
             oldest = jnp.where(ended, 0, slots.cache.age).max()
-            return go_on & (oldest <= clock % size + (chunks - 1) * size)
+            return unfinished & (oldest <= clock % size + (chunks - 1) * size)
 
         return jax.lax.while_loop(waiting, step, slots)
 
 
 def for_sampling(params: M, mesh: Mesh, dtype: DTypeLike) -> M:
-    """The plain model's weights in the SAMPLE layout and dtype; one transfer, no second master copy."""
+    """The model without adapters, in the SAMPLE layout and `dtype`: one transfer, no second float32 copy."""
     lower = params.merged(dtype)
     return jax.device_put(lower, sharding.shardings(lower, sharding.SAMPLE, mesh))

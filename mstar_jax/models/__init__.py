@@ -14,31 +14,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mstar_jax import sharding
-from mstar_jax.models import hf, internvl2, layers, minicpmv25, phi35, vlm
+from mstar_jax.models import hf, internvl2, layers, minicpmv25, names, phi35, vlm
+from mstar_jax.structs import Processor
 
-FAMILIES = {"phi3_v": phi35.FAMILY, "internvl_chat": internvl2.FAMILY, "minicpmv": minicpmv25.FAMILY}
+FAMILIES: dict[str, hf.Family[Any]] = {
+    "phi3_v": phi35.FAMILY,
+    "internvl_chat": internvl2.FAMILY,
+    "minicpmv": minicpmv25.FAMILY,
+}
 
 
 class Pretrained:
-    """A policy's checkpoint folder, of any family; nothing but JSON is read until `load`.
+    """A policy's checkpoint folder, of any family. Only JSON files are read until `load`.
 
     Attributes:
-      folder: where it is.
+      folder: the folder.
       family: see `hf.Family`.
       config: the family's config.
     """
+
+    config: vlm.PolicyConfig
 
     def __init__(self, path: str | os.PathLike, *, max_crops: int | None = None):
         """Reads config.json.
 
         Args:
           path: a local folder, or a hub id.
-          max_crops: most crops, tiles or slices of an image; None for the checkpoint's own.
+          max_crops: the most crops, tiles or slices of an image; None keeps the checkpoint's number.
 
         Raises:
-          ValueError: there is no such folder, or it holds none of the three families.
+          ValueError: there is no such folder, or it holds none of the known families.
         """
         self.folder = hf.local_folder(path)
         kind = hf.read_json(self.folder / "config.json").get("model_type")
@@ -56,34 +65,47 @@ class Pretrained:
         if max_crops is not None:
             self.config = dataclasses.replace(self.config, num_crops=max_crops)
 
-    def build(self, seed: int = 0) -> nnx.Module:
+    def build(self, seed: int = 0) -> vlm.VisionLanguageModel:
         """The model with random parameters; under `jax.eval_shape`, its shapes."""
         return self.family.model(self.config, nnx.Rngs(seed))
 
-    def processor(self) -> Any:
-        """The host side: see `structs.Processor`."""
+    def processor(self) -> Processor:
+        """The policy's processor."""
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
     def load(
-        self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN, seed: int = 0
-    ) -> Any:
-        """The parameters, read straight into their sharding; see `hf.load_params`. Adapters, where the config
-        asks for them, are new, from the seed, and float32."""
-        abstract, table = jax.eval_shape(self.build), self.family.table(self.config)
-        own = self._adapters(seed, sharding.shardings(abstract, rules, mesh) if mesh else None)
-        how = {"dtype": jnp.dtype(dtype), "mesh": mesh, "rules": rules}
-        return hf.load_params(self.folder, table, abstract, own, **how)
+        self,
+        dtype: DTypeLike = jnp.bfloat16,
+        *,
+        mesh: Mesh | None = None,
+        rules: sharding.Rules = sharding.TRAIN,
+        seed: int = 0,
+    ) -> vlm.VisionLanguageModel:
+        """Reads the parameters directly into their sharding, see `hf.load_params`.
 
-    def _adapters(self, seed: int, layout: Any) -> dict[str, jax.Array]:
+        If the config has adapters, they are initialised from the seed and are float32.
+        """
+        abstract = jax.eval_shape(self.build)
+        layout = sharding.shardings(abstract, rules, mesh) if mesh else None
+        return hf.load_params(
+            self.folder,
+            self.family.table(self.config),
+            abstract,
+            layout=layout,
+            own=self._adapters(seed, layout),
+            dtype=jnp.dtype(dtype),
+        )
+
+    def _adapters(self, seed: int, layout: vlm.VisionLanguageModel | None) -> dict[str, jax.Array]:
         def adapters(tree):
             return {n: x for n, x in sharding.named(tree).items() if re.search(layers.ADAPTERS, n)}
 
         init = jax.jit(lambda: adapters(self.build(seed)), out_shardings=layout and adapters(layout))
         return init() if self.config.decoder.lora_rank else {}
 
-    def save(self, model: Any, output: str | os.PathLike) -> None:
-        """Writes a policy, or a reward model with one as its trunk, as a folder like this one: same files,
-        names and dtypes."""
+    def save(self, model: vlm.VisionLanguageModel | vlm.RewardModel, output: str | os.PathLike) -> None:
+        """Writes a policy, or a reward model with a policy as its trunk, as a folder like this one: with the
+        same files, tensor names and dtypes."""
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -91,9 +113,13 @@ class Pretrained:
         _write(model, self.family.table(self.config), output, like=self.folder)
 
     def load_reward(
-        self, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN
+        self,
+        dtype: DTypeLike = jnp.bfloat16,
+        *,
+        mesh: Mesh | None = None,
+        rules: sharding.Rules = sharding.TRAIN,
     ) -> vlm.RewardModel:
-        """The reward model that `save` wrote here; its head stays float32.
+        """Reads the reward model that `save` wrote here; its head stays float32.
 
         Raises:
           ValueError: the folder holds a policy only.
@@ -107,9 +133,13 @@ class Pretrained:
 
 
 def load(
-    path: str | os.PathLike, dtype: Any = jnp.bfloat16, *, mesh: Any = None, rules: Any = sharding.TRAIN
-) -> tuple[Any, Any]:
-    """Loads any of the three policies.
+    path: str | os.PathLike,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.TRAIN,
+) -> tuple[vlm.VisionLanguageModel, Processor]:
+    """Loads a policy of any family.
 
     Args:
       path: a folder with config.json, *.safetensors and tokenizer files, or a hub id.
@@ -117,10 +147,10 @@ def load(
       mesh, rules: the sharding to read into; without a mesh, the first device.
 
     Returns:
-      The model (`vlm.VisionLanguageModel`) and its processor (`structs.Processor`).
+      The model and its processor.
 
     Raises:
-      ValueError: with everything that does not fit.
+      ValueError: the folder does not hold such a policy; the message lists everything that does not fit.
     """
     source = Pretrained(path)
     processor = source.processor()
@@ -128,7 +158,7 @@ def load(
 
 
 class FromScratch:
-    """A policy without a checkpoint: of a given config, with a tokenizer of its own.
+    """A policy without a checkpoint: a config, and a folder with its tokenizer.
 
     Attributes:
       family: see `hf.Family`.
@@ -136,31 +166,45 @@ class FromScratch:
       folder: holds the tokenizer.
     """
 
-    def __init__(self, family: hf.Family, dimensions: Any, folder: str | os.PathLike):
-        self.family, self.config, self.folder = family, dimensions, pathlib.Path(folder)
+    def __init__(self, family: hf.Family[Any], config: vlm.PolicyConfig, folder: str | os.PathLike):
+        self.family = family
+        self.config = config
+        self.folder = pathlib.Path(folder)
 
-    def build(self, seed: int = 0) -> nnx.Module:
+    def build(self, seed: int = 0) -> vlm.VisionLanguageModel:
         """The model with random parameters; under `jax.eval_shape`, its shapes."""
         return self.family.model(self.config, nnx.Rngs(seed))
 
-    def processor(self) -> Any:
-        """The host side: see `structs.Processor`."""
+    def processor(self) -> Processor:
+        """The policy's processor."""
         return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
 
-    def save(self, model: Any, output: str | os.PathLike, dtype: str = "float32") -> None:
-        """Writes a policy, or a reward model with one as its trunk, as a checkpoint folder in its family's
-        format, which `load` reads."""
+    def save(
+        self,
+        model: vlm.VisionLanguageModel | vlm.RewardModel,
+        output: str | os.PathLike,
+        dtype: str = "float32",
+    ) -> None:
+        """Writes a policy, or a reward model with a policy as its trunk, as a checkpoint folder in the
+        family's format, which `load` can read."""
         output = pathlib.Path(output)
         output.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             hf.copy_files(self.folder, output)
             for name, values in self.family.config_files(self.config, dtype).items():
                 (output / name).write_text(json.dumps(values, indent=2))
-        _write(model, self.family.table(self.config), output, like=None, dtype=dtype)
+        _write(model, self.family.table(self.config), output, dtype=dtype)
 
 
-def _write(model: Any, table: Any, output: pathlib.Path, **how: Any) -> None:
+def _write(
+    model: vlm.VisionLanguageModel | vlm.RewardModel,
+    table: list[names.Tensor],
+    output: pathlib.Path,
+    *,
+    like: pathlib.Path | None = None,
+    dtype: str = "float32",
+) -> None:
     policy = model.trunk if isinstance(model, vlm.RewardModel) else model
-    hf.save_params(policy.merged(), table, output, **how)
-    if policy is not model:
+    hf.save_params(policy.merged(), table, output, like=like, dtype=dtype)
+    if isinstance(model, vlm.RewardModel):
         hf.save_head({name: getattr(model, name)[...] for name in hf.HEAD_NAMES}, output)

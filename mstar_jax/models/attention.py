@@ -1,12 +1,12 @@
 """Attention within whole rows, and of new tokens over a shared prefix and their own suffixes.
 
-Within rows there are no scores [B, H, T, T] in memory:
+Within rows, the scores [B, H, T, T] are never materialised:
 
-    TPU           splash attention, a Pallas kernel; blocks that the mask leaves empty are skipped
-    NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
-    else          `blockwise`, without a kernel; it skips empty blocks on the way back
+    TPU         splash attention, a Pallas kernel that skips blocks which the mask leaves empty
+    NVIDIA GPU  cuDNN's flash attention, in bfloat16 and float16
+    otherwise   `blockwise`, plain XLA; it skips empty blocks in the backward pass
 
-New tokens attend with einsums, on NVIDIA's GPUs with the kernels of models/decode_kernel.py.
+New tokens attend with einsums, or on NVIDIA GPUs with the kernels of models/decode_kernel.py.
 
 The alphabet is that of models/layers.py.
 """
@@ -24,20 +24,24 @@ from mstar_jax import sharding
 from mstar_jax.models import decode_kernel
 from mstar_jax.structs import Int8
 
-# tokens of a row whose scores are there together, where there is no kernel: forward, and backward
-BLOCK, CPU_BLOCK = (512, 512), (256, 64)
-NEVER = -1e30  # a score that weighs nothing
-BLOCKS = (512, 256, 128)  # tokens; a kernel's step is a square of the mask, and a small one is all overhead
+# block sizes of `blockwise` in tokens: (forward, backward)
+BLOCK = (512, 512)
+CPU_BLOCK = (256, 64)
+NEVER = -1e30  # a masked score: its weight is 0
+BLOCKS = (512, 256, 128)  # splash's block sizes in tokens: the largest that divides the row, for speed
 
 
 def device_kind() -> str:
-    """What a traced function will run on: the devices of the mesh in force, which need not be there."""
+    """The kind of device that a traced function will run on: the current mesh's, which may be abstract."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
-    """What a kind of device attends with to q [B, T, H, N]; None: short rows, or FLOPs are counted."""
+    """The attention function for a kind of device and q [B, T, H, N].
+
+    None means that scores are materialised: the rows are short, or the program is traced to count FLOPs.
+    """
     length, _, width = q.shape[1:]
     if kind.startswith("TPU") and q.dtype in (jnp.bfloat16, jnp.float32) and length % BLOCKS[-1] == 0:
         return splash
@@ -48,23 +52,22 @@ def kernel(kind: str, q: jax.Array) -> Callable[..., jax.Array] | None:
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array | None:
-    """Attends, every device its own rows and heads; None where machine, shapes or mesh do not allow it.
+    """Attention with a fused kernel, on each device for its own rows and heads.
 
     Args:
       q: [B, T, H, N].
       k, v: [B, T, G, N].
-      mask: bool[B, T, T]; every token sees at least one.
+      mask: bool[B, T, T], causal; every token sees at least one.
 
     Returns:
-      [B, T, H, N].
+      [B, T, H, N], or None if device, shapes or mesh do not allow it.
     """
     attend = kernel(device_kind(), q)
     return None if attend is None else _every_device_its_own(attend, (2, 2, 2, 0), q, k, v, mask)
 
 
 def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
-    """Attends where every token sees every other, as patches of an image do: q, k, v [B, T, H, N] -> [B, T,
-    H, N]; None where no kernel is known (see `fused`)."""
+    """As `fused`, but without a mask, for the patches of an image: q, k, v [B, T, H, N] -> [B, T, H, N]."""
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     if not device_kind().startswith("NVIDIA") or not half or width % 8 or width > 128:
         return None
@@ -73,7 +76,7 @@ def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
 
 def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     rows, length = q.shape[:2]
-    # its backward pass wants an even length, and its tiles are multiples of 8
+    # its backward pass needs an even length, and its tiles are multiples of 8
     q, k, v = (jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(rows, length, jnp.int32)
     out = jax.nn.dot_product_attention(
@@ -83,8 +86,10 @@ def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int], *args: Any) -> Any:
-    """Attends to rows [B, ...] on their devices; `axes`: where each argument has its heads, 0 for nowhere.
-    The result has them at 2. None where the mesh does not divide rows or heads."""
+    """Calls `attend` on each device with its own rows and heads; None if the mesh does not split them evenly.
+
+    `axes` has the axis of the heads in each argument [B, ...], 0 if it has none; in the result it is 2.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*args)
@@ -92,7 +97,7 @@ def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int],
     for axis, x in zip(axes, args, strict=True):
         if any(leaf.shape[at] % cut[at] for leaf in jax.tree.leaves(x) for at in {0, axis}):
             return None
-    # the compiler does not see into a kernel: left to it, all rows would be gathered on every device
+    # kernels are opaque to the compiler, which would gather all rows on every device
     batch, heads = sharding.SAMPLE["batch"], sharding.SAMPLE["heads"]
     specs = [jax.P(batch), jax.P(batch, heads), jax.P(batch, None, heads)]
     in_specs = tuple(specs[axis] for axis in axes)
@@ -100,7 +105,7 @@ def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int],
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False) -> jax.Array:
-    """Splash attention, row by row; T is a multiple of 128. `interpret` runs the kernel without a TPU."""
+    """Splash attention, one row at a time; T is a multiple of 128. `interpret` runs it without a TPU."""
     block = next(size for size in BLOCKS if q.shape[1] % size == 0)
     sizes = kernels.BlockSizes(
         block_q=block,
@@ -112,7 +117,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
     )
 
     def row(q, k, v, mask):
-        mask = mask[None]  # one for all heads; make_splash_mha would want it before the program is traced
+        mask = mask[None]  # shared by all heads; make_splash_mha would need it as a constant
         forward, _ = masks.process_dynamic_mask(mask, (block, block))
         backward, _ = masks.process_dynamic_mask_dkv(mask, (block, block))
         attend = kernels.SplashAttentionKernel(
@@ -136,8 +141,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN's flash attention. It reads the mask as a bias [B, 1, T, T] in q's dtype. Told that no token sees
-    a later one, it skips the blocks above the diagonal."""
+    """cuDNN's flash attention, to which the mask is a bias [B, 1, T, T] in q's dtype. Since it is also told
+    that the mask is causal, it skips the blocks above the diagonal."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 
 
@@ -146,10 +151,13 @@ def _block(kind: str) -> tuple[int, int]:
 
 
 def _blocks(mask: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which blocks [size, size] of bool[B, T, T] are not empty in all rows: their rows, their columns, first
-    those that count, and how many do."""
+    """The blocks [size, size] of bool[B, T, T] that are not empty in every row of the batch.
+
+    Returns:
+      int32[blocks] block row, int32[blocks] block column, non-empty blocks first; int32[] how many those are.
+    """
     count = mask.shape[1] // size
-    row, column = jnp.tril_indices(count)  # no token sees what stands behind it
+    row, column = jnp.tril_indices(count)  # the mask is causal
     filled = mask.reshape(-1, count, size, count, size).any(axis=(0, 2, 4))[row, column]
     order = jnp.argsort(~filled, stable=True)
     return row[order], column[order], filled.sum()
@@ -167,15 +175,16 @@ def _put(x: jax.Array, new: jax.Array, block: jax.Array, axis: int) -> jax.Array
 def _attend_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, size: int, back: int
 ) -> jax.Array:
-    """q [B, G, H/G, T, N], scaled; k, v [B, G, T, N]; blocks of `size` tokens forward, of `back` backward.
-    Returns float32, in q's shape."""
+    """Scaled q [B, G, H/G, T, N], k and v [B, G, T, N], causal mask bool[B, T, T] -> float32, in q's shape.
+    `size` and `back` are block sizes in tokens, forward and backward."""
     return _forward(q, k, v, mask, size)[0]
 
 
 def _forward(q, k, v, mask, size):
-    length, parts = q.shape[3], []
+    length = q.shape[3]
+    parts = []
     for start in range(0, length, size):
-        end = min(start + size, length)  # no token sees what stands behind it
+        end = min(start + size, length)  # the mask is causal: no keys after this block
         scores = jnp.einsum(
             "bgqtn,bgsn->bgqts", q[:, :, :, start:end], k[:, :, :end], preferred_element_type=jnp.float32
         )
@@ -197,9 +206,10 @@ def _remember(q, k, v, mask, size, back):
 
 
 def _backward(_, size, kept, grad):
-    like, length = kept[:3], grad.shape[3]
+    like = kept[:3]
+    length = grad.shape[3]
 
-    def filled(x, *axes):  # to whole blocks
+    def filled(x, *axes):  # padded to whole blocks
         return jnp.pad(x, [(0, -length % size if axis in axes else 0) for axis in range(x.ndim)])
 
     q, k, v, mask, out, norm = kept
@@ -208,20 +218,22 @@ def _backward(_, size, kept, grad):
     rows, columns, count = _blocks(mask, size)
     inner = (grad * out).sum(-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    grad, turned = grad.astype(v.dtype), jnp.swapaxes(mask, 1, 2)
+    grad = grad.astype(v.dtype)
+    transposed = jnp.swapaxes(mask, 1, 2)
 
-    def visit(step, state):  # scores lie with the key first: two of three products then need no turned copy
-        i, j = rows[step], columns[step]
+    def visit(step, state):  # scores are [key, query]: two of the three products then need no transposed copy
+        i = rows[step]
+        j = columns[step]
         query, upper = _at(q, i, size, 3), _at(grad, i, size, 3)
         key, value = _at(k, j, size, 2), _at(v, j, size, 2)
         scores = einsum("bgsn,bgqtn->bgqst", key, query)
-        seen = _at(_at(turned, j, size, 1), i, size, 2)[:, None, None]
+        seen = _at(_at(transposed, j, size, 1), i, size, 2)[:, None, None]
         weights = jnp.where(seen, jnp.exp(scores - _at(norm, i, size, 3)[..., None, :]), 0.0)
-        steep = einsum("bgsn,bgqtn->bgqst", value, upper) - _at(inner, i, size, 3)[..., None, :]
-        steep = (weights * steep).astype(k.dtype)
+        dscores = einsum("bgsn,bgqtn->bgqst", value, upper) - _at(inner, i, size, 3)[..., None, :]
+        dscores = (weights * dscores).astype(k.dtype)
         new = (
-            (einsum("bgqst,bgsn->bgqtn", steep, key), i, 3),
-            (einsum("bgqst,bgqtn->bgsn", steep, query), j, 2),
+            (einsum("bgqst,bgsn->bgqtn", dscores, key), i, 3),
+            (einsum("bgqst,bgqtn->bgsn", dscores, query), j, 2),
             (einsum("bgqst,bgqtn->bgsn", weights.astype(v.dtype), upper), j, 2),
         )
         return tuple(
@@ -239,8 +251,8 @@ _attend_blocks.defvjp(_remember, _backward)
 
 
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attends block by block, on any machine; scores are made anew on the way back, where the mask is not
-    empty (as FlashAttention-2 does, arXiv 2307.08691)."""
+    """Attends block by block on any device. The backward pass recomputes the scores, and only where the mask
+    is not empty (as in FlashAttention-2, arXiv 2307.08691)."""
     length = q.shape[1]
     size, back = (-(-length // -(-length // most)) for most in _block(device_kind()))
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
@@ -260,7 +272,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """Mixes v [B, G, S, N] by weights [B, G, H/G, T, S] -> [B, T, H, N]."""
+    """Sums v [B, G, S, N] with weights [B, G, H/G, T, S] -> [B, T, H, N]."""
     out = jnp.einsum("bgqts,bgsn->bgqtn", weights.astype(v.dtype), v)
     out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
@@ -270,8 +282,8 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
     """Attention within whole rows (see `fused`).
 
     Args:
-      mask: bool[B, T, T], as `row_layout` gives it.
-      keep: also hand out every layer's keys and values (prefill).
+      mask: bool[B, T, T], from `layers.row_layout`.
+      keep: also return the keys and values [B, G, T, N], for a cache (prefill).
     """
 
     def attend(q, k, v):
@@ -285,8 +297,11 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
     return attend
 
 
-def stored(x: jax.Array, dtype: str) -> Any:
-    """Keys or values [..., N] as a cache holds them: `int8` gives `Int8`, an empty dtype leaves them."""
+Cached = jax.Array | Int8  # keys or values in a cache
+
+
+def stored(x: jax.Array, dtype: str) -> Cached:
+    """Keys or values [..., N] as a cache stores them: `int8` gives `Int8`, an empty dtype keeps theirs."""
     if dtype != "int8":
         return x.astype(dtype or x.dtype)
     x = x.astype(jnp.float32)
@@ -294,31 +309,32 @@ def stored(x: jax.Array, dtype: str) -> Any:
     return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
 
 
-def _read(cached: Any, dtype: Any) -> tuple[jax.Array, Any]:
-    """Values of a dtype, and their scale or None."""
+def _read(cached: Cached, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+    """The stored values in a dtype, and their scale or None."""
     if isinstance(cached, Int8):
         return cached.values.astype(dtype), cached.scale
     return cached.astype(dtype), None
 
 
 def branch_attention(
-    prefix: tuple[Any, Any],
+    prefix: tuple[Cached, Cached],
     visible: jax.Array,
-    suffix: Sequence[tuple[Any, Any]],
+    suffix: Sequence[tuple[Cached, Cached]],
     own_visible: Sequence[jax.Array],
     column: jax.Array,
 ) -> Callable[..., Any]:
-    """Attention of one new token per branch: over the shared prefix, and over the branch's own suffix.
+    """Attention of one new token per branch, over the shared prefix and the branch's own suffix.
 
-    The parts are scored apart and normalised together, so the prefix is read once for its K branches. In
-    `attend`, the T axis of q, k and v is the K branches; it hands out the first chunk with the new token.
+    Scores of the two parts are computed separately and normalised together, so the prefix is read once for
+    its K branches. In `attend`, the T axis of q, k and v is the K branches; it also returns the first chunk
+    with the new token.
 
     Args:
       prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
       visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
-      suffix: chunks that are read, keys and values [B, K, G, C, N]; the first one is written.
-      own_visible: of each chunk bool[B, C], the columns that a branch sees, the new token's among them.
-      column: int32[]; where the new token stands.
+      suffix: the chunks that are read, keys and values [B, K, G, C, N]; the first one is written to.
+      own_visible: for each chunk bool[B, C], the columns that a branch sees, including the new token's.
+      column: int32[], the new token's column in the first chunk.
     """
 
     def attend(q, k, v):

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format, both ways: safetensors, read and written tensor by tensor."""
+"""Checkpoints in Hugging Face format: safetensors, read and written one tensor at a time."""
 
 import dataclasses
 import json
@@ -7,61 +7,65 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 import safetensors
+from flax import nnx
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from mstar_jax import sharding
 from mstar_jax.models.names import Part, Tensor, layer_of, tensors
+from mstar_jax.models.vlm import PolicyConfig, VisionLanguageModel
+from mstar_jax.structs import Processor
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-HEAD = "reward_head.safetensors"  # a reward model's head lies beside its trunk
+HEAD = "reward_head.safetensors"  # a reward model's head, in the same folder as its trunk
 HEAD_NAMES = ("weight", "bias", "likelihood")
-SHARD = 5 * 10**9  # bytes; the largest file that is written
+SHARD = 5 * 10**9  # bytes; the size limit of a file that is written
 
 
 # ------------------------------------------------------------------------------------------- folders
 def local_folder(path: str | os.PathLike) -> pathlib.Path:
-    """The folder itself, or a hub id's snapshot (weights, configs and tokenizer files; never code).
+    """The folder itself, or the snapshot of a hub id (weights, configs and tokenizer files, never code).
 
     Raises:
-      ValueError: there is neither.
+      ValueError: neither exists.
     """
     folder = pathlib.Path(path)
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(path).count("/") != 1:
-        raise ValueError(f"{path}: there is no such folder, and a hub id would be owner/name")
+        raise ValueError(f"{path}: no such folder, and a hub id would be owner/name")
     import huggingface_hub
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
-        raise ValueError(f"{path}: no such folder, and it cannot be had from the hub: {error}") from error
+        raise ValueError(f"{path}: no such folder, and the hub could not provide it: {error}") from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file of the folder.
+    """Reads a JSON object.
 
     Raises:
-      ValueError: naming the file.
+      ValueError: the file is missing or is not a JSON object; the message names it.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
 class Stored(NamedTuple):
-    """Where a checkpoint tensor lies."""
+    """Where a checkpoint tensor is stored."""
 
     file: str
     dtype: str
@@ -69,7 +73,7 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """What the folder's safetensors hold, from their headers, file by file in the order of their names.
+    """The tensors of a folder's safetensors files, from their headers; files in the order of their names.
 
     Raises:
       ValueError: there is no safetensors file, one is damaged, or two hold the same tensor.
@@ -77,7 +81,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != HEAD)
     if not files:
-        raise ValueError(f"{folder}: there is no *.safetensors file (no other format is read)")
+        raise ValueError(f"{folder}: no *.safetensors file, and no other format is read")
     for path in files:
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
@@ -87,15 +91,15 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
                         raise ValueError(f"{path}: {name} is also in {found[name].file}")
                     found[name] = Stored(path.name, part.get_dtype(), tuple(part.get_shape()))
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: {error}; is the file whole?") from error
+            raise ValueError(f"{path}: {error}; is the file complete?") from error
     return found
 
 
 def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pathlib.Path) -> None:
-    """Compares what the model needs with what the folder holds.
+    """Checks that the folder holds exactly the tensors that the model needs.
 
     Raises:
-      ValueError: every missing, unexpected, misshapen and unreadable tensor, at once.
+      ValueError: lists all tensors that are missing, unexpected, of a wrong shape or of an unknown dtype.
     """
     faults = [f"missing: {name}" for name in named if name not in stored]
     faults += [f"unexpected: {name}" for name in stored if name not in named]
@@ -115,23 +119,22 @@ def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pat
 def load_params(
     folder: pathlib.Path,
     table: Sequence[Tensor],
-    abstract: Any,
-    own: Mapping[str, jax.Array],
+    abstract: VisionLanguageModel,
     *,
-    dtype: Any,
-    mesh: Any,
-    rules: Any,
-) -> Any:
-    """Reads a model straight into its sharding, one checkpoint tensor in memory at a time.
+    layout: VisionLanguageModel | None,
+    own: Mapping[str, jax.Array],
+    dtype: np.dtype,
+) -> VisionLanguageModel:
+    """Reads a model directly into its sharding, with one checkpoint tensor in memory at a time.
 
     Args:
       folder: holds *.safetensors.
       table: the family's names.
       abstract: the model's shapes (`jax.eval_shape`).
-      own: parameters that no checkpoint holds, by name, taken as they are.
+      layout: the model's shardings; None puts everything on the first device. A process holds its own shards
+        only.
+      own: parameters that are not in the checkpoint, by name; they are used as they are.
       dtype: of the parameters.
-      mesh, rules: the target sharding; without a mesh everything goes to the first device. A process
-        reads and holds its own shards only.
 
     Raises:
       ValueError: the names or shapes do not fit, see `check_names`.
@@ -144,11 +147,11 @@ def load_params(
             sources.setdefault(part.ours, []).append((name, part))
 
     def read(name: str) -> np.ndarray:
-        # opened anew for every tensor, so that no more of the file than this stays mapped
+        # opened again for every tensor, so that only this tensor stays mapped into memory
         with safetensors.safe_open(folder / stored[name].file, framework="numpy") as file:
             return file.get_tensor(name)
 
-    def place(path: Any, leaf: Any, target: Any) -> jax.Array:
+    def place(path, leaf: jax.ShapeDtypeStruct, target: jax.sharding.Sharding) -> jax.Array:
         name = sharding.parameter_name(path)
         if name in own:
             return own[name]
@@ -158,17 +161,24 @@ def load_params(
         values = (part.extract(read(name), shape) for name, part in found)
         return _scatter(values, leaf.shape, stacked, dtype, target)
 
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    layout = sharding.shardings(abstract, rules, mesh) if mesh else jax.tree.map(lambda _: one, abstract)
+    if layout is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        layout = jax.tree.map(lambda _: first, abstract)
     return jax.tree_util.tree_map_with_path(place, abstract, layout)
 
 
 def _scatter(
-    values: Iterator[np.ndarray], shape: tuple[int, ...], stacked: bool, dtype: Any, target: Any
+    values: Iterator[np.ndarray],
+    shape: tuple[int, ...],
+    stacked: bool,
+    dtype: np.dtype,
+    target: jax.sharding.Sharding,
 ) -> jax.Array:
-    """Cuts values (layer by layer where stacked) into this process's shards and puts them on its devices."""
-    devices = target.addressable_devices_indices_map(shape)
-    spans = {d: tuple(s.indices(n) for s, n in zip(index, shape)) for d, index in devices.items()}
+    """Copies values (one per layer if `stacked`) into this process's shards and puts them on its devices."""
+    spans = {
+        device: tuple(s.indices(n) for s, n in zip(index or (), shape))
+        for device, index in target.addressable_devices_indices_map(shape).items()
+    }
     buffers = {
         span: np.empty([stop - start for start, stop, _ in span], dtype) for span in set(spans.values())
     }
@@ -185,28 +195,33 @@ def _scatter(
 
 # ------------------------------------------------------------------------------------------ writing
 def save_params(
-    model: Any, table: Sequence[Tensor], output: pathlib.Path, *, like: pathlib.Path | None, dtype: Any = None
+    model: VisionLanguageModel,
+    table: Sequence[Tensor],
+    output: pathlib.Path,
+    *,
+    like: pathlib.Path | None,
+    dtype: str,
 ) -> None:
     """Writes a model's safetensors under the official names.
 
     Args:
-      model: the parameters; sharded ones are gathered a parameter at a time. Process 0 writes.
+      model: the parameters; sharded ones are gathered one parameter at a time. Process 0 writes.
       table: the family's names.
       output: an existing folder.
-      like: the checkpoint that the model came from: the same files with the same tensors in the same
-        dtypes are written. Without it, files of at most 5 GB of `dtype`, with an index.
-      dtype: used without `like`.
+      like: the checkpoint that the model came from: the same files are written, with the same tensors in the
+        same dtypes. If None, files of at most 5 GB are written, with an index.
+      dtype: of the files, if `like` is None.
     """
     named = tensors(table, model)
     if like is not None:
         stored = stored_tensors(like)
         check_names(named, stored, like)
-        dtypes = {name: np.dtype(_np_dtype(DTYPES[there.dtype])) for name, there in stored.items()}
+        dtypes = {name: jax.numpy.dtype(DTYPES[there.dtype]) for name, there in stored.items()}
         files: dict[str, list[str]] = {}
         for name, there in stored.items():
             files.setdefault(there.file, []).append(name)
     else:
-        dtypes = dict.fromkeys(named, np.dtype(_np_dtype(dtype)))
+        dtypes = dict.fromkeys(named, jax.numpy.dtype(dtype))
         sizes = {name: math.prod(entry.shape) * dtypes[name].itemsize for name, entry in named.items()}
         files = split(sizes)
         if len(files) > 1:
@@ -226,26 +241,20 @@ def save_params(
             written[name] = tensor
         if jax.process_index() == 0:
             save_file(written, output / file, metadata={"format": "pt"})
-            (output / file).chmod(0o644)  # safetensors writes for its owner only
-
-
-def _np_dtype(name: Any) -> Any:
-    return jax.numpy.dtype(name)
+            (output / file).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _gathered(value: jax.Array) -> np.ndarray:
     if value.is_fully_addressable:
         return np.asarray(value)
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
 def load_head(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """A reward model's head: float32, weight [D], bias [] and likelihood [].
+    """Reads a reward model's head: float32 weight [D], bias [] and likelihood [].
 
     Raises:
-      ValueError: the folder holds none: it is a policy's.
+      ValueError: the folder has no head, because it is a policy's.
     """
     try:
         with safetensors.safe_open(folder / HEAD, framework="numpy") as file:
@@ -256,7 +265,7 @@ def load_head(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def save_head(head: dict[str, jax.Array], output: pathlib.Path) -> None:
-    """Writes a reward model's head (see `load_head`), each with a leading 1. Process 0 writes."""
+    """Writes a reward model's head (see `load_head`), each array with a leading 1. Process 0 writes."""
     values = {f"score.{name}": _gathered(value)[None] for name, value in head.items()}
     if jax.process_index() == 0:
         save_file(values, output / HEAD, metadata={"format": "pt"})
@@ -264,7 +273,7 @@ def save_head(head: dict[str, jax.Array], output: pathlib.Path) -> None:
 
 
 def split(sizes: dict[str, int]) -> dict[str, list[str]]:
-    """File names and the tensors in each, from the tensors' sizes in bytes: at most `SHARD` a file."""
+    """{file name: tensors in it}, from the tensors' sizes in bytes; a file has at most `SHARD` bytes."""
     groups: list[list[str]] = [[]]
     room = SHARD
     for name, size in sizes.items():
@@ -280,10 +289,10 @@ def split(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 
 def copy_files(source: pathlib.Path, output: pathlib.Path) -> list[str]:
-    """Takes along everything that is not weights, unchanged: configs, tokenizer, processor, licence.
+    """Copies all files except weights: configs, tokenizer, processor, licence.
 
     Returns:
-      The names, sorted.
+      Their names, sorted.
     """
     names = []
     for path in sorted(source.iterdir()):
@@ -293,24 +302,43 @@ def copy_files(source: pathlib.Path, output: pathlib.Path) -> list[str]:
     return names
 
 
+class Tokenizer(Protocol):
+    """What a processor needs of a tokenizer."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """{"input_ids": ids}."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """{token: id}."""
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of these ids."""
+
+
+Config = TypeVar("Config", bound=PolicyConfig)
+Shapes = jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...]
+
+
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """What a family's file offers.
+class Family(Generic[Config]):
+    """What the file of a model family provides.
 
     Attributes:
-      read_config: (folder) -> the family's config, from its JSON files.
+      read_config: (folder) -> the family's config, from the folder's JSON files.
       config_files: (config, dtype name) -> {file name: JSON values}, for a policy that has no folder.
-      table: (config) -> names of its checkpoint tensors.
-      model: (config, nnx.Rngs) -> the model.
-      processor: (config, tokenizer) -> its host side.
+      table: (config) -> the names of its checkpoint tensors.
+      model: (config, rngs) -> the model.
+      processor: (config, tokenizer) -> its processor.
       load_tokenizer: (folder) -> the tokenizer.
-      pixels: (config, crops) -> shapes of the pixels of a prompt with so many crops.
+      pixels: (config, crops) -> the shapes of the pixels of a prompt with this many crops.
     """
 
-    read_config: Callable[[pathlib.Path], Any]
-    config_files: Callable[[Any, str], dict[str, Any]]
-    table: Callable[[Any], list[Tensor]]
-    model: Callable[..., Any]
-    processor: Callable[..., Any]
+    read_config: Callable[[pathlib.Path], Config]
+    config_files: Callable[[Config, str], dict[str, dict[str, Any]]]
+    table: Callable[[Config], list[Tensor]]
+    model: Callable[[Config, nnx.Rngs], VisionLanguageModel]
+    processor: Callable[[Config, Any], Processor]
     load_tokenizer: Callable[[pathlib.Path], Any]
-    pixels: Callable[[Any, int], Any]
+    pixels: Callable[[Config, int], Shapes]

@@ -1,29 +1,28 @@
 """InternVL2: config, image tiles, prompt layout, model.
 
-Source: OpenGVLab/InternVL2-2B. InternViT-300M on every 448 px tile, 2x2 merge (pixel shuffle v2), a
-normed MLP projector, and the InternLM2 decoder, which is Llama under other names. Every dimension comes
-from the config: the tiny test policy is the same code.
+Source: OpenGVLab/InternVL2-2B. InternViT-300M on every 448 px tile, a 2x2 merge (pixel shuffle v2), a
+LayerNorm and MLP projector, and the InternLM2 decoder, which is Llama with other names. Every dimension comes
+from the config, so the tiny policy runs the same code.
 """
 
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from mstar_jax.models import hf, names, tokenizer
-from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
+from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
-from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.models.vision import Vit, gelu, merge_2x2, patchify
+from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -31,9 +30,10 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 PROJECTOR_EPS = 1e-5  # PyTorch's default; the tower's norms have their own
 BOS, EOS, UNK, START, END = "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"
 OPEN, CLOSE, PLACEHOLDER = "<img>", "</img>", "<IMG_CONTEXT>"
-SPECIAL: tuple[str, ...] = (UNK, BOS, EOS, "<|plugin|>", "<|interpreter|>", "<|action_end|>")
-SPECIAL += ("<|action_start|>", END, START, OPEN, CLOSE, PLACEHOLDER)
-SPECIAL += ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+SPECIAL = (
+    *(UNK, BOS, EOS, "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
+    *(END, START, OPEN, CLOSE, PLACEHOLDER, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
 STOPS = (END, START, EOS)
 SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
@@ -42,18 +42,16 @@ SYSTEM = (
 
 
 @dataclasses.dataclass(frozen=True)
-class InternVL2Config:
+class InternVL2Config(PolicyConfig):
     """Dimensions of the policy.
 
     Attributes:
       decoder, vision: the two transformers.
-      num_crops: most tiles of an image, beside its thumbnail (official default 12).
-      min_crops: fewest tiles of an image.
-      use_thumbnail: whether an image of several tiles is also shown whole.
+      num_crops: the most tiles of an image, in addition to its thumbnail (officially 12).
+      min_crops: the fewest tiles of an image.
+      use_thumbnail: whether an image of several tiles also has a thumbnail, the whole image in one tile.
     """
 
-    decoder: DecoderConfig
-    vision: VitConfig
     num_crops: int = 12
     min_crops: int = 1
     use_thumbnail: bool = True
@@ -74,8 +72,8 @@ class InternVL2(VisionLanguageModel):
         self.project_out_bias = param(rngs, (width,), ("embed",), 0.0)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> [B, C * (M/2)**2, D]: tile after tile, each row by row."""
+    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
+        """pixels [B, C, S, S, 3] -> [B, C * (M/2)**2, D]: the tiles in order, each line by line."""
         rows, tiles = pixels.shape[:2]
         patches = patchify(pixels.reshape(rows * tiles, *pixels.shape[2:]), self.config.vision.patch_size)
         x = merge_2x2(self.tower(patches, remat))
@@ -88,21 +86,21 @@ class InternVL2(VisionLanguageModel):
 # ---------------------------------------------------------------------------------------- the tiles
 @functools.lru_cache(maxsize=64)
 def _grids(least: int, most: int) -> np.ndarray:
-    """int64[N, 2]: every (columns, rows) of `least` to `most` tiles, fewest tiles first."""
+    """int64[N, 2]: every (columns, rows) with `least` to `most` tiles, the fewest tiles first."""
     pairs = itertools.product(range(1, most + 1), repeat=2)
     return np.array(sorted((c * r, c, r) for c, r in pairs if least <= c * r <= most))[:, 1:]
 
 
 def tile_grid(width: int, height: int, least: int, most: int, size: int) -> tuple[int, int]:
-    """(rows, columns) of tiles for an image of this size in pixels.
+    """(rows, columns) of tiles for an image.
 
-    The grid whose aspect ratio is nearest the image's. Of equally near ones (1x1, 2x2, ...) the largest
-    whose area the image fills by more than half, or the smallest if it fills none.
+    This is the grid whose aspect ratio is nearest to the image's. Among equally near ones (1x1, 2x2, ...) it
+    is the largest that the image fills by more than half of its area, or the smallest if it fills none.
 
     Args:
-      width, height: of the image.
-      least, most: how many tiles there may be.
-      size: side of a tile.
+      width, height: of the image, in pixels.
+      least, most: bounds for the number of tiles.
+      size: side of a tile, in pixels.
     """
     grids = _grids(min(least, most), most)
     distance = np.abs(width / height - grids[:, 0] / grids[:, 1])
@@ -113,18 +111,18 @@ def tile_grid(width: int, height: int, least: int, most: int, size: int) -> tupl
 
 
 def tile_count(rows: int, columns: int, thumbnail: bool) -> int:
-    """Tiles of an image of this grid, with the thumbnail that several tiles get."""
+    """The number of tiles for this grid, including the thumbnail, which a single tile does not have."""
     return rows * columns + (thumbnail and rows * columns > 1)
 
 
-def cut_tiles(image: Image.Image, rows: int, columns: int, size: int, thumbnail: bool) -> np.ndarray:
-    """The image stretched to its grid and cut.
+def split_tiles(image: Image.Image, rows: int, columns: int, size: int, thumbnail: bool) -> np.ndarray:
+    """Resizes an image to its grid and splits it into tiles.
 
     Args:
       image: RGB.
       rows, columns: from `tile_grid`.
       size: side of a tile in pixels (448 for the released model).
-      thumbnail: whether several tiles are followed by the whole image.
+      thumbnail: whether a thumbnail follows if there are several tiles.
 
     Returns:
       float32[T, size, size, 3]: normalised tiles row by row, then the thumbnail.
@@ -142,14 +140,15 @@ _CONTROL = re.compile("|".join(f"<(?={re.escape(token[1:])})" for token in (*SPE
 
 
 def without_control(text: str) -> str:
-    """Parts what the tokenizer, or the official prompt, would read as a mark: data must not write any."""
+    """The text with a space in everything that the tokenizer, or the official prompt, would read as a control
+    token."""
     return _CONTROL.sub("< ", text)
 
 
 class InternVL2Processor:
-    """Text and images to arrays; see `structs.Processor`."""
+    """Text and images to arrays, see `structs.Processor`."""
 
-    def __init__(self, config: InternVL2Config, tokenizer: Any):
+    def __init__(self, config: InternVL2Config, tokenizer: hf.Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
@@ -162,20 +161,20 @@ class InternVL2Processor:
 
     @property
     def _features(self) -> int:
-        """Of a tile: 256 for the released model."""
+        """Features of a tile: 256 for the released model."""
         return (self.config.vision.side // 2) ** 2
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Ids of text that is data. Pieces such as `[UNUSED_TOKEN_145]` share the ids of control tokens:
-        what they write is left out."""
+        """Ids of text that is data. Pieces such as `[UNUSED_TOKEN_145]` have the ids of control tokens; these
+        ids are removed."""
         return [token for token in self._ids(without_control(text)) if token not in self._control]
 
     def _chunks(self, text: str, images: int) -> list[list[int]]:
-        """Token ids around the images. The system block is closed without a newline, and one `<s>` begins
-        it all."""
+        """Token ids before, between and after the images. The system block ends without a newline, and a
+        single `<s>` begins the prompt."""
         marks = [CLOSE + "\n" + OPEN] * (images - 1) + [CLOSE] if images else []
         head = f"{START}system\n{SYSTEM}{END}{START}" + (f"user\n{OPEN}" if images else "")
         chunks = [self._ids(chunk) for chunk in (head, *marks)]
@@ -194,18 +193,19 @@ class InternVL2Processor:
         return sum(map(len, self._chunks(text, len(sizes)))) + tiles * self._features, tiles
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The official chat prompt, every image span whole. Images stand before the text, each as
+        """The official chat prompt, with complete image spans. Images precede the text, each as
         `<img>` features `</img>\\n`."""
         chunks = self._chunks(text, len(images))
-        c, size, first = self.config, self.config.vision.image_size, 0
-        tokens: list[Any] = [chunks[0]]
-        index: list[Any] = [[-1] * len(chunks[0])]
+        size = self.config.vision.image_size
+        first = 0  # feature of the next image
+        tokens: list[Sequence[int]] = [chunks[0]]
+        index: list[Sequence[int]] = [[-1] * len(chunks[0])]
         pixels = [np.zeros((0, size, size, 3), np.float32)]
         for image, chunk in zip(images, chunks[1:], strict=True):
-            pixels.append(cut_tiles(image, *self._grid(*image.size), size, c.use_thumbnail))
+            pixels.append(split_tiles(image, *self._grid(*image.size), size, self.config.use_thumbnail))
             length = len(pixels[-1]) * self._features
             tokens += [[0] * length, chunk]
-            index += [np.arange(first, first + length), [-1] * len(chunk)]
+            index += [range(first, first + length), [-1] * len(chunk)]
             first += length
         return EncodedPrompt(
             np.concatenate(tokens).astype(np.int32),
@@ -214,32 +214,28 @@ class InternVL2Processor:
         )
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a response, closed by `<|im_end|>`."""
+        """Ids of a response, ending in `<|im_end|>`."""
         return [*self._plain_ids(text), self.stop_ids[0]]
 
-    def decode(self, tokens: Any) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """Text up to the first stop id, without special tokens."""
         shown = itertools.takewhile(lambda token: token not in self.stop_ids, map(int, tokens))
         return self.tokenizer.decode(list(shown), skip_special_tokens=True)
 
     def length_limit(self, prefix_tokens: int) -> int:
-        """Longest sequence: the trained context, up to which the official dynamic RoPE scaling is idle."""
+        """The longest sequence: the trained context, within which the official dynamic RoPE scaling does
+        nothing."""
         return self.config.decoder.max_position
 
 
-def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
-    """A small tokenizer with InternVL2's special tokens, see `tokenizer.make`."""
-    tokenizer.make(texts, folder, vocab_size, special=SPECIAL, bos=BOS, eos=EOS, unk=UNK)
-
-
-def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The fast tokenizer where there is one; officially there is a sentencepiece model only."""
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast | tokenizer.SentencePiece:
+    """The fast tokenizer if the folder has one; officially it has a sentencepiece model only."""
     fast = (folder / "tokenizer.json").exists()
     return tokenizer.load(folder) if fast else tokenizer.SentencePiece(folder)
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
-FIXED = {  # what config.json may say of the architecture
+FIXED: dict[str, names.JSON] = {  # the only values of these keys in config.json that the model supports
     "": {"downsample_ratio": 0.5, "ps_version": "v2"},
     "vision_config": {
         "hidden_act": "gelu",
@@ -249,7 +245,7 @@ FIXED = {  # what config.json may say of the architecture
     },
     "llm_config": {"model_type": "internlm2", "hidden_act": "silu", "bias": False},
 }
-TILES = {
+TILES = {  # our field: the key in config.json
     "num_crops": "max_dynamic_patch",
     "min_crops": "min_dynamic_patch",
     "use_thumbnail": "use_thumbnail",
@@ -257,10 +253,10 @@ TILES = {
 
 
 def read_config(folder: pathlib.Path) -> InternVL2Config:
-    """From config.json.
+    """The config in config.json.
 
     Raises:
-      ValueError: it describes another architecture, such as a sibling with another decoder.
+      ValueError: it describes another architecture, such as an InternVL2 with another decoder.
     """
     c = hf.read_json(folder / "config.json")
     v, llm = c["vision_config"], c["llm_config"]
@@ -269,7 +265,7 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
         for key, value in wanted.items():
             if there.get(key, value) != value:
                 raise ValueError(
-                    f"{folder}/config.json: {part} {key} is {there[key]!r}, only {value!r} is known"
+                    f"{folder}/config.json: {part} {key} is {there[key]!r}, only {value!r} is supported"
                 )
     decoder = names.decoder_config(llm)
     vision = names.vision_config(
@@ -284,8 +280,8 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
     return InternVL2Config(decoder, vision, **{ours: c[key] for ours, key in TILES.items()})
 
 
-def config_files(config: InternVL2Config, dtype: str) -> dict[str, Any]:
-    """config.json for a policy of these dimensions: what `read_config` reads."""
+def config_files(config: InternVL2Config, dtype: str) -> dict[str, names.JSON]:
+    """config.json for a policy of these dimensions, as `read_config` reads it."""
     return {
         "config.json": {
             "architectures": ["InternVLChatModel"],
@@ -315,8 +311,8 @@ def config_files(config: InternVL2Config, dtype: str) -> dict[str, Any]:
 
 
 def table(config: InternVL2Config) -> list[names.Tensor]:
-    """The checkpoint's names. InternLM2 fuses q, k and v per key/value head: its queries, its key, its
-    value; InternViT fuses them one after the other."""
+    """The checkpoint's tensors. InternLM2 fuses q, k and v per key/value head (its queries, its key, its
+    value); InternViT concatenates all of q, k and v."""
     c, v = config.decoder, config.vision
     d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
     group, at, ours = h // g, "language_model.model.layers.{}.", "decoder.blocks."
@@ -366,7 +362,7 @@ def table(config: InternVL2Config) -> list[names.Tensor]:
 
 
 def pixels(config: InternVL2Config, crops: int) -> jax.ShapeDtypeStruct:
-    """Of a prompt with so many tiles, thumbnails included."""
+    """The pixels' shape for a prompt with this many tiles, thumbnails included."""
     return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
 
 

@@ -1,6 +1,6 @@
 """Layers that the families share: norms, LongRoPE, the shared-prefix row, the scanned decoder.
 
-Shapes are said with one alphabet:
+Shapes use one alphabet:
   B rows (queries)   T row tokens    P prefix tokens   K branches   R response tokens
   D model width      H query heads   G key/value heads N head width F MLP width   L layers   V vocabulary
 Block parameters carry a leading `layers` dimension and are scanned.
@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +19,17 @@ from mstar_jax import sharding
 from mstar_jax.models import attention
 from mstar_jax.structs import KVCache
 
-ADAPTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # over how many axes of x each sums
-ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # their names
+ADAPTED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # axes of x that each contracts
+ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # names of the adapters' parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Dimensions of a Llama-like decoder (Phi-3 adds LongRoPE factors).
 
-    `short_factor`/`long_factor` have head_dim / 2 entries; None means plain RoPE. `unroll` blocks are
-    compiled side by side in the scan: more code, faster on a CPU. `lora_rank` r > 0 gives the blocks'
-    projections adapters, x @ W + (x @ a) @ b * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
+    `short_factor` and `long_factor` have head_dim / 2 entries; None means plain RoPE. The scan over blocks is
+    unrolled by `unroll`: more code, faster on a CPU. `lora_rank` r > 0 gives the blocks' projections
+    adapters, x @ W + (x @ a) @ b * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
     """
 
     vocab_size: int
@@ -53,21 +52,21 @@ class DecoderConfig:
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-    """A parameter with its shape, its logical axes and its initialisation, on one line."""
+    """A parameter: its shape, logical axes and initialisation on one line."""
     if std == 0.0 or std == 1.0:  # biases and norm weights
         return nnx.Param(jnp.full(shape, std, jnp.float32), axes=axes)
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std, axes=axes)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalises in float32 and multiplies by the weight after the cast back, as Phi-3 and Llama do."""
+    """RMSNorm in float32; the weight is multiplied after the cast to x's dtype, as in Phi-3 and Llama."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm with its statistics in float32."""
+    """LayerNorm with float32 statistics."""
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
@@ -76,10 +75,10 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
 
 @jax.custom_vjp
 def widen(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] @ weight [D, F] of one dtype, for F > D.
+    """x [..., D] @ weight [D, F] of one dtype, for F > D, with a weight gradient that is faster on a CPU.
 
-    The product that makes the weight's gradient turns its first operand over. JAX puts the output's gradient
-    there, and XLA's CPU compiler computes that anew, entry by entry down its columns; here it is x.
+    The product that computes the weight's gradient transposes its first operand. In JAX's own rule that is
+    the output's gradient, which XLA's CPU compiler then recomputes entry by entry; here it is x.
     """
     return x @ weight
 
@@ -103,9 +102,9 @@ def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) ->
 
     Args:
       config: theta, factors and the two context lengths.
-      positions: int32[B, T] position within prefix + own branch.
-      long: bool[B]; whether the row's sequences are longer than the original context: then the long
-        factors hold for all of the sequence (Phi-3's rule). Both sets share one magnitude factor.
+      positions: int32[B, T], position within prefix + own branch.
+      long: bool[B], whether the row's sequences exceed the original context. If so, the long factors apply to
+        the whole sequence (Phi-3's rule). Both sets of factors share one magnitude.
     """
     half = config.head_dim // 2
     frequency = config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) * 2.0 / config.head_dim)
@@ -120,7 +119,7 @@ def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) ->
     else:
         inverse = jnp.broadcast_to(1.0 / frequency, (positions.shape[0], half))
     angle = positions[..., None].astype(jnp.float32) * inverse[:, None, :]
-    # written into an array: XLA's CPU compiler else makes them anew in every head of every layer
+    # written into an array, or XLA's CPU compiler would recompute them in every head of every layer
     tables = jnp.zeros((2, *angle.shape)).at[0].set(jnp.cos(angle)).at[1].set(jnp.sin(angle))
     return tables[0] * magnitude, tables[1] * magnitude
 
@@ -133,12 +132,12 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def row_layout(branch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Derives everything about a shared-prefix row from `branch` alone.
+    """Positions, predictors and attention mask of a shared-prefix row, all derived from `branch`.
 
         branch      0 0 0  1 1  2 2 2 -1
         positions   0 1 2  3 4  3 4 5  0     a branch continues the prefix
-        predictor   - 0 1  2 3  2 5 6  -     whose output predicts this token: the token before it, and
-                                             for a branch's first token the last one of the prefix
+        predictor   - 0 1  2 3  2 5 6  -     the place whose output predicts this token: the one before it,
+                                             or the last of the prefix for a branch's first token
         mask[5]     1 1 1  0 0  1 0 0  0     j sees i iff i <= j and (branch_i = branch_j or branch_i = 0)
 
     Args:
@@ -160,10 +159,10 @@ def row_layout(branch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def branch_sum(x: jax.Array, branch: jax.Array) -> jax.Array:
-    """float32[B, T]: for each token the sum of x over its own branch up to it, itself included."""
+    """float32[B, T]: the inclusive cumulative sum of x [B, T] within each token's own branch."""
     first = branch != jnp.pad(branch, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
 
-    def add(left, right):  # not a difference of sums over the row: other branches must not cost digits
+    def add(left, right):  # not a difference of cumulative sums over the row, which would lose digits
         return jnp.where(right[1], right[0], left[0] + right[0]), left[1] | right[1]
 
     return jax.lax.associative_scan(add, (x, first), axis=1)[0]
@@ -172,8 +171,8 @@ def branch_sum(x: jax.Array, branch: jax.Array) -> jax.Array:
 class Blocks(nnx.Module):
     """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases.
 
-    With LoRA, beside each projection [L, inputs, outputs] lie its adapters, a [L, inputs, r] and b [L, r,
-    outputs], named `q_a` and `q_b`. b begins at 0, and so does what they add.
+    With LoRA, each projection [L, inputs, outputs], such as `q`, has adapters `q_a` [L, inputs, r] and `q_b`
+    [L, r, outputs]. b starts at 0, so the adapters add nothing at first.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -191,27 +190,29 @@ class Blocks(nnx.Module):
         self.gate = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.up = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
-        for name, summed in ADAPTED.items() if c.lora_rank else ():
-            weight, cut, r = getattr(self, name), 1 + summed, c.lora_rank
-            shape, axes = weight.shape, weight.get_metadata()["axes"]
-            std = math.prod(shape[1:cut]) ** -0.5
-            setattr(self, f"{name}_a", param(rngs, (*shape[:cut], r), (*axes[:cut], "rank"), std))
-            setattr(
-                self, f"{name}_b", param(rngs, (n, r, *shape[cut:]), ("layers", "rank", *axes[cut:]), 0.0)
-            )
+        for name, contracted in ADAPTED.items() if c.lora_rank else ():
+            weight = getattr(self, name)
+            axes = weight.get_metadata()["axes"]
+            last = 1 + contracted  # of the input axes
+            shape_a = (*weight.shape[:last], c.lora_rank)
+            shape_b = (n, c.lora_rank, *weight.shape[last:])
+            std = math.prod(weight.shape[1:last]) ** -0.5
+            setattr(self, f"{name}_a", param(rngs, shape_a, (*axes[:last], "rank"), std))
+            setattr(self, f"{name}_b", param(rngs, shape_b, ("layers", "rank", *axes[last:]), 0.0))
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
-        """x through a projection and, beside it, its adapters: a @ b is never made."""
-        summed = ADAPTED[name]
+        """x through a projection and its adapters; a @ b is never materialised."""
+        contracted = ADAPTED[name]
         weight = getattr(self, name)[...]
-        out = widen(x, weight) if name in ("gate", "up") else jnp.tensordot(x, weight, summed)
+        out = widen(x, weight) if name in ("gate", "up") else jnp.tensordot(x, weight, contracted)
         if rank := self.config.lora_rank:
-            low = jnp.tensordot(x, getattr(self, f"{name}_a")[...], summed) * (self.config.lora_alpha / rank)
+            low = jnp.tensordot(x, getattr(self, f"{name}_a")[...], contracted)
+            low = low * (self.config.lora_alpha / rank)
             out += jnp.tensordot(low, getattr(self, f"{name}_b")[...], 1)
         return out
 
     def __call__(self, x, rope, attend):
-        """One block (self is one layer's slice): x [B, T, D] -> x, and what attention keeps."""
+        """One block; `self` is one layer's slice. x [B, T, D] -> x, and what `attend` returns to be kept."""
         eps = self.config.rms_norm_eps
         h = rms_norm(x, self.input_norm[...], eps)
         q = rotate(self._project(h, "q"), rope)
@@ -225,8 +226,8 @@ class Blocks(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "dtype"))
-def merge(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, dtype: Any) -> jax.Array:
-    """W + a @ b * scale of every layer (see `Blocks`), in float32 until it is cast to `dtype`."""
+def merge(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """W + a @ b * scale for every layer (see `Blocks`), computed in float32 and cast to `dtype`."""
     a, b = sharding.cast((a, b), jnp.float32)
     product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))(a, b)
     return (weight.astype(jnp.float32) + scale * product).astype(dtype)
@@ -253,16 +254,16 @@ class Decoder(nnx.Module):
           x: [B, T, D] embeddings.
           positions: int32[B, T].
           long: bool[B], see `rope_tables`.
-          attend: attention function, `attention.row_attention(...)`.
+          attend: the attention function, see `attention.row_attention`.
           remat: a `jax.checkpoint` policy, or None to keep all activations.
 
         Returns:
-          hidden [B, T, D], and what every block kept, stacked over L.
+          hidden [B, T, D], and what `attend` keeps of every block, stacked over L.
         """
         rope = rope_tables(self.config, positions, long)
 
         def block(x, blocks):
-            # rows stay where they are and weights come to them; else they may be cut along D, as weights are
+            # activations stay sharded by row; the compiler might else shard them along D, as weights are
             x = sharding.constrain(x, ("batch", None, None))
             x, kept = blocks(x, rope, attend)
             return sharding.constrain(x, ("batch", None, None)), kept
@@ -274,24 +275,25 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("language")
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., V] of hidden [..., D]."""
+        """hidden [..., D] -> float32[..., V]."""
         head = self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
         return widen(hidden, head).astype(jnp.float32)
 
 
 def layers_of(decoder: Decoder) -> Callable[[int], Blocks]:
-    """A layer's block by its number, for loops of `decode_hidden` that trace this call outside of them.
+    """A function from a layer's number to its block, for `decode_hidden`; call it outside of the decoding
+    loop.
 
-    XLA's compilers for CPUs and GPUs copy what is sliced out of a stack, in every step: there it is sliced
-    here, once. The TPU's reads it in place, and a second copy of the weights would cost it memory.
+    XLA for CPU and GPU copies a layer that is sliced from the stacked weights, in every step of a loop. There
+    the layers are sliced here, once. XLA for TPU reads them in place, so a copy would only cost memory.
     """
 
-    def cut(layer: int) -> Blocks:
+    def block(layer: int) -> Blocks:
         return jax.tree.map(lambda p: p[layer], decoder.blocks)
 
     if attention.device_kind().startswith("TPU"):
-        return cut
-    return [cut(layer) for layer in range(decoder.config.num_layers)].__getitem__
+        return block
+    return [block(layer) for layer in range(decoder.config.num_layers)].__getitem__
 
 
 @jax.named_scope("language")
@@ -303,23 +305,25 @@ def decode_hidden(
     Args:
       decoder: the language model.
       layer: its blocks, see `layers_of`.
-      x: [B, K, D], the embeddings of the branches' next token.
-      cache: the keys and values before it.
-      chunks: how many chunks of the suffixes are read, 0 for all. Rows whose tokens lie in others come out
-        wrong.
+      x: [B, K, D], the embedding of each branch's next token.
+      cache: the keys and values of the tokens before it.
+      chunks: how many chunks of the suffixes are read, 0 for all. Results are wrong for rows that have tokens
+        in other chunks.
 
     Returns:
       hidden [B, K, D] and the cache with this token's keys and values.
     """
-    c, count = decoder.config, len(cache.suffix_k)
+    c = decoder.config
+    count = len(cache.suffix_k)
     size = jax.tree.leaves(cache.suffix_k[0])[0].shape[3]
-    column, columns = cache.clock % size, jnp.arange(size)
+    column = cache.clock % size
+    columns = jnp.arange(size)
     ago = [(column - columns + at * size) % (count * size) for at in range(chunks or count)]
-    seen = [steps <= cache.age[:, None] for steps in ago]  # steps since a column was written
+    seen = [steps <= cache.age[:, None] for steps in ago]  # `ago`: steps since a column was written
     rope = rope_tables(c, cache.start + cache.age[:, None], cache.long)
     written = []
     for i in range(c.num_layers):
-        prefix = cache.prefix_k[i], cache.prefix_v[i]
+        prefix = (cache.prefix_k[i], cache.prefix_v[i])
         suffix = [(cache.suffix_k[at][i], cache.suffix_v[at][i]) for at in range(len(seen))]
         attend = attention.branch_attention(prefix, cache.visible, suffix, seen, column)
         x = sharding.constrain(x, ("batch", None, None))

@@ -1,27 +1,27 @@
 """MiniCPM-Llama3-V-2.5: config, prompt layout, model, checkpoint.
 
 Source: openbmb/MiniCPM-Llama3-V-2_5. SigLIP-400M (as in Idefics2) on images of any aspect ratio, a
-resampler that reads every image into 96 queries by cross-attention, and Llama 3. How an image is cut into
-slices is in `slicing`. Every dimension comes from the config: a tiny policy is the same code.
+resampler that compresses every image to 96 features by cross-attention, and Llama 3. How an image is divided
+into slices is in `slicing`. Every dimension comes from the config, so a tiny policy runs the same code.
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from mstar_jax.models import hf, names, slicing, tokenizer
-from mstar_jax.models.layers import Decoder, DecoderConfig, layer_norm, param
+from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, VitConfig, attention, tanh_gelu
-from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.models.vision import Vit, attention, tanh_gelu
+from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
 BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -30,28 +30,26 @@ UNK, IMAGE, IMAGE_END, SLICE, SLICE_END = "<unk>", "<image>", "</image>", "<slic
 MARKERS = (HEADER, HEADER_END, UNK, IMAGE, IMAGE_END, SLICE, SLICE_END)
 SPECIAL = (BOS, EOS, END, *MARKERS)
 HEAD = 128  # width of the resampler's heads
-EPS = 1e-6  # of its norms
-LENGTH = 128  # patches are padded to a multiple of this
+EPS = 1e-6  # of the resampler's norms
+LENGTH = 128  # the number of patches is padded to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
-class MiniCPMV25Config:
+class MiniCPMV25Config(PolicyConfig):
     """Dimensions of the policy.
 
     Attributes:
       decoder, vision: the two transformers.
+      num_crops: the most slices of an image, in addition to the whole image (officially max_slice_nums, 9).
       query_num: features of an image or slice.
-      num_crops: most slices of an image, beside the image itself (max_slice_nums).
       scale_resolution: side in pixels of a square image that fills the encoder.
-      corrected_mask: encode every image by itself. Officially the images of a conversation are padded to
-        the longest, the padding is attended to, and positions are those of the longest: what a slice is
-        seen as depends on the images beside it, and the released weights were trained like that.
+      corrected_mask: encode every image independently. Officially, the images of a conversation are padded to
+        the longest one, the padding is attended to, and positions are those of the longest image. An image's
+        features then depend on the other images, and the released weights were trained that way.
     """
 
-    decoder: DecoderConfig
-    vision: VitConfig
-    query_num: int = 96
     num_crops: int = 9
+    query_num: int = 96
     scale_resolution: int = 448
     corrected_mask: bool = False
 
@@ -62,26 +60,29 @@ class MiniCPMV25Config:
             )
 
 
-class Slices(NamedTuple):
-    """The images of a query, each with its own grid of patches; in a Batch with B in front.
+Array = TypeVar("Array", np.ndarray, jax.Array, jax.ShapeDtypeStruct)
+
+
+class Slices(NamedTuple, Generic[Array]):
+    """The images of a query, each with its own grid of patches; in a `Batch`, with a leading B.
 
     Attributes:
-      patches: float32[C, L, 3 * patch_size**2]; zeros behind an image's own patches.
+      patches: float32[C, L, 3 * patch_size**2]; zeros after an image's own patches.
       positions: int32[C, L], rows of the encoder's position table.
-      attended: int32[C]; the encoder attends to this many columns, padding or not; 0 for no image.
-      grid: int32[C, 2]; rows and columns of the image's own patches, which the resampler attends to.
+      attended: int32[C], the number of columns that the encoder attends to, padding or not; 0 for no image.
+      grid: int32[C, 2], rows and columns of the image's own patches, which the resampler attends to.
     """
 
-    patches: Any
-    positions: Any
-    attended: Any
-    grid: Any
+    patches: Array
+    positions: Array
+    attended: Array
+    grid: Array
 
 
 def grid_positions(grid: jax.Array, length: int, width: int) -> jax.Array:
-    """Sines and cosines of where a patch stands: int32[B, 2] (rows, columns) -> float32[B, length, width].
+    """Sinusoidal position embeddings of patches: int32[B, 2] (rows, columns) -> float32[B, length, width].
 
-    The first half of the width tells the column, the second the row; each is all sines, then all cosines.
+    The first half of the width is for the column, the second for the row; in each, sines precede cosines.
     """
     columns = jnp.maximum(grid[:, 1:], 1)
     index = jnp.arange(length)[None, :]
@@ -117,7 +118,7 @@ class Resampler(nnx.Module):
     def __call__(self, x: jax.Array, grid: jax.Array) -> jax.Array:
         """Patches [B, L, V] of images with grids int32[B, 2] -> [B, query_num, D]."""
         x = layer_norm(x @ self.kv[...], self.kv_norm[...], self.kv_norm_bias[...], EPS)
-        placed = x + grid_positions(grid, *x.shape[1:]).astype(x.dtype)  # keys only: values have no place
+        placed = x + grid_positions(grid, *x.shape[1:]).astype(x.dtype)  # for keys; values have no position
         query = layer_norm(self.query[...], self.query_norm[...], self.query_norm_bias[...], EPS)
         q = jnp.einsum("qd,dhn->qhn", query, self.q[...]) + self.q_bias[...]
         k = jnp.einsum("bld,dhn->blhn", placed, self.k[...]) + self.k_bias[...]
@@ -137,10 +138,10 @@ class MiniCPMV25(VisionLanguageModel):
         self.resampler = Resampler(config, rngs)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: Any, remat=None) -> jax.Array:
-        """pixels `Slices` with [B, C] in front -> [B, C * query_num, D], image after image."""
+    def image_features(self, pixels: Slices[jax.Array], remat: Remat | None = None) -> jax.Array:  # type: ignore[override]
+        """`Slices` with leading [B, C] -> [B, C * query_num, D], the images in order."""
 
-        def one(crop):  # the C-th images of all rows together: attention scores of all C would be large
+        def one(crop):  # one image of every row at a time, since the attention scores of all C would be large
             attended = jnp.arange(crop.patches.shape[1]) < crop.attended[:, None]
             x = self.tower(crop.patches, remat, positions=crop.positions, mask=attended)
             return self.resampler(x, crop.grid)
@@ -150,22 +151,23 @@ class MiniCPMV25(VisionLanguageModel):
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
 
-def placeholder(cut: slicing.Layout, query_num: int) -> str:
-    """What stands for an image in a prompt: itself, then its slices, a line for each row of the grid."""
+def placeholder(layout: slicing.Layout, query_num: int) -> str:
+    """The text that stands for an image in a prompt: the whole image, then its slices, one line per grid
+    row."""
     image = IMAGE + UNK * query_num + IMAGE_END
-    lines = "\n".join([image * cut.columns] * cut.rows)
+    lines = "\n".join([image * layout.columns] * layout.rows)
     return image + (SLICE + lines + SLICE_END if lines else "")
 
 
 class MiniCPMV25Processor:
-    """Text and images to arrays; see `structs.Processor`."""
+    """Text and images to arrays, see `structs.Processor`."""
 
-    def __init__(self, config: MiniCPMV25Config, tokenizer: Any):
+    def __init__(self, config: MiniCPMV25Config, tokenizer: PreTrainedTokenizerFast):
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
         known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
-        self.stop_ids = (known[END], known[EOS])
+        self.stop_ids: tuple[int, ...] = (known[END], known[EOS])
         self.unk_id = known[UNK]
         added = tokenizer.added_tokens_decoder
         self.control = tuple(dict.fromkeys([*SPECIAL, *(t.content for t in added.values() if t.special)]))
@@ -173,7 +175,7 @@ class MiniCPMV25Processor:
         self.forbidden_ids = (*control_ids, *range(len(tokenizer), self.vocab_size))
 
     def _without_control(self, text: str) -> str:
-        """Parts what the tokenizer would read as a control token: data must not write any."""
+        """The text with a space in everything that the tokenizer would read as a control token."""
         for token in self.control:
             text = text.replace(token, token[0] + " " + token[1:])
         return text
@@ -183,8 +185,8 @@ class MiniCPMV25Processor:
         return slicing.layout(*size, c.num_crops, c.scale_resolution, c.vision.patch_size)
 
     def _prompt(self, text: str, layouts: list[slicing.Layout]) -> list[int]:
-        """Token ids of Llama 3's chat template with one BOS, `<unk>` where an image feature stands."""
-        images = [placeholder(cut, self.config.query_num) for cut in layouts]
+        """Token ids of Llama 3's chat template with one BOS; `<unk>` stands for each image feature."""
+        images = [placeholder(layout, self.config.query_num) for layout in layouts]
         content = "\n".join([*images, self._without_control(text)]).strip()
         prompt = f"{BOS}{HEADER}user{HEADER_END}\n\n{content}{END}{HEADER}assistant{HEADER_END}\n\n"
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -192,10 +194,10 @@ class MiniCPMV25Processor:
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, images and slices) without decoding an image; sizes are (width, height)."""
         layouts = [self._layout(size) for size in sizes]
-        return len(self._prompt(text, layouts)), sum(cut.crops for cut in layouts)
+        return len(self._prompt(text, layouts)), sum(layout.crops for layout in layouts)
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The official prompt, images first; `pixels` are `Slices`."""
+        """The official prompt, with images before the text; `pixels` are `Slices`."""
         c = self.config
         tokens = np.array(self._prompt(text, [self._layout(image.size) for image in images]), np.int32)
         places = tokens == self.unk_id
@@ -207,8 +209,8 @@ class MiniCPMV25Processor:
         index = np.where(places, np.cumsum(places) - 1, -1)
         return EncodedPrompt(np.where(places, 0, tokens), index.astype(np.int32), self._slices(crops))
 
-    def _slices(self, crops: list[tuple[np.ndarray, tuple[int, int]]]) -> Slices:
-        """Pads the images of a conversation to one length, the same for all but very long images."""
+    def _slices(self, crops: list[tuple[np.ndarray, slicing.Size]]) -> Slices[np.ndarray]:
+        """Pads the images of a prompt to one length (see `padded_length`)."""
         c = self.config
         longest = max((len(patches) for patches, _ in crops), default=0)
         length = padded_length(c, longest)
@@ -226,41 +228,37 @@ class MiniCPMV25Processor:
         return out
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a response, closed by `<|eot_id|>`."""
+        """Ids of a response, ending in `<|eot_id|>`."""
         ids = self.tokenizer(self._without_control(text), add_special_tokens=False)["input_ids"]
         return [*ids, self.stop_ids[0]]
 
-    def decode(self, tokens: Any) -> str:
-        """Text without special tokens, its spaces as they are."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens; spaces are not cleaned up."""
+        ids = list(map(int, tokens))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def length_limit(self, prefix_tokens: int) -> int:
-        """Longest sequence: the decoder's context."""
+        """The longest sequence: the decoder's context."""
         return self.config.decoder.max_position
 
 
 def padded_length(config: MiniCPMV25Config, longest: int) -> int:
-    """Patches that every image is padded to: the same for all but very long images."""
-    usual = (
-        9 * (config.scale_resolution // config.vision.patch_size) ** 2 // 8
-    )  # whole ones: not quite square
+    """The number of patches that images are padded to, the same for all but very long images."""
+    square = (config.scale_resolution // config.vision.patch_size) ** 2
+    usual = 9 * square // 8  # images that are not square may have a few more patches
     return -(-max(longest, usual) // LENGTH) * LENGTH
-
-
-def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
-    """A small tokenizer with Llama 3's special tokens and MiniCPM's markers, see `tokenizer.make`."""
-    tokenizer.make(texts, folder, vocab_size, special=SPECIAL, bos=BOS, eos=EOS, unk=UNK)
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
 def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
-    """From config.json.
+    """The config in config.json.
 
-    Slicing is under its `slice_config` (`max_slice_nums`, `scale_resolution`); `corrected_mask` is ours
-    and official files do not have it.
+    Its `slice_config` holds `max_slice_nums` and `scale_resolution`. `corrected_mask` is our own key, which
+    official files do not have.
     """
     c = hf.read_json(folder / "config.json")
-    v, cut = c["vision_config"], c.get("slice_config") or {}
+    v = c["vision_config"]
+    slices = c.get("slice_config") or {}
     decoder = names.decoder_config({"rope_theta": 500000.0} | c)
     vision = names.vision_config(
         {"layer_norm_eps": 1e-6} | v,
@@ -275,15 +273,15 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
         decoder,
         vision,
         query_num=c.get("query_num", 96),
-        num_crops=cut.get("max_slice_nums", 9),
-        scale_resolution=cut.get("scale_resolution", 448),
+        num_crops=slices.get("max_slice_nums", 9),
+        scale_resolution=slices.get("scale_resolution", 448),
         corrected_mask=c.get("corrected_mask", False),
     )
 
 
-def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, Any]:
-    """config.json for a policy of these dimensions: what `read_config` reads."""
-    values = {
+def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, names.JSON]:
+    """config.json for a policy of these dimensions, as `read_config` reads it."""
+    values: names.JSON = {
         "architectures": ["MiniCPMV"],
         "model_type": "minicpmv",
         "version": "2.5",
@@ -312,14 +310,14 @@ def config_files(config: MiniCPMV25Config, dtype: str) -> dict[str, Any]:
 
 
 def table(config: MiniCPMV25Config) -> list[names.Tensor]:
-    """The checkpoint's names."""
+    """The checkpoint's tensors."""
     d, v, ours = config.decoder.hidden_size, config.vision, "resampler."
     rest = names.llama(config.decoder, "llm.model.", "llm.lm_head")
     rest += names.patch_embedding(v, "vpm.embeddings.patch_embedding", "tower")
     rest += [
         names.plain("vpm.embeddings.position_embedding.weight", (v.side**2, v.hidden_size), "tower.position"),
         names.plain("resampler.query", (config.query_num, d), f"{ours}query"),
-        names.plain("resampler.proj", (d, d), f"{ours}project"),  # multiplied from the right, as stored
+        names.plain("resampler.proj", (d, d), f"{ours}project"),  # stored as [in, out], unlike a linear layer
     ]
     rest += names.vit_blocks(v, "vpm.encoder.layers.{}.", "tower.blocks.")
     rest += names.norm("vpm.post_layernorm", v.hidden_size, "tower.post_norm", bias=True)
@@ -336,8 +334,8 @@ def table(config: MiniCPMV25Config) -> list[names.Tensor]:
     ]
 
 
-def pixels(config: MiniCPMV25Config, crops: int) -> Slices:
-    """Of a prompt with so many images and slices, none of them very long."""
+def pixels(config: MiniCPMV25Config, crops: int) -> Slices[jax.ShapeDtypeStruct]:
+    """The pixels' shapes for a prompt with this many images and slices, none of them very long."""
     length = padded_length(config, 0)
     return Slices(
         jax.ShapeDtypeStruct((crops, length, 3 * config.vision.patch_size**2), jnp.float32),

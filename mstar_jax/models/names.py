@@ -1,25 +1,26 @@
-"""Names: config.json's keys for our fields, and which checkpoint tensor holds which of our parameters.
+"""Names in checkpoints: config.json's keys for our fields, and which tensor holds which of our parameters.
 
-Every checkpoint tensor is one line of its family's table: its name ("{}" counts the layers), its shape,
-and our parameters in it, as views of it:
+Each checkpoint tensor is one line of its family's table: its name ("{}" stands for the layer), its shape, and
+the parameters in it as views:
 
     Tensor("model.layers.{}.self_attn.qkv_proj.weight", (9216, 3072), (
         Part("decoder.blocks.q", view=(96, 96, 3072), take=np.s_[:32], order=(2, 0, 1)), ...))
 
-`view` is a reshape, `take` a slice of it, `order` a transposition; a last reshape gives our parameter's
-shape. All of it can be undone, so one table serves reading and writing.
+`view` is a reshape, `take` a slice of it and `order` a transposition; a final reshape gives our parameter's
+shape. Each of these can be inverted, so one table serves both reading and writing.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
 
-SIZES = {  # of a transformer: our field, the key in config.json
+SIZES = {  # sizes of a transformer; our field: the key in config.json
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
@@ -31,29 +32,40 @@ DECODER |= {"num_kv_heads": "num_key_value_heads", "max_position": "max_position
 DECODER |= {"original_max_position": "original_max_position_embeddings"}
 
 
-def decoder_config(values: dict[str, Any], **ours: Any) -> DecoderConfig:
-    """A decoder's dimensions from config.json's keys; `ours` are fields that it does not say."""
-    longest = values["max_position_embeddings"]
-    usual = {"tie_word_embeddings": False, "original_max_position_embeddings": longest}
-    usual |= {"rms_norm_eps": 1e-5, "num_key_value_heads": values["num_attention_heads"]}
-    found = {field: (usual | values)[key] for field, key in DECODER.items()}
-    return DecoderConfig(**found, head_dim=found["hidden_size"] // found["num_heads"], **ours)
+JSON = dict[str, Any]  # values of a JSON object
 
 
-def decoder_values(config: DecoderConfig) -> dict[str, Any]:
-    """config.json's keys for a decoder."""
+def decoder_config(values: JSON, **ours: object) -> DecoderConfig:
+    """A decoder's dimensions from config.json's values; `ours` are fields that have no key there."""
+    defaults = {
+        "tie_word_embeddings": False,
+        "original_max_position_embeddings": values["max_position_embeddings"],
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": values["num_attention_heads"],
+    }
+    fields: JSON = {field: (defaults | values)[key] for field, key in DECODER.items()}
+    fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    return DecoderConfig(**(fields | ours))
+
+
+def decoder_values(config: DecoderConfig) -> JSON:
+    """config.json's values for a decoder."""
     return {key: getattr(config, field) for field, key in DECODER.items()} | {"hidden_act": "silu"}
 
 
-def vision_config(values: dict[str, Any], **ours: Any) -> VitConfig:
-    """A vision transformer's dimensions from config.json's keys; `ours` are fields that it does not say."""
-    found = {field: values[key] for field, key in VISION.items() if key in values}
-    return VitConfig(**(found | ours))
+def vision_config(values: JSON, **ours: object) -> VitConfig:
+    """A vision transformer's dimensions from config.json's values; `ours` are fields that have no key there,
+    or replace its value."""
+    fields: JSON = {field: values[key] for field, key in VISION.items() if key in values}
+    return VitConfig(**(fields | ours))
 
 
-def vision_values(config: VitConfig) -> dict[str, Any]:
-    """config.json's keys for a vision transformer."""
+def vision_values(config: VitConfig) -> JSON:
+    """config.json's values for a vision transformer."""
     return {key: getattr(config, field) for field, key in VISION.items()}
+
+
+Index = slice | int | tuple[slice | int, ...]
 
 
 class Part(NamedTuple):
@@ -61,11 +73,11 @@ class Part(NamedTuple):
 
     ours: str
     view: tuple[int, ...] | None = None
-    take: Any = np.s_[:]
+    take: Index = np.s_[:]
     order: tuple[int, ...] | None = None
 
     def extract(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Our parameter of this shape out of the tensor; a view where numpy can."""
+        """Reads our parameter of this shape from the tensor; a view where numpy allows it."""
         part = tensor.reshape(self.view or tensor.shape)[self.take]
         return part.transpose(self.order or range(part.ndim)).reshape(shape)
 
@@ -77,7 +89,7 @@ class Part(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A checkpoint tensor, or with "{}" in its name one per layer."""
+    """A checkpoint tensor; with "{}" in its name, one per layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -85,24 +97,25 @@ class Tensor(NamedTuple):
 
 
 def plain(name: str, shape: tuple[int, ...], ours: str) -> Tensor:
-    """A tensor that is our parameter as it stands, up to its shape."""
+    """A tensor that equals our parameter up to its shape."""
     return Tensor(name, shape, (Part(ours),))
 
 
 def linear(name: str, inputs: int, outputs: int, ours: str, bias: bool = False) -> list[Tensor]:
-    """A PyTorch linear layer's weight [out, in], ours [in, out] (heads split or not), and its bias."""
+    """A PyTorch linear layer: its weight [out, in], which is [in, out] here (with or without a head axis),
+    and its bias."""
     weight = Tensor(f"{name}.weight", (outputs, inputs), (Part(ours, order=(1, 0)),))
     return [weight, plain(f"{name}.bias", (outputs,), f"{ours}_bias")] if bias else [weight]
 
 
 def norm(name: str, size: int, ours: str, bias: bool = False) -> list[Tensor]:
-    """A norm's weight and bias."""
+    """A norm: its weight, and its bias if it has one."""
     weight = plain(f"{name}.weight", (size,), ours)
     return [weight, plain(f"{name}.bias", (size,), f"{ours}_bias")] if bias else [weight]
 
 
 def llama(c: DecoderConfig, prefix: str, head: str = "lm_head") -> list[Tensor]:
-    """The names of Llama and its kin; `prefix` stands before `embed_tokens`."""
+    """Llama's names, which other decoders share; `prefix` precedes `embed_tokens`."""
     d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
     at, ours = prefix + "layers.{}.", "decoder.blocks."
     table = [plain(f"{prefix}embed_tokens.weight", (c.vocab_size, d), "decoder.embedding")]
@@ -119,7 +132,7 @@ def llama(c: DecoderConfig, prefix: str, head: str = "lm_head") -> list[Tensor]:
 
 
 def patch_embedding(c: VitConfig, name: str, ours: str) -> list[Tensor]:
-    """The convolution that embeds patches, [out, 3, p, p]."""
+    """The convolution [out, 3, p, p] that embeds patches."""
     d, inputs = c.hidden_size, 3 * c.patch_size**2
     weight = Part(f"{ours}.patch", view=(d, inputs), order=(1, 0))
     table = [Tensor(f"{name}.weight", (d, 3, c.patch_size, c.patch_size), (weight,))]
@@ -127,7 +140,7 @@ def patch_embedding(c: VitConfig, name: str, ours: str) -> list[Tensor]:
 
 
 def vit_blocks(c: VitConfig, at: str, ours: str) -> list[Tensor]:
-    """The blocks of CLIP and SigLIP, `at` standing before `self_attn`."""
+    """The blocks of CLIP and SigLIP; `at` precedes `self_attn`."""
     d, f = c.hidden_size, c.intermediate_size
     table: list[Tensor] = []
     for name, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
@@ -138,12 +151,12 @@ def vit_blocks(c: VitConfig, at: str, ours: str) -> list[Tensor]:
     return table + norm(f"{at}layer_norm2", d, ours + "norm2", bias=True)
 
 
-def tensors(table: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
-    """The table with its layers counted out: {checkpoint name: its entry of the table}.
+def tensors(table: Sequence[Tensor], model: nnx.Module) -> dict[str, Tensor]:
+    """{checkpoint name: its entry of the table}, with a name for every layer.
 
     Args:
-      table: a family's.
-      model: the model or its shapes; its parameters' first dimension says how many layers there are.
+      table: the family's table.
+      model: the model or its shapes; the first dimension of a block's parameters is the number of layers.
     """
     shapes = {name: leaf.shape for name, leaf in sharding.named(model).items()}
     out = {}
@@ -157,7 +170,7 @@ def tensors(table: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def layer_of(entry: Tensor, name: str) -> int | None:
-    """Which layer's tensor `name` is."""
+    """The layer of the tensor called `name`; None if the entry is not per layer."""
     if "{}" not in entry.name:
         return None
     before, after = entry.name.split("{}")

@@ -1,8 +1,8 @@
 """Phi-3.5-vision: config, HD image transform, prompt layout, model.
 
-Source: microsoft/Phi-3.5-vision-instruct. CLIP ViT-L/14-336 read at its second-last layer, 2x2 merge,
-learned separators at the end of every row of merged features, an MLP projector, and the Phi-3 decoder
-with LongRoPE. Every dimension comes from the config: the tiny test policy is the same code.
+Source: microsoft/Phi-3.5-vision-instruct. The second-to-last layer of CLIP ViT-L/14-336, a 2x2 merge, learned
+separators after every line of merged features, an MLP projector, and the Phi-3 decoder with LongRoPE. Every
+dimension comes from the config, so the tiny policy runs the same code.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,10 @@ from flax import nnx
 from PIL import Image
 
 from mstar_jax.models import hf, names, tokenizer
-from mstar_jax.models.layers import Decoder, DecoderConfig, param
+from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
-from mstar_jax.models.vlm import VisionLanguageModel
+from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -34,16 +33,14 @@ STOPS = (END, "<|endoftext|>", "</s>")
 
 
 @dataclasses.dataclass(frozen=True)
-class Phi35Config:
+class Phi35Config(PolicyConfig):
     """Dimensions of the policy.
 
     Attributes:
       decoder, vision: the two transformers.
-      num_crops: most high-resolution crops of an image, beside the global view (official default 4).
+      num_crops: the most high-resolution crops of an image, in addition to its global view (officially 4).
     """
 
-    decoder: DecoderConfig
-    vision: VitConfig
     num_crops: int = 4
 
 
@@ -62,22 +59,23 @@ class Phi35Vision(VisionLanguageModel):
         self.project_out_bias = param(rngs, (width,), ("embed",), 0.0)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: jax.Array, remat=None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: both separators, then crop after crop."""
+    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
+        """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: the two separators, then the crops in order."""
         rows, crops = pixels.shape[:2]
         patches = patchify(pixels.reshape(rows * crops, *pixels.shape[2:]), self.config.vision.patch_size)
         features = merge_2x2(self.tower(patches, remat))
         features = features.reshape(rows, -1, features.shape[-1])
         separators = jnp.stack([self.row_separator[...], self.view_separator[...]])
         separators = jnp.broadcast_to(separators, (rows, *separators.shape))
-        x = jnp.concatenate([separators, features], axis=1)  # separators go through the projector too
+        x = jnp.concatenate([separators, features], axis=1)  # the separators are projected too
         x = gelu(x @ self.project_up[...] + self.project_up_bias[...])
         return x @ self.project_out[...] + self.project_out_bias[...]
 
 
 def hd_size(width: int, height: int, num_crops: int, size: int) -> tuple[int, int, int]:
     """(width, height, padded height) of a landscape image after the HD transform, in pixels."""
-    ratio, scale = width / height, 1
+    ratio = width / height
+    scale = 1  # crops along the long side
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
     new_height = max(1, int(size * scale / ratio))
@@ -92,8 +90,9 @@ def hd_grid(width: int, height: int, num_crops: int, size: int) -> tuple[int, in
 
 @functools.lru_cache(maxsize=64)
 def _cubic_weights(size: int, out: int) -> np.ndarray:
-    """float32[out, size]: PyTorch's bicubic interpolation (a = -0.75, no antialias, clamped borders)."""
-    a, weights = -0.75, np.zeros((out, size), np.float64)
+    """float32[out, size]: PyTorch's bicubic interpolation (a = -0.75, no antialiasing, clamped borders)."""
+    a = -0.75
+    weights = np.zeros((out, size), np.float64)
     for row in range(out):
         centre = (row + 0.5) * size / out - 0.5
         left = math.floor(centre)
@@ -110,15 +109,15 @@ def hd_transform(image: Image.Image, num_crops: int, size: int) -> tuple[np.ndar
 
     Args:
       image: RGB.
-      num_crops: most crops.
+      num_crops: the most crops.
       size: side of a crop in pixels (336 for the released model).
 
     Returns:
-      float32[1 + rows * columns, size, size, 3], the global view first, then the crops row by row, and
+      float32[1 + rows * columns, size, size, 3], the global view and then the crops row by row; and
       (rows, columns).
     """
-    tall = image.width < image.height
-    if tall:
+    portrait = image.width < image.height
+    if portrait:
         image = image.transpose(Image.Transpose.TRANSPOSE)
     width, height, target = hd_size(image.width, image.height, num_crops, size)
     if image.size != (width, height):
@@ -126,10 +125,11 @@ def hd_transform(image: Image.Image, num_crops: int, size: int) -> tuple[np.ndar
     canvas = np.full((target, width, 3), 255, np.uint8)
     top = (target - height) // 2
     canvas[top : top + height] = np.asarray(image)
-    if tall:
+    if portrait:
         canvas = canvas.transpose(1, 0, 2)
     pixels = (canvas.astype(np.float32) / 255.0 - MEAN) / STD
-    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    rows = pixels.shape[0] // size
+    columns = pixels.shape[1] // size
     view = pixels
     if (rows, columns) != (1, 1):
         vertical, horizontal = (_cubic_weights(n, size) for n in pixels.shape[:2])
@@ -140,11 +140,11 @@ def hd_transform(image: Image.Image, num_crops: int, size: int) -> tuple[np.ndar
 
 
 def feature_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
-    """Which feature stands at each place of an image's span (`sub_glb` order).
+    """The feature at each place of an image's span (`sub_glb` order).
 
-    The table of a row holds the row separator (0), the view separator (1), then side * side features
-    per crop. A span is the crops' mosaic line by line, each line closed by the row separator, then the
-    view separator, then the global view, its lines closed likewise:
+    A row's feature table holds the row separator (0), the view separator (1), then side * side features per
+    crop. A span is the mosaic of crops line by line, a row separator after each line, then the view
+    separator, then the global view, again with a row separator after each line:
 
         c c c c | r
         c c c c | r        N = side^2 * (rows * columns + 1) + 1 + side * (rows + 1)
@@ -154,6 +154,9 @@ def feature_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray
       rows, columns: grid of crops.
       side: merged features along one side of a crop (12 for the released model).
       first: table index of this image's global view.
+
+    Returns:
+      int32[N].
     """
     table = first + np.arange((1 + rows * columns) * side * side, dtype=np.int32).reshape(-1, side, side)
     mosaic = table[1:].reshape(rows, columns, side, side).transpose(0, 2, 1, 3).reshape(rows * side, -1)
@@ -162,16 +165,16 @@ def feature_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray
 
 
 def without_control(text: str) -> str:
-    """Parts what the tokenizer would read as a control token: data must not write any."""
+    """The text with a space in everything that the tokenizer would read as a control token."""
     for mark in ("<|", "<s>", "</s>", "<unk>"):
         text = text.replace(mark, "< " + mark[1:])
     return text
 
 
 class Phi35Processor:
-    """Text and images to arrays; see `structs.Processor`."""
+    """Text and images to arrays, see `structs.Processor`."""
 
-    def __init__(self, config: Phi35Config, tokenizer: Any):
+    def __init__(self, config: Phi35Config, tokenizer: hf.Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
@@ -184,15 +187,16 @@ class Phi35Processor:
         return self.config.vision.side // 2
 
     def _chunks(self, text: str, images: int) -> list[list[int]]:
-        """Token ids around the images. Each chunk is tokenised alone and begins with BOS: the official
-        processor's quirk, so an extra `<s>` follows every image."""
+        """Token ids before, between and after the images. As in the official processor, each chunk is
+        tokenised alone and begins with BOS, so an extra `<s>` follows every image."""
         texts = ["<|user|>\n"] + ["\n"] * images
         texts[-1] += without_control(text) + END + "\n<|assistant|>\n"
         return [self.tokenizer(chunk)["input_ids"] for chunk in texts]
 
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
-        tokens, crops = sum(map(len, self._chunks(text, len(sizes)))), 0
+        tokens = sum(map(len, self._chunks(text, len(sizes))))
+        crops = 0
         for width, height in sizes:
             rows, columns = hd_grid(width, height, self.config.num_crops, self.config.vision.image_size)
             tokens += self._side**2 * (rows * columns + 1) + 1 + self._side * (rows + 1)
@@ -200,15 +204,17 @@ class Phi35Processor:
         return tokens, crops
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, every image span whole."""
+        """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, with complete image
+        spans."""
         chunks = self._chunks(text, len(images))
-        size, first = self.config.vision.image_size, 2
-        tokens: list[Any] = [chunks[0]]
-        index: list[Any] = [[-1] * len(chunks[0])]
+        size = self.config.vision.image_size
+        first = 2  # feature of the next image: after the separators
+        tokens: list[Sequence[int]] = [chunks[0]]
+        index: list[Sequence[int]] = [[-1] * len(chunks[0])]
         pixels = []
         for image, chunk in zip(images, chunks[1:], strict=True):
             crops, (rows, columns) = hd_transform(image, self.config.num_crops, size)
-            span = feature_layout(rows, columns, self._side, first)
+            span = feature_layout(rows, columns, self._side, first).tolist()
             first += len(crops) * self._side**2
             pixels.append(crops)
             tokens += [[0] * len(span), chunk]
@@ -220,54 +226,59 @@ class Phi35Processor:
         )
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a response, closed by `<|end|>`."""
-        return [
-            *self.tokenizer(without_control(text), add_special_tokens=False)["input_ids"],
-            self.stop_ids[0],
-        ]
+        """Ids of a response, ending in `<|end|>`."""
+        ids = self.tokenizer(without_control(text), add_special_tokens=False)["input_ids"]
+        return [*ids, self.stop_ids[0]]
 
-    def decode(self, tokens: Any) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def length_limit(self, prefix_tokens: int) -> int:
-        """Longest sequence: the short LongRoPE factors hold up to the original context, and a cache made
-        with them cannot be continued past it."""
+        """The longest sequence. A cache that was computed with LongRoPE's short factors cannot be continued
+        past the original context, where the long factors apply."""
         c = self.config.decoder
         return c.original_max_position if prefix_tokens <= c.original_max_position else c.max_position
 
 
 def make_tokenizer(texts: Sequence[str], folder: str | os.PathLike, vocab_size: int) -> None:
-    """A small tokenizer with Phi's special tokens, see `tokenizer.make`."""
-    end, rstrip = "<|endoftext|>", ("<|assistant|>",)
-    tokenizer.make(texts, folder, vocab_size, special=SPECIAL, bos=BOS, eos=end, unk="<unk>", rstrip=rstrip)
+    """Trains a small tokenizer with Phi's special tokens, see `tokenizer.make`."""
+    tokenizer.make(
+        texts,
+        folder,
+        vocab_size,
+        special=SPECIAL,
+        bos=BOS,
+        eos="<|endoftext|>",
+        unk="<unk>",
+        rstrip=("<|assistant|>",),
+    )
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
 IMAGE = "model.vision_embed_tokens."
 CLIP = VitConfig(
     hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size=336, patch_size=14
-)  # fixed in the official code; config.json does not say it
+)  # fixed in the official code, not in config.json
 
 
 def read_config(folder: pathlib.Path) -> Phi35Config:
-    """From config.json and preprocessor_config.json (whose `num_crops` is 4 officially).
+    """The config in config.json and preprocessor_config.json, whose `num_crops` is officially 4.
 
-    A policy of other sizes has a `vision_config` in its config.json, with CLIP's own keys.
+    A policy of other sizes has a `vision_config` with CLIP's own keys in its config.json.
     """
     c = hf.read_json(folder / "config.json")
     scaling = c.get("rope_scaling") or {}
-    factors = [tuple(scaling[k]) if k in scaling else None for k in ("short_factor", "long_factor")]
-    decoder = names.decoder_config(
-        {"rope_theta": 10000.0} | c, short_factor=factors[0], long_factor=factors[1]
-    )
+    short, long = (tuple(scaling[k]) if k in scaling else None for k in ("short_factor", "long_factor"))
+    decoder = names.decoder_config({"rope_theta": 10000.0} | c, short_factor=short, long_factor=long)
     vision = names.vision_config(c["vision_config"]) if "vision_config" in c else CLIP
     path = folder / "preprocessor_config.json"
     return Phi35Config(decoder, vision, hf.read_json(path).get("num_crops", 4) if path.exists() else 4)
 
 
-def config_files(config: Phi35Config, dtype: str) -> dict[str, Any]:
-    """config.json and its kin for a policy of these dimensions: what `read_config` reads."""
+def config_files(config: Phi35Config, dtype: str) -> dict[str, names.JSON]:
+    """config.json and preprocessor_config.json for a policy of these dimensions, as `read_config` reads
+    them."""
     c, v = config.decoder, config.vision
     scaling = {"type": "su", "short_factor": c.short_factor, "long_factor": c.long_factor}
     return {
@@ -297,7 +308,7 @@ def config_files(config: Phi35Config, dtype: str) -> dict[str, Any]:
 
 
 def table(config: Phi35Config) -> list[names.Tensor]:
-    """The checkpoint's names."""
+    """The checkpoint's tensors."""
     c, v = config.decoder, config.vision
     d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
     split = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -337,7 +348,7 @@ def table(config: Phi35Config) -> list[names.Tensor]:
 
 
 def pixels(config: Phi35Config, crops: int) -> jax.ShapeDtypeStruct:
-    """Of a prompt with so many crops, views included."""
+    """The pixels' shape for a prompt with this many crops, global views included."""
     return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
 
 

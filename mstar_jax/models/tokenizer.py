@@ -1,10 +1,9 @@
-"""Tokenizers: loaded from a checkpoint's folder without remote code, or made for a policy from scratch."""
+"""Tokenizers: loaded from a checkpoint's folder without remote code, or trained for a policy from scratch."""
 
 import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -13,48 +12,50 @@ from transformers import PreTrainedTokenizerFast
 from mstar_jax.models import hf
 
 
-def load(folder: pathlib.Path) -> Any:
-    """The fast tokenizer of `tokenizer.json`, whatever class the folder names: no remote code.
+def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of `tokenizer.json`, whatever class the folder names: remote code is never run.
 
     Raises:
-      ValueError: naming the folder.
+      ValueError: the folder has no tokenizer.json.
     """
     if not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder}: there is no tokenizer.json")
+        raise ValueError(f"{folder}: no tokenizer.json; copy the tokenizer's files there")
     return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder))
 
 
-def vocabulary(tokenizer: Any, special: Sequence[str], size: int) -> dict[str, int]:
-    """{token: id} of a tokenizer that fits a policy.
+def vocabulary(
+    tokenizer: hf.Tokenizer | PreTrainedTokenizerFast, special: Sequence[str], size: int
+) -> dict[str, int]:
+    """{token: id} of a tokenizer, checked against the policy.
 
     Args:
-      tokenizer: any of the classes here.
-      special: tokens that the family's prompts are made of.
-      size: the model's vocabulary.
+      tokenizer: the policy's tokenizer.
+      special: special tokens that the family's prompts use.
+      size: the model's vocabulary size.
 
     Raises:
-      ValueError: a special token is missing, or there are more tokens than the model knows.
+      ValueError: a special token is missing, or there are more tokens than the model's vocabulary.
     """
     known = tokenizer.get_vocab()
     if missing := [token for token in special if token not in known]:
-        raise ValueError(f"the tokenizer has no {', '.join(missing)}")
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}; is it the one of this policy?")
     if len(tokenizer) > size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {size}")
     return known
 
 
 class SentencePiece:
-    """The sentencepiece model of `tokenizer.model` and the tokens that its folder adds; no remote code.
+    """The sentencepiece model of `tokenizer.model` with the folder's added tokens; runs no remote code.
 
-    Text is cut at added tokens first, and sentencepiece reads what lies between them, as transformers'
-    slow tokenizers do. An added token may take over the id of a piece.
+    As in transformers' slow tokenizers, text is first split at added tokens, and sentencepiece encodes the
+    parts between them. An added token may have the id of a piece, and then replaces it.
     """
 
     def __init__(self, folder: pathlib.Path):
-        """Reads tokenizer.model, added_tokens.json and tokenizer_config.json; the latter two may be absent.
+        """Reads tokenizer.model, and added_tokens.json and tokenizer_config.json if they exist.
 
         Raises:
-          ValueError: naming the file that is missing or damaged.
+          ValueError: a file is missing or damaged; the message names it.
         """
         path = folder / "tokenizer.model"
         try:
@@ -65,9 +66,9 @@ class SentencePiece:
         listed, config = (hf.read_json(path) if path.exists() else {} for path in files)
         described = config.get("added_tokens_decoder", {})
         self._added = listed | {token["content"]: int(i) for i, token in described.items()}
-        self._begins = config.get("add_bos_token", True)
+        self._adds_bos = config.get("add_bos_token", True)
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
-        self._cut = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._splitter = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self._names = {i: token for token, i in self._added.items()}
 
     def __len__(self) -> int:
@@ -78,16 +79,17 @@ class SentencePiece:
         pieces = (i for i in range(len(self._model)) if i not in self._names)
         return {self._model.id_to_piece(i): i for i in pieces} | self._added
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """{"input_ids": ids}, behind the token that begins a text unless told otherwise."""
-        ids = [self._model.bos_id()] if add_special_tokens and self._begins else []
-        for number, part in enumerate(self._cut.split(text)):
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """{"input_ids": ids}; the first is BOS if `add_special_tokens` and the folder's config says so."""
+        ids = [self._model.bos_id()] if add_special_tokens and self._adds_bos else []
+        for number, part in enumerate(self._splitter.split(text)):
             ids += [self._added[part]] if number % 2 else self._model.encode(part)
         return {"input_ids": ids}
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of these ids; ids beyond the vocabulary have none."""
-        text, run = "", list[int]()
+        text = ""
+        run: list[int] = []  # consecutive ids of pieces
         for token in map(int, tokens):
             if token not in self._names and 0 <= token < len(self._model):
                 run.append(token)
@@ -108,21 +110,21 @@ def make(
     unk: str | None = None,
     rstrip: Sequence[str] = (),
 ) -> None:
-    """Trains a small byte-level BPE on `texts` and stores it as an HF folder.
+    """Trains a small byte-level BPE tokenizer on `texts` and saves it as a Hugging Face folder.
 
     Deterministic for the same texts in the same order.
 
     Args:
-      texts: what to train on.
-      folder: written; `load` reads it.
-      vocab_size: most tokens, special ones included.
+      texts: the training texts.
+      folder: where it is saved; `load` reads it.
+      vocab_size: the most tokens, including special ones.
       special: the special tokens, which get the first ids.
-      bos: stands before every text.
-      eos, unk: further roles; eos also pads.
-      rstrip: special tokens that swallow the white space behind them.
+      bos: precedes every text.
+      eos, unk: further special roles; eos is also the padding token.
+      rstrip: special tokens that absorb the white space after them.
 
     Raises:
-      ValueError: `vocab_size` has no room for the bytes and the special tokens.
+      ValueError: `vocab_size` is too small for the bytes and the special tokens.
     """
     least = 256 + len(special)
     if vocab_size < least:

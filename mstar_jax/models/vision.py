@@ -1,4 +1,4 @@
-"""The vision transformer of all families, in CLIP's, InternViT's and SigLIP's variants.
+"""The vision transformer of all families: CLIP, InternViT and SigLIP are variants of one config.
 
 Shapes: B images, S pixels a side, M patches a side, T patches, D width, H heads, N head width.
 """
@@ -29,9 +29,9 @@ class VitConfig:
     """Dimensions and variant of a vision transformer; the defaults are CLIP's as Phi-3.5-vision reads it.
 
     Attributes:
-      select_layer: whose output is read: -1 the last block's, -2 the one before.
-      patch_bias, class_token, pre_norm, layer_scale: which parameters there are.
-      post_norm: there is a final norm; it acts only where the last block is read.
+      select_layer: the block whose output is used: -1 for the last one, -2 for the one before it.
+      patch_bias, class_token, pre_norm, layer_scale: whether the model has these parameters.
+      post_norm: whether there is a final norm; it is applied only when the last block is used.
     """
 
     hidden_size: int
@@ -84,7 +84,7 @@ class VitBlocks(nnx.Module):
             self.scale2 = param(rngs, (n, d), ("layers", "embed"), 1.0)
 
     def __call__(self, x, mask):
-        """One block (self is sliced by the scan): x [B, T, D], mask bool[B, T] of the keys or None."""
+        """One block; `self` is one layer's slice. x [B, T, D], mask bool[B, T] over the keys or None."""
         c = self.config
         h = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.layer_norm_eps)
         q = jnp.einsum("btd,dhn->bthn", h, self.q[...]) + self.q_bias[...]
@@ -98,10 +98,18 @@ class VitBlocks(nnx.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Attends without order: q [B, T, H, N], k and v [B, S, H, N], mask bool[B, S] or None -> [B, T, H, N].
+    """Bidirectional attention with a float32 softmax.
 
-    The softmax is in float32. Where a mask leaves nothing, as in an image that only fills up a batch, the
-    result is finite and meaningless.
+    `jax.nn.dot_product_attention` computes the same, but takes 5-15% more time on a CPU.
+
+    Args:
+      q: [B, T, H, N].
+      k, v: [B, S, H, N].
+      mask: bool[B, S], the keys that are attended to; None for all.
+
+    Returns:
+      [B, T, H, N]. Where a mask excludes every key, as for an image that is only padding of a batch, the
+      values are finite and meaningless.
     """
     if mask is None and q.shape == k.shape and (out := unmasked(q, k, v)) is not None:
         return out
@@ -114,7 +122,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
 
 
 class Vit(nnx.Module):
-    """Patch embedding, blocks, and the norm of the last one where it is read."""
+    """Patch embedding, blocks, and a final norm (see `VitConfig.post_norm`)."""
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         d, inputs = config.hidden_size, 3 * config.patch_size**2
@@ -140,7 +148,7 @@ class Vit(nnx.Module):
         Args:
           patches: [B, T, 3 * patch_size**2], normalised, channels outermost (see `patchify`).
           remat: a `jax.checkpoint` policy, or None.
-          positions: int32[B, T], rows of the position table; None takes them in order.
+          positions: int32[B, T], row of the position table for each patch; None for patches in order.
           mask: bool[B, T], the patches that are attended to; None for all.
 
         Returns:
@@ -171,14 +179,14 @@ class Vit(nnx.Module):
 
 
 def patchify(pixels: jax.Array, size: int) -> jax.Array:
-    """[B, S, S, 3] -> [B, M*M, 3 * size**2]: patches row-major, each (c, py, px) as in OIHW."""
+    """[B, S, S, 3] -> [B, M*M, 3 * size**2]: row-major patches of (channel, y, x), as OIHW weights expect."""
     side = pixels.shape[1] // size
     x = pixels.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(-1, side**2, 3 * size**2)
 
 
 def merge_2x2(features: jax.Array) -> jax.Array:
-    """[B, M*M, D] -> [B, (M/2)*(M/2), 4D]; channels of a merged token in the order (dy, dx, c)."""
+    """[B, M*M, D] -> [B, (M/2)*(M/2), 4D]; the channels of a merged token are in the order (dy, dx, c)."""
     side = int(features.shape[1] ** 0.5)
     x = features.reshape(-1, side // 2, 2, side // 2, 2, features.shape[-1])
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(features.shape[0], -1, 4 * features.shape[-1])

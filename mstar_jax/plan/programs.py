@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from mstar_jax import configure, models, sharding
 from mstar_jax.data import loader
 from mstar_jax.inference import draw, generate
-from mstar_jax.inference.sampler import Sampler
+from mstar_jax.inference.sampler import Entry, Sampler
 from mstar_jax.models import vlm
 from mstar_jax.plan import official
 from mstar_jax.profiling import flops
@@ -118,11 +118,11 @@ class Programs:
         key = jax.eval_shape(lambda: jax.random.key(0))
         keys, limits = per_row(jnp.uint32, size), per_row(jnp.int32, size, k)
         samples, source = per_row(jnp.uint32, size, k), per_row(jnp.int32, c.batch)
-        entering: tuple[Any, ...] = batch, keys, key, limits, samples, None, source
+        entry = Entry(batch, keys, limits, samples, None, source)
         enter, advance = sampler.enter, sampler.advance
-        own = flops.count(enter, model, slots, *entering)
+        own = flops.count(enter, model, slots, key, entry)
         title = f"prefill, {size} rows of {length} into {c.batch}"
-        yield title, enter.lower(model, slots, *entering), own
+        yield title, enter.lower(model, slots, key, entry), own
         rest = jax.ShapeDtypeStruct((k,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         own = flops.count(advance, model, slots, *rest)
         title = f"decoding step, {c.batch} rows of {k} samples, {c.max_new_tokens} tokens"
