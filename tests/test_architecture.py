@@ -40,7 +40,7 @@ ALLOWED = {
     "plan.official": ("models", "structs", "sharding"),
     "answers.values": (),
     "answers.formulas": (),
-    "answers.algebra": (),  # runs in a process of its own
+    "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),
     "answers.equality": ("answers.symbolic", "answers.values"),
     "answers.choices": ("answers.values",),
@@ -66,7 +66,7 @@ FORBIDDEN = {
 TEXT = tuple(
     f"{room}.{name}"  # pure Python and numpy
     for room, names in {
-        "answers": ("values", "formulas", "algebra", "symbolic", "equality", "choices", "check"),
+        "answers": ("values", "formulas", "worker", "symbolic", "equality", "choices", "check"),
         "rewards": ("steps", "selection", "metrics"),
         "stages": ("explore",),
         "evaluate": ("scoring", "benchmarks", "tables"),
