@@ -4,15 +4,15 @@ r"""Answer checking: extract the final answer of a response, read it, compare it
     grade("The answer is (B) 12 cm.", "B", options=("10 cm", "12 cm"))       -> "correct", answer "B"
     grade("I think it is 4", "4").verdict                                    -> "unparsed" (no marker)
 
-The checker decides the reward, so in doubt it says no: an answer has to be marked, a number has to stand
-alone with at most a unit, an option is never guessed from similar spelling. `fallback=True` also looks for
-an answer without a marker; that is meant for a separate, reported number, not for training.
+The checker decides the reward, so in doubt the answer is not correct: it has to be marked, a number has to
+stand alone with at most a unit, an option is never guessed from similar spelling. `fallback=True` also looks
+for an answer without a marker; that is for a number reported separately, never for training.
 
 A verdict is one of
   `correct`        the marked answer equals the gold answer
-  `wrong`          an answer is marked and it does not
+  `wrong`          the marked answer does not equal it
   `unparsed`       no answer is marked
-  `gold-unparsed`  the gold answer itself cannot be read as its type; it never rewards anything
+  `gold-unparsed`  the gold answer itself cannot be read as its type; never rewarded
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Grade:
     Attributes:
       verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`.
       answer: the extracted answer, an option's letter where one was recognised; None where unparsed.
-      rule: what found it: `boxed`, `marker`, `last line`, `search` (both only with fallback) or `none`.
+      rule: how it was found: `boxed`, `marker`, `last line`, `search` (both only with fallback) or `none`.
     """
 
     verdict: str
@@ -53,13 +53,20 @@ _MARKER = re.compile(
     r"|答案\s*(?:选项)?\s*[是为选:：]|(?P<heading>answer[\s*_\]]*\n(?=\s*\S)|answer\]))[\s*_:：]*(?:\$\$|\\\[)?\s*",
     re.IGNORECASE,
 )
-_KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "案")  # each marker has one, at its second character
+_KEYS = (
+    "nswer",
+    "NSWER",
+    "orrect",
+    "ORRECT",
+    "案",
+)  # every marker contains one, from its second character on
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
 def _boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...}; braces are counted, so nested ones are fine. One pass."""
-    stack, best = [], None
+    """Content of the last balanced \\boxed{...}, which may hold further braces. One pass."""
+    stack: list[int] = []
+    best: tuple[int, int] | None = None
     for m in _BRACE.finditer(text):
         if m[0][-1] == "{" and len(m[0]) != 2:
             stack.append(m.end() if len(m[0]) > 2 else -1)
@@ -77,7 +84,7 @@ def _tail(response: str) -> str:
 
 
 def _after_marker(text: str) -> int:
-    """Where the last marker ends, -1 without one. From the back: most of a response is never looked at."""
+    """Where the last marker ends, -1 without one. Searches from the end, so most of a response is skipped."""
     last = {key: text.rfind(key) for key in _KEYS}
     while (at := max(last.values())) >= 0:
         key = next(k for k in last if last[k] == at)
@@ -89,7 +96,7 @@ def _after_marker(text: str) -> int:
 
 
 def _heads(before: str) -> bool:
-    """`Final answer` and `[Answer]` before a line break are markers, `this is my answer` is none."""
+    """`Final answer` and `[Answer]` before a line break are markers, `this is my answer` is not."""
     return before.rstrip(" *_").lower().endswith(("final", "[", "[final"))
 
 
@@ -111,9 +118,9 @@ def _last_line(text: str) -> str:
 def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool = False) -> str | None:
     """The marked final answer of a response as plain text, None where there is none.
 
-    The last balanced \\boxed{} wins, then the last of `the answer is`, `answer:`, `final answer`, `correct
-    option is` ... up to the end of its sentence; with `fallback` then the last line.
-    With `options`, one that is said behind its letter and talks of answers itself is no second answer.
+    The last balanced \\boxed{} wins; else the last `the answer is`, `answer:`, `final answer`, `correct
+    option is` ..., up to the end of its sentence; else, with `fallback`, the last line. The text of one of the
+    `options` that itself talks about answers is not a second answer when it follows its letter.
     """
     text = _tail(text)
     if options:
@@ -150,8 +157,8 @@ def _sentences(text: str) -> list[str]:
 def _number(sentences: list[str]) -> str | None:
     """The number that an unmarked response settles on.
 
-    The one stated by the last conclusion (therefore, so ...) with a number; else the last in bold type, else
-    `there are three`, else the last number.
+    The number in the last conclusion (therefore, so ...) that has one; else the last in bold type; else the
+    one that the last sentence states (`there are three`); else the last number.
     """
     for line in reversed(sentences):
         if THEREFORE.search(line) and (found := _stated(line)):
@@ -163,7 +170,7 @@ def _number(sentences: list[str]) -> str | None:
 
 
 def _stated(line: str) -> str | None:
-    """The number that a sentence says: in bold, after its last `is` or `=`, or its last."""
+    """The number that a sentence states: in bold, else after its last `is` or `=`, else its last."""
     for pattern in (_BOLD, _STATED, _ANY_NUMBER):
         if found := pattern.findall(line):
             return found[-1]
@@ -181,7 +188,7 @@ def equivalent(
     answer_type: str | None = None,
     precision: int | None = None,
 ) -> bool:
-    """Whether two extracted answers are the same answer; symmetric, for voting and counting distinct ones."""
+    """Whether two extracted answers are the same; symmetric, for votes and for counting distinct answers."""
     a, b = tidy(a), tidy(b)
     if options:
         options = tuple(options)
@@ -191,14 +198,14 @@ def equivalent(
 
 
 def _same_option(a: str, b: str, options: tuple[str, ...]) -> bool:
-    """Of two letters; two options with the same text are the same answer, unless they are pictures."""
+    """Whether two letters are the same answer: options with the same text are, unless they are pictures."""
     texts = table(options).texts
     return a == b or bool(texts[a]) and texts[a] == texts[b]
 
 
 @functools.lru_cache(65536)
 def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -> str | None:
-    """The gold answer in the form compared with (a letter where there are options); None if unreadable."""
+    """The gold answer as it is compared (a letter where there are options); None if unreadable."""
     if len(gold) > LINE:
         return None
     if "\\boxed" in gold:
@@ -221,9 +228,9 @@ def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -
 def as_gold(
     answer: str, *, options: Sequence[str] | None = None, answer_type: str | None = None
 ) -> str | None:
-    """An extracted answer in the form of a gold answer: the letter it names where there are options.
+    """An extracted answer as a gold answer: the letter it names where there are options.
 
-    None where `grade` could not grade by it: it names no option, or cannot be read as its type.
+    None where it cannot be one: it names no option, or cannot be read as `answer_type`.
     """
     options = tuple(options[: len(LETTERS)]) if options else None
     letter = choice(answer, options) if options else None
@@ -239,15 +246,15 @@ def grade(
     precision: int | None = None,
     fallback: bool = False,
 ) -> Grade:
-    """Compares a response's final answer with the gold answer. Never raises; linear in the response.
+    """Compares the final answer of a response with the gold answer. Never raises; linear in the response.
 
     Args:
-      response: what the model wrote; only its last TAIL characters are looked at.
-      gold: an option's letter or text where there are options, otherwise the value.
+      response: what the model wrote; only its last TAIL characters are read.
+      gold: the letter or text of an option where there are options, else the value.
       options: the texts of the choices (A), (B), ...; None for a free-form question.
-      answer_type: `choice`, `integer`, `float`, `boolean`, `list`, `math`, `text`; None: judged from `gold`.
-      precision: decimals that a float is asked for; None: those that `gold` is written with, at least 2.
-      fallback: without a readable marked answer, also try the last line, then search for a number or option.
+      answer_type: `choice`, `integer`, `float`, `boolean`, `list`, `math`, `text`; None: the kind of `gold`.
+      precision: decimals asked of a float; None: those that `gold` is written with, at least 2.
+      fallback: where no marked answer can be read, try the last line, then search for a number or option.
     """
     options = tuple(options[: len(LETTERS)]) if options else None
     expected = _gold(gold, options, answer_type)
@@ -269,7 +276,7 @@ def grade(
 
 
 def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
-    """(letter or what was said instead of one, rule)."""
+    """(letter, or the text given instead of one; rule)."""
     found = _marked(tail)
     text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
     if found and text and ((letter := choice(found[0], options)) or not fallback):
@@ -309,7 +316,7 @@ def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
 
 
 def _right(
-    gold: str, answer: str, options: tuple | None, answer_type: str | None, precision: int | None
+    gold: str, answer: str, options: tuple[str, ...] | None, answer_type: str | None, precision: int | None
 ) -> bool:
     if not options:
         return same(gold, answer, answer_type, precision)

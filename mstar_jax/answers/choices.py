@@ -1,4 +1,4 @@
-"""Multiple choice: which option a text names, by its letter or by its content.
+"""Multiple choice: which option a text names, by its letter or by its text.
 
 choice("(B) 12 cm because ...", ("10 cm", "12 cm"))    -> "B"
 choice("B or A", ("10 cm", "12 cm"))                   -> None
@@ -21,7 +21,7 @@ _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
 _DENIED = re.compile(
     r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
 )
-_DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # behind a letter; a minus sign is none
+_DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
 _ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
@@ -35,15 +35,15 @@ _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", 
 
 
 class Table(NamedTuple):
-    """Per letter what an option is compared by.
+    """What options are compared by; dictionaries are keyed by letter.
 
     Attributes:
-      texts: plain text; tidy where options differ in case only (`Aa`, `AA`, `aa`).
-      numbers: the number, of options that are one.
-      words: the words; none where an option contains another.
-      talk: options that talk about options (`the answer is option C`): their text after their letter
-        is not read.
-      exact: whether `texts` are compared with their case.
+      texts: plain text; only tidied where options differ in nothing but case (`Aa`, `AA`, `aa`).
+      numbers: numbers of the options that are one.
+      words: words; empty where one option contains another.
+      talk: matches the options that talk about options (`the answer is option C`) after their letter, where
+        their text is not read.
+      exact: whether `texts` keep their case.
     """
 
     texts: dict[str, str]
@@ -86,13 +86,14 @@ def hushed(text: str, options: tuple[str, ...]) -> str:
 
 @functools.lru_cache(65536)
 def choice(text: str, options: tuple[str, ...]) -> str | None:
-    """The option's letter that a marked answer names, None where it names none or more than one.
+    """The letter of the option that a marked answer names, None where it names none or more than one.
 
     `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
     sentence that holds one option and no negation. A letter with another option's text names none.
     """
     known = table(options)
-    texts, numbers = known.texts, known.numbers
+    texts = known.texts
+    numbers = known.numbers
     text = tidy(sentence(text))
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
@@ -102,7 +103,7 @@ def choice(text: str, options: tuple[str, ...]) -> str | None:
             return exact[0]
     m = _LETTER.match(text)
     if m and m["bracketed"] and m["bracketed"].isupper() and m["bracketed"] not in texts:
-        return None  # (D) of two options, whatever it says behind it
+        return None  # (D) of two options, whatever follows it
     if m and (letter := (m["bracketed"] or m["bare"]).upper()) in texts:
         rest = m["rest"]
         own = bool(rest) and known.text(rest) == texts[letter]
@@ -125,7 +126,7 @@ def choice(text: str, options: tuple[str, ...]) -> str | None:
 
 
 def _whole(text: str, known: Table) -> bool:
-    """Whether nothing but small words stands beside an option: `it is red` is red, `dark red` is not."""
+    """Whether only function words are next to an option: `it is red` is red, `dark red` is not."""
     spaced = _words(text)
     found = [m for w in known.words.values() for m in re.finditer(re.escape(w), spaced)]
     around = [(spaced[: m.start()].split()[-1:], spaced[m.end() :].split()[:1]) for m in found]
@@ -134,7 +135,8 @@ def _whole(text: str, known: Table) -> bool:
 
 def _agreed(letter: str, rest: str, known: Table) -> str | None:
     """`letter` unless the text after it names another option, by its letter, its text or its number."""
-    texts, numbers = known.texts, known.numbers
+    texts = known.texts
+    numbers = known.numbers
     stripped = rest.lstrip(").:;= ")
     whole = _DASH.sub("", stripped)
     clause = _REASON.split(whole, maxsplit=1)[0]
@@ -160,7 +162,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
 
 
 def mentioned(text: str, options: tuple[str, ...]) -> str | None:
-    """The one option that a sentence mentions, by `(B)` or `option B` or by its text; None in doubt."""
+    """The one option that a sentence mentions, as `(B)`, as `option B` or by its text; None in doubt."""
     if _NEGATION.search(text):
         return None
     known = table(options)
@@ -185,7 +187,7 @@ THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|conclusion|consequently)\b
 
 
 def lettered(sentences: list[str], options: tuple[str, ...]) -> str | None:
-    """The one option that has a line of its own: its letter, with nothing or its own text behind it."""
+    """The one option that has a line of its own: its letter, followed by nothing or by its own text."""
     known = table(options)
     named = {letter for line in sentences if (letter := _line(line, known))}
     return named.pop() if len(named) == 1 else None

@@ -4,7 +4,7 @@ r"""Reading answers as values: plain text and exact numbers.
     plain("The  Red Ball,")               -> "red ball"
     number("about $1,234.50")             -> Number(value=2469/2, unit="$", places=2)
 
-Numbers are exact fractions. A text is a number only as a whole: `25π`, `3:4`, `3 and 5`, `2x+3` are none.
+Numbers are exact fractions. A text is a number only as a whole: `25π`, `3:4`, `3 and 5`, `2x+3` are not.
 No expression is ever evaluated.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-LINE = 400  # longest answer that is looked at, in characters
+LINE = 400  # longest answer that is read, in characters
 
 # ---- 1. plain text ------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ def _fraction(m: re.Match) -> str:
 
 
 def _matrix(m: re.Match) -> str:
-    """A matrix as the list of its rows."""
+    """A matrix as a list of rows."""
     rows = re.split(r"\\\\\s*|\\\s+", m[2].strip())
     return "[" + ", ".join("[" + ", ".join(map(str.strip, row.split("&"))) + "]" for row in rows if row) + "]"
 
@@ -57,19 +57,19 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
-_SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to be tidied but spaces
+_SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
 
 @functools.lru_cache(65536)
 def tidy(text: str) -> str:
-    r"""Plain text of an answer: NFKC, LaTeX wrappers gone, \frac and \sqrt spelt out, no closing period.
+    r"""Plain text of an answer: NFKC, no LaTeX wrappers, \frac and \sqrt spelt out, no closing period.
 
     `$\text{B}$.` -> `B`, `1\frac{1}{2}` -> `1 1/2`, `10⁴` -> `10^4`, `\$13.00` -> `$13.00`.
     """
     if _SIMPLE.fullmatch(text):
         text = " ".join(text[:LINE].split())
         return text[:-1].rstrip() if text.endswith(".") else text
-    text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # eaten escapes in golds
+    text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # escapes lost in golds
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
         text = "".join(" " + c if c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" else c for c in text)
@@ -90,7 +90,7 @@ _ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|
 
 
 def sentence(line: str) -> str:
-    """First sentence of a line; a dot inside 3.5, after `B` in `B. text` or in an abbreviation ends none."""
+    """First sentence of a line; dots in 3.5, after `B` in `B. text` and in abbreviations do not end it."""
     for m in _SENTENCE_END.finditer(line):
         if m[0] != "." or not _ABBREVIATION.search(line[max(0, m.start() - 8) : m.start()]):
             return line[: m.start()]
@@ -104,7 +104,7 @@ _COLON = re.compile(r"\s?:\s?")
 
 @functools.lru_cache(65536)
 def plain(text: str) -> str:
-    """What text answers are compared by: tidy, lower case, no outer punctuation, no leading article."""
+    """Text as it is compared: tidied, lower case, without outer punctuation and leading article."""
     text = tidy(text).casefold().strip(" .,;:?\"'")
     if text.startswith("(") and text.endswith(")") and text.count("(") == 1:
         text = text[1:-1].strip()
@@ -130,7 +130,7 @@ _NUMBER = re.compile(
     r"|(?P<ten>\s?[×x*·]\s?10)?\s?\^\s?[({]?(?P<pow>[-+]?\d{1,3})[)}]?|e(?P<exp>[-+]?\d{1,3})(?!\w))?)",
     re.IGNORECASE,
 )
-NUMBER_WORDS = (  # their place is their value
+NUMBER_WORDS = (  # the index of each is its value
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
@@ -156,7 +156,7 @@ min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months
 ° deg degree degrees; % percent; $ dollar dollars usd; ¢ cent cents; € euro euros; £; ¥ yuan
 n newton newtons; j joule joules; w watt watts; v volt volts; a amp amps; ω ohm ohms; hz; mph; °c c; °f f
 pa; kpa; mol; nm; kj; n/m; m/s; km/h
-"""  # the first of each is its canonical name
+"""  # the first of each group is its canonical name
 UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()}
 _SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\^?\{?2\}?))$")
 _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\^?\{?3\}?))$")
@@ -173,7 +173,7 @@ _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left|per)\b
 
 
 def unit(tail: str) -> str | None:
-    """Canonical unit of the words after a number, '' for none; None where the tail is not a unit."""
+    """Canonical unit of the words after a number, '' for none; None where they are no unit."""
     text = _ASIDE.split(tail, maxsplit=1)[0].strip()
     if not text:
         return ""
@@ -198,7 +198,7 @@ def unit(tail: str) -> str | None:
 
 @functools.lru_cache(65536)
 def number(text: str) -> Number | None:
-    """Reads a text that *is* one number with at most a lead (`x =`, `about`) and a unit; else None.
+    """Reads a text that *is* one number, with at most a lead (`x =`, `about`) and a unit; else None.
 
     `$1,234.50`, `-3`, `1 1/2`, `2×10^4`, `1.5e3`, `twelve apples`, `50%`, `5 cm^2`; but neither `25π` nor
     `3:4`, `3 and 5`, `7:30`, `2x+3`, `2x = 4`, `[1, 2]`.
