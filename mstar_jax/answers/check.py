@@ -34,7 +34,7 @@ class Grade:
     Attributes:
       verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`.
       answer: the extracted answer, an option's letter where one was recognised; None where unparsed.
-      rule: how it was found: `boxed`, `marker`, `last line`, `search` (both only with fallback) or `none`.
+      rule: how it was found: `tag`, `boxed`, `marker`; `last line` or `search`, with fallback only; or `none`.
     """
 
     verdict: str
@@ -60,6 +60,12 @@ _KEYS = (
     "ORRECT",
     "案",
 )  # every marker contains one, from its second character on
+_THINK = re.compile(
+    r"[<◁]\s{0,3}(?P<close>/)?\s{0,3}(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)\s{0,3}[>▷]"
+    r"|\[(?P<end>/)?THINK\]|<\|(?:begin|(?P<last>end))_of_thought\|>",
+    re.IGNORECASE,
+)
+_ANSWER_TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}(?:final[ _-]?)?answer\s{0,3}>", re.IGNORECASE)
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
@@ -77,8 +83,29 @@ def _boxed(text: str) -> str | None:
     return text[best[0] : best[1]] if best else None
 
 
+def _spoken(response: str) -> str:
+    """A response without its think blocks; nothing where one is still open at the end.
+
+    A closing tag without an opening one ends a block that began in the prompt.
+    """
+    kept: list[str] = []
+    inside = False
+    start = 0
+    for m in _THINK.finditer(response):
+        closes = bool(m["close"] or m["end"] or m["last"])
+        if closes and not inside:
+            kept.clear()
+        elif not closes and not inside:
+            kept.append(response[start : m.start()])
+        inside = not closes
+        start = m.end()
+    return "" if inside else "\n".join([*kept, response[start:]])
+
+
 def _tail(response: str) -> str:
-    """The end of a response, without a tokenizer's `</s>` or `<|im_end|>`."""
+    """The end of what a response says, without a tokenizer's `</s>` or `<|im_end|>`."""
+    if _THINK.search(response):
+        response = _spoken(response)
     tail = response[-TAIL:]
     return _END_TOKEN.sub("", tail) if ">" in tail[-24:] else tail
 
@@ -102,6 +129,8 @@ def _heads(before: str) -> bool:
 
 def _marked(text: str) -> tuple[str, str] | None:
     """(the marked answer up to the end of its line, rule), or None; `text` is the tail of a response."""
+    if "<" in text and (tags := list(_ANSWER_TAG.finditer(text))):
+        return _tagged(text, tags)
     if "\\boxed" in text and (content := (_boxed(text) or "").strip()):
         return content[:LINE], "boxed"
     start = _after_marker(text)
@@ -111,6 +140,15 @@ def _marked(text: str) -> tuple[str, str] | None:
     return (line, "marker") if line.strip("*_$.:` ") else None
 
 
+def _tagged(text: str, tags: list[re.Match[str]]) -> tuple[str, str] | None:
+    """The content of the last answer tag, or what is marked in it; None where it is empty or left open."""
+    if len(tags) < 2 or not tags[-1][1] or tags[-2][1]:
+        return None
+    content = text[tags[-2].end() : tags[-1].start()].strip()
+    line, _ = _marked(content) or (" ".join(content[:LINE].split()), "")
+    return (line, "tag") if line.strip("*_$.:` ") else None
+
+
 def _last_line(text: str) -> str:
     return text.rstrip().rsplit("\n", 1)[-1].strip()[-LINE:]
 
@@ -118,9 +156,10 @@ def _last_line(text: str) -> str:
 def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool = False) -> str | None:
     """The marked final answer of a response as plain text, None where there is none.
 
-    The last balanced \\boxed{} wins; else the last `the answer is`, `answer:`, `final answer`, `correct
-    option is` ..., up to the end of its sentence; else, with `fallback`, the last line. The text of one of the
-    `options` that itself talks about answers is not a second answer when it follows its letter.
+    The last `<answer>` tag wins; else the last balanced \\boxed{}; else the last `the answer is`, `answer:`,
+    `final answer`, `correct option is` ..., up to the end of its sentence; else, with `fallback`, the last line.
+    Think blocks never count. The text of one of the `options` that itself talks about answers is not a second
+    answer when it follows its letter.
     """
     text = _tail(text)
     if options:
