@@ -38,7 +38,7 @@ ALLOWED = {
     "models.*": ("models", "structs", "sharding"),
     "*.__init__": (),  # a room's own name stands for nothing
     "plan.official": ("models", "structs", "sharding"),
-    "answers.values": (),
+    "answers.values": ("answers.formulas",),
     "answers.formulas": (),
     "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),

@@ -34,7 +34,7 @@ class Grade:
     Attributes:
       verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`.
       answer: the extracted answer, an option's letter where one was recognised; None where unparsed.
-      rule: how it was found: `tag`, `boxed`, `marker`; `last line` or `search`, with fallback only; or `none`.
+      rule: how it was found: `tag`, `boxed`, `marker`, `none`; with fallback `last line`, `search`.
     """
 
     verdict: str
@@ -157,9 +157,9 @@ def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool =
     """The marked final answer of a response as plain text, None where there is none.
 
     The last `<answer>` tag wins; else the last balanced \\boxed{}; else the last `the answer is`, `answer:`,
-    `final answer`, `correct option is` ..., up to the end of its sentence; else, with `fallback`, the last line.
-    Think blocks never count. The text of one of the `options` that itself talks about answers is not a second
-    answer when it follows its letter.
+    `final answer`, `correct option is` ..., up to the end of its sentence; else, with `fallback`, the last
+    line. Think blocks never count. The text of one of the `options` that itself talks about answers is not
+    a second answer when it follows its letter.
     """
     text = _tail(text)
     if options:

@@ -30,7 +30,7 @@ _FUNCTION_WORD = re.compile(
 )
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
 _NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
-_NOT_WORD = re.compile(r"[^\w%°.+/^√π-]+")
+_NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
 
 

@@ -11,14 +11,17 @@ such trees. Ambiguous text (`2 3`, `1/2x`, `AB`), towers of powers and large fac
 """
 
 import functools
+import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple, TypeAlias
 
 LENGTH = 200  # longest formula that is parsed, in characters
 POWER = 99  # largest number in an exponent
 FACTORIAL = 20  # largest number whose factorial is accepted
+BITS = 4096  # length of the largest power that `arithmetic` works out
 TOKENS = 60  # most tokens of a formula
 DEPTH = 12  # most brackets inside one another
 
@@ -84,6 +87,44 @@ def nodes(tree: Tree) -> Iterator[Tree]:
     for part in tree[1:]:
         if isinstance(part, tuple):
             yield from nodes(part)
+
+
+def arithmetic(text: str) -> Fraction | None:
+    """The value of a text that is arithmetic with rational numbers: 12 of `3·4`; None of any other."""
+    made = parse(text)
+    try:
+        return None if made is None or made.sign else _evaluated(made.left)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _evaluated(tree: Tree) -> Fraction:
+    """Its value. ValueError or ArithmeticError where it has none, or a long one."""
+    name, *parts = tree
+    if name == "number":
+        return Fraction(*(part for part in parts if isinstance(part, int)))
+    values = [_evaluated(part) for part in parts if isinstance(part, tuple)]
+    if name == "factorial":
+        return Fraction(math.factorial(int(values[0])))
+    if name == "^":
+        base, exponent = values
+        bits = max(abs(base.numerator), base.denominator).bit_length()
+        if exponent.denominator != 1 or bits * abs(exponent) > BITS:
+            raise ValueError(f"{base} to the {exponent}")
+        return base ** int(exponent)
+    if name not in _ARITHMETIC:
+        raise ValueError(name)
+    return _ARITHMETIC[str(name)](*values)
+
+
+_ARITHMETIC: dict[str, Callable[..., Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "negative": operator.neg,
+    "abs": abs,
+}
 
 
 def _number(text: str) -> Tree:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from mstar_jax.answers.formulas import arithmetic
+
 LINE = 400  # longest answer that is read, in characters
 
 # ---- 1. plain text ------------------------------------------------------------------------------------
@@ -53,9 +55,21 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\cup(?![A-Za-z])"), "∪"),
     (re.compile(r"\\infty(?![A-Za-z])"), "∞"),
     (re.compile(r"\\angle\s?"), "∠"),
+    (re.compile(r"\\le(?:q|qslant)?(?![A-Za-z])"), "≤"),
+    (re.compile(r"\\ge(?:q|qslant)?(?![A-Za-z])"), "≥"),
+    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
+    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
+    (re.compile(r"\\(?:neq?(?![A-Za-z])|not\s?=)"), "≠"),
     (re.compile(r"(?<=[\d\s])\{([A-Za-z ]+)\}"), r" \1"),  # 69{degrees}
 ]
 
+
+_RELATIONS = [
+    (re.compile(r"<=(?!>)|=<"), "≤"),
+    (re.compile(r">="), "≥"),
+    (re.compile(r"=/=|(?<![\w)!])!="), "≠"),  # but 5!=120 is a factorial
+    (re.compile(r"==+"), "="),
+]
 
 _SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
@@ -81,6 +95,9 @@ def tidy(text: str) -> str:
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+    if "=" in text:
+        for pattern, sign in _RELATIONS:
+            text = pattern.sub(sign, text)
     text = " ".join(text.split()).strip("\"'`*# ")
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
@@ -142,8 +159,9 @@ _LEAD = re.compile(
     r"|(?:a )?total of|there (?:is|are)|it is)(?![a-z])\s?|[≈=:]\s?)+"
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-_OPERATOR = re.compile(r"[-+*/^×·√]|\d\s?[A-Za-z]")
+_OPERATOR = re.compile(r"[-+*/^×·√!]|\d\s?[A-Za-z]")
 _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
+_MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
 _DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(rf"\s?({'|'.join(_SCALES)})s?\b")
@@ -161,7 +179,7 @@ UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip
 _SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\^?\{?2\}?))$")
 _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\^?\{?3\}?))$")
 _NOT_UNIT = re.compile(
-    r"\d|[\\^√π+*/=<>|\[\]{}]|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|root|squared|half|halves|thirds?"
+    r"\d|[\\^√π+*/=<>≤≥≠|\[\]{}]|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|root|squared|half|halves|thirds?"
     rf"|quarters?|(?:six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|pairs?|factorial"
     r"|not|wrong|incorrect|maybe|perhaps"
     r"|january|february|march|april|may|june|july|august|september|october|november|december"
@@ -198,7 +216,7 @@ def unit(tail: str) -> str | None:
 
 @functools.lru_cache(65536)
 def number(text: str) -> Number | None:
-    """Reads a text that *is* one number, with at most a lead (`x =`, `about`) and a unit; else None.
+    r"""Reads a text that *is* one number, with at most a lead (`x =`, `about`) and a unit; else None.
 
     `$1,234.50`, `-3`, `1 1/2`, `2×10^4`, `1.5e3`, `twelve apples`, `50%`, `5 cm^2`; but neither `25π` nor
     `3:4`, `3 and 5`, `7:30`, `2x+3`, `2x = 4`, `[1, 2]`.
@@ -209,10 +227,7 @@ def number(text: str) -> Number | None:
         return Number(value, "", len(decimals))
     text = tidy(text)
     if "=" in text and not _SEVERAL.search(text):
-        left, _, text = text.rpartition("=")
-        if "=" not in left and _VARIABLE.search(left) and _OPERATOR.search(left):
-            return None  # an equation
-        text = text.strip()
+        return _right_side(*(side.strip() for side in text.split("=")))
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
         return None
     text = text.lower()
@@ -237,6 +252,27 @@ def number(text: str) -> Number | None:
         tail, value, places = tail[scale.end() :], value * _SCALES[scale[1]], None
     name = unit(tail)
     return None if name is None else Number(-value if negative else value, name or money, places)
+
+
+def _right_side(*sides: str) -> Number | None:
+    """The number on the right of `x = 3` and `3·4 = 12`; None of `2x = 10` and `40 = 12`."""
+    *lefts, right = sides
+    if len(lefts) == 1 and _VARIABLE.search(lefts[0]) and _OPERATOR.search(lefts[0]):
+        return None  # an equation that was not solved
+    if (value := number(right)) is None:
+        return None
+    for left in lefts:
+        said = number(left)
+        if said is None and (result := arithmetic(_MONEY_OR_COMMA.sub("", left))) is not None:
+            said = Number(result, "", None)
+        comparable = said is not None and (said.unit == value.unit or "" in (said.unit, value.unit))
+        if said and comparable and not (_rounded(said, value) or _rounded(value, said)):
+            return None
+    return value
+
+
+def _rounded(exact: Number, written: Number) -> bool:
+    return same_number(written, exact, "float", None)
 
 
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
@@ -288,7 +324,7 @@ _CHANGED = re.compile(r"\b(?:but|wait|actually|however|rather)\b")
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
-SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥]|[\da-z]\s?/\s?\d|\d[a-z]\b")
+SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b")
 
 
 def boolean(text: str) -> bool | None:
