@@ -38,12 +38,13 @@ ALLOWED = {
     "models.*": ("models", "structs", "sharding"),
     "*.__init__": (),  # a room's own name stands for nothing
     "plan.official": ("models", "structs", "sharding"),
-    "answers.values": ("answers.formulas",),
+    "answers.units": (),
+    "answers.values": ("answers.formulas", "answers.units"),
     "answers.formulas": (),
     "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),
-    "answers.equality": ("answers.symbolic", "answers.values"),
-    "answers.choices": ("answers.values",),
+    "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
+    "answers.choices": ("answers.units", "answers.values"),
     "answers.check": ("answers.choices", "answers.equality", "answers.values", "structs"),
     "rewards.steps": (),
     "rewards.selection": (*ANSWERS, "structs", "rewards.steps"),
@@ -66,7 +67,7 @@ FORBIDDEN = {
 TEXT = tuple(
     f"{room}.{name}"  # pure Python and numpy
     for room, names in {
-        "answers": ("values", "formulas", "worker", "symbolic", "equality", "choices", "check"),
+        "answers": ("units", "values", "formulas", "worker", "symbolic", "equality", "choices", "check"),
         "rewards": ("steps", "selection", "metrics"),
         "stages": ("explore",),
         "evaluate": ("scoring", "benchmarks", "tables"),

@@ -10,7 +10,8 @@ Kinds are never mixed: a ratio 3:4 is not a fraction, a time is not a number, an
 import re
 
 from mstar_jax.answers import symbolic
-from mstar_jax.answers.values import SYMBOLIC, UNITS, boolean, number, plain, same_number, tidy, unit
+from mstar_jax.answers.units import UNITS, unit
+from mstar_jax.answers.values import SYMBOLIC, boolean, number, plain, same_number, tidy
 
 _OPENING = re.compile(r"[\[({]")
 _PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mstar_jax.answers.formulas import arithmetic
+from mstar_jax.answers.units import REASON, unit
 
 LINE = 400  # longest answer that is read, in characters
 
@@ -164,54 +165,11 @@ _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
 _MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
 _DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALE = re.compile(rf"\s?({'|'.join(_SCALES)})s?\b")
-_UNIT_NAMES = """
-m meter meters metre metres; cm centimeter centimeters centimetre centimetres; km kilometer kilometers
-mm millimeter millimeters; in inch inches; ft foot feet; yd yard yards; mi mile miles; g gram grams
-kg kilogram kilograms; mg milligram milligrams; lb lbs pound pounds; oz ounce ounces
-l liter liters litre litres; ml milliliter milliliters; s sec secs second seconds
-min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years
-° deg degree degrees; % percent; $ dollar dollars usd; ¢ cent cents; € euro euros; £; ¥ yuan
-n newton newtons; j joule joules; w watt watts; v volt volts; a amp amps; ω ohm ohms; hz; mph; °c c; °f f
-pa; kpa; mol; nm; kj; n/m; m/s; km/h
-"""  # the first of each group is its canonical name
-UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()}
-_SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\^?\{?2\}?))$")
-_CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\^?\{?3\}?))$")
-_NOT_UNIT = re.compile(
-    r"\d|[\\^√π+*/=<>≤≥≠|\[\]{}]|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|root|squared|half|halves|thirds?"
-    rf"|quarters?|(?:six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|pairs?|factorial"
-    r"|not|wrong|incorrect|maybe|perhaps"
-    r"|january|february|march|april|may|june|july|august|september|october|november|december"
-    rf"|sin|cos|tan|log|ln|over|by|x|y|n|{'|'.join(NUMBER_WORDS)})\b"
+_SCALES |= {"lakh": 10**5, "crore": 10**7, "千": 1000, "万": 10**4, "亿": 10**8}
+_SCALE = re.compile(
+    r"\s?(?:(hundred|thousand|million|billion|trillion|lakh|crore)s?\b|([千万亿])(?![克米万亿]))"
 )
 _LETTER_UNIT = re.compile(r"[\d)]\s?([A-Za-zπ])$")  # 5m is 5 metres, 5a is algebra
-_ASIDE = re.compile(r",?\s(?:because|since|with|which|where)\b")
-_CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left|per)\b")
-
-
-def unit(tail: str) -> str | None:
-    """Canonical unit of the words after a number, '' for none; None where they are no unit."""
-    text = _ASIDE.split(tail, maxsplit=1)[0].strip()
-    if not text:
-        return ""
-    for pattern, power in ((_SQUARE, 2), (_CUBE, 3)):
-        if (m := pattern.fullmatch(text)) and (m["a"] or m["b"]) in UNITS:
-            return f"{UNITS[m['a'] or m['b']]}^{power}"
-    if text in UNITS:
-        return UNITS[text]
-    glued, first = tail[0] != " ", text[0]
-    if first.isalpha() and "/" in text:
-        text = text.replace("/", " per ")
-    if _NOT_UNIT.search(text) or (len(text) < 3 and first < "\u2e80"):
-        return None
-    if first in ",;(" or (first > "\u2e80" and first.isalpha()):
-        return ""
-    if glued and first not in "%°$€£¥¢-" or not (first.isalpha() or first in "%°$€£¥¢-"):
-        return None
-    words = _CLAUSE.split(text, maxsplit=1)[0].strip(" -")
-    head = words.split(" ", 1)[0]
-    return UNITS.get(words) or UNITS.get(head) or words.rstrip("s")
 
 
 @functools.lru_cache(65536)
@@ -225,7 +183,7 @@ def number(text: str) -> Number | None:
         whole, _, decimals = text.partition(".")
         value = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
         return Number(value, "", len(decimals))
-    text = tidy(text)
+    text = REASON.split(tidy(text), maxsplit=1)[0]
     if "=" in text and not _SEVERAL.search(text):
         return _right_side(*(side.strip() for side in text.split("=")))
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
@@ -249,8 +207,10 @@ def number(text: str) -> Number | None:
         return None
     tail = text[m.end() :]
     if tail and (scale := _SCALE.match(tail)):
-        tail, value, places = tail[scale.end() :], value * _SCALES[scale[1]], None
-    name = unit(tail)
+        tail = tail[scale.end() :]
+        value *= _SCALES[scale[1] or scale[2]]
+        places = None
+    name = unit(tail, one=value == 1)
     return None if name is None else Number(-value if negative else value, name or money, places)
 
 
@@ -320,7 +280,9 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
 
 # ---- 3. kinds ------------------------------------------------------------------------------------
 
-_CHANGED = re.compile(r"\b(?:but|wait|actually|however|rather)\b")
+_CHANGED = re.compile(
+    r"\b(?:but|wait|actually|however|rather)\b|\b(?:which|that|it)\s(?:is|was)\s(?:\w+\s)?(?:wrong|incorrect)\b"
+)
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
