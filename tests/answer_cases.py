@@ -27,6 +27,7 @@ LETTERS = options("(c)", "(a)", "(e)", "(d)", "(b)")
 ROOTS = options("2", "√{3}", "√{2}", r"\frac{3√{5}}{2}")
 SIGNED = options("-0.54", "0.54", "0.37")
 NONE = options("5", "6", "7", "No correct answer")
+FACTORIALS = options("0", "1", "5!", "15")
 RATIOS = options("1:3", "0:4", "3:1", "2:2")
 TIMES = options("9:30", "1:30", "4:30")
 SHARES = options("0.33%", "0.31%", "0.30%")
@@ -148,6 +149,18 @@ MARKED = [
     ("12 cm²", r"$12 \mathrm{~cm}^2$", C, {}, "an area in LaTeX"),
     ("12", "12 units²", C, {}, "an area without a unit"),
     ("yes", "yes, which is wrong", W, {}, "a denial"),
+    # factorials
+    ("15", "15!", W, INT, "a factorial"),
+    ("5!", "5!", C, {}, "the factorial itself"),
+    ("5!", "120", C, {}, "its value"),
+    ("5!", "5", W, {}, "its operand"),
+    ("5!", r"$5!$", C, {}, "the factorial itself"),
+    ("5", "**5**!", C, INT, "an exclamation"),
+    ("12", "12 cm!", C, INT, "an exclamation"),
+    ("15", r"15!", W, FACTORIALS, "a factorial is no option"),
+    ("C", r"$5!$", C, FACTORIALS, "a factorial that is an option"),
+    ("D", r"5!", W, FACTORIALS, "another option"),
+    ("B", "B!", C, CM, "an exclamation"),
     # relations and equations
     ("3", "x <= 3", W, {}, "a bound"),
     ("3", "x >= 3", W, INT, "a bound"),

@@ -103,7 +103,7 @@ def tidy(text: str) -> str:
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
 
-_SENTENCE_END = re.compile(r"[.!](?=[\"')\]*$]*(?:\s|$))|[。！]")
+_SENTENCE_END = re.compile(r"(?:\.|(?<!\d)!)(?=[\"')\]*$]*(?:\s|$))|[。！]")  # 5! is a factorial
 _ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
 
 
@@ -286,7 +286,7 @@ _CHANGED = re.compile(
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
-SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b")
+SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b|\d!")
 
 
 def boolean(text: str) -> bool | None:
