@@ -28,6 +28,7 @@ ROOTS = options("2", "√{3}", "√{2}", r"\frac{3√{5}}{2}")
 SIGNED = options("-0.54", "0.54", "0.37")
 NONE = options("5", "6", "7", "No correct answer")
 FACTORIALS = options("0", "1", "5!", "15")
+NUMBERS = options("16", "12", "6", "4")
 RATIOS = options("1:3", "0:4", "3:1", "2:2")
 TIMES = options("9:30", "1:30", "4:30")
 SHARES = options("0.33%", "0.31%", "0.30%")
@@ -447,6 +448,15 @@ MARKED = [
     ("B", "that it must be the blue cube", C, RED, "a sentence with one option"),
     ("A", "the red ball or the blue cube", W, RED, "two options"),
     ("A", "anything but not the red ball", W, RED, "a negation"),
+    ("B", "the difference of 12 and 7, which is 5.", U, NUMBERS, "a sentence that mentions an option"),
+    ("B", "everything other than the blue cube", U, RED, "a sentence that mentions an option"),
+    ("B", "whatever is next to the blue cube", U, RED, "a sentence that mentions an option"),
+    ("A", "the shadow that the red ball throws", U, RED, "a sentence that mentions an option"),
+    ("C", "twice the weight of the green cone there", U, RED, "a sentence that mentions an option"),
+    ("B", "the one that comes before option B", U, RED, "a sentence that mentions an option"),
+    ("B", "most likely the blue cube in the picture", C, RED, "a sentence that states an option"),
+    ("B", "I think that it should be the blue cube, since it fits", C, RED, "a sentence that states one"),
+    ("A", "definitely (A) Yes", C, YN, "a letter and its own text"),
     ("A", "red bal", W, RED, "no edit distance"),
     ("A", "dark red ball", W, RED, "a word before an option"),
     ("A", "ball", W, RED, "part of an option"),

@@ -20,7 +20,17 @@ import functools
 import re
 from collections.abc import Sequence
 
-from mstar_jax.answers.choices import LETTERS, THEREFORE, choice, hushed, lettered, mentioned, search, table
+from mstar_jax.answers.choices import (
+    LETTERS,
+    THEREFORE,
+    choice,
+    hushed,
+    lettered,
+    mentioned,
+    mentions_only,
+    search,
+    table,
+)
 from mstar_jax.answers.equality import same
 from mstar_jax.answers.values import LINE, NUMBER_WORDS, boolean, number, plain, sentence, tidy
 
@@ -319,14 +329,16 @@ def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | 
     found = _marked(tail)
     text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
     if found and text and ((letter := choice(found[0], options)) or not fallback):
-        return letter or text, found[1]
+        return (
+            (None, "none") if not letter and mentions_only(found[0], options) else (letter or text, found[1])
+        )
     if fallback and not (found and _NAMED.match(text)):  # `(B) and (C)` is an answer, and a wrong one
         if found and (letter := mentioned(found[0], options)):
             return letter, "search"
         last, parts = _last_line(tail), _sentences(tail)
         if letter := lettered(parts, options):
             return letter, "search"
-        if not found and (letter := choice(last, options)):
+        if not found and (letter := choice(last, options, loose=True)):
             return letter, "last line"
         if letter := search(parts, options):
             return letter, "search"

@@ -9,8 +9,10 @@ import functools
 import re
 from typing import NamedTuple
 
+from mstar_jax.answers.units import REASON
 from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
 
+SENTENCE = 24  # characters: a longer text may mention an option without choosing it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LETTER = re.compile(
@@ -25,9 +27,15 @@ _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sig
 _OR = re.compile(r"\W*(?:or|and)\b")
 _ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
-_FUNCTION_WORD = re.compile(
-    r"the|an?|is|are|was|be|it|its|it's|this|that|of|in|on|at|to|by|as|with|for|and|or|one|so|then"
+_STATING = re.compile(
+    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|they|there|one|so|then|must|should|would|will"
+    r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only|both"
+    r"|option|choice|answer|letter|figure|image|picture|shape|object|called|named|labeled|labelled|shown|showing"
+    r"|says|said|saying|read|reads|i|we|think|believe|conclude|say|see|choose|pick|select|correct|right|best"
+    r"|closest|therefore|thus|hence|of|in|to|by|as|for|with|from|on|at",
+    re.IGNORECASE,
 )
+_FOLLOWING = re.compile(r"[,;:.()]|(?:because|since|as|which|who|in|on|at|for|from|with|due)$", re.IGNORECASE)
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
 _NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
 _NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
@@ -85,11 +93,12 @@ def hushed(text: str, options: tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(65536)
-def choice(text: str, options: tuple[str, ...]) -> str | None:
+def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | None:
     """The letter of the option that a marked answer names, None where it names none or more than one.
 
     `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
-    sentence that holds one option and no negation. A letter with another option's text names none.
+    sentence that states one option. A letter with another option's text names none. For unmarked
+    answers, `loose` also takes one that mentions one option and holds no negation.
     """
     known = table(options)
     texts = known.texts
@@ -122,15 +131,35 @@ def choice(text: str, options: tuple[str, ...]) -> str | None:
     said = boolean(text)  # "no, there are not fewer ..."
     if said is not None and sorted(texts.values()) == ["no", "yes"]:
         return next(letter for letter in texts if boolean(texts[letter]) is said)
-    return mentioned(text, options) if len(text) > 24 or _whole(text, known) else None
+    one = mentioned(text, options)
+    return one if one and ((loose and len(text) > SENTENCE) or _stated(text, one, known)) else None
 
 
-def _whole(text: str, known: Table) -> bool:
-    """Whether only function words are next to an option: `it is red` is red, `dark red` is not."""
-    spaced = _words(text)
-    found = [m for w in known.words.values() for m in re.finditer(re.escape(w), spaced)]
-    around = [(spaced[: m.start()].split()[-1:], spaced[m.end() :].split()[:1]) for m in found]
-    return all(_FUNCTION_WORD.fullmatch(word) for before, after in around for word in before + after)
+def mentions_only(text: str, options: tuple[str, ...]) -> bool:
+    """Whether a marked sentence mentions one option without choosing it: `everything but the blue cube`."""
+    text = tidy(sentence(text))
+    return len(text) > SENTENCE and choice(text, options) is None and mentioned(text, options) is not None
+
+
+def _stated(text: str, letter: str, known: Table) -> bool:
+    """Whether a sentence says that it is this option, as `it must be the red ball`, not only mentions it.
+
+    Before the option there may be words that state it, after it nothing or the beginning of an aside.
+    """
+    text = REASON.split(text, maxsplit=1)[0]
+    m = next((m for m in _MENTION.finditer(text) if letter in m.groups()), None)
+    if m is not None:
+        before, after = text[: m.start()], text[m.end() :]
+        if known.text(after) == known.texts[letter]:
+            after = ""
+    else:
+        before, found, after = _words(text).partition(known.words.get(letter, " "))
+        if not found:
+            return False
+    following = after.split()[:1]
+    return all(_STATING.fullmatch(word) for word in _words(before).split()) and (
+        not following or bool(_FOLLOWING.match(following[0]))
+    )
 
 
 def _agreed(letter: str, rest: str, known: Table) -> str | None:
@@ -213,7 +242,7 @@ def search(sentences: list[str], options: tuple[str, ...]) -> str | None:
             if (yes := boolean(line)) is not None:
                 return next(letter for letter in known.texts if boolean(known.texts[letter]) is yes)
     for line in ends:
-        if letter := choice(line, options):
+        if letter := choice(line, options, loose=True):
             return letter
         bracketed = set(_BRACKETED.findall(line))
         if len(bracketed) == 1 and bracketed <= known.texts.keys() and not _NEGATION.search(line):
