@@ -29,6 +29,7 @@ SIGNED = options("-0.54", "0.54", "0.37")
 NONE = options("5", "6", "7", "No correct answer")
 FACTORIALS = options("0", "1", "5!", "15")
 NUMBERS = options("16", "12", "6", "4")
+CITIES = options("Paris", "Rome", "Cairo", "Tokyo")
 RATIOS = options("1:3", "0:4", "3:1", "2:2")
 TIMES = options("9:30", "1:30", "4:30")
 SHARES = options("0.33%", "0.31%", "0.30%")
@@ -438,6 +439,33 @@ MARKED = [
     ("B", "(B) -0.54", W, SIGNED, "letter and text disagree in the sign"),
     ("B", "(B) - 0.54", W, SIGNED, "a minus or a dash: in doubt no"),
     ("A", "A - red ball", C, RED, "a dash"),
+    # multiple choice: a value and a letter
+    ("B", "12 cm (B)", C, CM, "both agree"),
+    ("B", "12 cm (C)", W, CM, "value and letter contradict"),
+    ("C", "12 cm (C)", W, CM, "value and letter contradict"),
+    ("B", "12 cm, option C", W, CM, "value and letter contradict"),
+    ("B", "12 cm, which is C", W, CM, "value and letter contradict"),
+    ("B", "12 cm: C", W, CM, "value and letter contradict"),
+    ("B", "12 cm, option B", C, CM, "both agree"),
+    ("B", "(B) 12 cm, option C", W, CM, "two letters"),
+    ("B", "(B) 12 cm (C)", W, CM, "two letters"),
+    ("B", "(B), not (A)", C, CM, "the other one denied"),
+    ("C", "13 cm (C)", W, CM, "value and letter contradict"),
+    ("B", "the blue cube (C)", W, RED, "value and letter contradict"),
+    ("C", "the blue cube (C)", W, RED, "value and letter contradict"),
+    ("B", "the blue cube (B)", C, RED, "both agree"),
+    ("D", "Tokyo (D)", C, CITIES, "both agree"),
+    ("D", "Paris (D)", W, CITIES, "value and letter contradict"),
+    ("A", "Paris (D)", W, CITIES, "value and letter contradict"),
+    ("A", "yes (B)", W, YN, "value and letter contradict"),
+    ("B", "yes (B)", W, YN, "value and letter contradict"),
+    ("B", "(B) yes, it is", W, YN, "value and letter contradict"),
+    ("B", "No, (B)", C, YN, "both agree"),
+    ("B", "therefore (B)", C, CM, "nothing but the letter"),
+    ("B", "12 cm, which is wrong", W, CM, "a denial"),
+    ("B", "(B) 12 cm, which is wrong", W, CM, "a denial"),
+    ("B", "the blue cube, which is incorrect", W, RED, "a denial"),
+    ("B", "B不对", W, CM, "Chinese: not right"),
     # multiple choice: content
     ("B", "12 cm.", C, CM, "the text"),
     ("B", "12", C, CM, "a number equal to one option"),

@@ -9,7 +9,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from mstar_jax.answers.units import REASON
+from mstar_jax.answers.units import DENIED, REASON
 from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
 
 SENTENCE = 24  # characters: a longer text may mention an option without choosing it
@@ -22,14 +22,27 @@ _LETTER = re.compile(
 _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
 _DENIED = re.compile(
     r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
+    r"|\s?是?[不错非]"
+)
+_THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
+_NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
+_LATE = re.compile(  # a letter after a value: `12 cm (C)`, `12 cm, option C`, `12 cm: C`
+    rf"(?<=\S)\s?[,;:]?\s?(?:{_THAT_IS})?(?:\(?{_NAME})?[(\[]([A-H])[)\]]\W*$"
+    rf"|(?<=\S)[\s,;:(]+(?:{_THAT_IS})?{_NAME}([A-H])\)?\W*$"
+    rf"|(?<=\S)(?:\s?[,;:=→]\s?|\s-\s?|,?\s{_THAT_IS})([A-H])\W*$"
+)
+_NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])")
+_REFUSED = re.compile(
+    r"\b(?:which|that|it|this)\s(?:is|was|seems|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b"
+    r"|\b(?:wrong|incorrect)\W*$"
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
 _ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _STATING = re.compile(
-    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|they|there|one|so|then|must|should|would|will"
-    r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only|both"
+    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|there|one|so|then|must|should|would|will"
+    r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only"
     r"|option|choice|answer|letter|figure|image|picture|shape|object|called|named|labeled|labelled|shown|showing"
     r"|says|said|saying|read|reads|i|we|think|believe|conclude|say|see|choose|pick|select|correct|right|best"
     r"|closest|therefore|thus|hence|of|in|to|by|as|for|with|from|on|at",
@@ -125,6 +138,10 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
             return _agreed(letter, rest, known)
     if upper:
         return next((letter for letter in texts if texts[letter] == known.text(text)), None)
+    if late := _LATE.search(REASON.split(text, maxsplit=1)[0]):
+        confirmed = _confirmed(text[: late.start()], late[1] or late[2] or late[3], options)
+        if confirmed or not loose:
+            return confirmed
     if n := number(text):
         equal = [letter for letter in numbers if same_number(numbers[letter], n, None, None)]
         return equal[0] if len(equal) == 1 else None
@@ -135,10 +152,23 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     return one if one and ((loose and len(text) > SENTENCE) or _stated(text, one, known)) else None
 
 
+def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None:
+    """`letter` where the text before it says the same, as in `12 cm (B)`; None where it does not."""
+    known = table(options)
+    before = before.strip(" ,;:([")
+    if letter not in known.texts:
+        return None
+    begins = len(before) >= 3 and known.texts[letter].startswith(known.text(before))
+    states = all(_STATING.fullmatch(word) for word in _words(before).split())
+    return letter if states or begins or choice(before, options) == letter else None
+
+
 def mentions_only(text: str, options: tuple[str, ...]) -> bool:
     """Whether a marked sentence mentions one option without choosing it: `everything but the blue cube`."""
     text = tidy(sentence(text))
-    return len(text) > SENTENCE and choice(text, options) is None and mentioned(text, options) is not None
+    if len(text) <= SENTENCE or DENIED.search(text) or choice(text, options):
+        return False
+    return mentioned(text, options) is not None
 
 
 def _stated(text: str, letter: str, known: Table) -> bool:
@@ -147,6 +177,8 @@ def _stated(text: str, letter: str, known: Table) -> bool:
     Before the option there may be words that state it, after it nothing or the beginning of an aside.
     """
     text = REASON.split(text, maxsplit=1)[0]
+    if DENIED.search(text):
+        return False
     m = next((m for m in _MENTION.finditer(text) if letter in m.groups()), None)
     if m is not None:
         before, after = text[: m.start()], text[m.end() :]
@@ -170,10 +202,18 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     whole = _DASH.sub("", stripped)
     clause = _REASON.split(whole, maxsplit=1)[0]
     for text in (known.text(whole), known.text(clause)):
-        if text and text == texts[letter]:
-            return letter
-        if text and text in texts.values():
+        if text and text in texts.values() and text != texts[letter]:
             return None
+        if text and text == known.text(whole) == texts[letter]:
+            return letter
+    said = _NOT_LETTER.sub("", REASON.split(rest, maxsplit=1)[0])
+    named = {a or b for a, b in _MENTION.findall(said)} & texts.keys() - {letter}
+    if _REFUSED.search(said) or any(not re.search(rf"\b{x.lower()}\b", texts[letter]) for x in named):
+        return None
+    if (yes := boolean(stripped)) is not None and boolean(texts[letter]) is (not yes):
+        return None
+    if known.text(clause) and known.text(clause) == texts[letter]:
+        return letter
     if re.search(r"\bor\b", clause) and any(
         words in _words(clause) for other, words in known.words.items() if other != letter
     ):
@@ -182,7 +222,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
         if len(begun) >= 8 and [t for t in texts if texts[t].startswith(begun)] == [letter]:
             return letter
     others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
-    others += [a or b for a, b in _MENTION.findall(stripped)]
+    others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
     if any(other in texts and other != letter for other in others):
         return None
     n = number(stripped)
