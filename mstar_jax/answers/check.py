@@ -59,7 +59,7 @@ _MARKER = re.compile(
     r"(?:\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:option|choice)(?:\s+letter)?)"
     r"(?:\s+to\s+(?:the|this|your)\s+(?:question|problem))?[\s*_]*"
     r"(?:(?:is|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)"
-    r"(?:\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：=])"
+    r"(?:\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：]|=(?!\s?[\"']))"
     r"|答案\s*(?:选项)?\s*[是为选:：]|(?P<heading>answer[\s*_\]]*\n(?=\s*\S)|answer\]))[\s*_:：]*(?:\$\$|\\\[)?\s*",
     re.IGNORECASE,
 )
@@ -76,6 +76,15 @@ _THINK = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}(?:final[ _-]?)?answer\s{0,3}>", re.IGNORECASE)
+_PROSE = ("", "text", "txt", "plaintext", "markdown", "md", "latex", "tex", "math")  # of a fence
+_CODE = re.compile(
+    r"^[ \t]{0,80}(?:"
+    r"(?:if|elif|for|while|with|def|class|switch|function)\b[^\n]*(?:[:{][ \t]{0,9}$|:[ \t]?\w{1,40}[ \t]?=)"
+    r"|(?:\}[ \t]?)?else\b[^\n]{0,40}[:{]|(?:let|const|var|int|float|double|string|bool)\s\w{1,40}\s?="
+    r"|(?:return|import)\s\S|from\s\w{1,40}\simport|print[ \t]?\(|console\.log|#include)[^\n]*",
+    re.MULTILINE,
+)
+_ASSIGNMENT = re.compile(r"^[ \t]*[A-Za-z_][\w.\[\]]*[ \t]*[-+*/]?=(?!=)[^\n]*$", re.MULTILINE)
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
@@ -112,11 +121,25 @@ def _spoken(response: str) -> str:
     return "" if inside else "\n".join([*kept, response[start:]])
 
 
+def _unfenced(response: str) -> str:
+    """A response without its fenced blocks, but for those that hold prose."""
+    kept = []
+    for i, part in enumerate(response.split("```")):
+        language, _, content = part.partition("\n") if i % 2 and "\n" in part else ("", "", part)
+        if not i % 2 or (language.strip().lower() in _PROSE and not _CODE.search(content)):
+            kept.append(content)
+    return "\n".join(kept)
+
+
 def _tail(response: str) -> str:
-    """The end of what a response says, without a tokenizer's `</s>` or `<|im_end|>`."""
+    """The end of what a response says: no thoughts, no code, no `</s>` or `<|im_end|>` of a tokenizer."""
     if _THINK.search(response):
         response = _spoken(response)
+    if "```" in response:
+        response = _unfenced(response)
     tail = response[-TAIL:]
+    if _CODE.search(tail):
+        tail = _ASSIGNMENT.sub("", _CODE.sub("", tail))
     return _END_TOKEN.sub("", tail) if ">" in tail[-24:] else tail
 
 
