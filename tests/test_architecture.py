@@ -18,7 +18,7 @@ FILE_LINES, LIBRARY_LINES = 400, 6000
 ROOMS = {
     800: ("plan", "profiling"),
     1300: ("report",),
-    2300: ("answers", "evaluate"),
+    2500: ("answers", "evaluate"),
 }
 
 COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__", "plan.programs")
@@ -45,7 +45,8 @@ ALLOWED = {
     "answers.symbolic": ("answers.formulas",),
     "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
     "answers.choices": ("answers.units", "answers.values"),
-    "answers.check": ("answers.choices", "answers.equality", "answers.values", "structs"),
+    "answers.extraction": ("answers.values",),
+    "answers.check": ("answers.choices", "answers.equality", "answers.extraction", "answers.values", "structs"),
     "rewards.steps": (),
     "rewards.selection": (*ANSWERS, "structs", "rewards.steps"),
     "rewards.metrics": (*ANSWERS, "structs", "rewards.steps", "rewards.selection"),
@@ -67,7 +68,7 @@ FORBIDDEN = {
 TEXT = tuple(
     f"{room}.{name}"  # pure Python and numpy
     for room, names in {
-        "answers": ("units", "values", "formulas", "worker", "symbolic", "equality", "choices", "check"),
+        "answers": ("units", "values", "formulas", "worker", "symbolic", "equality", "choices", "extraction", "check"),
         "rewards": ("steps", "selection", "metrics"),
         "stages": ("explore",),
         "evaluate": ("scoring", "benchmarks", "tables"),
