@@ -38,7 +38,10 @@ _REFUSED = re.compile(
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
-_ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
+_EQUALS = re.compile(
+    r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
+)
+_ALSO = re.compile(r"(?:and|or|&|/|,|;|=)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _STATING = re.compile(
     r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|there|one|so|then|must|should|would|will"
@@ -225,7 +228,10 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
     if any(other in texts and other != letter for other in others):
         return None
-    n = number(stripped)
+    value = _EQUALS.sub("", rest, count=1)
+    if any(_words(value).startswith(words) for other, words in known.words.items() if other != letter):
+        return None
+    n = number(stripped) or number(value)
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
     return None if equal and letter in numbers and letter not in equal else letter
 

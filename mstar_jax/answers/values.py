@@ -282,6 +282,7 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
 
 _CHANGED = re.compile(
     r"\b(?:but|wait|actually|however|rather)\b|\b(?:which|that|it)\s(?:is|was)\s(?:\w+\s)?(?:wrong|incorrect)\b"
+    r"|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
 )
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
@@ -291,6 +292,8 @@ SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z
 
 def boolean(text: str) -> bool | None:
     """Reads `yes`, `true`, `No, because ...`; None where the text is no such answer."""
+    if tidy(text).endswith("?"):
+        return None
     text = plain(text)
     m = _BOOLEAN.match(text)
     return m[1] in ("yes", "true") if m and not _CHANGED.search(text) else None
