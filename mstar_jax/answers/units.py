@@ -41,7 +41,7 @@ _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left)\b")
 _NOT_UNIT = re.compile(
     r"\d|[\\^√π+*/=<>≤≥≠≈|!\[\]{}]"
     r"|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|roots?|squared|halves|half|thirds?|quarters?"
-    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|dozens?|pairs?|scores|factorials?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|dozens?|pairs?|scores?|gross|factorials?"
     r"|powers?|cubes|squares of|sin|cos|tan|log|ln|over|by|x|y|n|others?"
     r"|january|february|march|april|may|june|july|august|september|october|november|december"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -95,7 +95,7 @@ def unit(tail: str, *, one: bool = False) -> str | None:
     if text[0] not in "%°$€£¥¢-" and (tail[0] != " " or not text[0].isalpha()) and text[0] < "\u2e80":
         return None
     words = _CLAUSE.split(text, maxsplit=1)[0].strip(" -。")
-    return _counted(words, one)
+    return _known(words) if text[0] == "-" else _counted(words, one)
 
 
 def _known(text: str) -> str | None:
