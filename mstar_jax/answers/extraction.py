@@ -35,7 +35,7 @@ _CODE = re.compile(  # a line break first, which is searched for fast
     r"|(?:\}[ \t]?)?else\b[^\n]{0,40}[:{]|(?:let|const|var|int|float|double|string|bool)\s\w{1,40}\s?="
     r"|(?:return|import)\s\S|from\s\w{1,40}\simport|print[ \t]?\(|console\.log|#include)[^\n]*"
 )
-_ASSIGNMENT = re.compile(r"\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*[-+*/]?=(?!=)[^\n]*")
+_ASSIGNMENT = re.compile(r"\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*(?:[-+*/]?=(?!=)|:[ \t]?[\"'])[^\n]*")
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 

@@ -90,7 +90,7 @@ def nodes(tree: Tree) -> Iterator[Tree]:
 
 
 def arithmetic(text: str) -> Fraction | None:
-    """The value of a text that is arithmetic with rational numbers: 12 of `3·4`; None of any other."""
+    """The value of a text that is arithmetic: 12 of `3·4`, to 15 digits that of `4π`; else None."""
     made = parse(text)
     try:
         return None if made is None or made.sign else _evaluated(made.left)
@@ -103,7 +103,13 @@ def _evaluated(tree: Tree) -> Fraction:
     name, *parts = tree
     if name == "number":
         return Fraction(*(part for part in parts if isinstance(part, int)))
+    if name == "pi":
+        return Fraction(math.pi)
     values = [_evaluated(part) for part in parts if isinstance(part, tuple)]
+    if name == "sqrt":
+        top, bottom = math.isqrt(values[0].numerator), math.isqrt(values[0].denominator)
+        exact = Fraction(top, bottom)
+        return exact if exact**2 == values[0] else Fraction(math.sqrt(values[0]))
     if name == "factorial":
         return Fraction(math.factorial(int(values[0])))
     if name == "^":

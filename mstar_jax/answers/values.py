@@ -217,6 +217,8 @@ def number(text: str) -> Number | None:
 def _right_side(*sides: str) -> Number | None:
     """The number on the right of `x = 3` and `3·4 = 12`; None of `2x = 10` and `40 = 12`."""
     *lefts, right = sides
+    if any(set(left) & set("<>≤≥≠≈") for left in lefts):
+        return None
     if len(lefts) == 1 and _VARIABLE.search(lefts[0]) and _OPERATOR.search(lefts[0]):
         return None  # an equation that was not solved
     if (value := number(right)) is None:
@@ -232,7 +234,7 @@ def _right_side(*sides: str) -> Number | None:
 
 
 def _rounded(exact: Number, written: Number) -> bool:
-    return same_number(written, exact, "float", None)
+    return same_number(written, exact, "float", written.places or None)
 
 
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
