@@ -2,20 +2,20 @@
 
     python benchmarks/answers.py FOLDER [--show=20] [--part=development]
 
-FOLDER holds mathvista_outputs.jsonl.gz and m3cot_outputs.jsonl.gz: responses of released models with what
-the benchmark's own scorer made of them (M3CoT's judge is reimplemented below). A question belongs by a hash
-of its id to the development part (about 60 %), whose disagreements `--show` lists, or to the part kept
-apart, which is only counted. The subsets:
+FOLDER holds mathvista_outputs.jsonl.gz and m3cot_outputs.jsonl.gz: responses of released models and the
+verdicts of the benchmarks' own scorers (M3CoT's judge is reimplemented below). A hash of its id assigns a
+question to the development part (about 60 %), whose disagreements `--show` lists, or to the part kept apart,
+which is only counted. The subsets:
 
   numeric   integer and float questions where the official extraction is a number
   letter    multiple choice where the official extraction names a letter or is an option's text
   luck      multiple choice that the official scorer resolved by edit distance, by a lower-case letter token
             (`a`) or not at all: chance credit, no target
-  empty     MathVista responses without any text, whatever the official extraction made up
+  empty     MathVista responses without any text, whatever the official extraction invented
   other     free-form questions without a readable extraction, and lists
 
-Speed is measured on made-up responses in the form that training asks for, each of them distinct, eight to a
-query, in processor time.
+Speed is measured in processor time on synthetic responses in the form that training asks for: distinct ones,
+eight a query.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def mathvista_subset(row: dict[str, Any]) -> str:
-    """How the official scorer came to its verdict: see the module's subsets."""
+    """How the official scorer reached its verdict; the subsets are explained above."""
     extraction = str(row["extraction"]).strip()
     if not row["response"].strip():
         return "empty"
@@ -78,7 +78,7 @@ def m3cot_judge(text: str, choices: list[str]) -> tuple[str | None, str]:
 
 
 def items(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """One item per response: benchmark, id, subset, official verdict, and the arguments of `grade`."""
+    """One item per response: benchmark, id, subset, official verdict and the arguments of `grade`."""
     for row in read(folder / "mathvista_outputs.jsonl.gz"):
         choice = row["question_type"] == "multi_choice"
         yield {
@@ -171,7 +171,7 @@ def speed(number: int) -> None:
     rng = random.Random(0)
     made = [response for _ in range(number // 8) for response in ordinary(rng)]
     gc.collect()
-    gc.freeze()  # what `made` costs the collector is not the checker's
+    gc.freeze()  # the cost of collecting `made` is not the checker's
     start = time.process_time()
     slowest = 0.0
     for response, gold, kwargs in made:

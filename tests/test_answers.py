@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from answer_cases import MARKED, RESPONSES
 
-from mstar_jax.answers import symbolic
+from mstar_jax.answers import symbolic, units
 from mstar_jax.answers.check import Grade, as_gold, equivalent, extract, grade
 from mstar_jax.answers.values import kind, number, tidy
 
@@ -215,6 +215,90 @@ INPUT = (TEXTS, TEXTS, ARGUMENTS, st.booleans(), st.sampled_from(("", "The answe
 @hypothesis.given(*INPUT)
 def test_random_input_has_a_verdict(text, gold, kwargs, fallback, prefix):
     assert check(text, gold, kwargs, fallback, prefix, time.thread_time) < 2  # others may use this machine
+
+
+# ---- what is never correct --------------------------------------------------------------------------------
+
+NEVER = hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+VALUE = st.integers(0, 10**6)
+DENIALS = (
+    ", which is wrong", " which is not right", " is wrong", " is not the answer", " (incorrect)", ", maybe",
+    "?", "不对", " 错", ", but that is false", ", or not", " isn't it", ", which cannot be",
+)  # fmt: skip
+UNKNOWN = st.one_of(
+    st.sampled_from(
+        ("万", "亿", "以上", "左右", "多", " lakh", " crore", " cubed", " a.m.", " p.m.", "k", "-ish", "!")
+    ),
+    st.sampled_from(
+        (" dozen", " or so", " squared", "th", " thirds", " pairs", "x", "π", "^2", "e5", " to 9", ":30")
+    ),
+    st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=2, max_size=6).filter(
+        lambda text: units.unit(text) is None
+    ),
+    st.text("bcdfghjkqvwz", min_size=3, max_size=9).map(" {}".format),
+)
+
+
+@NEVER
+@hypothesis.given(VALUE, st.sampled_from(DENIALS))
+def test_a_denied_value_is_never_correct(value, denial):
+    assert grade(f"The answer is {value}{denial}", str(value)).verdict != "correct"
+
+
+@NEVER
+@hypothesis.given(st.integers(2, 10**6), UNKNOWN)
+def test_unknown_text_after_a_number_is_never_correct(value, text):
+    assert grade(f"The answer is {value}{text}", str(value)).verdict != "correct"
+    assert grade(rf"\boxed{{{value}{text}}}", str(value)).verdict != "correct"
+
+
+@NEVER
+@hypothesis.given(
+    VALUE, st.sampled_from(("<", ">", "<=", ">=", "!=", "≠", "≤", "≥", r"\le", r"\geq", r"\neq", "=<"))
+)
+def test_a_bound_is_never_a_value(value, sign):
+    for text in (f"x {sign} {value}", f"{sign} {value}", f"{value} {sign} x", f"2y {sign} {value}"):
+        assert grade(f"The answer is {text}", str(value)).verdict != "correct"
+        assert grade(f"The answer is {value}", text).verdict != "correct"
+
+
+@NEVER
+@hypothesis.given(VALUE, VALUE)
+def test_a_false_equation_is_never_correct(left, right):
+    hypothesis.assume(left != right)
+    for text in (
+        f"{left} = {right}",
+        f"x = {left} = {right}",
+        f"{left} + 1 = {right + 1}",
+        f"{left}·2 = {2 * right}",
+    ):
+        gold = text.rpartition("=")[2].strip()
+        assert grade(f"The answer is {text}", gold).verdict != "correct"
+
+
+@NEVER
+@hypothesis.given(SOUP, VALUE, st.sampled_from(("<think>", "<thinking>", "< Think >", "[THINK]", "◁think▷")))
+def test_an_open_think_block_says_nothing(text, value, tag):
+    for said in (f"The answer is {value}", rf"\boxed{{{value}}}", f"<answer>{value}</answer>"):
+        assert grade(f"{text}{tag} so {said}", str(value)).verdict == "unparsed"
+
+
+@NEVER
+@hypothesis.given(
+    st.sampled_from("ABCD"),
+    st.sampled_from("ABCD"),
+    st.sampled_from((CM, (*RED, "pink ring"), ("Rome", "Cairo", "Tokyo", "Paris"))),
+    st.sampled_from(
+        ("{text} ({letter})", "{text}, option {letter}", "{text}, which is {letter}", "{text} [{letter}]")
+        + ("({letter}) {text}", "{letter}. {text}", "{letter}: {text}", "option {letter}, {text}")
+        + ("{letter} = {text}", "{letter}, i.e. {text}")
+    ),
+)
+def test_a_contradicting_letter_is_never_correct(letter, other, options, form):
+    said = form.format(letter=letter, text=options["ABCD".index(other)])
+    for gold in "ABCD":
+        verdict = grade(f"The answer is {said}.", gold, options=options).verdict
+        assert verdict == ("correct" if letter == other == gold else "wrong"), said
 
 
 @pytest.mark.slow

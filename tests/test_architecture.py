@@ -19,7 +19,7 @@ ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     800: ("plan", "profiling"),
     1300: ("report",),
-    2300: ("answers", "evaluate"),
+    2500: ("answers", "evaluate"),
 }
 
 COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__", "plan.programs")
@@ -41,13 +41,15 @@ ALLOWED = {
     "models.*": ("models", "structs", "sharding"),
     "*.__init__": (),  # a room's own name stands for nothing
     "plan.official": ("models", "structs", "sharding"),
-    "answers.values": (),
+    "answers.units": (),
+    "answers.values": ("answers.formulas", "answers.units"),
     "answers.formulas": (),
-    "answers.algebra": (),  # runs in a process of its own
+    "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),
-    "answers.equality": ("answers.symbolic", "answers.values"),
-    "answers.choices": ("answers.values",),
-    "answers.check": ("answers.choices", "answers.equality", "answers.values", "structs"),
+    "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
+    "answers.choices": ("answers.units", "answers.values"),
+    "answers.extraction": ("answers.values",),
+    "answers.check": ("answers.choices", "answers.equality", "answers.extraction", "answers.values", "structs"),
     "rewards.steps": (),
     "rewards.selection": (*ANSWERS, "structs", "rewards.steps"),
     "rewards.metrics": (*ANSWERS, "structs", "rewards.steps", "rewards.selection"),
@@ -69,7 +71,7 @@ FORBIDDEN = {
 TEXT = tuple(
     f"{room}.{name}"  # pure Python and numpy
     for room, names in {
-        "answers": ("values", "formulas", "algebra", "symbolic", "equality", "choices", "check"),
+        "answers": ("units", "values", "formulas", "worker", "symbolic", "equality", "choices", "extraction", "check"),
         "rewards": ("steps", "selection", "metrics", "temperature"),
         "evaluate": ("scoring", "benchmarks", "tables"),
         "data": ("toy", "mathv360k", "images", "splits", "prompts"),

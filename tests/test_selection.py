@@ -1,4 +1,4 @@
-"""Which responses train, against straightforward reckonings."""
+"""Which responses train, against straightforward implementations."""
 
 import dataclasses
 from fractions import Fraction
@@ -218,7 +218,7 @@ def test_pseudo_label_abstains_below_the_threshold(rows, eighths):
         (["0.5", "3", "1/2"], [0.3, 0.5, 0.3], "0.5", 0.6 / 1.1, 2),  # equal values share
         (["2", "1", "1", "2"], [0.1, 0.2, 0.3, 0.4], "2", 0.5, 2),  # a tie
         (["2", "2", "2", "1", "1", "1"], [0.3, 0.2, 0.1, 0.1, 0.2, 0.3], "2", 0.5, 2),  # in any order of sums
-        (["5", None, None], [1, 1, 2], "5", 0.25, 1),  # who does not vote still weighs
+        (["5", None, None], [1, 1, 2], "5", 0.25, 1),  # responses that do not vote still count
     ],
 )
 def test_vote_by_hand(given_answers, weights, answer, share, classes):

@@ -44,7 +44,7 @@ def test_a_step_of_the_text_has_an_end_among_the_tokens(tokens):
 @settings(deadline=None)
 @given(IDS)
 def test_an_end_is_the_first_token_to_complete_its_step(tokens):
-    """Up to an end, and no earlier, the step is there and its line broken."""
+    """The step and its line break are complete at its end, and no earlier."""
     for number, end in enumerate(steps.ends(tokens, PIECES)[:-1]):
 
         def complete(upto, number=number):

@@ -1,5 +1,6 @@
 """Algebra in worker processes: what is equal, and that no formula hurts the process that asks."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,17 @@ import threading
 import time
 
 import pytest
+import sympy
 
 from mstar_jax.answers import symbolic
-from mstar_jax.answers.formulas import latex
+from mstar_jax.answers.formulas import FUNCTIONS, Formula, parse
 from mstar_jax.answers.symbolic import Pool, Worker, equal
+from mstar_jax.answers.worker import OPERATIONS, build
+
+
+def number(value):
+    return ("number", value, 1)
+
 
 EQUAL = [
     ("x^2+2x+1", "(x+1)^2"),
@@ -72,10 +80,19 @@ def test_different(a, b):
     assert not equal(a, b) and not equal(b, a)
 
 
-def test_latex_leaves_nothing_open():
-    assert latex("5*sqrt(3)") == (r"5 \cdot \sqrt{(3)}",)
-    assert latex("y=2x") == ("(y)", "=", r"2 \cdot (x)")
-    for text in (
+def test_parse():
+    assert parse("5*sqrt(3)") == Formula(("*", number(5), ("sqrt", number(3))))
+    assert parse("y=2x") == Formula(("symbol", "y"), "=", ("*", number(2), ("symbol", "x")))
+    assert parse("2≥x") == parse("2>=x") == parse(r"2\ge x") == Formula(number(2), ">=", ("symbol", "x"))
+    assert parse("-2.50") == Formula(("negative", ("number", 5, 2)))
+    assert parse(r"\sin^2 x_1") == Formula(("^", ("sin", ("symbol", "x_1")), number(2)))
+    assert parse(r"\log_2 8") == Formula(("log", number(8), number(2)))
+    assert parse("e^x") == Formula(("^", ("e",), ("symbol", "x")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
         "x+",
         "2 3",
@@ -83,61 +100,116 @@ def test_latex_leaves_nothing_open():
         "((x)",
         "x)",
         "1/2/3",
+        "1/2x",
         "2^2^2",
         "(2!)!",
         "21!",
+        "2.5!",
         "x^{100}",
         "a.b",
         "x;y",
-    ):
-        assert latex(text) is None
-    for text in (
-        "x" * 201,
-        "(" * 150 + "x" + ")" * 50,
-        "x+" * 80 + "x",
-        "__import__('os')",
-        "exec(1)",
-        "\\input{a}",
-    ):
-        assert latex(text) is None
+    ]
+    + ["9**9**9", "9^{9^9}", "(((x^2)^2)^2)^2", "x^{5!}", "AB", r"\sin^{-1}x", "√√x", "x_123", "1<x<2"]
+    + ["x" * 201, "(" * 150 + "x" + ")" * 50, "x+" * 80 + "x", "__import__('os')", "exec(1)", r"\input{a}"],
+)
+def test_what_is_open_or_too_large_is_no_formula(text):
+    assert parse(text) is None
 
 
-def test_late_is_not_equal_and_the_worker_goes_on():
+def test_build_gives_what_the_operations_mean():
+    x, two, four = ["symbol", "x"], ["number", 2, 1], ["number", 4, 1]
+    for tree, value in [
+        (["number", 6, 4], sympy.Rational(3, 2)),
+        (["log", ["number", 100, 1]], 2),
+        (["log", four, two], 2),
+        (["ln", ["e"]], 1),
+        (["abs", ["negative", two]], 2),
+        (["arcsin", ["number", 1, 1]], sympy.pi / 2),
+        (["symbol", "I"], sympy.Symbol("I")),
+        (["-", ["/", x, two], ["factorial", four]], sympy.Symbol("x") / 2 - 24),
+    ]:
+        assert build(tree) == value
+    assert set(FUNCTIONS) - {"exp"} <= OPERATIONS.keys()
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ["/", ["number", 1, 1], ["number", 0, 1]],
+        ["ln", ["number", 0, 1]],
+        ["infinity"],
+        [
+            "^",
+            ["number", 9, 1],
+            ["*", ["number", 99, 1], ["number", 99, 1]],
+        ],  # the exponent is too large
+        ["^", ["^", ["number", 9, 1], ["number", 990, 1]], ["number", 990, 1]],  # the value is
+        ["^", ["symbol", "x"], ["number", 1001, 1]],
+        ["sympy.oo"],
+        ["__class__", ["number", 1, 1]],
+        ["+", ["number", 1, 1]],
+        [],
+        "1",
+    ],
+)
+def test_what_is_not_finite_or_no_tree_is_not_built(tree):
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        build(tree)
+
+
+def request(a, b):
+    return json.dumps([parse(a), parse(b)])
+
+
+HOSTILE = request("(x+y+z)^{99}", "(z+y+x)^{98} (x-y)")
+DOUBLE = request("x+x", "2x")
+
+
+def test_late_is_not_equal_and_the_worker_lives_on():
     pool = Pool()
-    hostile = ["((x)+(y)+(z))^{99}"]
     start = time.perf_counter()
-    pool.ask([["1"], ["2"]])
+    pool.ask(symbolic.FIRST)
     started = time.perf_counter()
-    assert pool.ask([hostile, ["((z)+(y)+(x))^{98} \\cdot ((x)-(y))"]]) is None
+    assert pool.ask(HOSTILE) is None
     assert time.perf_counter() - started < symbolic.PATIENCE + 1 and started - start < symbolic.START
-    assert pool.ask([["(x)+(x)"], ["2 \\cdot (x)"]]) is True
+    assert pool.ask(DOUBLE) is True
     pool.close()
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced(monkeypatch):
     monkeypatch.setattr(symbolic, "SECONDS", 1000.0)  # the worker's own limit is off
     pool = Pool()
-    pool.ask([["1"], ["2"]])
+    pool.ask(symbolic.FIRST)
     (worker,) = pool.workers
-    assert pool.ask([["((x)+(y)+(z))^{99}"], ["((z)+(y)+(x))^{98} \\cdot ((x)-(y))"]]) is None
+    assert pool.ask(HOSTILE) is None
     assert worker.process.returncode == -signal.SIGKILL and not pool.workers
-    assert pool.ask([["(x)+(x)"], ["2 \\cdot (x)"]]) is True
+    assert pool.ask(DOUBLE) is True
     pool.close()
 
 
 def test_memory_is_limited():
     code = (
-        "from mstar_jax import algebra\n"
-        "compare = algebra.compare\n"
+        "from mstar_jax.answers import worker\n"
+        "compare = worker.compare\n"
         "hog = lambda a, b: bytearray(2 << 30) and True if a == ['hog'] else compare(a, b)\n"
-        "algebra.compare = hog\n"
-        f"algebra.main(60.0, {symbolic.MEMORY})\n"
+        "worker.compare = hog\n"
+        f"worker.main(60.0, {symbolic.MEMORY})\n"
     )
-    asked = '[["hog"], ["1"]]\n[["(x)+(x)"], ["2 \\\\cdot (x)"]]\n'
+    asked = f'[["hog"], ["1"]]\n{DOUBLE}\n'
     run = subprocess.run(
         [sys.executable, "-c", code], input=asked, capture_output=True, text=True, timeout=120
     )
     assert run.stdout.split() == ["null", "true"]
+
+
+def test_a_worker_imports_sympy_and_nothing_of_jax():
+    code = (
+        "import runpy, sys\n"
+        f"runpy.run_path({symbolic.WORKER!r})\n"
+        "assert 'sympy' in sys.modules\n"
+        "assert not {'jax', 'numpy', 'mstar_jax', 'math_verify', 'antlr4'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
 
 
 def test_a_worker_has_the_limit():
@@ -149,17 +221,29 @@ def test_a_worker_has_the_limit():
 
 def test_a_crash_is_survived():
     pool = Pool()
-    assert pool.ask([["1"], ["1"]]) is True
+    assert pool.ask(DOUBLE) is True
     for worker in list(pool.workers):
         os.kill(worker.process.pid, signal.SIGKILL)
-    assert pool.ask([["(x)+(x)"], ["2 \\cdot (x)"]]) is True
+    assert pool.ask(DOUBLE) is True
     pool.close()
 
 
 def test_garbage_is_no_answer():
     pool = Pool()
-    for request in ("x", [], [["1"]], [["\\frac{"], ["1"]], [["1"], ["1", "<", "2"]], [[1], [2]], None):
-        assert pool.ask(request) in (None, False)
+    one = '["number", 1, 1]'
+    for garbage in (
+        "x",
+        '"x"',
+        "[]",
+        "null",
+        f"[[{one}]]",
+        f'[[{one}, "", null], [{one}, "<", ["number", 2, 1]]]',
+        f'[[{one}, "?", {one}], [{one}, "?", {one}]]',
+        '[["1", "", null], ["1", "", null]]',
+        f'[[["number", "1+1"], "", null], [{one}, "", null]]',
+    ):
+        assert pool.ask(garbage) in (None, False)
+    assert pool.ask(DOUBLE) is True
     pool.close()
 
 
@@ -176,12 +260,12 @@ def test_any_thread_may_ask():
     assert found == [True] * 8
 
 
-def test_a_missing_parser_is_said_once(monkeypatch):
+def test_a_worker_that_does_not_start_is_said_once(monkeypatch):
     monkeypatch.setattr(symbolic, "WORKER", "/nowhere.py")
     pool = Pool()
     with pytest.warns(UserWarning, match="compared as text only"):
-        assert pool.ask([["1"], ["1"]]) is None
-    assert pool.ask([["1"], ["1"]]) is None
+        assert pool.ask(DOUBLE) is None
+    assert pool.ask(DOUBLE) is None
     pool.close()
 
 
@@ -212,7 +296,7 @@ def test_workers_start_late_and_end_with_their_parent():
 
 def test_a_fork_has_its_own_workers():
     code = (
-        "import os\nfrom mstar_jax import symbolic as s\n"
+        "import os\nfrom mstar_jax.answers import symbolic as s\n"
         "assert s.equal('2x+x', '3x')\n"
         "if not (child := os.fork()):\n"
         "    os._exit(0 if not s._pool.workers and s.equal('4x+x', '5x') else 1)\n"
@@ -225,5 +309,5 @@ def test_a_fork_has_its_own_workers():
 def test_worker_dies_of_nothing_said():
     worker = Worker()
     with pytest.raises(TimeoutError):
-        worker.ask([["1"], ["1"]], 0.001)
+        worker.ask(DOUBLE, 0.001)
     assert worker.process.returncode is not None

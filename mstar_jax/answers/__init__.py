@@ -1,1 +1,1 @@
-"""Is an answer right: pure text, without jax."""
+"""Whether an answer is right: text only, no jax."""

@@ -4,15 +4,15 @@ r"""Answer checking: extract the final answer of a response, read it, compare it
     grade("The answer is (B) 12 cm.", "B", options=("10 cm", "12 cm"))       -> "correct", answer "B"
     grade("I think it is 4", "4").verdict                                    -> "unparsed" (no marker)
 
-The checker decides the reward, so in doubt it says no: an answer has to be marked, a number has to stand
-alone with at most a unit, an option is never guessed from similar spelling. `fallback=True` also looks for
-an answer without a marker; that is meant for a separate, reported number, not for training.
+The checker decides the reward, so in doubt the answer is not correct: it has to be marked, a number has to
+stand alone with at most a unit, an option is never guessed from similar spelling. `fallback=True` also looks
+for an answer without a marker; that is for a number reported separately, never for training.
 
 A verdict is one of
   `correct`        the marked answer equals the gold answer
-  `wrong`          an answer is marked and it does not
-  `unparsed`       no answer is marked
-  `gold-unparsed`  the gold answer itself cannot be read as its type; it never rewards anything
+  `wrong`          the marked answer does not equal it
+  `unparsed`       no answer is marked, or only a sentence that mentions one
+  `gold-unparsed`  the gold answer itself cannot be read as its type; never rewarded
 """
 
 import dataclasses
@@ -20,11 +20,20 @@ import functools
 import re
 from collections.abc import Sequence
 
-from mstar_jax.answers.choices import LETTERS, THEREFORE, choice, hushed, lettered, mentioned, search, table
+from mstar_jax.answers.choices import (
+    LETTERS,
+    THEREFORE,
+    choice,
+    hushed,
+    lettered,
+    mentioned,
+    mentions_only,
+    search,
+    table,
+)
 from mstar_jax.answers.equality import same
+from mstar_jax.answers.extraction import boxed, ending, last_line, marked
 from mstar_jax.answers.values import LINE, NUMBER_WORDS, boolean, number, plain, sentence, tidy
-
-TAIL = 8192  # characters at the end of a response that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Grade:
     Attributes:
       verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`.
       answer: the extracted answer, an option's letter where one was recognised; None where unparsed.
-      rule: what found it: `boxed`, `marker`, `last line`, `search` (both only with fallback) or `none`.
+      rule: how it was found: `tag`, `boxed`, `marker`, `none`; with fallback `last line`, `search`.
     """
 
     verdict: str
@@ -44,83 +53,21 @@ class Grade:
 
 # ---- 1. extraction ------------------------------------------------------------------------------------
 
-_BRACE = re.compile(r"\\boxed\s{0,9}\{|\\[{}]|[{}]")
-_MARKER = re.compile(
-    r"(?:\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:option|choice)(?:\s+letter)?)"
-    r"(?:\s+to\s+(?:the|this|your)\s+(?:question|problem))?[\s*_]*"
-    r"(?:(?:is|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)"
-    r"(?:\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：=])"
-    r"|答案\s*(?:选项)?\s*[是为选:：]|(?P<heading>answer[\s*_\]]*\n(?=\s*\S)|answer\]))[\s*_:：]*(?:\$\$|\\\[)?\s*",
-    re.IGNORECASE,
-)
-_KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "案")  # each marker has one, at its second character
-_END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
-
-
-def _boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...}; braces are counted, so nested ones are fine. One pass."""
-    stack, best = [], None
-    for m in _BRACE.finditer(text):
-        if m[0][-1] == "{" and len(m[0]) != 2:
-            stack.append(m.end() if len(m[0]) > 2 else -1)
-        elif m[0] == "}" and stack:
-            start = stack.pop()
-            if start >= 0 and (best is None or start > best[0]):
-                best = (start, m.start())
-    return text[best[0] : best[1]] if best else None
-
-
-def _tail(response: str) -> str:
-    """The end of a response, without a tokenizer's `</s>` or `<|im_end|>`."""
-    tail = response[-TAIL:]
-    return _END_TOKEN.sub("", tail) if ">" in tail[-24:] else tail
-
-
-def _after_marker(text: str) -> int:
-    """Where the last marker ends, -1 without one. From the back: most of a response is never looked at."""
-    last = {key: text.rfind(key) for key in _KEYS}
-    while (at := max(last.values())) >= 0:
-        key = next(k for k in last if last[k] == at)
-        m = _MARKER.match(text, at - 1) if at else None
-        if m and (not m["heading"] or _heads(text[: at - 1][-24:])):
-            return m.end()
-        last[key] = text.rfind(key, 0, at + len(key) - 1)
-    return -1
-
-
-def _heads(before: str) -> bool:
-    """`Final answer` and `[Answer]` before a line break are markers, `this is my answer` is none."""
-    return before.rstrip(" *_").lower().endswith(("final", "[", "[final"))
-
-
-def _marked(text: str) -> tuple[str, str] | None:
-    """(the marked answer up to the end of its line, rule), or None; `text` is the tail of a response."""
-    if "\\boxed" in text and (content := (_boxed(text) or "").strip()):
-        return content[:LINE], "boxed"
-    start = _after_marker(text)
-    if start < 0:
-        return None
-    line = text[start : start + LINE].split("\n", 1)[0].strip()
-    return (line, "marker") if line.strip("*_$.:` ") else None
-
-
-def _last_line(text: str) -> str:
-    return text.rstrip().rsplit("\n", 1)[-1].strip()[-LINE:]
-
 
 def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool = False) -> str | None:
     """The marked final answer of a response as plain text, None where there is none.
 
-    The last balanced \\boxed{} wins, then the last of `the answer is`, `answer:`, `final answer`, `correct
-    option is` ... up to the end of its sentence; with `fallback` then the last line.
-    With `options`, one that is said behind its letter and talks of answers itself is no second answer.
+    The last `<answer>` tag wins; else the last balanced \\boxed{}; else the last `the answer is`, `answer:`,
+    `final answer`, `correct option is` ..., up to the end of its sentence; else, with `fallback`, the last
+    line. Think blocks never count. The text of one of the `options` that itself talks about answers is not
+    a second answer when it follows its letter.
     """
-    text = _tail(text)
+    text = ending(text)
     if options:
         text = hushed(text, tuple(options[: len(LETTERS)]))
-    found = _marked(text)
+    found = marked(text)
     if found is None:
-        return (tidy(_last_line(text)) or None) if fallback else None
+        return (tidy(last_line(text)) or None) if fallback else None
     line, rule = found
     return tidy(line if rule == "boxed" else sentence(line)) or None
 
@@ -150,8 +97,8 @@ def _sentences(text: str) -> list[str]:
 def _number(sentences: list[str]) -> str | None:
     """The number that an unmarked response settles on.
 
-    The one stated by the last conclusion (therefore, so ...) with a number; else the last in bold type, else
-    `there are three`, else the last number.
+    The number in the last conclusion (therefore, so ...) that has one; else the last in bold type; else the
+    one that the last sentence states (`there are three`); else the last number.
     """
     for line in reversed(sentences):
         if THEREFORE.search(line) and (found := _stated(line)):
@@ -163,7 +110,7 @@ def _number(sentences: list[str]) -> str | None:
 
 
 def _stated(line: str) -> str | None:
-    """The number that a sentence says: in bold, after its last `is` or `=`, or its last."""
+    """The number that a sentence states: in bold, else after its last `is` or `=`, else its last."""
     for pattern in (_BOLD, _STATED, _ANY_NUMBER):
         if found := pattern.findall(line):
             return found[-1]
@@ -181,7 +128,7 @@ def equivalent(
     answer_type: str | None = None,
     precision: int | None = None,
 ) -> bool:
-    """Whether two extracted answers are the same answer; symmetric, for voting and counting distinct ones."""
+    """Whether two extracted answers are the same; symmetric, for votes and for counting distinct answers."""
     a, b = tidy(a), tidy(b)
     if options:
         options = tuple(options)
@@ -191,18 +138,18 @@ def equivalent(
 
 
 def _same_option(a: str, b: str, options: tuple[str, ...]) -> bool:
-    """Of two letters; two options with the same text are the same answer, unless they are pictures."""
+    """Whether two letters are the same answer: options with the same text are, unless they are pictures."""
     texts = table(options).texts
     return a == b or bool(texts[a]) and texts[a] == texts[b]
 
 
 @functools.lru_cache(65536)
 def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -> str | None:
-    """The gold answer in the form compared with (a letter where there are options); None if unreadable."""
+    """The gold answer as it is compared (a letter where there are options); None if unreadable."""
     if len(gold) > LINE:
         return None
     if "\\boxed" in gold:
-        gold = _boxed(gold) or gold
+        gold = boxed(gold) or gold
     text = tidy(gold)
     if options:
         known = table(options)
@@ -221,9 +168,9 @@ def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -
 def as_gold(
     answer: str, *, options: Sequence[str] | None = None, answer_type: str | None = None
 ) -> str | None:
-    """An extracted answer in the form of a gold answer: the letter it names where there are options.
+    """An extracted answer as a gold answer: the letter it names where there are options.
 
-    None where `grade` could not grade by it: it names no option, or cannot be read as its type.
+    None where it cannot be one: it names no option, or cannot be read as `answer_type`.
     """
     options = tuple(options[: len(LETTERS)]) if options else None
     letter = choice(answer, options) if options else None
@@ -239,19 +186,19 @@ def grade(
     precision: int | None = None,
     fallback: bool = False,
 ) -> Grade:
-    """Compares a response's final answer with the gold answer. Never raises; linear in the response.
+    """Compares the final answer of a response with the gold answer. Never raises; linear in the response.
 
     Args:
-      response: what the model wrote; only its last TAIL characters are looked at.
-      gold: an option's letter or text where there are options, otherwise the value.
+      response: what the model wrote; only its last TAIL characters are read.
+      gold: the letter or text of an option where there are options, else the value.
       options: the texts of the choices (A), (B), ...; None for a free-form question.
-      answer_type: `choice`, `integer`, `float`, `boolean`, `list`, `math`, `text`; None: judged from `gold`.
-      precision: decimals that a float is asked for; None: those that `gold` is written with, at least 2.
-      fallback: without a readable marked answer, also try the last line, then search for a number or option.
+      answer_type: `choice`, `integer`, `float`, `boolean`, `list`, `math`, `text`; None: the kind of `gold`.
+      precision: decimals asked of a float; None: those that `gold` is written with, at least 2.
+      fallback: where no marked answer can be read, try the last line, then search for a number or option.
     """
     options = tuple(options[: len(LETTERS)]) if options else None
     expected = _gold(gold, options, answer_type)
-    tail = _tail(response)
+    tail = ending(response)
     if options:
         answer, rule = _choice(hushed(tail, options), options, fallback)
     else:
@@ -269,18 +216,20 @@ def grade(
 
 
 def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
-    """(letter or what was said instead of one, rule)."""
-    found = _marked(tail)
+    """(letter, or the text given instead of one; rule)."""
+    found = marked(tail)
     text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
     if found and text and ((letter := choice(found[0], options)) or not fallback):
-        return letter or text, found[1]
+        return (
+            (None, "none") if not letter and mentions_only(found[0], options) else (letter or text, found[1])
+        )
     if fallback and not (found and _NAMED.match(text)):  # `(B) and (C)` is an answer, and a wrong one
         if found and (letter := mentioned(found[0], options)):
             return letter, "search"
-        last, parts = _last_line(tail), _sentences(tail)
+        last, parts = last_line(tail), _sentences(tail)
         if letter := lettered(parts, options):
             return letter, "search"
-        if not found and (letter := choice(last, options)):
+        if not found and (letter := choice(last, options, loose=True)):
             return letter, "last line"
         if letter := search(parts, options):
             return letter, "search"
@@ -291,14 +240,14 @@ def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | 
 
 def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
     """(answer, rule) of a free-form question."""
-    found = _marked(tail)
+    found = marked(tail)
     text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
     if found and text and not (fallback and numeric and number(text) is None):
         return text, found[1]
     if fallback:
         if numeric and found and (said := _stated(found[0])):
             return said, "search"
-        last = tidy(sentence(_last_line(tail)))
+        last = tidy(sentence(last_line(tail)))
         if last and (not numeric or number(last)):
             return last, "last line"
         if numeric and (said := _number(_sentences(tail))):
@@ -309,7 +258,7 @@ def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
 
 
 def _right(
-    gold: str, answer: str, options: tuple | None, answer_type: str | None, precision: int | None
+    gold: str, answer: str, options: tuple[str, ...] | None, answer_type: str | None, precision: int | None
 ) -> bool:
     if not options:
         return same(gold, answer, answer_type, precision)

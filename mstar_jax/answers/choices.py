@@ -1,4 +1,4 @@
-"""Multiple choice: which option a text names, by its letter or by its content.
+"""Multiple choice: which option a text names, by its letter or by its text.
 
 choice("(B) 12 cm because ...", ("10 cm", "12 cm"))    -> "B"
 choice("B or A", ("10 cm", "12 cm"))                   -> None
@@ -9,8 +9,10 @@ import functools
 import re
 from typing import NamedTuple
 
+from mstar_jax.answers.units import DENIED, REASON
 from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
 
+SENTENCE = 24  # characters: a longer text may mention an option without choosing it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LETTER = re.compile(
@@ -20,30 +22,52 @@ _LETTER = re.compile(
 _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
 _DENIED = re.compile(
     r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
+    r"|\s?是?[不错非]"
 )
-_DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # behind a letter; a minus sign is none
+_THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
+_NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
+_LATE = re.compile(  # a letter after a value: `12 cm (C)`, `12 cm, option C`, `12 cm: C`
+    rf"(?<=\S)\s?[,;:]?\s?(?:{_THAT_IS})?(?:\(?{_NAME})?[(\[]([A-H])[)\]]\W*$"
+    rf"|(?<=\S)[\s,;:(]+(?:{_THAT_IS})?{_NAME}([A-H])\)?\W*$"
+    rf"|(?<=\S)(?:\s?[,;:=→]\s?|\s-\s?|,?\s{_THAT_IS})([A-H])\W*$"
+)
+_NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])")
+_REFUSED = re.compile(
+    r"\b(?:which|that|it|this)\s(?:is|was|seems|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b"
+    r"|\b(?:wrong|incorrect)\W*$"
+)
+_DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
-_ALSO = re.compile(r"(?:and|or|&|/|,|;)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
-_MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
-_FUNCTION_WORD = re.compile(
-    r"the|an?|is|are|was|be|it|its|it's|this|that|of|in|on|at|to|by|as|with|for|and|or|one|so|then"
+_EQUALS = re.compile(
+    r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
 )
+_ALSO = re.compile(r"(?:and|or|&|/|,|;|=)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
+_MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
+_STATING = re.compile(
+    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|there|one|so|then|must|should|would|will"
+    r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only"
+    r"|option|choice|answer|letter|figure|image|picture|shape|object|called|named|labeled|labelled|shown|showing"
+    r"|says|said|saying|read|reads|i|we|think|believe|conclude|say|see|choose|pick|select|correct|right|best"
+    r"|closest|therefore|thus|hence|of|in|to|by|as|for|with|from|on|at",
+    re.IGNORECASE,
+)
+_FOLLOWING = re.compile(r"[,;:.()]|(?:because|since|as|which|who|in|on|at|for|from|with|due)$", re.IGNORECASE)
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
 _NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
-_NOT_WORD = re.compile(r"[^\w%°.+/^√π-]+")
+_NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
 
 
 class Table(NamedTuple):
-    """Per letter what an option is compared by.
+    """What options are compared by; dictionaries are keyed by letter.
 
     Attributes:
-      texts: plain text; tidy where options differ in case only (`Aa`, `AA`, `aa`).
-      numbers: the number, of options that are one.
-      words: the words; none where an option contains another.
-      talk: options that talk about options (`the answer is option C`): their text after their letter
-        is not read.
-      exact: whether `texts` are compared with their case.
+      texts: plain text; only tidied where options differ in nothing but case (`Aa`, `AA`, `aa`).
+      numbers: numbers of the options that are one.
+      words: words; empty where one option contains another.
+      talk: matches the options that talk about options (`the answer is option C`) after their letter, where
+        their text is not read.
+      exact: whether `texts` keep their case.
     """
 
     texts: dict[str, str]
@@ -85,14 +109,16 @@ def hushed(text: str, options: tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(65536)
-def choice(text: str, options: tuple[str, ...]) -> str | None:
-    """The option's letter that a marked answer names, None where it names none or more than one.
+def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | None:
+    """The letter of the option that a marked answer names, None where it names none or more than one.
 
     `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
-    sentence that holds one option and no negation. A letter with another option's text names none.
+    sentence that states one option. A letter with another option's text names none. For unmarked
+    answers, `loose` also takes one that mentions one option and holds no negation.
     """
     known = table(options)
-    texts, numbers = known.texts, known.numbers
+    texts = known.texts
+    numbers = known.numbers
     text = tidy(sentence(text))
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
@@ -102,7 +128,7 @@ def choice(text: str, options: tuple[str, ...]) -> str | None:
             return exact[0]
     m = _LETTER.match(text)
     if m and m["bracketed"] and m["bracketed"].isupper() and m["bracketed"] not in texts:
-        return None  # (D) of two options, whatever it says behind it
+        return None  # (D) of two options, whatever follows it
     if m and (letter := (m["bracketed"] or m["bare"]).upper()) in texts:
         rest = m["rest"]
         own = bool(rest) and known.text(rest) == texts[letter]
@@ -115,34 +141,82 @@ def choice(text: str, options: tuple[str, ...]) -> str | None:
             return _agreed(letter, rest, known)
     if upper:
         return next((letter for letter in texts if texts[letter] == known.text(text)), None)
+    if late := _LATE.search(REASON.split(text, maxsplit=1)[0]):
+        confirmed = _confirmed(text[: late.start()], late[1] or late[2] or late[3], options)
+        if confirmed or not loose:
+            return confirmed
     if n := number(text):
         equal = [letter for letter in numbers if same_number(numbers[letter], n, None, None)]
         return equal[0] if len(equal) == 1 else None
     said = boolean(text)  # "no, there are not fewer ..."
     if said is not None and sorted(texts.values()) == ["no", "yes"]:
         return next(letter for letter in texts if boolean(texts[letter]) is said)
-    return mentioned(text, options) if len(text) > 24 or _whole(text, known) else None
+    one = mentioned(text, options)
+    return one if one and ((loose and len(text) > SENTENCE) or _stated(text, one, known)) else None
 
 
-def _whole(text: str, known: Table) -> bool:
-    """Whether nothing but small words stands beside an option: `it is red` is red, `dark red` is not."""
-    spaced = _words(text)
-    found = [m for w in known.words.values() for m in re.finditer(re.escape(w), spaced)]
-    around = [(spaced[: m.start()].split()[-1:], spaced[m.end() :].split()[:1]) for m in found]
-    return all(_FUNCTION_WORD.fullmatch(word) for before, after in around for word in before + after)
+def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None:
+    """`letter` where the text before it says the same, as in `12 cm (B)`; None where it does not."""
+    known = table(options)
+    before = before.strip(" ,;:([")
+    if letter not in known.texts:
+        return None
+    begins = len(before) >= 3 and known.texts[letter].startswith(known.text(before))
+    states = all(_STATING.fullmatch(word) for word in _words(before).split())
+    return letter if states or begins or choice(before, options) == letter else None
+
+
+def mentions_only(text: str, options: tuple[str, ...]) -> bool:
+    """Whether a marked sentence mentions one option without choosing it: `everything but the blue cube`."""
+    text = tidy(sentence(text))
+    if len(text) <= SENTENCE or DENIED.search(text) or choice(text, options):
+        return False
+    return mentioned(text, options) is not None
+
+
+def _stated(text: str, letter: str, known: Table) -> bool:
+    """Whether a sentence says that it is this option, as `it must be the red ball`, not only mentions it.
+
+    Before the option there may be words that state it, after it nothing or the beginning of an aside.
+    """
+    text = REASON.split(text, maxsplit=1)[0]
+    if DENIED.search(text):
+        return False
+    m = next((m for m in _MENTION.finditer(text) if letter in m.groups()), None)
+    if m is not None:
+        before, after = text[: m.start()], text[m.end() :]
+        if known.text(after) == known.texts[letter]:
+            after = ""
+    else:
+        before, found, after = _words(text).partition(known.words.get(letter, " "))
+        if not found:
+            return False
+    following = after.split()[:1]
+    return all(_STATING.fullmatch(word) for word in _words(before).split()) and (
+        not following or bool(_FOLLOWING.match(following[0]))
+    )
 
 
 def _agreed(letter: str, rest: str, known: Table) -> str | None:
     """`letter` unless the text after it names another option, by its letter, its text or its number."""
-    texts, numbers = known.texts, known.numbers
+    texts = known.texts
+    numbers = known.numbers
     stripped = rest.lstrip(").:;= ")
     whole = _DASH.sub("", stripped)
     clause = _REASON.split(whole, maxsplit=1)[0]
     for text in (known.text(whole), known.text(clause)):
-        if text and text == texts[letter]:
-            return letter
-        if text and text in texts.values():
+        if text and text in texts.values() and text != texts[letter]:
             return None
+        if text and text == known.text(whole) == texts[letter]:
+            return letter
+    said = _NOT_LETTER.sub("", REASON.split(rest, maxsplit=1)[0])
+    named = {a or b for a, b in _MENTION.findall(said)} & texts.keys() - {letter}
+    if _REFUSED.search(said) or any(not re.search(rf"\b{x.lower()}\b", texts[letter]) for x in named):
+        return None
+    if (yes := boolean(stripped)) is not None and boolean(texts[letter]) is (not yes):
+        return None
+    if known.text(clause) and known.text(clause) == texts[letter]:
+        return letter
     if re.search(r"\bor\b", clause) and any(
         words in _words(clause) for other, words in known.words.items() if other != letter
     ):
@@ -151,16 +225,19 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
         if len(begun) >= 8 and [t for t in texts if texts[t].startswith(begun)] == [letter]:
             return letter
     others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
-    others += [a or b for a, b in _MENTION.findall(stripped)]
+    others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
     if any(other in texts and other != letter for other in others):
         return None
-    n = number(stripped)
+    value = _EQUALS.sub("", rest, count=1)
+    if any(_words(value).startswith(words) for other, words in known.words.items() if other != letter):
+        return None
+    n = number(stripped) or number(value)
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
     return None if equal and letter in numbers and letter not in equal else letter
 
 
 def mentioned(text: str, options: tuple[str, ...]) -> str | None:
-    """The one option that a sentence mentions, by `(B)` or `option B` or by its text; None in doubt."""
+    """The one option that a sentence mentions, as `(B)`, as `option B` or by its text; None in doubt."""
     if _NEGATION.search(text):
         return None
     known = table(options)
@@ -185,7 +262,7 @@ THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|conclusion|consequently)\b
 
 
 def lettered(sentences: list[str], options: tuple[str, ...]) -> str | None:
-    """The one option that has a line of its own: its letter, with nothing or its own text behind it."""
+    """The one option that has a line of its own: its letter, followed by nothing or by its own text."""
     known = table(options)
     named = {letter for line in sentences if (letter := _line(line, known))}
     return named.pop() if len(named) == 1 else None
@@ -211,7 +288,7 @@ def search(sentences: list[str], options: tuple[str, ...]) -> str | None:
             if (yes := boolean(line)) is not None:
                 return next(letter for letter in known.texts if boolean(known.texts[letter]) is yes)
     for line in ends:
-        if letter := choice(line, options):
+        if letter := choice(line, options, loose=True):
             return letter
         bracketed = set(_BRACKETED.findall(line))
         if len(bracketed) == 1 and bracketed <= known.texts.keys() and not _NEGATION.search(line):

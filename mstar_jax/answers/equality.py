@@ -4,13 +4,14 @@ r"""Whether two free-form answers are the same: yes and no, numbers, times, list
     same(r"\frac{\sqrt{2}}{2}", "1/sqrt(2)", None, None)    -> True    (by algebra, see symbolic.py)
     same("[2014, 2016]", "2016", None, None)               -> False
 
-A kind is never compared with another: a ratio 3:4 is no fraction, a time no number, an equation no value.
+Kinds are never mixed: a ratio 3:4 is not a fraction, a time is not a number, an equation is not a value.
 """
 
 import re
 
 from mstar_jax.answers import symbolic
-from mstar_jax.answers.values import SYMBOLIC, UNITS, boolean, number, plain, same_number, tidy, unit
+from mstar_jax.answers.units import UNITS, unit
+from mstar_jax.answers.values import SYMBOLIC, boolean, number, plain, same_number, tidy
 
 _OPENING = re.compile(r"[\[({]")
 _PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
@@ -23,12 +24,12 @@ _NAMED = re.compile(r"\s*\\?([A-Za-zα-ω](?:_?\w)?|[A-Z]{2}|[fg]\(x\))\s?=")
 
 
 def _formula(text: str) -> str:
-    """What formulas are compared by: without `x =`, spaces and product signs. Text, not algebra."""
+    """A formula without `x =`, spaces and product signs, to be compared as text."""
     return _SPACE.sub("", _PRODUCT.sub("", plain(_NAMED.sub("", text, count=1))))
 
 
 def _physical(text: str) -> tuple[str, str]:
-    """(formula, unit or ''): `5√3 cm`. One letter is no unit here but a variable."""
+    """(formula, unit or '') of `5√3 cm`. A single letter is a variable here, not a unit."""
     head, _, tail = text.rpartition(" ")
     name = unit(" " + tail.lower()) if head and len(tail) > 1 and _UNIT_LIKE.fullmatch(tail) else None
     return (head, name) if name and tail.lower().rstrip("^23") in UNITS else (text, "")
@@ -49,14 +50,17 @@ def _same_formula(gold: str, other: str) -> bool:
 
 
 def _elements(text: str) -> tuple[str, list[str]]:
-    """(opening and closing bracket or '', the parts between top-level commas); no parts if not a list."""
+    """(opening and closing bracket or '', the parts between top-level commas); no parts if it is no list."""
     text = tidy(text).replace("\\{", "{").replace("\\}", "}")
     ends = text[:1] + text[-1:]
     brackets = ends if ends in ("[]", "()", "{}", "[)", "(]") else ""
     inner = text[1:-1] if brackets else text
     if "," not in inner:
         return brackets, [inner.strip()] if brackets == "[]" else []
-    spaced, parts, depth, start = ", " in inner, [], 0, 0
+    spaced = ", " in inner
+    parts: list[str] = []
+    depth = 0
+    start = 0
     for i, c in enumerate(inner):
         depth += (c in "([{") - (c in ")]}")
         if c == "," and depth == 0 and (not spaced or inner[i + 1 : i + 2] == " "):
@@ -80,7 +84,7 @@ def _same_list(gold: str, other: str, answer_type: str | None, precision: int | 
 
 
 def same(gold: str, other: str, answer_type: str | None, precision: int | None) -> bool:
-    """Whether `other` answers a free-form `gold`; both are extracted answers. Not symmetric in rounding."""
+    """Whether `other` answers a free-form `gold`; both are extracted answers. Rounding is not symmetric."""
     if gold == other:
         return True
     if (expected := boolean(gold)) is not None:
@@ -106,7 +110,7 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
 
 
 def _paired(expected: list[str], given: list[str], precision: int | None) -> bool:
-    """Whether every element finds a partner of its own."""
+    """Whether the elements match one to one, in any order."""
     given = [each.strip() for each in given]
     for element in expected:
         match = next((g for g in given if same(element.strip(), g, None, precision)), None)

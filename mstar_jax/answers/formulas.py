@@ -1,39 +1,66 @@
-r"""Formulas as a model writes them, by a grammar that leaves nothing open.
+r"""Parses the formulas that a model writes, with a grammar that accepts only what has one reading.
 
-    latex("5*sqrt(3)")       -> (r"5 \cdot \sqrt{(3)}",)
-    latex(r"\frac12x")       -> (r"\frac{1}{2} \cdot (x)",)
-    latex("y = 2x + 1")      -> ("(y)", "=", r"2 \cdot (x) + 1")
-    latex("2 3")             -> None
+    parse("5*sqrt(3)")       -> Formula(("*", 5, ("sqrt", 3)))       numbers are written short here
+    parse(r"\frac12x")       -> Formula(("*", ("/", 1, 2), ("symbol", "x")))
+    parse("y = 2x + 1")      -> Formula(("symbol", "y"), "=", ("+", ("*", 2, ("symbol", "x")), 1))
+    parse("2 3")             -> None
 
-The result is for a LaTeX parser that reads what is left open in its own way (math-verify's reads `2 3` as 5,
-`3:4` as 3/4, `1/2x` as 1/(2x), `A` as `a`): every operand is in brackets, every product has its sign. What
-the grammar does not know is no formula, and neither are towers of powers and large factorials.
+A tree is a nested tuple: the name of an operation, then its arguments. Its leaves are ("number", numerator,
+denominator), ("symbol", name), ("e",), ("pi",) and ("infinity",). worker.py builds sympy expressions from
+such trees. Ambiguous text (`2 3`, `1/2x`, `AB`), towers of powers and large factorials have no tree.
 """
 
 import functools
+import math
+import operator
 import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import NamedTuple, TypeAlias
 
-LENGTH = 200  # longest formula that is read, in characters
-POWER, FACTORIAL, TOKENS, DEPTH = 99, 20, 60, 12  # largest exponent and factorial, most tokens and brackets
+LENGTH = 200  # longest formula that is parsed, in characters
+POWER = 99  # largest number in an exponent
+FACTORIAL = 20  # largest number whose factorial is accepted
+BITS = 4096  # length of the largest power that `arithmetic` works out
+TOKENS = 60  # most tokens of a formula
+DEPTH = 12  # most brackets inside one another
 
-_FUNCTIONS: tuple[str, ...]
-_FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc")
-_FUNCTIONS += ("ln", "log", "exp")
+Tree: TypeAlias = tuple["str | int | Tree", ...]
+
+
+class Formula(NamedTuple):
+    """An expression, or a relation between two.
+
+    Attributes:
+      left: the expression, or the left side.
+      sign: `=`, `<`, `>`, `<=` or `>=`; '' for an expression.
+      right: the right side; None for an expression.
+    """
+
+    left: Tree
+    sign: str = ""
+    right: Tree | None = None
+
+
+FUNCTIONS = (
+    *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc"),
+    *("ln", "log", "exp"),
+)
 _GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "rho", "sigma", "phi", "omega")
 _SPELLINGS = {  # of one sign
     "*": ("*", "\\cdot", "\\times", "·", "×", "∗"),
     "/": ("/", "\\div", "÷"),
     "^": ("^", "**"),
-    "\\le": ("≤", "\\le", "\\leq", "<="),
-    "\\ge": ("≥", "\\ge", "\\geq", ">="),
+    "<=": ("≤", "\\le", "\\leq", "<="),
+    ">=": ("≥", "\\ge", "\\geq", ">="),
     "<": ("<", "\\lt"),
     ">": (">", "\\gt"),
-    "\\pi": ("π", "\\pi", "pi"),
-    "\\infty": ("∞", "\\infty"),
-    "\\sqrt": ("√", "\\sqrt", "sqrt"),
-    "\\frac": ("\\frac", "\\dfrac", "\\tfrac"),
+    "pi": ("π", "\\pi", "pi"),
+    "infinity": ("∞", "\\infty"),
+    "sqrt": ("√", "\\sqrt", "sqrt"),
+    "frac": ("\\frac", "\\dfrac", "\\tfrac"),
     **{name: (sign, f"\\{name}") for name, sign in zip(_GREEK, "αβγδθλμρσφω")},
-    **{name: (name, f"\\{name}") for name in _FUNCTIONS},
+    **{name: (name, f"\\{name}") for name in FUNCTIONS},
     **{sign: (sign,) for sign in "+-_=(){}!|"},
 }
 _SIGNS = {spelling: sign for sign, spellings in _SPELLINGS.items() for spelling in spellings}
@@ -46,39 +73,104 @@ _TOKEN = re.compile(
     + r")|(?P<letter>[A-Za-z]))"
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_RELATIONS = ("=", "<", ">", "\\le", "\\ge")
-_STARTS = ("\\pi", "\\infty", "\\sqrt", "\\frac", "(", "{", *_GREEK, *_FUNCTIONS)  # of a factor
+_RELATIONS = ("=", "<", ">", "<=", ">=")
+_FACTOR_STARTS = ("pi", "infinity", "sqrt", "frac", "(", "{", *_GREEK, *FUNCTIONS)
 
 
 class _Unreadable(Exception):
-    """The text is no formula of this grammar."""
+    """The text is not a formula of this grammar."""
 
 
-def _tokens(text: str) -> list[tuple[str, str, bool]]:
-    """(kind, text, preceded by a space) of each token."""
-    tokens: list[tuple[str, str, bool]] = []
-    at, text = 0, text.strip()
+def nodes(tree: Tree) -> Iterator[Tree]:
+    """A tree and all trees inside it."""
+    yield tree
+    for part in tree[1:]:
+        if isinstance(part, tuple):
+            yield from nodes(part)
+
+
+def arithmetic(text: str) -> Fraction | None:
+    """The value of a text that is arithmetic: 12 of `3·4`, to 15 digits that of `4π`; else None."""
+    made = parse(text)
+    try:
+        return None if made is None or made.sign else _evaluated(made.left)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _evaluated(tree: Tree) -> Fraction:
+    """Its value. ValueError or ArithmeticError where it has none, or a long one."""
+    name, *parts = tree
+    if name == "number":
+        return Fraction(*(part for part in parts if isinstance(part, int)))
+    if name == "pi":
+        return Fraction(math.pi)
+    values = [_evaluated(part) for part in parts if isinstance(part, tuple)]
+    if name == "sqrt":
+        top, bottom = math.isqrt(values[0].numerator), math.isqrt(values[0].denominator)
+        exact = Fraction(top, bottom)
+        return exact if exact**2 == values[0] else Fraction(math.sqrt(values[0]))
+    if name == "factorial":
+        return Fraction(math.factorial(int(values[0])))
+    if name == "^":
+        base, exponent = values
+        bits = max(abs(base.numerator), base.denominator).bit_length()
+        if exponent.denominator != 1 or bits * abs(exponent) > BITS:
+            raise ValueError(f"{base} to the {exponent}")
+        return base ** int(exponent)
+    if name not in _ARITHMETIC:
+        raise ValueError(name)
+    return _ARITHMETIC[str(name)](*values)
+
+
+_ARITHMETIC: dict[str, Callable[..., Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "negative": operator.neg,
+    "abs": abs,
+}
+
+
+def _number(text: str) -> Tree:
+    value = Fraction(text)
+    return ("number", value.numerator, value.denominator)
+
+
+class _Token(NamedTuple):
+    kind: str  # "number", "sign" or "letter"
+    text: str  # a sign in the spelling of its key in _SPELLINGS
+    spaced: bool  # whether a space comes before it
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens: list[_Token] = []
+    text = text.strip()
+    at = 0
     while at < len(text):
         m = _TOKEN.match(text, at)
         if m is None or len(tokens) >= TOKENS:
             raise _Unreadable(text)
         kind = str(m.lastgroup)
-        tokens.append((kind, _SIGNS[m[kind]] if kind == "sign" else m[kind], text[at].isspace()))
+        tokens.append(_Token(kind, _SIGNS[m[kind]] if kind == "sign" else m[kind], text[at].isspace()))
         at = m.end()
     return tokens
 
 
-class _Reader:
-    """Recursive descent over the tokens; every method returns LaTeX with each operand in brackets."""
+class _Parser:
+    """Recursive descent over the tokens; each method returns the tree of what it consumed."""
 
     def __init__(self, text: str):
-        self.tokens, self.at, self.depth = _tokens(text), 0, 0
+        self.tokens = _tokens(text)
+        self.at = 0
+        self.depth = 0
 
     def next(self) -> str:
-        return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at].text if self.at < len(self.tokens) else ""
 
     def kind(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at].kind if self.at < len(self.tokens) else ""
 
     def take(self, *wanted: str) -> str:
         token = self.next()
@@ -87,110 +179,112 @@ class _Reader:
         self.at += 1
         return token
 
-    def relation(self) -> list[str]:
-        """[left, sign, right], or [expression]."""
-        parts = [self.sum()]
+    def formula(self) -> Formula:
+        left = self.sum()
         if self.next() in _RELATIONS:
-            parts += [self.take(), self.sum()]
+            made = Formula(left, self.take(), self.sum())
+        else:
+            made = Formula(left)
         if self.at < len(self.tokens):
             raise _Unreadable(self.next())
-        return parts
+        return made
 
-    def sum(self) -> str:
+    def sum(self) -> Tree:
         self.depth += 1
         if self.depth > DEPTH:
             raise _Unreadable("nested too deeply")
-        made = "-" + self.product() if self.next() == "-" and self.take() else self.product()
+        made = ("negative", self.product()) if self.next() == "-" and self.take() else self.product()
         while self.next() in ("+", "-"):
-            made = f"{made} {self.take()} {self.product()}"
+            made = (self.take(), made, self.product())
         self.depth -= 1
         return made
 
-    def product(self) -> str:
+    def product(self) -> Tree:
         if self.next() == "+":
             self.take()
-        made, slashed = self.factor(), False
+        made = self.factor()
+        slashed = False
         while True:
-            before = self.at
             if self.next() == "*":
                 self.take()
-                made = f"{made} \\cdot {self.signed()}"
+                made = ("*", made, self.signed())
             elif self.next() == "/":
                 if slashed:
                     raise _Unreadable("1/2/2003 is a date")
                 self.take()
-                made, slashed = rf"\frac{{{made}}}{{{self.signed()}}}", True
-            elif self.kind() == "letter" or self.next() in _STARTS:
-                last, (_, token, spaced) = self.tokens[before - 1], self.tokens[before]
-                if slashed and not spaced:
+                made = ("/", made, self.signed())
+                slashed = True
+            elif self.kind() == "letter" or self.next() in _FACTOR_STARTS:
+                last = self.tokens[self.at - 1].text
+                token = self.tokens[self.at]
+                if slashed and not token.spaced:
                     raise _Unreadable("1/2x may be 1/(2x)")
-                if last[1].isalpha() and token.isalpha() and last[1].isupper() and token.isupper():
+                if last.isalpha() and token.text.isalpha() and last.isupper() and token.text.isupper():
                     raise _Unreadable("AB is the name of a segment")
-                made = f"{made} \\cdot {self.factor()}"
+                made = ("*", made, self.factor())
             else:
                 return made
 
-    def signed(self) -> str:
-        return f"(-{self.factor()})" if self.next() == "-" and self.take() else self.factor()
+    def signed(self) -> Tree:
+        return ("negative", self.factor()) if self.next() == "-" and self.take() else self.factor()
 
-    def factor(self) -> str:
-        """A power or factorial. Towers are refused, and so is what only a computer could write down."""
+    def factor(self) -> Tree:
+        """A power or a factorial; towers of powers, large exponents and large factorials are refused."""
         begin = self.at
         base = self.atom()
+        whole = self.tokens[begin].text.isdigit() and self.at == begin + 1
         if self.next() == "!":
             self.take()
-            if self.at - begin != 2 or (base.isdigit() and int(base) > FACTORIAL):
-                raise _Unreadable("a large factorial")
-            return f"({base}!)"
+            if base[0] != "symbol" and not (whole and int(self.tokens[begin].text) <= FACTORIAL):
+                raise _Unreadable("a large factorial, or one of an expression")
+            return ("factorial", base)
         if self.next() != "^":
             return base
-        if self.tokens[self.at][2] and base.isdigit() and self.tokens[begin - 1][1] == "/":
+        if whole and self.tokens[self.at].spaced and begin and self.tokens[begin - 1].text == "/":
             raise _Unreadable("2/3 ^2 was a fraction squared")
         self.take()
-        if "^" in base and base.count("^") > 2:
+        if sum(node[0] == "^" for node in nodes(base)) > 2:
             raise _Unreadable("a power of powers")
-        if self.next() in ("{", "("):
-            exponent = self.group()
-        else:
-            minus = "-" if self.next() == "-" and self.take() else ""
-            exponent = minus + self.atom()
-        if "^" in exponent or "!" in exponent or self.next() in ("^", "!"):
+        exponent = self.group() if self.next() in ("{", "(") else self.signed_atom()
+        if any(node[0] in ("^", "factorial") for node in nodes(exponent)) or self.next() in ("^", "!"):
             raise _Unreadable("a tower of powers")
-        if any(int(digits) > POWER for digits in re.findall(r"\d+", exponent)):
+        parts = [part for node in nodes(exponent) for part in node[1:]]
+        if any(isinstance(part, int) and part > POWER for part in parts):
             raise _Unreadable("a large exponent")
-        return f"({base})^{{{exponent}}}"
+        return ("^", base, exponent)
 
-    def group(self) -> str:
+    def signed_atom(self) -> Tree:
+        return ("negative", self.atom()) if self.next() == "-" and self.take() else self.atom()
+
+    def group(self) -> Tree:
         close = {"(": ")", "{": "}"}[self.take("(", "{")]
         made = self.sum()
         self.take(close)
-        return f"({made})"
+        return made
 
-    def atom(self) -> str:
-        kind, token = self.kind(), self.next()
+    def atom(self) -> Tree:
+        kind = self.kind()
+        token = self.next()
         if token in ("(", "{"):
             return self.group()
+        self.take()
         if token == "|":
-            self.take()
             made = self.sum()
             self.take("|")
-            return f"|{made}|"
-        self.take()
+            return ("abs", made)
         if kind == "number":
-            whole, _, decimals = token.partition(".")
-            return (
-                rf"\frac{{{int(whole + decimals)}}}{{{10 ** len(decimals)}}}" if decimals else str(int(whole))
-            )
+            return _number(token)
         if kind == "letter" or token in _GREEK:
-            name = token if kind == "letter" else f"\\{token}"
-            return f"({name}_{{{self.index()}}})" if self.next() == "_" else f"({name})"
-        if token in ("\\pi", "\\infty"):
-            return token
-        if token == "\\sqrt":
-            return self.root()
-        if token == "\\frac":
-            return rf"\frac{{{self.argument()}}}{{{self.argument()}}}"
-        if token in _FUNCTIONS:
+            if self.next() == "_":
+                return ("symbol", f"{token}_{self.index()}")
+            return ("e",) if token == "e" else ("symbol", token)
+        if token in ("pi", "infinity"):
+            return (token,)
+        if token == "sqrt":
+            return ("sqrt", self.radicand())
+        if token == "frac":
+            return ("/", self.argument(), self.argument())
+        if token in FUNCTIONS:
             return self.function(token)
         raise _Unreadable(token)
 
@@ -204,46 +298,49 @@ class _Reader:
             self.take("}")
         return name
 
-    def argument(self) -> str:
-        """`{...}` or one digit or letter: \\frac12 is 1/2."""
+    def argument(self) -> Tree:
+        """`{...}`, or one digit or letter: \\frac12 is 1/2."""
         if self.next() == "{":
             return self.group()
         if self.kind() == "number" and len(self.next()) > 1 and self.next().isdigit():
-            _, digits, _ = self.tokens[self.at]
-            self.tokens[self.at : self.at + 1] = [("number", d, False) for d in digits]
+            digits = self.tokens[self.at].text
+            self.tokens[self.at : self.at + 1] = [_Token("number", digit, False) for digit in digits]
         return self.atom()
 
-    def root(self) -> str:
+    def radicand(self) -> Tree:
         if self.next() in ("(", "{"):
-            return rf"\sqrt{{{self.group()}}}"
+            return self.group()
         if self.kind() not in ("number", "letter"):
-            raise _Unreadable("√ of something open")
-        return rf"\sqrt{{{self.atom()}}}"
+            raise _Unreadable("where the root ends is open")
+        return self.atom()
 
-    def function(self, name: str) -> str:
-        power = ""
+    def function(self, name: str) -> Tree:
+        base: Tree = ()
+        power: Tree = ()
         if name == "log" and self.next() == "_":
-            name = f"log_{{{self.index()}}}"
+            index = self.index()
+            base = _number(index) if index[0] in "0123456789." else ("symbol", index)
         elif self.next() == "^":
             self.take()
-            power = self.group() if self.next() in ("(", "{") else self.take()
-            if power.strip("()") not in ("2", "3", "4"):  # sin^{-1} may be two things
-                raise _Unreadable("an inverse or a power")
+            power = self.group() if self.next() in ("(", "{") else self.atom()
+            if power not in (_number("2"), _number("3"), _number("4")):
+                raise _Unreadable("sin^{-1} may be the inverse or a power")
         if self.next() in ("(", "{"):
             argument = self.group()
         else:  # \sin 2x: numbers, letters and π up to the next sign
             argument = self.factor()
-            while self.kind() == "letter" or self.next() == "\\pi":
-                argument = f"{argument} \\cdot {self.factor()}"
+            while self.kind() == "letter" or self.next() == "pi":
+                argument = ("*", argument, self.factor())
         if name == "exp":
-            return rf"(e)^{{{argument}}}"
-        made = rf"\{name}({argument})"
-        return f"({made})^{{{power.strip('()')}}}" if power else made
+            made: Tree = ("^", ("e",), argument)
+        else:
+            made = (name, argument, base) if base else (name, argument)
+        return ("^", made, power) if power else made
 
 
 @functools.lru_cache(8192)
-def latex(text: str) -> tuple[str, ...] | None:
-    r"""The formula as unambiguous LaTeX: (expression,) or (left, sign, right); None where it is none.
+def parse(text: str) -> Formula | None:
+    r"""The formula that a text is, None where it is none or has several readings.
 
     Reads tidied text, LaTeX or plain: `5*sqrt(3)`, `5√3`, `5\sqrt{3}`; `1 1/2` is one and a half.
     """
@@ -254,6 +351,6 @@ def latex(text: str) -> tuple[str, ...] | None:
     if any(len(word) > 3 and word not in _SIGNS for word in _WORD.findall(text)):
         return None
     try:
-        return tuple(_Reader(text).relation())
+        return _Parser(text).formula()
     except (_Unreadable, RecursionError, ValueError):
         return None

@@ -4,10 +4,11 @@ r"""Equality of formulas by algebra: `x^2+2x+1` and `(x+1)^2`, `\frac{\sqrt{2}}{
     equal("y = 2x + 1", "2x - y = -1") -> True
     equal("25π", "25")                 -> False
 
-What a model wrote is never evaluated: `formulas.latex` reads it, algebra.py lets sympy compare it, in a
-process of its own with a limit on time and memory. That is a fresh interpreter (no fork, so jax may be
-loaded; no signals in this process, so any thread may ask). It starts when the first formula is met, ends
-with this process, and is replaced when it is late or gone. Late is not equal, as is all that is in doubt.
+What a model wrote is never evaluated: formulas.py parses it, worker.py builds sympy expressions from the
+trees and compares them, in a process of its own with limits on time and memory. That process is a fresh
+interpreter (no fork, so jax may be loaded; no signals in this process, so any thread may ask). It starts when
+the first formula is met, ends with this process, and is replaced when it is late or gone. Late means not
+equal, and so does anything in doubt.
 """
 
 import atexit
@@ -15,63 +16,64 @@ import functools
 import json
 import os
 import queue
-import re
 import select
 import subprocess
 import sys
 import time
 import warnings
 
-from mstar_jax.answers.formulas import latex
+from mstar_jax.answers.formulas import Formula, Tree, nodes, parse
 
 SECONDS = 0.8  # processor time of one comparison; then the worker gives it up
 PATIENCE = 1.6  # the worker is killed when it has said nothing for so long, seconds
-START = 60.0  # for a worker to come up, seconds
+START = 60.0  # for a worker to start, seconds
 MEMORY = 1 << 30  # address space of a worker, bytes
-WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "algebra.py")
+WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 WORKERS = 2  # at most so many at a time; further threads wait
+FIRST = '[[["number", 1, 1], "", null], [["number", 2, 1], "", null]]'  # asked of every worker when it starts
 
-_ATOM = re.compile(r"\(*(?:\\?[A-Za-z]+|\d+)\)*")
-_NAME = re.compile(r"\(\\?[a-zA-Z]+(?:_\{\w+\})?\)")
+_ATOMS = ("number", "symbol", "e", "pi", "infinity")
 
 
 def equal(a: str, b: str) -> bool:
     """Whether two formulas are proved to be the same; symmetric, never raises, False in doubt."""
-    first, second = latex(a), latex(b)
+    first, second = parse(a), parse(b)
     if first is None or second is None:
         return False
-    if len(first) + len(second) == 4 or _value(first) or _value(second):  # y = 2x + 1 and 2x + 1
-        first, second = _right(first), _right(second)
-        if first is None or second is None or len(first) != len(second):
+    if bool(first.sign) != bool(second.sign) or _value(first) or _value(second):  # y = 2x + 1 and 2x + 1
+        one, other = _assigned(first), _assigned(second)
+        if one is None or other is None:
             return False
-        if first[:-1] != second[:-1] and first[0] and second[0]:  # x = 5 and y = 5
+        if one[0] != other[0] and one[0] and other[0]:  # x = 5 and y = 5
             return False
-        first, second = first[-1:], second[-1:]
-    if all(len(f) == 1 and _ATOM.fullmatch(f[0]) for f in (first, second)):  # no need for algebra
-        return first[0].strip("()") == second[0].strip("()")
-    return first == second or _ask(*sorted((first, second)))
+        first, second = Formula(one[1]), Formula(other[1])
+    if not first.sign and first.left[0] in _ATOMS and second.left[0] in _ATOMS:  # no need for algebra
+        return first == second
+    return first == second or _ask(*sorted((json.dumps(first), json.dumps(second))))
 
 
-def _value(formula: tuple[str, ...]) -> bool:
-    """x = 5: what `2x = 10` is not, though it says the same."""
-    right = _right(formula)
-    return bool(right and right[0]) and not re.search("[A-Za-z]", re.sub(r"\\[a-z]+", "", formula[2]))
+def _value(formula: Formula) -> bool:
+    """Whether it is like x = 5, which `2x = 10` is not, though it says the same."""
+    name, expression = _assigned(formula) or ("", formula.left)
+    return bool(name) and all(node[0] != "symbol" for node in nodes(expression))
 
 
-def _right(formula: tuple[str, ...]) -> tuple[str, str] | None:
+def _assigned(formula: Formula) -> tuple[str, Tree] | None:
     """(name or '', expression) of `name = expression` or of an expression; None of another relation."""
-    if len(formula) == 1:
-        return "", formula[0]
-    return (formula[0], formula[2]) if formula[1] == "=" and _NAME.fullmatch(formula[0]) else None
+    if formula.right is None:
+        return "", formula.left
+    if formula.sign == "=" and formula.left[0] == "symbol":
+        return str(formula.left[1]), formula.right
+    return None
 
 
 @functools.lru_cache(65536)
-def _ask(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
-    return _pool.ask([first, second]) is True
+def _ask(first: str, second: str) -> bool:
+    return _pool.ask(f"[{first}, {second}]") is True
 
 
 class Worker:
-    """One interpreter that compares; requests and answers are lines of JSON, `null` where it gave up."""
+    """One interpreter that compares; a request is a line of JSON, its answer `true`, `false` or `null`."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -79,8 +81,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         )  # fmt: skip
 
-    def ask(self, request: object, seconds: float) -> object:
-        """Its answer.
+    def ask(self, request: str, seconds: float) -> bool | None:
+        """Its answer; None where it gave up.
 
         Raises:
           TimeoutError: it said nothing for so long.
@@ -89,16 +91,19 @@ class Worker:
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         try:
-            stdin.write(json.dumps(request).encode() + b"\n")
-            poll, said, end = select.poll(), b"", time.monotonic() + seconds
+            stdin.write(request.encode() + b"\n")
+            poll = select.poll()
             poll.register(stdout, select.POLLIN)
+            end = time.monotonic() + seconds
+            said = b""
             while not said.endswith(b"\n"):
                 if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
                     raise TimeoutError
-                said += (more := os.read(stdout.fileno(), 4096))
+                more = os.read(stdout.fileno(), 4096)
                 if not more:
                     raise EOFError
-            return json.loads(said)
+                said += more
+            return {b"true": True, b"false": False}.get(said.strip())
         except BaseException as error:
             self.close()
             if isinstance(error, BrokenPipeError | ConnectionError | ValueError):
@@ -119,12 +124,12 @@ class Pool:
     def __init__(self) -> None:
         self.slots: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         self.workers: set[Worker] = set()
-        self.broken = False  # no worker comes up: sympy or the parser is missing
+        self.broken = False  # no worker starts: sympy is missing
         for _ in range(WORKERS):
             self.slots.put(None)
 
-    def ask(self, request: object) -> object:
-        """A worker's answer; None where it gave up, was late, or died of it twice."""
+    def ask(self, request: str) -> bool | None:
+        """A worker's answer; None where it gave up, was late, or died twice of the request."""
         worker = self.slots.get()
         try:
             for _ in range(2):
@@ -149,11 +154,11 @@ class Pool:
         worker = Worker()
         self.workers.add(worker)
         try:
-            worker.ask([["1"], ["2"]], START)
+            worker.ask(FIRST, START)
         except (EOFError, TimeoutError) as error:
             self.workers.discard(worker)
             self.broken = True
-            warnings.warn(f"formulas are compared as text only: no worker comes up ({error!r})", stacklevel=2)
+            warnings.warn(f"formulas are compared as text only: no worker starts ({error!r})", stacklevel=2)
             raise
         return worker
 
@@ -168,7 +173,8 @@ _pool = Pool()
 def _renew() -> None:
     """After a fork: the child shares no pipe with its parent, and leaves the parent's workers alone."""
     global _pool, _inherited
-    _inherited, _pool = _pool, Pool()
+    _inherited = _pool
+    _pool = Pool()
 
 
 _inherited: Pool | None = None

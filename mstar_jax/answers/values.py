@@ -4,7 +4,7 @@ r"""Reading answers as values: plain text and exact numbers.
     plain("The  Red Ball,")               -> "red ball"
     number("about $1,234.50")             -> Number(value=2469/2, unit="$", places=2)
 
-Numbers are exact fractions. A text is a number only as a whole: `25π`, `3:4`, `3 and 5`, `2x+3` are none.
+Numbers are exact fractions. A text is a number only as a whole: `25π`, `3:4`, `3 and 5`, `2x+3` are not.
 No expression is ever evaluated.
 """
 
@@ -15,7 +15,10 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-LINE = 400  # longest answer that is looked at, in characters
+from mstar_jax.answers.formulas import arithmetic
+from mstar_jax.answers.units import REASON, unit
+
+LINE = 400  # longest answer that is read, in characters
 
 # ---- 1. plain text ------------------------------------------------------------------------------------
 
@@ -31,7 +34,7 @@ def _fraction(m: re.Match) -> str:
 
 
 def _matrix(m: re.Match) -> str:
-    """A matrix as the list of its rows."""
+    """A matrix as a list of rows."""
     rows = re.split(r"\\\\\s*|\\\s+", m[2].strip())
     return "[" + ", ".join("[" + ", ".join(map(str.strip, row.split("&"))) + "]" for row in rows if row) + "]"
 
@@ -53,23 +56,35 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\cup(?![A-Za-z])"), "∪"),
     (re.compile(r"\\infty(?![A-Za-z])"), "∞"),
     (re.compile(r"\\angle\s?"), "∠"),
+    (re.compile(r"\\le(?:q|qslant)?(?![A-Za-z])"), "≤"),
+    (re.compile(r"\\ge(?:q|qslant)?(?![A-Za-z])"), "≥"),
+    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
+    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
+    (re.compile(r"\\(?:neq?(?![A-Za-z])|not\s?=)"), "≠"),
     (re.compile(r"(?<=[\d\s])\{([A-Za-z ]+)\}"), r" \1"),  # 69{degrees}
 ]
 
 
-_SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to be tidied but spaces
+_RELATIONS = [
+    (re.compile(r"<=(?!>)|=<"), "≤"),
+    (re.compile(r">="), "≥"),
+    (re.compile(r"=/=|(?<![\w)!])!="), "≠"),  # but 5!=120 is a factorial
+    (re.compile(r"==+"), "="),
+]
+
+_SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
 
 @functools.lru_cache(65536)
 def tidy(text: str) -> str:
-    r"""Plain text of an answer: NFKC, LaTeX wrappers gone, \frac and \sqrt spelt out, no closing period.
+    r"""Plain text of an answer: NFKC, no LaTeX wrappers, \frac and \sqrt spelt out, no closing period.
 
     `$\text{B}$.` -> `B`, `1\frac{1}{2}` -> `1 1/2`, `10⁴` -> `10^4`, `\$13.00` -> `$13.00`.
     """
     if _SIMPLE.fullmatch(text):
         text = " ".join(text[:LINE].split())
         return text[:-1].rstrip() if text.endswith(".") else text
-    text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # eaten escapes in golds
+    text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # escapes lost in golds
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
         text = "".join(" " + c if c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" else c for c in text)
@@ -81,16 +96,19 @@ def tidy(text: str) -> str:
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+    if "=" in text:
+        for pattern, sign in _RELATIONS:
+            text = pattern.sub(sign, text)
     text = " ".join(text.split()).strip("\"'`*# ")
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
 
-_SENTENCE_END = re.compile(r"[.!](?=[\"')\]*$]*(?:\s|$))|[。！]")
+_SENTENCE_END = re.compile(r"(?:\.|(?<!\d)!)(?=[\"')\]*$]*(?:\s|$))|[。！]")  # 5! is a factorial
 _ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
 
 
 def sentence(line: str) -> str:
-    """First sentence of a line; a dot inside 3.5, after `B` in `B. text` or in an abbreviation ends none."""
+    """First sentence of a line; dots in 3.5, after `B` in `B. text` and in abbreviations do not end it."""
     for m in _SENTENCE_END.finditer(line):
         if m[0] != "." or not _ABBREVIATION.search(line[max(0, m.start() - 8) : m.start()]):
             return line[: m.start()]
@@ -104,7 +122,7 @@ _COLON = re.compile(r"\s?:\s?")
 
 @functools.lru_cache(65536)
 def plain(text: str) -> str:
-    """What text answers are compared by: tidy, lower case, no outer punctuation, no leading article."""
+    """Text as it is compared: tidied, lower case, without outer punctuation and leading article."""
     text = tidy(text).casefold().strip(" .,;:?\"'")
     if text.startswith("(") and text.endswith(")") and text.count("(") == 1:
         text = text[1:-1].strip()
@@ -130,7 +148,7 @@ _NUMBER = re.compile(
     r"|(?P<ten>\s?[×x*·]\s?10)?\s?\^\s?[({]?(?P<pow>[-+]?\d{1,3})[)}]?|e(?P<exp>[-+]?\d{1,3})(?!\w))?)",
     re.IGNORECASE,
 )
-NUMBER_WORDS = (  # their place is their value
+NUMBER_WORDS = (  # the index of each is its value
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
@@ -142,63 +160,21 @@ _LEAD = re.compile(
     r"|(?:a )?total of|there (?:is|are)|it is)(?![a-z])\s?|[≈=:]\s?)+"
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-_OPERATOR = re.compile(r"[-+*/^×·√]|\d\s?[A-Za-z]")
+_OPERATOR = re.compile(r"[-+*/^×·√!]|\d\s?[A-Za-z]")
 _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
+_MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
 _DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALE = re.compile(rf"\s?({'|'.join(_SCALES)})s?\b")
-_UNIT_NAMES = """
-m meter meters metre metres; cm centimeter centimeters centimetre centimetres; km kilometer kilometers
-mm millimeter millimeters; in inch inches; ft foot feet; yd yard yards; mi mile miles; g gram grams
-kg kilogram kilograms; mg milligram milligrams; lb lbs pound pounds; oz ounce ounces
-l liter liters litre litres; ml milliliter milliliters; s sec secs second seconds
-min mins minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years
-° deg degree degrees; % percent; $ dollar dollars usd; ¢ cent cents; € euro euros; £; ¥ yuan
-n newton newtons; j joule joules; w watt watts; v volt volts; a amp amps; ω ohm ohms; hz; mph; °c c; °f f
-pa; kpa; mol; nm; kj; n/m; m/s; km/h
-"""  # the first of each is its canonical name
-UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()}
-_SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\^?\{?2\}?))$")
-_CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\^?\{?3\}?))$")
-_NOT_UNIT = re.compile(
-    r"\d|[\\^√π+*/=<>|\[\]{}]|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|root|squared|half|halves|thirds?"
-    rf"|quarters?|(?:six|seven|eigh|nin|ten|hundred|thousand)ths?|dozen|pairs?|factorial"
-    r"|not|wrong|incorrect|maybe|perhaps"
-    r"|january|february|march|april|may|june|july|august|september|october|november|december"
-    rf"|sin|cos|tan|log|ln|over|by|x|y|n|{'|'.join(NUMBER_WORDS)})\b"
+_SCALES |= {"lakh": 10**5, "crore": 10**7, "千": 1000, "万": 10**4, "亿": 10**8}
+_SCALE = re.compile(
+    r"\s?(?:(hundred|thousand|million|billion|trillion|lakh|crore)s?\b|([千万亿])(?![克米万亿]))"
 )
 _LETTER_UNIT = re.compile(r"[\d)]\s?([A-Za-zπ])$")  # 5m is 5 metres, 5a is algebra
-_ASIDE = re.compile(r",?\s(?:because|since|with|which|where)\b")
-_CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left|per)\b")
-
-
-def unit(tail: str) -> str | None:
-    """Canonical unit of the words after a number, '' for none; None where the tail is not a unit."""
-    text = _ASIDE.split(tail, maxsplit=1)[0].strip()
-    if not text:
-        return ""
-    for pattern, power in ((_SQUARE, 2), (_CUBE, 3)):
-        if (m := pattern.fullmatch(text)) and (m["a"] or m["b"]) in UNITS:
-            return f"{UNITS[m['a'] or m['b']]}^{power}"
-    if text in UNITS:
-        return UNITS[text]
-    glued, first = tail[0] != " ", text[0]
-    if first.isalpha() and "/" in text:
-        text = text.replace("/", " per ")
-    if _NOT_UNIT.search(text) or (len(text) < 3 and first < "\u2e80"):
-        return None
-    if first in ",;(" or (first > "\u2e80" and first.isalpha()):
-        return ""
-    if glued and first not in "%°$€£¥¢-" or not (first.isalpha() or first in "%°$€£¥¢-"):
-        return None
-    words = _CLAUSE.split(text, maxsplit=1)[0].strip(" -")
-    head = words.split(" ", 1)[0]
-    return UNITS.get(words) or UNITS.get(head) or words.rstrip("s")
 
 
 @functools.lru_cache(65536)
 def number(text: str) -> Number | None:
-    """Reads a text that *is* one number with at most a lead (`x =`, `about`) and a unit; else None.
+    r"""Reads a text that *is* one number, with at most a lead (`x =`, `about`) and a unit; else None.
 
     `$1,234.50`, `-3`, `1 1/2`, `2×10^4`, `1.5e3`, `twelve apples`, `50%`, `5 cm^2`; but neither `25π` nor
     `3:4`, `3 and 5`, `7:30`, `2x+3`, `2x = 4`, `[1, 2]`.
@@ -207,12 +183,9 @@ def number(text: str) -> Number | None:
         whole, _, decimals = text.partition(".")
         value = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
         return Number(value, "", len(decimals))
-    text = tidy(text)
+    text = REASON.split(tidy(text), maxsplit=1)[0]
     if "=" in text and not _SEVERAL.search(text):
-        left, _, text = text.rpartition("=")
-        if "=" not in left and _VARIABLE.search(left) and _OPERATOR.search(left):
-            return None  # an equation
-        text = text.strip()
+        return _right_side(*(side.strip() for side in text.split("=")))
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
         return None
     text = text.lower()
@@ -234,9 +207,34 @@ def number(text: str) -> Number | None:
         return None
     tail = text[m.end() :]
     if tail and (scale := _SCALE.match(tail)):
-        tail, value, places = tail[scale.end() :], value * _SCALES[scale[1]], None
-    name = unit(tail)
+        tail = tail[scale.end() :]
+        value *= _SCALES[scale[1] or scale[2]]
+        places = None
+    name = unit(tail, one=value == 1)
     return None if name is None else Number(-value if negative else value, name or money, places)
+
+
+def _right_side(*sides: str) -> Number | None:
+    """The number on the right of `x = 3` and `3·4 = 12`; None of `2x = 10` and `40 = 12`."""
+    *lefts, right = sides
+    if any(set(left) & set("<>≤≥≠≈") for left in lefts):
+        return None
+    if len(lefts) == 1 and _VARIABLE.search(lefts[0]) and _OPERATOR.search(lefts[0]):
+        return None  # an equation that was not solved
+    if (value := number(right)) is None:
+        return None
+    for left in lefts:
+        said = number(left)
+        if said is None and (result := arithmetic(_MONEY_OR_COMMA.sub("", left))) is not None:
+            said = Number(result, "", None)
+        comparable = said is not None and (said.unit == value.unit or "" in (said.unit, value.unit))
+        if said and comparable and not (_rounded(said, value) or _rounded(value, said)):
+            return None
+    return value
+
+
+def _rounded(exact: Number, written: Number) -> bool:
+    return same_number(written, exact, "float", written.places or None)
 
 
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
@@ -284,15 +282,20 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
 
 # ---- 3. kinds ------------------------------------------------------------------------------------
 
-_CHANGED = re.compile(r"\b(?:but|wait|actually|however|rather)\b")
+_CHANGED = re.compile(
+    r"\b(?:but|wait|actually|however|rather)\b|\b(?:which|that|it)\s(?:is|was)\s(?:\w+\s)?(?:wrong|incorrect)\b"
+    r"|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
+)
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
-SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥]|[\da-z]\s?/\s?\d|\d[a-z]\b")
+SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b|\d!")
 
 
 def boolean(text: str) -> bool | None:
     """Reads `yes`, `true`, `No, because ...`; None where the text is no such answer."""
+    if tidy(text).endswith("?"):
+        return None
     text = plain(text)
     m = _BOOLEAN.match(text)
     return m[1] in ("yes", "true") if m and not _CHANGED.search(text) else None

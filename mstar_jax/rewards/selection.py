@@ -1,17 +1,19 @@
-"""Which responses train the policy: correct ones, the best of them, and by which answer (numpy only)."""
+"""Which responses train the policy: filters and rankings by answer and reward, and votes on answers.
+
+Numpy only. A function takes the responses to one query and returns some of them, in the order given.
+"""
 
 import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from mstar_jax.answers import check
 from mstar_jax.structs import Query, Response
 
-# R_p from the scores of a response's steps; the paper's is the least of them.
+# How R_p follows from the scores of a response's steps; the paper takes the smallest.
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "last": lambda scores: scores[-1],
@@ -20,31 +22,36 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
 }
 
 
-# ---- 1. by the answer ---------------------------------------------------------------------------------
+# ---- 1. by answer -------------------------------------------------------------------------------------
 
 
 def judge(query: Query, response: Response) -> Response:
-    """Fills in `answer` and `verdict` by the answer checker; an unlabelled query gets no verdict."""
+    """Fills in `answer` and `verdict` with the answer checker; an unlabelled query gives no verdict."""
     if query.answer is None:
         found = check.extract(response.text, options=query.options)
         return dataclasses.replace(response, answer=found)
-    how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
-    grade = check.grade(response.text, query.answer, precision=query.precision, **how)
+    grade = check.grade(
+        response.text,
+        query.answer,
+        options=query.options,
+        answer_type=query.answer_type,
+        precision=query.precision,
+    )
     return dataclasses.replace(response, answer=grade.answer, verdict=grade.verdict)
 
 
 def correct(responses: Sequence[Response]) -> list[Response]:
-    """H's domain, 1(a = a*): correct responses that came to an end by themselves."""
+    """The domain of H, 1(a = a*): correct responses that were not truncated."""
     return [r for r in responses if r.verdict == "correct" and not r.truncated]
 
 
-# ---- 2. by the reward ---------------------------------------------------------------------------------
+# ---- 2. by reward -------------------------------------------------------------------------------------
 
 
 def reward(response: Response, aggregate: str = "min") -> float:
-    """R_p(response) of the paper, in 0..1: its step scores taken together by one of AGGREGATES.
+    """R_p(response) of the paper, in 0..1: the step scores, combined by one of AGGREGATES.
 
-    A truncated response has 0, scored or not, and so has one without steps.
+    It is 0 for a truncated response, scored or not, and for one without steps.
 
     Raises:
       ValueError: the response was not scored, a score is outside 0..1, or the aggregate is unknown.
@@ -53,7 +60,8 @@ def reward(response: Response, aggregate: str = "min") -> float:
         raise ValueError(f"a reward is one of {', '.join(AGGREGATES)} of the step scores, got {aggregate!r}")
     if response.truncated:
         return 0.0
-    scores, where = response.step_scores, f"query {response.query_id!r}, sample {response.sample}"
+    scores = response.step_scores
+    where = f"query {response.query_id!r}, sample {response.sample}"
     if scores is None:
         raise ValueError(f"{where}: no step scores; the reward model has not scored this response")
     if not all(0 <= score <= 1 for score in scores):
@@ -62,9 +70,9 @@ def reward(response: Response, aggregate: str = "min") -> float:
 
 
 def top_k(responses: Sequence[Response], rewards: Sequence[float], k: int) -> list[Response]:
-    """Top-K: the k of the greatest reward, in the order given; all of them if k is 0.
+    """Top-K: the k responses with the largest rewards; all of them if k is 0.
 
-    Of equal rewards the earlier response is preferred.
+    Among equal rewards the earlier response is preferred.
     """
     ranked = [i for i, _ in sorted(enumerate(rewards), key=lambda pair: -pair[1])]
     chosen = set(ranked[:k] if k else ranked)
@@ -72,7 +80,7 @@ def top_k(responses: Sequence[Response], rewards: Sequence[float], k: int) -> li
 
 
 def above(responses: Sequence[Response], rewards: Sequence[float], alpha: float) -> list[Response]:
-    """Those with R_p > alpha."""
+    """The responses with R_p > alpha."""
     return [r for r, value in zip(responses, rewards, strict=True) if value > alpha]
 
 
@@ -80,14 +88,14 @@ def above(responses: Sequence[Response], rewards: Sequence[float], alpha: float)
 
 
 def random_k(responses: Sequence[Response], k: int, rng: np.random.Generator) -> list[Response]:
-    """Random-K of the given responses, without replacement, in their order; all of them if k is 0."""
+    """Random-K: k responses drawn uniformly without replacement; all of them if k is 0."""
     if not k or len(responses) <= k:
         return list(responses)
     return [responses[i] for i in sorted(rng.choice(len(responses), size=k, replace=False))]
 
 
 def distinct(responses: Sequence[Response]) -> list[Response]:
-    """Drops responses whose text came before."""
+    """The first response of each text."""
     first: dict[str, Response] = {}
     for response in responses:
         first.setdefault(response.text, response)
@@ -95,12 +103,12 @@ def distinct(responses: Sequence[Response]) -> list[Response]:
 
 
 def frequencies(responses: Sequence[Response]) -> list[float]:
-    """For each response, how many of the given ones have its text: a reward without a reward model."""
+    """How many of the given responses share each one's text: a reward that needs no reward model."""
     count = collections.Counter(r.text for r in responses)
     return [float(count[r.text]) for r in responses]
 
 
-# ---- 4. votes and pseudo answers ----------------------------------------------------------------------
+# ---- 4. votes and pseudo-labels -----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +116,9 @@ class Vote:
     """Result of `vote`.
 
     Attributes:
-      answer: the winning class's first answer, as it was extracted.
+      answer: the first answer of the winning class, as extracted.
       share: weight of the winning class over the weight of all responses given, voting or not.
-      classes: how many different answers were voted for.
+      classes: number of distinct answers.
     """
 
     answer: str
@@ -122,8 +130,9 @@ def checker(query: Query) -> Callable[[str, str], bool]:
     """`same(a, b)` of two extracted answers to the query: by letter where it has options, else by value."""
 
     def same(a: str, b: str) -> bool:
-        how: dict[str, Any] = {"options": query.options, "answer_type": query.answer_type}
-        return check.equivalent(a, b, precision=query.precision, **how)
+        return check.equivalent(
+            a, b, options=query.options, answer_type=query.answer_type, precision=query.precision
+        )
 
     return same
 
@@ -131,19 +140,18 @@ def checker(query: Query) -> Callable[[str, str], bool]:
 def vote(
     responses: Sequence[Response], weights: Sequence[float], same: Callable[[str, str], bool]
 ) -> Vote | None:
-    """The answer with the largest sum of weights; with weights of 1 the majority vote.
+    """The answer with the largest total weight; with weights of 1 this is the majority vote.
 
-    An answer joins the first class whose first member it is the `same` as. Truncated responses and those
-    without an answer do not vote. Of equal sums the class that came first wins. None where no weight is
-    voted.
+    An answer joins the first class whose first member is the `same`. Truncated responses and those without
+    an answer do not vote. Ties go to the class that appeared first. None if all votes together weigh nothing.
     """
-    classes: dict[str, list[float]] = {}  # by the first answer of each
+    classes: dict[str, list[float]] = {}  # weights, by the first answer of a class
     for response, weight in zip(responses, weights, strict=True):
         if response.answer is not None and not response.truncated:
             answer = response.answer
             first = next((known for known in classes if same(known, answer)), answer)
             classes.setdefault(first, []).append(weight)
-    sums = {first: math.fsum(members) for first, members in classes.items()}  # exact: ties stay ties
+    sums = {first: math.fsum(members) for first, members in classes.items()}  # exact, so ties stay ties
     winner = max(sums, key=sums.__getitem__, default=None)
     if winner is None or sums[winner] <= 0:
         return None
@@ -153,10 +161,10 @@ def vote(
 def pseudo_label(
     query: Query, responses: Sequence[Response], weights: Sequence[float], threshold: float
 ) -> Query | None:
-    """An unlabelled query with the voted answer as its gold answer (Table 3).
+    """An unlabelled query with the winner of a vote as its gold answer (Table 3 of the paper).
 
-    None is an abstention: the winner has less than `threshold` of the weight of all responses given, or is
-    not a possible gold answer (it names no option, or cannot be read as the query's type).
+    Returns None to abstain: the winner has less than `threshold` of the weight of all responses given, or it
+    cannot be a gold answer (it names no option, or cannot be read as the query's answer type).
     """
     won = vote(responses, weights, checker(query))
     if won is None or won.share < threshold:

@@ -5,30 +5,31 @@
                                (a blank line is no step)
     The answer is 6            step 2, the last one
 
-A step is a line with something on it; the line of the final answer is one. A response of one line has one
-step, which is its last; an empty or blank response has none.
+A step is a line that is not blank; the line with the final answer is a step too. A response of one line has
+one step, which is also its last; an empty or blank response has none.
 """
 
 from collections.abc import Sequence
 
 
 def split(text: str) -> list[str]:
-    """The steps of a response, without surrounding spaces."""
+    """The steps of a response, without surrounding whitespace."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def ends(tokens: Sequence[int], texts: Sequence[str]) -> list[int]:
-    """Index of every step's last token: the one that brings its line break, or the response's last.
+    """Index of the last token of each step: the token that holds its line break, or the last of the response.
 
     Args:
       tokens: a response's ids, with or without its stop id.
-      texts: what each id adds to a text (`draw.token_texts`).
+      texts: the text that each id adds to a response (`draw.token_texts`).
 
     Returns:
       As many indices as `split` gives steps for the response's text, ascending; where one token closes two
-      steps (`6\\n.\\n`), it comes twice.
+      steps (`6\\n.\\n`), its index comes twice.
     """
-    found, written = list[int](), False
+    found: list[int] = []
+    written = False  # whether the current line is not blank
     for index, token in enumerate(tokens):
         head, *lines = texts[token].split("\n")
         written |= bool(head.strip())
@@ -38,6 +39,6 @@ def ends(tokens: Sequence[int], texts: Sequence[str]) -> list[int]:
             written = bool(line.strip())
     if written:
         found.append(len(tokens) - 1)
-    elif found:  # what follows the last line, a blank or the stop id, belongs to the last step
+    elif found:  # whatever follows the last line, blanks or the stop id, belongs to the last step
         found[-1] = len(tokens) - 1
     return found
