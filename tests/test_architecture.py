@@ -49,7 +49,8 @@ ALLOWED = {
     "rewards.selection": (*ANSWERS, "structs", "rewards.steps"),
     "rewards.metrics": (*ANSWERS, "structs", "rewards.steps", "rewards.selection"),
     "stages.explore": (*ANSWERS, "structs", "rewards.metrics", "rewards.selection"),
-    "evaluate.scoring": ("data", "evaluate.benchmarks", "evaluate.tables", *ANSWERS, "structs"),
+    "evaluate.scoring": ("data", "evaluate.benchmarks", "evaluate.tables", *ANSWERS, "structs")
+    + ("rewards.metrics", "rewards.selection", "rewards.steps"),
     "evaluate.benchmarks": FILES,
     "evaluate.tables": FILES,
     "data.*": ("data", *ANSWERS, "rewards.steps", "structs", "sharding"),

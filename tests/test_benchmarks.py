@@ -393,7 +393,7 @@ def test_every_source_has_one_task():
 
 
 def test_what_cannot_be_read_says_so(tmp_path):
-    with pytest.raises(ValueError, match="benchmark 'mmmu': there are mathvista, "):
+    with pytest.raises(ValueError, match="unknown benchmark 'mmmu'; expected one of mathvista, "):
         read("mmmu", tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"looked for testmini-\*.parquet, MathVista_MINI.tsv"):
         read("mathvista", tmp_path, tmp_path)

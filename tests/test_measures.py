@@ -292,9 +292,33 @@ def test_curve_refuses():
         metrics.curve([(query("a", "1"), [response(text="The answer is 1")])], [1])
 
 
-# ---- the reward model ---------------------------------------------------------------------------------
+# ---- intervals and tests ------------------------------------------------------------------------------
 
-SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_ends_are_where_the_share_is_196_sigma_away(counts):
+    right, n = counts
+    share = right / n
+    low, high = metrics.wilson(share, n)
+    assert 0 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert math.isclose(abs(share - end), 1.959964 * math.sqrt(end * (1 - end) / n), rel_tol=1e-5)
+
+
+def test_wilson_by_hand():
+    assert metrics.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert metrics.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert metrics.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    for share, n in ((0.5, 0), (1.1, 10), (-0.1, 10)):
+        with pytest.raises(ValueError, match="share in 0..1"):
+            metrics.wilson(share, n)
+
+
+def test_wilson_of_a_mean_lies_between_its_neighbours():
+    ends = [metrics.wilson(count / 10, 10) for count in (6, 7)]
+    for end, low, high in zip(metrics.wilson(0.625, 10), *ends):
+        assert end == pytest.approx(0.75 * low + 0.25 * high)
 
 
 @settings(deadline=None)
@@ -315,6 +339,11 @@ def test_paired_needs_the_same_questions():
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="the same questions"):
             metrics.paired(first, second)
+
+
+# ---- the reward model ---------------------------------------------------------------------------------
+
+SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
 
 
 def columns(rows):

@@ -251,7 +251,7 @@ class Reward:
             values = within.setdefault((query, step), ([], []))
             values[0].append(score)
             values[1].append(float(label >= 0.5))
-        found = metrics.calibration([p[2] for p in pairs], [p[3] for p in pairs]) if pairs else {}
+        found: dict = {**metrics.calibration([p[2] for p in pairs], [p[3] for p in pairs])} if pairs else {}
         record = {"stage": "prm", "iteration": 0, "split": "held-out", "n": len(asked)}
         record |= {"responses": sum(len(g) for _, g in groups), "steps": len(pairs)}
         record |= {"label_auc": metrics.auc(*flat), "label_auc_within": metrics.within_auc(within.values())}
