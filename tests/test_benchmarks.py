@@ -471,19 +471,19 @@ def test_texts():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "L", "1"])
 def test_an_image_is_kept_as_it_is_and_written_once(tmp_path, mode):
     data = image(3, mode=mode)
-    path = pathlib.Path(tables.store(data, str(tmp_path)))
+    path = pathlib.Path(tables.write_image(data, str(tmp_path)))
     assert path.read_bytes() == data and path.suffix == ".png"
     before = path.stat().st_mtime_ns, path.stat().st_ino
-    assert tables.store(data, str(tmp_path)) == str(path)
+    assert tables.write_image(data, str(tmp_path)) == str(path)
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     path.write_bytes(data[:50])  # a broken copy is written again
-    assert pathlib.Path(tables.store(data, str(tmp_path))).read_bytes() == data
+    assert pathlib.Path(tables.write_image(data, str(tmp_path))).read_bytes() == data
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_ending_from_content(tmp_path):
     for kind, ending in (("JPEG", ".jpeg"), ("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp")):
-        assert tables.store(image(kind=kind), str(tmp_path)).endswith(ending)
+        assert tables.write_image(image(kind=kind), str(tmp_path)).endswith(ending)
 
 
 def test_images_are_refused_before_they_are_decoded(tmp_path):
@@ -492,10 +492,10 @@ def test_images_are_refused_before_they_are_decoded(tmp_path):
         chunk = small[12:16] + side.to_bytes(4, "big") * 2 + small[24:29]
         large = small[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + small[33:]
         with pytest.raises(ImageError) as error:
-            tables.store(large, str(tmp_path))
+            tables.write_image(large, str(tmp_path))
         assert error.value.cause == "image too large"
     with pytest.raises(ImageError, match="0 bytes"):
-        tables.store(b"", str(tmp_path))
+        tables.write_image(b"", str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 

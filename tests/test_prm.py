@@ -112,7 +112,7 @@ def test_a_completion_does_not_depend_on_the_other_prefixes():
         start for start in row.starts if row.responses[start[0] - 1][: start[1]] == (1, 2) and start[1] == 2
     ]
     assert [key for *_, key in starts] == [key for *_, key in alone]
-    with pytest.raises(ValueError, match="8 samples a row cannot be shared out in 3"):
+    with pytest.raises(ValueError, match="8 samples per row are not a multiple of 3"):
         prm.stems(asked, [(1,)], 3, 8, 50)
 
 
