@@ -21,7 +21,7 @@ from mstar_jax.evaluate.benchmarks import Item, parse_options, read
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files of official shape, where there is one
+FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files in the official formats, if available
 CHOICE = (
     "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
 )

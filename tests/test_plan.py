@@ -1,4 +1,4 @@
-"""Plans: which programs are compiled, what is said of them, and what is tried where they do not fit."""
+"""Plans: which programs are compiled, what is printed about them, what is tried if they do not fit."""
 
 import importlib
 
@@ -46,7 +46,7 @@ def test_programs_of_the_local_devices():
     lines = {name: list(plan.plan(config, name, devices, advise=False)) for name in ("train", "score")}
     [train], [score] = lines["train"], lines["score"]
     assert train.startswith("train step, 8 rows of 128\n  memory") and "all-gather" not in score
-    assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # of a CPU nothing is known
+    assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # nothing is known about a CPU
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         [(_, lowered, own)] = Programs(config, mesh).lower("score")
@@ -54,8 +54,8 @@ def test_programs_of_the_local_devices():
     assert 0.8 * cost.work.flops < sum(own.values()) / 8 < 1.2 * cost.work.flops
     d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
     block = 2 * 160 * (d * width * (2 * heads + 2 * 2) + 3 * d * f)
-    block += 2 * 2 * heads * width * 54**2  # one of attention's blocks: how many depends on the mask
-    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower's
+    block += 2 * 2 * heads * width * 54**2  # one block of attention; how many there are depends on the mask
+    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower
     assert cost.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
     assert cost.peak > 4 * 160 * v  # a row's logits
 
@@ -73,7 +73,7 @@ def test_rollouts_are_two_programs():
     )
     prefill, step = (plan.compile_cost(lowered) for lowered in found.values())
     cache = 16 * 2 * 4 * 2 * 24 * (128 + 4 * 8)  # of all rows: 2 groups, keys and values in 4 bytes
-    for cost in (prefill, step):  # a device holds its own rows, and they are updated where they are
+    for cost in (prefill, step):  # a device has its own rows and updates them in place
         assert cache / 8 <= cost.memory["shared"] < 1.1 * cache / 8
         assert sum(cost.work.moved().values()) < 100, "rows enter the slots of their own device"
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
     lines = list(plan.plan(config, "train", jax.devices(), advise=True))
     assert lines[0] == lines[2] == "a program\n  does not fit: needs 2G of 1G"
     assert lines[3] == "with --config.train.remat=full --config.train.accumulate=2"
-    assert "memory    5.00 of 16 GB" in lines[4]  # the output lies in the arguments
+    assert "memory    5.00 of 16 GB" in lines[4]  # the output aliases the arguments
     assert "network   3.000 GB received: all-gather 3.000" in lines[4]
     assert "compute 1000.0, memory 1000.0, network 15.0 ms" in lines[4] and "MFU at most 50 %" in lines[4]
     assert len(list(plan.plan(config, "train", jax.devices(), advise=False))) == 1

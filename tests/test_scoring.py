@@ -20,7 +20,7 @@ from mstar_jax.rewards import metrics
 from mstar_jax.structs import Query
 
 pytest.importorskip("rapidfuzz")
-REAL = pathlib.Path(os.environ.get("MSTAR_REALDATA", "/nonexistent"))  # real responses, where there are some
+REAL = pathlib.Path(os.environ.get("MSTAR_REALDATA", "/nonexistent"))  # real responses, if available
 
 
 def item(
@@ -271,7 +271,7 @@ def test_mathvista_values(text, gold):
     [
         (item(), "The answer is (B).", "correct", True, True),
         (item(), "dog", "unparsed", True, True),
-        (item(), "dogs, I guess", "unparsed", True, True),  # nearest; held in a short reply
+        (item(), "dogs, I guess", "unparsed", True, True),  # nearest; contained in a short reply
         (item(), "I am not sure about any of that", "unparsed", False, False),
         (item("A", ("8 cm", "10 m")), "", "unparsed", True, False),  # nothing is nearest to the shortest
         (item("3", None, "integer"), "The answer is 3.", "correct", True, True),

@@ -123,8 +123,8 @@ def _query(
         raise _Bad("no id")
     if not question.strip():
         raise _Bad("no question")
-    held = tuple(options) or None
-    return Query(id, (), question.strip(), held, answer, kind, source=source, precision=precision)
+    choices = tuple(options) or None
+    return Query(id, (), question.strip(), choices, answer, kind, source=source, precision=precision)
 
 
 def _groups(**names: str | Sequence[str]) -> dict[str, tuple[str, ...]]:

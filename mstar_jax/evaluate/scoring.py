@@ -91,13 +91,14 @@ def infer(reply: str, options: Sequence[str]) -> str | None:
     reply = reply.lower()
     if len(reply) > 2 * sum(map(len, options)):
         return None
-    held = [letter for letter, option in zip(letters, options) if option.lower() in reply]
-    return held[0] if len(held) == 1 else None
+    found = [letter for letter, option in zip(letters, options) if option.lower() in reply]
+    return found[0] if len(found) == 1 else None
 
 
 def _exact_matching(item: Item, text: str, stand_in: str | None) -> tuple[bool, dict[str, bool]]:
     """VLMEvalKit without a judge model, applied to the marked answer; to the whole reply as a variant."""
-    options, gold = item.query.options or (), item.query.answer
+    options = item.query.options or ()
+    gold = item.query.answer
     marked = check.extract(text)
     right = infer(text if marked is None else marked, options) == gold
     return right, {"whole_reply": infer(text, options) == gold}
@@ -185,11 +186,11 @@ def _m3cot(item: Item, text: str, stand_in: str | None) -> tuple[bool, dict[str,
     if found := _BRACKETED.findall(text):
         return found[-1].upper() == item.query.answer, {}
     options = list(zip(LETTERS, item.query.options or ()))
-    held = [letter for letter, option in options if option.lower() in text.lower()]
+    mentioned = [letter for letter, option in options if option.lower() in text.lower()]
     words = text.translate(_PAUSES).split(" ")
-    held = held or [letter for letter, _ in options if letter in words]
-    held = held or [letter for letter, _ in options if letter.lower() in words]
-    return bool(held) and held[-1] == item.query.answer, {}
+    mentioned = mentioned or [letter for letter, _ in options if letter in words]
+    mentioned = mentioned or [letter for letter, _ in options if letter.lower() in words]
+    return bool(mentioned) and mentioned[-1] == item.query.answer, {}
 
 
 # ---- 4. one response ----------------------------------------------------------------------------------
@@ -273,8 +274,8 @@ def _rate(units: Sequence[_Unit], kind: str) -> Rate:
 
 def _share(units: Iterable[_Unit], holds: Callable[[Score], bool]) -> float | None:
     """Fraction of the responses for which something holds; each rotation counts."""
-    held = [holds(score) for _, scores in units for score in scores]
-    return sum(held) / len(held) if held else None
+    found = [holds(score) for _, scores in units for score in scores]
+    return sum(found) / len(found) if found else None
 
 
 def _groups(units: Sequence[_Unit]) -> dict[str, dict[str, list[_Unit]]]:

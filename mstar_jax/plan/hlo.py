@@ -87,11 +87,11 @@ def _shapes(text: str) -> list[Shape]:
     return [(kind, tuple(map(int, dims.split(","))) if dims else ()) for kind, dims in _SHAPE.findall(text)]
 
 
-def _size(shapes: Sequence[Shape]) -> int:
+def _bytes(shapes: Sequence[Shape]) -> int:
     return sum(-(-BITS.get(kind, 8) * math.prod(dims) // 8) for kind, dims in shapes)
 
 
-def _split(rest: str) -> tuple[str, str]:
+def _operands_and_attributes(rest: str) -> tuple[str, str]:
     """(operands, attributes) from the text after the opening bracket."""
     depth = 1
     for at, character in enumerate(rest):
@@ -114,7 +114,7 @@ def parse(text: str) -> tuple[str, dict[str, dict[str, _Op]]]:
             entry = current if m[1] else entry
             found[current] = {}
         elif current and (m := _OP.match(line)):
-            operands, attributes = _split(m[4])
+            operands, attributes = _operands_and_attributes(m[4])
             names = re.findall(r"%([\w.\-]+)", operands)
             if m[3] in ("parameter", "constant"):  # what is in brackets is a number, a value
                 names = [operands]
@@ -143,9 +143,9 @@ def work(text: str) -> Work:
             if kind in COLLECTIVES:
                 channel = re.search(r"channel_id=(\d+)", op.text)
                 key = f"{kind} {channel[1]}" if channel else f"{computation} {op.name}"
-                collectives.setdefault(key, Collective(kind, _moved(op, ops), _group(op.text), times))
+                collectives.setdefault(key, Collective(kind, _payload(op, ops), _group(op.text), times))
             if not inside and op.code not in FREE and not op.code.endswith("-done"):
-                bytes_ += times * _traffic(op, ops, computations)
+                bytes_ += times * _bytes_moved(op, ops, computations)
     return Work(flops, bytes_, tuple(collectives.values()))
 
 
@@ -264,46 +264,46 @@ def _group(text: str) -> int:
     return 2 if pairs else 1
 
 
-def _moved(op: _Op, ops: dict[str, _Op]) -> int:
+def _payload(op: _Op, ops: dict[str, _Op]) -> int:
     operands = [shape for name in op.operands if name in ops for shape in ops[name].shapes]
     if op.code.startswith("reduce-scatter"):
-        return _size(operands)
+        return _bytes(operands)
     if op.code == "all-gather-start":  # the result is (operands, results)
-        return max(_size(op.shapes) - _size(operands), 0)
+        return max(_bytes(op.shapes) - _bytes(operands), 0)
     if op.code in ("all-reduce-start", "all-reduce", "all-to-all", "all-gather"):
-        return _size(op.shapes)
-    return _size(operands)
+        return _bytes(op.shapes)
+    return _bytes(operands)
 
 
-def _traffic(op: _Op, ops: dict[str, _Op], computations: dict[str, dict[str, _Op]]) -> float:
+def _bytes_moved(op: _Op, ops: dict[str, _Op], computations: dict[str, dict[str, _Op]]) -> float:
     """Bytes of operands and result; for slices and updates only the part that is read or written."""
     if op.code in ("dynamic-slice", "slice", "gather"):
-        return 2.0 * _size(op.shapes)
+        return 2.0 * _bytes(op.shapes)
     if op.code == "dynamic-update-slice" and len(op.operands) > 1 and op.operands[1] in ops:
-        return 2.0 * _size(ops[op.operands[1]].shapes)
+        return 2.0 * _bytes(ops[op.operands[1]].shapes)
     inner = computations.get(next(iter(op.calls()), ""), {}) if op.code == "fusion" else {}
     parameters = {int(o.operands[0]): o.name for o in inner.values() if o.code == "parameter"}
-    total = float(_written(op, inner))
+    total = float(_bytes_written(op, inner))
     for at, name in enumerate(op.operands):
         if name in ops:
-            total += _read(parameters[at], inner) if at in parameters else _size(ops[name].shapes)
+            total += _bytes_read(parameters[at], inner) if at in parameters else _bytes(ops[name].shapes)
     return total
 
 
-def _read(name: str, inner: dict[str, _Op]) -> float:
+def _bytes_read(name: str, inner: dict[str, _Op]) -> float:
     """Bytes that a fusion reads of a parameter."""
     users = [op for op in inner.values() if name in op.operands and op.code != "parameter"]
     if users and all(op.code in ("dynamic-slice", "slice") and op.operands[0] == name for op in users):
-        return float(sum(_size(op.shapes) for op in users))
+        return float(sum(_bytes(op.shapes) for op in users))
     if users and all(op.code == "bitcast" for op in users):  # a view
-        return min(float(_size(inner[name].shapes)), sum(_read(op.name, inner) for op in users))
+        return min(float(_bytes(inner[name].shapes)), sum(_bytes_read(op.name, inner) for op in users))
     if users and all(op.code == "dynamic-update-slice" and op.operands[0] == name for op in users):
         return 0.0
-    return float(_size(inner[name].shapes))
+    return float(_bytes(inner[name].shapes))
 
 
-def _written(op: _Op, inner: dict[str, _Op]) -> int:
+def _bytes_written(op: _Op, inner: dict[str, _Op]) -> int:
     updates = [o for o in inner.values() if o.code == "dynamic-update-slice"]
     if updates and any(o.shapes == op.shapes for o in updates):  # in place
-        return sum(_size(inner[o.operands[1]].shapes) for o in updates if o.operands[1] in inner)
-    return _size(op.shapes)
+        return sum(_bytes(inner[o.operands[1]].shapes) for o in updates if o.operands[1] in inner)
+    return _bytes(op.shapes)

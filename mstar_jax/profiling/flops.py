@@ -53,7 +53,7 @@ def chip_of(kind: str) -> Chip | None:
 
 
 def count(fn: Callable, *args: object) -> dict[str, float]:
-    """FLOPs of one call, by part; `other` is what lies in no named scope. Arguments may be shapes.
+    """FLOPs of one call, by part; `other` is what is in no named scope. Arguments may be shapes.
 
     Loops are multiplied by their length; a loop of unknown length counts once. A kernel counts as the
     products that it stands for, and a conditional as its most expensive branch.

@@ -73,11 +73,11 @@ class Pass:
         self.compiled = len(compiled())
 
     def skip(self) -> None:
-        """Leaves out the time of the batches in flight, for whose end nobody waits."""
+        """Leaves out the time of the batches in flight, because the host does not wait for their results."""
         for work in self.begun:
             self.all.update(work)
         self.begun.clear()
-        self._read()
+        self._elapsed()
 
     def apart(self, call: Callable[..., T], *args: object) -> T:
         """Calls a function whose time is not part of the pass, such as saving a checkpoint."""
@@ -86,7 +86,7 @@ class Pass:
         self.start()
         return found
 
-    def _read(self) -> float:
+    def _elapsed(self) -> float:
         """Seconds since the clock was started or last read; 0 if something was compiled in between."""
         spent = time.perf_counter() - self.since
         counts = len(compiled()) == self.compiled
@@ -123,7 +123,7 @@ class Pass:
           The rates since the clock was last read; empty if that time does not count.
         """
         work = Work(more)
-        spent = self._read()
+        spent = self._elapsed()
         for _ in range(len(self.begun) if batches is None else batches):
             work.update(self.begun.popleft())
         self.all.update(work)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         except OSError as error:
             raise ValueError(f"the report cannot be written: {error}") from error
     size = target.stat().st_size / 1e6
-    print(f"{target.absolute()} ({size:.1f} MB), its figures beside it as PNG files")
+    print(f"{target.absolute()} ({size:.1f} MB); its figures are next to it as PNG files")
 
 
 def _judge() -> relativity.Judge | None:

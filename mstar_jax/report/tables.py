@@ -145,7 +145,7 @@ def comparison(found: Sequence[RunRecord]) -> str:
             cells.append(percent(first, "greedy_accuracy"))
             rows.append(cells + [percent(records[-1], key, key == "greedy_accuracy") for key in keys])
         head = ["run", "last stage", "n", "greedy at the start %", *(COLUMNS[key] for key in keys)]
-        note = f"How the runs stand on {split}; the start is the warm-up. {SMALL}"
+        note = f"The last records on the {split} split; the start is the warm-up. {SMALL}"
         text += table(head, rows, note)
     return text
 

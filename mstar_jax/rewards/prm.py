@@ -81,14 +81,14 @@ def _whole(part: Sequence[Prefix]) -> list[Prefix]:
 
 
 def _stem(prompt: Prompt, part: Sequence[Prefix], completions: int, samples: int) -> Row:
-    held = _whole(part)
+    branches = _whole(part)
     starts = list[tuple[int, int, int]]()
     for prefix in part:
-        branch = next(i for i, whole in enumerate(held, start=1) if whole[: len(prefix)] == prefix)
+        branch = next(i for i, whole in enumerate(branches, start=1) if whole[: len(prefix)] == prefix)
         key = zlib.crc32(np.array(prefix, np.int32).tobytes())
         starts += [(branch, len(prefix), (key + number) % 2**32) for number in range(completions)]
     starts += [(0, 0, number) for number in range(samples - len(starts))]
-    return Row(prompt, tuple(held), starts=tuple(starts))
+    return Row(prompt, tuple(branches), starts=tuple(starts))
 
 
 def label(
@@ -210,13 +210,13 @@ def scores(
     for rows, batch in batches:
         result = token_scores(model, sharding.put_batch(batch, mesh))
         if pending is not None:
-            yield _read(*pending)
+            yield _step_scores(*pending)
         pending = rows, result
     if pending is not None:
-        yield _read(*pending)
+        yield _step_scores(*pending)
 
 
-def _read(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[float, ...]]]:
+def _step_scores(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[float, ...]]]:
     values = processes.fetch(result)
     out = []
     for at, row in enumerate(rows):
