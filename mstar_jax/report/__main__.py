@@ -19,8 +19,8 @@ from mstar_jax.report import page, relativity
 
 NAMES = flags.DEFINE_list("names", [], "Names of the runs; default the names of their folders.")
 JUDGE_URL = flags.DEFINE_string("judge_url", None, "An OpenAI-compatible endpoint, for Figure 2c.")
-JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "The name of the judge model there.")
-JUDGE_CALLS = flags.DEFINE_integer("judge_calls", 200, "Number of responses to judge at most.")
+JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "Name of the judge model there.")
+JUDGE_CALLS = flags.DEFINE_integer("judge_calls", 200, "Maximum number of responses to judge.")
 
 
 def main(argv: Sequence[str]) -> None:
