@@ -76,8 +76,10 @@ def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     # its backward pass wants an even length, and its tiles are multiples of 8
     q, k, v = (jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(rows, length, jnp.int32)
-    seen = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)[:, :length]
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
 def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int], *args: Any) -> Any:
@@ -134,8 +136,8 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN's flash attention. It reads the mask as a bias [B, 1, T, T] in q's dtype; told that no token sees a
-    later one, it skips the blocks above the diagonal."""
+    """cuDNN's flash attention. It reads the mask as a bias [B, 1, T, T] in q's dtype. Told that no token sees
+    a later one, it skips the blocks above the diagonal."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 
 
