@@ -1,23 +1,23 @@
-"""Rollouts, train steps and scores of shared-prefix rows against what repeats the prompt, on one machine.
+"""Rollouts, train steps and scores of shared-prefix rows, compared with repeating the prompt, on one machine.
 
     python benchmarks/against_transformers.py [--parts=rollouts,sft,prm] [--repeats=3] [--out=FILE.json]
 
 A random policy of Phi-3.5-vision's architecture with a decoder of 34 M parameters (width 512, 8 layers, 8
 heads, MLP 1408, vocabulary 8192: embedding and head are a quarter) and a CLIP tower of 2.7 M answers prompts
-of 640 tokens, 601 of them an image's. transformers' own Phi3ForCausalLM and CLIPVisionModel get the same
-weights. Its tower runs once an image, as ours does; what leads from there to the decoder's input it gets
-ready-made. All is float32 and may use every core.
+of 640 tokens, 601 of which belong to an image. transformers' own Phi3ForCausalLM and CLIPVisionModel get the
+same weights. Their tower runs once per image, as ours does; the steps from there to the input of the decoder
+are computed for them and not timed. Everything is float32 and may use all cores.
 
-  rollouts  96 tokens of each of 16 samples a query, T = 1, without stops: `rollouts.rollouts` against
-            `generate(num_return_sequences=16)`, in tokens a second
-  sft       five AdamW steps on two responses a query: one row of `step.make_train_step` against two padded
-            sequences, loss on response tokens, the tower frozen, in queries a second
-  prm       step scores of 16 responses: one row of `prm.scores` against a row for each, in queries a second
+  rollouts  16 samples of 96 tokens per query, T = 1, without stop tokens: `rollouts.rollouts` against
+            `generate(num_return_sequences=16)`, in tokens per second
+  sft       five AdamW steps on two responses per query: one row of `step.make_train_step` against two padded
+            sequences, loss on response tokens, frozen tower, in queries per second
+  prm       step scores of 16 responses: one row of `prm.scores` against one row each, in queries per second
 
-First both sides have to agree: in greedy tokens, in the losses of every step, in scores. A rate is of the
-median time, a ratio to the best of the other side's batches. Responses have 96 tokens, as in the rollouts;
---lengths=drawn draws those to train on and to score from a log-normal distribution of median 150, cut to
-96..300. Reading image files is not measured.
+First both sides must agree: in greedy tokens, in the loss of every step, in scores. Rates are computed from
+median times; ratios are to the best batch size of the other side. Responses have 96 tokens, as in the
+rollouts; --lengths=drawn draws the lengths of those to train on and to score from a log-normal distribution
+with median 150, clipped to 96..300. Reading image files is not measured.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
-from machine import machine, show, spread, timed, versions
+from machine import Values, machine, show, spread, timed, versions
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -46,13 +45,13 @@ from mstar_jax.models import phi35, vision, vlm
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import prm
-from mstar_jax.structs import Prompt, Query, Row, TrainState
+from mstar_jax.structs import Batch, Prompt, Query, Response, Row, TrainState
 from mstar_jax.training.optimizer import carry_on, make_optimizer, make_schedule
 from mstar_jax.training.step import make_train_step
 
 FROZEN = ("^tower", "_separator$", "^project_")
 LEARNING_RATE, B1, B2, CLIP = 1e-4, 0.9, 0.95, 1.0
-STEPS = 5  # of training in a row, as training does; the first after the other side's is slower for both
+STEPS = 5  # consecutive train steps; the first one after the other side's turn is slower for both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,12 @@ class Sizes:
     """What is measured.
 
     Attributes:
-      config: the policy's dimensions.
+      config: the dimensions of the policy.
       prompt: tokens of every prompt.
-      branches, tokens: K and R of the rollouts; responses to score, and their length.
-      ours, theirs: queries sampled together, ways to measure.
+      branches, tokens: K and R of the rollouts; also the number of responses to score, and their length.
+      ours, theirs: numbers of queries sampled together; each is measured.
       trained: queries of a train step.
-      alone: rows of a device batch when every response has a row of its own, ways to measure.
+      alone: rows of a device batch if every response has its own row; each is measured.
     """
 
     config: phi35.Phi35Config
@@ -92,11 +91,11 @@ FULL = Sizes(dimensions(8192, 512, 1408, 8, 8, (192, 768, 6, 3), 336))
 SMOKE = Sizes(dimensions(512, 64, 96, 2, 4, (32, 64, 2, 2), 56), 64, 4, 12, (2,), (1,), 2, (4,))
 
 
-# ---- 1. two models of the same weights, and the same prompts --------------------------------------------
+# ---- 1. two models with the same weights, and the same prompts ------------------------------------------
 
 
-def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[Any, list[Prompt]]:
-    """A processor that stops nowhere, and prompts of one length with an image of 3 crops and its view."""
+def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[phi35.Phi35Processor, list[Prompt]]:
+    """A processor without stop tokens, and prompts of one length with images of 3 crops and a view."""
     phi35.make_tokenizer(["Read the values off the image."], folder, sizes.config.decoder.vocab_size)
     processor = phi35.FAMILY.processor(sizes.config, phi35.FAMILY.load_tokenizer(folder))
     processor.stop_ids = processor.forbidden_ids = ()
@@ -115,7 +114,7 @@ def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[Any, list[Prompt]]
 def same_in_torch(
     policy: phi35.Phi35Vision, folder: pathlib.Path
 ) -> tuple[transformers.Phi3ForCausalLM, transformers.CLIPVisionModel]:
-    """transformers' decoder and tower with the policy's weights, by way of an exported checkpoint."""
+    """transformers' decoder and tower with the weights of the policy, through an exported checkpoint."""
     c, v = policy.config.decoder, policy.config.vision
     models.FromScratch(phi35.FAMILY, policy.config, folder).save(policy, folder / "exported")
     stored = load_file(folder / "exported/model.safetensors")
@@ -146,28 +145,29 @@ def same_in_torch(
 
 
 class Bench:
-    """The policy here and there, and rows as arrays for both."""
+    """The policy in both libraries, and rows as arrays for both."""
 
-    def __init__(self, sizes: Sizes, folder: pathlib.Path, mesh: Any):
-        self.sizes, self.mesh = sizes, mesh
+    def __init__(self, sizes: Sizes, folder: pathlib.Path, mesh: jax.sharding.Mesh):
+        self.sizes = sizes
+        self.mesh = mesh
         self.processor, self.prompts = make_prompts(sizes, folder)
         self.policy = jax.jit(lambda: phi35.Phi35Vision(sizes.config, nnx.Rngs(0)))()
         self.theirs, self.tower = same_in_torch(self.policy, folder)
         self.embed = jax.jit(lambda model, batch: model.embed(batch.tokens, batch.image_index, batch.pixels))
         self.rng = np.random.default_rng(1)
 
-    def batches(self, rows: Sequence[Row], size: int) -> list[tuple[tuple[Row, ...], Any]]:
+    def batches(self, rows: Sequence[Row], size: int) -> list[tuple[tuple[Row, ...], Batch]]:
         """Device batches of `size` rows, padded to the next multiple of 32 tokens."""
         buckets = [32 * n for n in range(1, 1 + max(row.length for row in rows) // 32 + 1)]
         plans = loader.plan_batches(rows, size, buckets)
         return list(loader.row_batches(plans, self.processor, size))
 
-    def embedded(self, batch: Any) -> torch.Tensor:
-        """Token embeddings with the image features in their places."""
+    def embedded(self, batch: Batch) -> torch.Tensor:
+        """Token embeddings with the image features inserted."""
         return torch.tensor(np.asarray(self.embed(self.policy, batch)))
 
     def crops(self, count: int) -> torch.Tensor:
-        """The images of the first prompts, for the tower there; its features are checked to be ours."""
+        """The images of the first prompts, for transformers' tower, whose features are compared with ours."""
         (_, batch), *_ = self.batches([Row(p) for p in self.prompts[:count]], count)
         pixels = batch.pixels.reshape(-1, *batch.pixels.shape[2:])
         crops = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
@@ -179,7 +179,7 @@ class Bench:
         return crops
 
     def looked_at(self, crops: torch.Tensor) -> torch.Tensor:
-        """The tower's features there, of the layer that Phi-3.5-vision reads."""
+        """The features of transformers' tower at the layer that Phi-3.5-vision uses."""
         with torch.inference_mode():
             layer = self.sizes.config.vision.select_layer
             return self.tower(crops, output_hidden_states=True).hidden_states[layer]
@@ -191,9 +191,9 @@ class Bench:
 
 def compared(
     part: str, unit: str, amounts: dict[str, float], spent: dict[str, list[tuple[float, float]]], others: int
-) -> list[dict[str, Any]]:
-    """Rows of the table; the first `others` runs are the other side, and what comes then is held against the
-    best of them."""
+) -> list[Values]:
+    """Rows of the table. The first `others` runs are the other side; the rest is compared with the best of
+    them."""
     rows = []
     for name, amount in amounts.items():
         found = spread(spent[name])
@@ -215,11 +215,19 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
     rows = [Row(p) for p in bench.prompts]
     batches = {size: bench.batches(rows[:size], max(1, size // 8)) for size in s.ours}
 
-    def ours(size: int, temperature: float) -> list[list[Any]]:
+    def ours(size: int, temperature: float) -> list[list[Response]]:
         temperatures = np.full(s.branches, temperature, np.float32)
-        how = {"key": jax.random.key(0), "temperatures": temperatures, "iteration": 0, "mesh": bench.mesh}
-        asked = [rows[:size]], iter(batches[size])
-        found = answers(samplers[size], bench.policy, *asked, bench.processor, **how)
+        found = answers(
+            samplers[size],
+            bench.policy,
+            [rows[:size]],
+            iter(batches[size]),
+            bench.processor,
+            key=jax.random.key(0),
+            temperatures=temperatures,
+            iteration=0,
+            mesh=bench.mesh,
+        )
         answered = [group for groups in found for group in groups]
         assert {len(r.tokens) for group in answered for r in group} == {s.tokens}
         return answered
@@ -227,8 +235,8 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
     inputs = bench.embedded(bench.batches(rows, len(rows))[0][1])
     crops = {size: bench.crops(size) for size in s.theirs}
 
-    def theirs(size: int, **how: Any) -> torch.Tensor:
-        config = transformers.GenerationConfig(max_new_tokens=s.tokens, eos_token_id=None, **how)
+    def theirs(size: int, **settings: object) -> torch.Tensor:
+        config = transformers.GenerationConfig(max_new_tokens=s.tokens, eos_token_id=None, **settings)
         mask = torch.ones(inputs[:size].shape[:2], dtype=torch.long)
         bench.looked_at(crops[size])
         with torch.inference_mode():
@@ -238,13 +246,13 @@ def rollouts(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) ->
         assert found.shape[1] == s.tokens
         return found
 
-    greedy = theirs(min(s.theirs), do_sample=False)[0].tolist()  # and a warm-up of both sides
+    greedy = theirs(min(s.theirs), do_sample=False)[0].tolist()  # also warms up both sides
     for size in s.ours:
         if any(list(r.tokens) != greedy for r in ours(size, 0.0)[0]):
             raise SystemExit(f"rollouts: greedy tokens of {size} queries differ from transformers'")
     sample = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     sample |= {"num_return_sequences": s.branches}
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     amounts: dict[str, float] = {}
     for size in s.theirs:
         runs[f"transformers, {size} queries"] = lambda size=size: theirs(size, **sample)
@@ -277,7 +285,7 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
             state, metrics = jax.block_until_ready(step(state, batch))
             losses["ours"].append(float(metrics["loss"]))
 
-    # a sequence for each response: prompt, response, padding
+    # one sequence per response: prompt, response, padding
     alone = [Row(row.prompt, (response,)) for row in rows for response in row.responses]
     length = max(row.length for row in alone)
     ((_, each),) = loader.row_batches([(length, alone)], bench.processor, len(alone))
@@ -313,7 +321,7 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
     return found, {"first loss": round(losses["ours"][0], 4), "losses differ by": max(apart)}
 
 
-# ---- 4. the reward model's scores -----------------------------------------------------------------------
+# ---- 4. scores of the reward model ----------------------------------------------------------------------
 
 
 def scores(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tuple[list[dict], dict]:
@@ -360,20 +368,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ours", help="queries that we sample together, e.g. 1,16")
     parser.add_argument("--theirs", help="queries that transformers samples together, e.g. 1,2")
     parser.add_argument("--lengths", choices=("fixed", "drawn"), default="fixed", help="of responses")
-    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary, e.g. Phi's 32064")
-    parser.add_argument("--smoke", action="store_true", help="a tiny policy, to see that it runs")
+    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size, e.g. Phi's 32064")
+    parser.add_argument("--smoke", action="store_true", help="a tiny policy, to check that the script runs")
     parser.add_argument("--out", default="", help="a JSON file")
     args = parser.parse_args()
     if unknown := set(args.parts.split(",")) - set(PARTS):
-        parser.error(f"--parts: {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    parts = [
-        name for name in PARTS if name in args.parts.split(",")
-    ]  # in this order: sft changes their weights
+        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    wanted = args.parts.split(",")
+    parts = [name for name in PARTS if name in wanted]  # in this order: sft changes their weights
     sizes, rng = SMOKE if args.smoke else FULL, np.random.default_rng(2)
     for side in ("ours", "theirs"):
         if values := getattr(args, side):
@@ -389,7 +396,7 @@ def main() -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
-    record: dict[str, Any] = {"machine": machine()}
+    record: dict = {"machine": machine()}
     record["versions"] = versions("jax", "jaxlib", "flax", "optax", "torch", "transformers")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):

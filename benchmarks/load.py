@@ -2,9 +2,9 @@
 
     python benchmarks/load.py [--layers=32] [--folder=/scratch]
 
-Prints the checkpoint's size, the resident memory at its highest, their ratio, and the seconds. Loading runs
-in a process of its own on the CPU, so the result itself is part of the memory. The checkpoint is written to
-a temporary folder, in `--folder` if given.
+Prints the size of the checkpoint, the peak resident memory, their ratio, and the time in seconds. Loading
+runs in its own process on the CPU, so the loaded weights are part of the memory. The checkpoint is written to
+a temporary folder, inside of `--folder` if given.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mstar_jax.models import hf, layers, names, phi35
 
 
 def config(num_layers: int) -> phi35.Phi35Config:
-    """The released model's dimensions."""
+    """The dimensions of the released model."""
     decoder = layers.DecoderConfig(
         vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_layers=num_layers, num_heads=32,
         num_kv_heads=32, head_dim=96, short_factor=(1.0,) * 48, long_factor=(1.0,) * 48,
@@ -52,13 +52,13 @@ def write(folder: pathlib.Path, num_layers: int) -> None:
 
 
 def highest() -> int:
-    """This process's resident memory at its highest, bytes (Linux; getrusage also counts the parent's)."""
+    """Peak resident memory of this process in bytes (Linux; getrusage also counts that of the parent)."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def load(folder: str) -> None:
-    """Loads in this process and prints the figures."""
+    """Loads in this process and prints the measurements."""
     before, start = highest(), time.perf_counter()
     model = models.Pretrained(folder).load(jnp.bfloat16)
     jax.block_until_ready(model)

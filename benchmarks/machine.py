@@ -1,4 +1,4 @@
-"""What measurements share: the machine and the versions they belong to, timing, and how they are shown."""
+"""What the measurements share: a description of the machine and versions, timing, and output."""
 
 import importlib.metadata
 import json
@@ -9,14 +9,16 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
+Values = dict[str, str | int | float | None]  # by name
 
-def machine() -> dict[str, Any]:
-    """The processor, the first accelerator, and how busy the cores are already."""
-    text, device = pathlib.Path("/proc/cpuinfo"), jax.devices()[0]
+
+def machine() -> Values:
+    """The processor, the first accelerator, and how busy the cores already are."""
+    text = pathlib.Path("/proc/cpuinfo")
+    device = jax.devices()[0]
     found = re.search(r"model name\s*: (.*)", text.read_text()) if text.exists() else None
     return {
         "cpu": found[1] if found else platform.processor(),
@@ -27,18 +29,18 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and these packages."""
+    """The versions of Python and of these packages."""
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in packages
     }
 
 
-def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds by the clock, seconds of processor time) of every repeat of every run; other programs on the
-    machine disturb the latter less.
+def timed(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall time, processor time) in seconds of every repeat of every run.
 
-    All take turns, A B A B, so that whatever else the machine does falls on all of them. A run waits for its
-    result, and has gone once before: nothing is compiled here.
+    Processor time is less disturbed by other programs on the machine. The runs take turns, A B A B, so that
+    such disturbances affect all of them. A run must wait for its result, and must have run once before, so
+    that nothing is compiled here.
     """
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -50,16 +52,16 @@ def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[tu
 
 
 def spread(spent: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Median, least and greatest by the clock, and the median of processor time."""
+    """Median, minimum and maximum of wall time, and the median of processor time."""
     wall, processor = zip(*spent)
     found = {"seconds": statistics.median(wall), "least": min(wall), "greatest": max(wall)}
     return found | {"processor": statistics.median(processor)}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a column for every key of the first row; floats with three digits that count."""
+def table(rows: Sequence[Values]) -> str:
+    """A Markdown table with a column for every key of the first row; floats have three significant digits."""
 
-    def text(value: Any) -> str:
+    def text(value: str | int | float | None) -> str:
         if isinstance(value, float):
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         return "" if value is None else str(value)
@@ -68,8 +70,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def show(record: dict[str, Any], out: str) -> None:
-    """Prints a record, whose `results` are rows of a table, and writes it as JSON to the file `out`."""
+def show(record: dict, out: str) -> None:
+    """Prints a record, whose `results` are the rows of a table, and writes it to the file `out` as JSON."""
     for name, values in record.items():
         if name != "results":
             print(f"{name}: {', '.join(f'{key} {value}' for key, value in values.items())}\n")

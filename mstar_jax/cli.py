@@ -20,6 +20,7 @@ from mstar_jax.progress import ProgressHandler
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's values.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run; default runs/<config>.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write to, for the commands that write one.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes; on TPU pods, GKE and SLURM they find each other."
 )
@@ -65,10 +66,15 @@ def start(argv: Sequence[str]) -> Callable[[], bool]:
     """
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    show_log()
+    return Termination(GRACE.value).asked.is_set
+
+
+def show_log() -> None:
+    """Shows the log of the package on the terminal, and of other packages only their warnings."""
     absl.logging.set_verbosity(absl.logging.WARNING)  # JAX and Orbax report through absl
     log.addHandler(ProgressHandler())
     log.propagate = False
-    return Termination(GRACE.value).asked.is_set
 
 
 def begin() -> None:

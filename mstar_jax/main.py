@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from mstar_jax import __version__, cli, configure, evolve, processes, records, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.profiling import speed
-from mstar_jax.report import document
+from mstar_jax.report import page
 from mstar_jax.store import write_text
 
 flags.adopt_module_key_flags(cli)
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     shown = [records.table(found), records.speeds(found), asked.read_text().strip() if asked else ""]
     print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
     try:
-        print(f"{document.write([workdir])}: the report, one file for any browser")
+        print(f"{page.write([workdir])}: the report, one file for any browser")
     except OSError as error:  # the run is complete without it
         log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
 

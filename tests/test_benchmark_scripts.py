@@ -1,4 +1,4 @@
-"""The measuring commands run at their smallest size; one that compares also has its two sides agree."""
+"""The benchmark scripts run at their smallest size, and the sides of a comparison agree."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_against_transformers(tmp_path):
 
 
 def test_gpu(tmp_path):
-    """On a CPU, whose peak nobody tells: no shares."""
+    """On a CPU, whose peak is unknown, there are no shares of it."""
     record = measured("gpu.py", tmp_path)
     assert [row["what"].split(",")[0] for row in record["results"]] == [
         "decode", "prefill", "rollouts", "prm", "train"

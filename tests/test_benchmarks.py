@@ -21,7 +21,7 @@ from mstar_jax.evaluate.benchmarks import Item, parse_options, read
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files of official shape, where there is one
+FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files in the official formats, if available
 CHOICE = (
     "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
 )
@@ -393,7 +393,7 @@ def test_every_source_has_one_task():
 
 
 def test_what_cannot_be_read_says_so(tmp_path):
-    with pytest.raises(ValueError, match="benchmark 'mmmu': there are mathvista, "):
+    with pytest.raises(ValueError, match="unknown benchmark 'mmmu'; expected one of mathvista, "):
         read("mmmu", tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"looked for testmini-\*.parquet, MathVista_MINI.tsv"):
         read("mathvista", tmp_path, tmp_path)
@@ -471,19 +471,19 @@ def test_texts():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "L", "1"])
 def test_an_image_is_kept_as_it_is_and_written_once(tmp_path, mode):
     data = image(3, mode=mode)
-    path = pathlib.Path(tables.store(data, str(tmp_path)))
+    path = pathlib.Path(tables.write_image(data, str(tmp_path)))
     assert path.read_bytes() == data and path.suffix == ".png"
     before = path.stat().st_mtime_ns, path.stat().st_ino
-    assert tables.store(data, str(tmp_path)) == str(path)
+    assert tables.write_image(data, str(tmp_path)) == str(path)
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     path.write_bytes(data[:50])  # a broken copy is written again
-    assert pathlib.Path(tables.store(data, str(tmp_path))).read_bytes() == data
+    assert pathlib.Path(tables.write_image(data, str(tmp_path))).read_bytes() == data
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_ending_from_content(tmp_path):
     for kind, ending in (("JPEG", ".jpeg"), ("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp")):
-        assert tables.store(image(kind=kind), str(tmp_path)).endswith(ending)
+        assert tables.write_image(image(kind=kind), str(tmp_path)).endswith(ending)
 
 
 def test_images_are_refused_before_they_are_decoded(tmp_path):
@@ -492,10 +492,10 @@ def test_images_are_refused_before_they_are_decoded(tmp_path):
         chunk = small[12:16] + side.to_bytes(4, "big") * 2 + small[24:29]
         large = small[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + small[33:]
         with pytest.raises(ImageError) as error:
-            tables.store(large, str(tmp_path))
+            tables.write_image(large, str(tmp_path))
         assert error.value.cause == "image too large"
     with pytest.raises(ImageError, match="0 bytes"):
-        tables.store(b"", str(tmp_path))
+        tables.write_image(b"", str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 

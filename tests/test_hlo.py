@@ -1,4 +1,4 @@
-"""Reading compiled programs: products, loops, convolutions and collectives, against what they do."""
+"""Reading compiled programs: the counts of products, loops, convolutions and collectives."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_a_gradient_is_twice_the_product():
     ("size", "kernel", "stride", "padding", "base", "dilation"),
     [(8, 1, 1, 0, 1, 1), (8, 3, 1, 1, 1, 1), (9, 3, 2, 0, 1, 1), (6, 2, 1, 1, 2, 1), (9, 3, 1, 2, 1, 2)],
 )
-def test_convolutions_count_what_is_there(size, kernel, stride, padding, base, dilation):
+def test_convolutions_do_not_count_padding(size, kernel, stride, padding, base, dilation):
     """Against counting by hand, with padding and both dilations."""
     fn = functools.partial(
         jax.lax.conv_general_dilated,
@@ -165,7 +165,7 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
 
 
 def test_loops_and_collectives_as_tpus_write_them():
-    """The bound is a constant of the condition; one collective stands where it starts and where it ends."""
+    """The bound is a constant in the condition; an asynchronous collective appears at its start and end."""
     found = hlo.work(COUNTED)
     assert found.flops == 32 * 2 * 8**3
     assert [(c.bytes, c.group, c.times) for c in found.collectives] == [(256, 4, 32)]
@@ -180,7 +180,7 @@ def test_no_hlo():
 
 
 def test_kernels_of_splash_attention_count_what_is_below_the_diagonal():
-    """As libtpu writes them: attributes over several lines, the name behind them."""
+    """In the form of libtpu: attributes over several lines, followed by the name."""
     kernel = """
   %NAME.1 = (bf16[4,1024,96]) custom-call(%b, %b, %b, %q, %k, %k), custom_call_target="tpu_custom_call", a={{
 

@@ -1,4 +1,4 @@
-"""Measures against enumeration and straightforward reckonings."""
+"""Metrics against enumeration and straightforward computations."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +75,7 @@ def test_dynamics():
     assert found == pytest.approx(expected)
 
 
-def test_dynamics_leaves_out_what_cannot_be_told():
+def test_dynamics_leaves_out_what_is_undefined():
     greedy = [response(verdict="correct", temperature=0.0)]
     sampled = [response(verdict="wrong"), response(1, verdict="correct")]
     assert {"pass_at_k", "gap", "sampled_accuracy"}.isdisjoint(metrics.dynamics([greedy], 4))
@@ -92,7 +91,7 @@ SAMPLES = st.lists(st.tuples(LEVELS, st.booleans(), st.sampled_from("abcdef")), 
 
 
 def consistent(samples):
-    """The same, but the same text is as correct and as good everywhere."""
+    """The same, but equal texts have the same verdict and reward."""
     first = {}
     return [(*first.setdefault(text, (value, right)), text) for value, right, text in samples]
 
@@ -273,7 +272,7 @@ def test_curve(rows):
             given_answers, values = zip(*group[: row["n"]])
             right["best_of_n"] += given_answers[values.index(max(values))] == gold
             for name, weights in ("majority", [1] * row["n"]), ("weighted_vote", values):
-                sums = {a: 0 for a in given_answers if a is not None}  # in the order of first mention
+                sums = {a: 0 for a in given_answers if a is not None}  # in order of first occurrence
                 for a, weight in zip(given_answers, weights):
                     if a is not None:
                         sums[a] += weight
@@ -292,9 +291,33 @@ def test_curve_refuses():
         metrics.curve([(query("a", "1"), [response(text="The answer is 1")])], [1])
 
 
-# ---- the reward model ---------------------------------------------------------------------------------
+# ---- intervals and tests ------------------------------------------------------------------------------
 
-SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_ends_are_where_the_share_is_196_sigma_away(counts):
+    right, n = counts
+    share = right / n
+    low, high = metrics.wilson(share, n)
+    assert 0 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert math.isclose(abs(share - end), 1.959964 * math.sqrt(end * (1 - end) / n), rel_tol=1e-5)
+
+
+def test_wilson_by_hand():
+    assert metrics.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert metrics.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert metrics.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    for share, n in ((0.5, 0), (1.1, 10), (-0.1, 10)):
+        with pytest.raises(ValueError, match="share in 0..1"):
+            metrics.wilson(share, n)
+
+
+def test_wilson_of_a_mean_lies_between_its_neighbours():
+    ends = [metrics.wilson(count / 10, 10) for count in (6, 7)]
+    for end, low, high in zip(metrics.wilson(0.625, 10), *ends):
+        assert end == pytest.approx(0.75 * low + 0.25 * high)
 
 
 @settings(deadline=None)
@@ -304,10 +327,12 @@ def test_paired(pairs):
     changes = [int(b) - int(a) for a, b in pairs]
     assert found["difference"] == pytest.approx(np.mean(changes))
     width = 1.959964 * np.std(changes) / math.sqrt(len(changes))
-    assert found["interval"] == pytest.approx([np.mean(changes) - width, np.mean(changes) + width])
+    ends = [np.mean(changes) - width, np.mean(changes) + width]
+    assert found["interval"] == pytest.approx(ends, abs=1e-6)  # seven digits of the quantile
     gained, lost = changes.count(1), changes.count(-1)
     assert (found["gained"], found["lost"]) == (gained, lost)
-    expected = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    expected = min(1.0, 2 * tail / 2 ** (gained + lost))
     assert found["p"] == pytest.approx(expected)
 
 
@@ -315,6 +340,11 @@ def test_paired_needs_the_same_questions():
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="the same questions"):
             metrics.paired(first, second)
+
+
+# ---- the reward model ---------------------------------------------------------------------------------
+
+SCORED = st.lists(st.tuples(LEVELS, st.booleans()), max_size=8)
 
 
 def columns(rows):
@@ -342,7 +372,7 @@ def test_within_auc(groups):
     assert metrics.within_auc(columns(rows) for rows in groups) == expected
 
 
-def test_within_auc_does_not_reward_telling_queries_apart():
+def test_within_auc_gives_no_credit_for_telling_queries_apart():
     easy, hard = ([0.9, 0.8], [0, 1]), ([0.2, 0.1, 0.1], [0, 0, 1])
     assert metrics.within_auc([easy, hard]) == pytest.approx(0.5 / 3)
     assert metrics.auc(easy[0] + hard[0], easy[1] + hard[1]) == pytest.approx(2.5 / 6)

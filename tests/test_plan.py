@@ -1,4 +1,4 @@
-"""Plans: which programs are compiled, what is said of them, and what is tried where they do not fit."""
+"""Plans: which programs are compiled, what is printed about them, what is tried if they do not fit."""
 
 import importlib
 
@@ -37,25 +37,25 @@ def test_released_models_need_no_checkpoint(name, parameters):
 def test_no_family():
     config = importlib.import_module("configs.phi35").get_config()
     config.policy.family = "nonsense"
-    with pytest.raises(ValueError, match="'nonsense': give policy.path, or one of phi3_v"):
+    with pytest.raises(ValueError, match="'nonsense': set policy.path, or one of phi3_v"):
         policy_of(config)
 
 
 def test_programs_of_the_local_devices():
     config, devices = small(), jax.devices()
-    lines = {name: list(plan.planned(config, name, devices, advise=False)) for name in ("train", "score")}
+    lines = {name: list(plan.plan(config, name, devices, advise=False)) for name in ("train", "score")}
     [train], [score] = lines["train"], lines["score"]
     assert train.startswith("train step, 8 rows of 128\n  memory") and "all-gather" not in score
-    assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # of a CPU nothing is known
+    assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # nothing is known about a CPU
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         [(_, lowered, own)] = Programs(config, mesh).lower("score")
-        cost = plan.compile_(lowered)
+        cost = plan.compile_cost(lowered)
     assert 0.8 * cost.work.flops < sum(own.values()) / 8 < 1.2 * cost.work.flops
     d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
     block = 2 * 160 * (d * width * (2 * heads + 2 * 2) + 3 * d * f)
-    block += 2 * 2 * heads * width * 54**2  # one of attention's blocks: how many depends on the mask
-    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower's
+    block += 2 * 2 * heads * width * 54**2  # one block of attention; how many there are depends on the mask
+    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower
     assert cost.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
     assert cost.peak > 4 * 160 * v  # a row's logits
 
@@ -71,9 +71,9 @@ def test_rollouts_are_two_programs():
         first == "prefill, 8 rows of 128 into 16"
         and second == "decoding step, 16 rows of 4 samples, 8 tokens"
     )
-    prefill, step = (plan.compile_(lowered) for lowered in found.values())
+    prefill, step = (plan.compile_cost(lowered) for lowered in found.values())
     cache = 16 * 2 * 4 * 2 * 24 * (128 + 4 * 8)  # of all rows: 2 groups, keys and values in 4 bytes
-    for cost in (prefill, step):  # a device holds its own rows, and they are updated where they are
+    for cost in (prefill, step):  # a device has its own rows and updates them in place
         assert cache / 8 <= cost.memory["shared"] < 1.1 * cache / 8
         assert sum(cost.work.moved().values()) < 100, "rows enter the slots of their own device"
 
@@ -81,7 +81,7 @@ def test_rollouts_are_two_programs():
 def test_what_is_tried():
     config, mesh = small(), sharding.make_mesh(fsdp=8, data=1)
     config.evolve.batch = 32
-    assert list(plan.smaller("train", config, mesh)) == [
+    assert list(plan.smaller_settings("train", config, mesh)) == [
         {"train.remat": "full"},
         {"train.accumulate": 2},
         {"train.accumulate": 4},
@@ -90,13 +90,16 @@ def test_what_is_tried():
         {"mesh.tensor": 8},
     ]
     config.sampling.batch = 32
-    assert list(plan.smaller("rollouts", config, mesh))[:2] == [{"sampling.batch": 16}, {"sampling.batch": 8}]
+    assert list(plan.smaller_settings("rollouts", config, mesh))[:2] == [
+        {"sampling.batch": 16},
+        {"sampling.batch": 8},
+    ]
 
 
 def test_what_does_not_fit_is_tried_again(monkeypatch):
     tries = []
 
-    def compile_(lowered):
+    def compile_cost(lowered):
         tries.append(lowered)
         if len(tries) < 3:
             raise plan.TooLarge("needs 2G of 1G")
@@ -104,7 +107,7 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
         gathered = hlo.Collective("all-gather", 16 * 10**8, 16, 2)
         return plan.Cost(memory, hlo.Work(197e12, 819e9, (gathered,)))
 
-    monkeypatch.setattr(plan, "compile_", compile_)
+    monkeypatch.setattr(plan, "compile_cost", compile_cost)
     monkeypatch.setattr(plan, "chip_of", lambda kind: flops.CHIPS["TPU v5 lite"])
     monkeypatch.setattr(
         Programs,
@@ -113,17 +116,17 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
     )
     config = small()
     config.evolve.batch = 32
-    lines = list(plan.planned(config, "train", jax.devices(), advise=True))
+    lines = list(plan.plan(config, "train", jax.devices(), advise=True))
     assert lines[0] == lines[2] == "a program\n  does not fit: needs 2G of 1G"
     assert lines[3] == "with --config.train.remat=full --config.train.accumulate=2"
-    assert "memory    5.00 of 16 GB" in lines[4]  # the output lies in the arguments
+    assert "memory    5.00 of 16 GB" in lines[4]  # the output aliases the arguments
     assert "network   3.000 GB received: all-gather 3.000" in lines[4]
     assert "compute 1000.0, memory 1000.0, network 15.0 ms" in lines[4] and "MFU at most 50 %" in lines[4]
-    assert len(list(plan.planned(config, "train", jax.devices(), advise=False))) == 1
+    assert len(list(plan.plan(config, "train", jax.devices(), advise=False))) == 1
 
 
 def test_a_program_that_is_not_shown():
     memory = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
-    text = plan.shown("a program", plan.Cost(memory, None, {"language": 8e12}), None, 8)
+    text = plan.describe("a program", plan.Cost(memory, None, {"language": 8e12}), None, 8)
     assert "memory    5.00 GB" in text and "1.000 TFLOP of its own" in text
     assert text.endswith("work      not known: the compiler does not show this program")

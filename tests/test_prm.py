@@ -1,4 +1,4 @@
-"""The reward model: where steps end, what is continued, and that a row scores as its responses do alone."""
+"""The reward model: step ends, continued prefixes, and equal scores of responses in one row and alone."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def texts(processor):
 
 @pytest.fixture(scope="module")
 def reward():
-    """A reward model whose every parameter is random, with the likelihood as a part."""
+    """A reward model with random parameters throughout, including the weight of the likelihood."""
     out = tiny.randomised(lambda: vlm.RewardModel(tiny.abstract()), 5)
     out.likelihood[...] = jnp.float32(0.01)  # these log probabilities are large: sigmoids must not saturate
     return out
@@ -98,7 +98,7 @@ def test_stems_continue_every_prefix(found, completions, together, longest):
         for branch, kept, key in row.starts:
             if kept:
                 continued.append((row.responses[branch - 1][:kept], key))
-        for a in row.responses:  # nothing is laid out twice
+        for a in row.responses:  # nothing is stored twice
             assert not any(a is not b and b[: len(a)] == a for b in row.responses)
     assert sorted(p for p, _ in continued) == sorted(p for p in found for _ in range(completions))
     assert len({key for _, key in continued}) == len(continued)
@@ -112,7 +112,7 @@ def test_a_completion_does_not_depend_on_the_other_prefixes():
         start for start in row.starts if row.responses[start[0] - 1][: start[1]] == (1, 2) and start[1] == 2
     ]
     assert [key for *_, key in starts] == [key for *_, key in alone]
-    with pytest.raises(ValueError, match="8 samples a row cannot be shared out in 3"):
+    with pytest.raises(ValueError, match="8 samples per row are not a multiple of 3"):
         prm.stems(asked, [(1,)], 3, 8, 50)
 
 
@@ -175,8 +175,8 @@ def test_a_text_of_another_family_is_tokenised_again(processor, texts):
         prm.row(prompt(processor), [foreign], processor.encode_response, texts, [(0.1, 0.2, 0.3)])
 
 
-def test_odd_blanks_are_noticed(processor, texts):
-    """U+2003 is blank as a line of text, and three bytes as tokens, none of which is blank."""
+def test_unusual_line_breaks_are_noticed(processor, texts):
+    """U+2003 is a blank line as text, but three byte tokens, none of which is blank."""
     text = "area\n\u2003\nbase"
     tokens = processor.encode_response(text)
     assert steps.split(text) == ["area", "base"]
@@ -188,7 +188,7 @@ def test_odd_blanks_are_noticed(processor, texts):
 # ---- training ----------------------------------------------------------------------------------------
 
 
-def test_only_correct_responses_teach_the_trunk(processor, texts):
+def test_only_correct_responses_train_the_trunk(processor, texts):
     found = [response(LINES, processor, 0, "correct"), response("area", processor, 1)]
     row = prm.row(prompt(processor), found, processor.encode_response, texts, [(0.0, 0.5, 1.0, 1.0), (0.0,)])
     batch = loader.encode_row(row, processor, 64, 0)
@@ -198,7 +198,7 @@ def test_only_correct_responses_teach_the_trunk(processor, texts):
     assert batch.labels[second][batch.labels[second] >= 0].tolist() == [0.0]
 
 
-def test_rows_are_parted_with_their_labels(processor):
+def test_rows_are_split_with_their_labels(processor):
     asked = Prompt(Query("q", (), ""), "", 10, 0)
     row = Row(asked, ((1,) * 8, (2,) * 8, (3,) * 8), (1.0, 0.0, 1.0), (((7, 0.5),), ((7, 0.0),), ((7, 1.0),)))
     parts = loader.split_rows([row], 26)

@@ -5,16 +5,19 @@ import hashlib
 import html.parser
 import http.server
 import json
+import logging
 import re
 import subprocess
 import sys
 import threading
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
 from mstar_jax.report import __main__ as report
-from mstar_jax.report import document, figure2, figures, gallery, page, relativity, runs, tables
+from mstar_jax.report import figure2, gallery, markup, page, relativity, runs, tables
 from mstar_jax.rewards import metrics
 from mstar_jax.store import Store, rollout
 from mstar_jax.structs import Query, Response
@@ -137,7 +140,7 @@ def browsed(text):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    return document.write([make_run(tmp_path_factory.mktemp("runs") / "run <1> $x$")])
+    return page.write([make_run(tmp_path_factory.mktemp("runs") / "run <1> $x$")])
 
 
 # ---- the page -----------------------------------------------------------------------------------------
@@ -183,12 +186,12 @@ def test_text_of_a_model_stays_text(full):
 
 
 def test_same_run_gives_the_same_bytes(full, tmp_path):
-    again = document.write([full.parent.parent], tmp_path / "again")
+    again = page.write([full.parent.parent], tmp_path / "again")
     assert again.read_bytes() == full.read_bytes()
 
 
 def test_run_without_reward_model_and_exploration(tmp_path):
-    text, shown = read(document.write([make_run(tmp_path / "plain", prm=False)]))
+    text, shown = read(page.write([make_run(tmp_path / "plain", prm=False)]))
     absent = re.findall(r'<section id="(\w+)" class="absent">', text)
     assert absent == ["figure4", "temperature", "figure2", "prm"]
     assert "the temperature is static, T = 0.7" in shown.data["temperature"]
@@ -208,7 +211,7 @@ def test_broken_and_missing_parts_do_not_crash(tmp_path):
     (run / "scores" / "iteration_03_validation" / "00001.jsonl").write_text("{broken\n")
     (run / "figures" / "truth.jsonl").write_text("[]\n")
     (run / "figures" / "a.png").write_bytes(b"no image")
-    text, shown = read(document.write([run]))
+    text, shown = read(page.write([run]))
     assert re.findall(r'<section id="(\w+)" class="absent">', text) == ["figure2", "prm"]
     assert "00001.jsonl" in shown.data["figure2"] and "iteration_03_validation" in shown.data["samples"]
     names = [stage["name"] for stage in browsed(text)["stages"]]
@@ -224,8 +227,8 @@ def test_benchmarks(tmp_path):
     shown = {"policy": "warmup", "benchmark": "m3cot", "greedy": greedy | {"truncated": 0.0}}
     (folder / "m3cot.json").write_text(json.dumps(shown))
     make_run(tmp_path / "run")
-    assert '<section id="benchmarks">' in read(document.write([tmp_path / "run"]))[0]
-    text = tables.benchmarks(runs.Run("run", tmp_path / "run", {"stages": []}))
+    assert '<section id="benchmarks">' in read(page.write([tmp_path / "run"]))[0]
+    text = tables.benchmarks(runs.RunRecord("run", tmp_path / "run", {"stages": []}))
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", text.partition("<tbody>")[2])
     assert cells[:4] == ["warmup", "m3cot", "greedy", "8"]
     assert cells[4].startswith("25.0<small>7–59") and cells[5:] == ["50.0", "50.0", "12.5", "0.0"]
@@ -233,7 +236,7 @@ def test_benchmarks(tmp_path):
 
 def test_run_that_has_only_begun(tmp_path):
     (tmp_path / "results.json").write_text('{"stages": []}')
-    text, _ = read(document.write([tmp_path]))
+    text, _ = read(page.write([tmp_path]))
     assert re.findall(r'<section id="(\w+)" class="absent">', text) == list(SECTIONS[1:])
     assert "no stage was evaluated yet" in text
 
@@ -243,12 +246,12 @@ def test_no_run_is_an_error(tmp_path):
     (tmp_path / "half" / "results.json").write_text('{"stages": 3')
     for workdirs, names in (([tmp_path], ()), ([tmp_path / "half"], ()), ([], ()), ([tmp_path], ("a", "b"))):
         with pytest.raises(ValueError):
-            document.write(workdirs, names=names)
+            page.write(workdirs, names=names)
 
 
 def test_two_runs_are_compared(tmp_path):
     workdirs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", prm=False, iterations=2)]
-    text, shown = read(document.write(workdirs, tmp_path / "out"))
+    text, shown = read(page.write(workdirs, tmp_path / "out"))
     assert "M-STaR: run, run (2)" in shown.data["title"]
     assert "comparison" in [a.get("id") for tag, a in shown.tags if tag == "section"]
     assert "evolve.iterations (differs)" in shown.data["runs"]
@@ -259,42 +262,51 @@ def test_two_runs_are_compared(tmp_path):
     assert (tmp_path / "out" / "figure3_gap.png").exists() and (tmp_path / "out" / "figure2a_1.png").exists()
 
 
-def test_command(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def command():
+    """Parsed flags; undoes what a command does to the log of the package."""
+    log = logging.getLogger("mstar_jax")
+    handlers, propagate = list(log.handlers), log.propagate
+    flags.FLAGS.mark_as_parsed()
+    yield
+    flags.FLAGS.unparse_flags()
+    log.handlers[:], log.propagate = handlers, propagate
+
+
+@pytest.mark.usefixtures("command")
+def test_command(tmp_path, capsys):
     run = make_run(tmp_path / "run", prm=False)
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--output", str(tmp_path / "out"), "--names=mine"])
-    report.main()
+    with flagsaver.as_parsed(output=str(tmp_path / "out"), names="mine"):
+        report.main(["report", str(run)])
     assert "report.html" in capsys.readouterr().out
     assert "M-STaR: mine" in (tmp_path / "out" / "report.html").read_text()
-    for wrong in (["nowhere"], [str(run), "--judge_url=file:///etc", "--judge_model=m"]):
-        monkeypatch.setattr(sys, "argv", ["report", *wrong])
-        with pytest.raises(SystemExit) as stopped:
-            report.main()
-        assert stopped.value.code == 2 and "error: " in capsys.readouterr().err
+    bad_url = {"judge_url": "file:///etc", "judge_model": "m"}
+    for workdirs, values, message in (
+        ([], {}, "at least one workdir"),
+        (["nowhere"], {}, "nowhere is not a readable run"),
+        ([str(run)], bad_url, "must begin with http"),
+        ([str(run)], {"judge_model": "m"}, "must be given together"),
+        ([str(run)], {"output": str(run / "results.json")}, "cannot be written"),
+    ):
+        with flagsaver.as_parsed(**values), pytest.raises(SystemExit) as stopped:
+            report.main(["report", *workdirs])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_no_backend_is_started():
-    code = (
-        "import jax, mstar_jax.report.document; from jax._src import xla_bridge as x; assert not x._backends"
-    )
+    code = "import jax, mstar_jax.report.page; from jax._src import xla_bridge as x; assert not x._backends"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- the numbers --------------------------------------------------------------------------------------
 
 
-def test_interval_against_a_table():
-    assert figures.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert figures.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    with pytest.raises(ValueError):
-        figures.wilson(0.5, 0)
-
-
 def test_curve_by_hand():
     curve = runs.rollouts_curve(groups(True), (1, 2, 4, 8), "min")
-    assert curve["n"] == [1, 2, 4] and curve["greedy"] == [0.5] * 3
+    assert curve.n == [1, 2, 4]
     # the second query: rewards .1 .2 .3 and 0 for the truncated one, answers 9 10 11 6
-    assert curve["best_of_n"] == [0.5] * 3 and curve["majority"] == [0.5] * 3
-    assert curve["weighted_vote"] == [0.5] * 3
+    names = ("greedy", "best_of_n", "majority", "weighted_vote")
+    assert curve.accuracy == {name: [0.5] * 3 for name in names}
 
 
 def test_curve_is_that_of_measures_where_answers_need_no_options():
@@ -303,7 +315,7 @@ def test_curve_is_that_of_measures_where_answers_need_no_options():
     expected = metrics.curve(list(zip(queries, scored)), (1, 2, 4))
     found = runs.rollouts_curve(scored, (1, 2, 4), "min")
     for name in ("greedy", "best_of_n", "majority", "weighted_vote"):
-        assert found[name] == [row[name] for row in expected]
+        assert found.accuracy[name] == [row[name] for row in expected]
 
 
 def test_equal_answers_vote_together():
@@ -312,8 +324,8 @@ def test_equal_answers_vote_together():
         Response("q", i, "", (), 0.0, False, answer, verdict, (0.9,) if verdict == "correct" else (0.1,))
         for i, (answer, verdict) in enumerate(spelled)
     ]
-    curve = runs.rollouts_curve([group], (4, 5), "min")
-    assert curve["majority"] == [1.0, 0.0] and curve["weighted_vote"] == [1.0, 1.0] and not curve["greedy"]
+    found = runs.rollouts_curve([group], (4, 5), "min").accuracy
+    assert found["majority"] == [1.0, 0.0] and found["weighted_vote"] == [1.0, 1.0] and not found["greedy"]
 
 
 def test_top_two_against_the_rest_by_hand():
@@ -381,7 +393,7 @@ def test_gallery_chooses_the_ends_of_a_long_run(tmp_path):
     ]:
         (tmp_path / "rollouts" / name).mkdir(parents=True)
         (tmp_path / "rollouts" / name / "00000.jsonl").write_text("")
-    chosen = [f.name for f in gallery.folders(runs.Run("r", tmp_path, {"stages": []}), 12)]
+    chosen = [f.name for f in gallery.folders(runs.RunRecord("r", tmp_path, {"stages": []}), 12)]
     assert len(chosen) == 12 and chosen[0] == "base_validation" and chosen[-1] == "iteration_20_validation"
     assert "prm_held_out" in chosen and "base_check_00500" not in chosen
 
@@ -472,7 +484,7 @@ def test_judge_tries_again_and_gives_up(server):
 
 def test_figure_2c(server, tmp_path):
     run = runs.read_runs([make_run(tmp_path / "run")])[0]
-    drawn = page.Page(tmp_path, several=False)
+    drawn = markup.Page(tmp_path, several=False)
     server.answer = lambda body: reply("5" if "Sum 4 + 2" in body["messages"][0]["content"] else "2")
     text = figure2.figure2(drawn, run, "", judge(server))
     assert "Top-2, mean 5.00" in text and "the rest, mean 2.00" in text and "by stub" in text

@@ -1,4 +1,4 @@
-"""Clocks, counts and tables of speeds, by hand; a profile that appears."""
+"""Clocks, counts and tables of speeds against hand computation; profiles are written."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ from mstar_jax.training.step import make_train_step, token_loss
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that goes on when it is told to."""
+    """Time that advances on request."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -42,7 +42,7 @@ def batch(real, rows=2, length=8):
     return Batch(branch * 0, branch, branch * 0.0, branch, np.zeros((rows, 0, 4, 4, 3)), branch * 0.0)
 
 
-def test_compilations_are_heard():
+def test_compilations_are_counted():
     found = speed.compiled()
     before = len(found)
     jax.jit(lambda x: x * 3.5 + 1.25)(jnp.ones(7))
@@ -70,7 +70,7 @@ def test_what_compiles_does_not_count(clock, compiling):
     rates = watch.done()
     assert rates == {"tokens_per_second": 18.0, "flops/vision": 45.0, "flops/language": 150.0}
     steps(1, 16)
-    watch.apart(clock, 9.0)  # a checkpoint, which nobody waited for: neither its time nor the step's tokens
+    watch.apart(clock, 9.0)  # a checkpoint: neither its time nor the tokens of the step in flight count
     steps(1, 4)
     clock(1.0)
     assert watch.done()["tokens_per_second"] == 4.0
@@ -109,7 +109,7 @@ def test_rollouts_are_counted_by_the_shard(clock, compiling):
     speeds = speed.Speeds(chips=1)
     watch = speeds.of("rollouts", "iteration_01")
     one, two, three = query_row("a", 5), query_row("b", 3), query_row("c", 6)
-    clock(50.0)  # weights are laid out before the first batch is asked for
+    clock(50.0)  # weights are moved before the first batch is requested
     shards, steps = [[one, two], [three]], []
 
     def work(batches):
@@ -150,7 +150,7 @@ def test_only_new_tokens_are_decoded(clock, compiling):
 
 
 def test_table():
-    """Counts are added up and rates weighted by their seconds."""
+    """Counts are summed, and rates are weighted by their seconds."""
     first = {"tokens": 60, "slots": 100, "seconds": 1.0, "left_out": 20.0, "tokens_per_second": 6000.0}
     first |= {"flops/vision": 1e9, "flops/language": 4e9}
     second = {"tokens": 20, "slots": 100, "seconds": 3.0, "left_out": 0.0, "tokens_per_second": 2000.0}
@@ -176,7 +176,7 @@ def test_table():
 
 
 def test_flops_of_a_step_are_those_of_the_gradient():
-    """What `plan` counts: the optimizer has no matrix products, and no remat computes nothing twice."""
+    """What `plan` counts: the optimizer has no matrix products, and without remat nothing is recomputed."""
     policy, mesh = tiny.abstract(), sharding.make_mesh(devices=jax.devices()[:1])
     number, value = np.zeros((2, 40), np.int32), np.zeros((2, 40), np.float32)
     given = Batch(number, number, value, number, np.zeros((2, 2, tiny.SIZE, tiny.SIZE, 3), np.float32), value)
@@ -207,7 +207,7 @@ def test_an_optimizer_follows_the_schedule_it_is_given():
 
 
 def test_a_profile_appears(tmp_path):
-    """Of the steps that were asked for, also where a stage goes on in the midst of them or ends there."""
+    """Of the requested steps, also if a stage resumes or ends among them."""
     step = jax.jit(lambda x: x @ x)
 
     def run(folder, first, last):
@@ -227,6 +227,6 @@ def test_a_profile_appears(tmp_path):
     with pytest.raises(ZeroDivisionError), speed.profiler(tmp_path / "failed", (0, 9)) as at:
         at(0, None)
         _ = 1 / 0
-    with speed.profiler(tmp_path / "none", ()) as at:  # no other trace is left open
+    with speed.profiler(tmp_path / "none", ()) as at:  # no trace is left open
         assert not at(0, None)
     assert len(run(tmp_path / "again", 0, 3)[1]) == 1

@@ -1,4 +1,4 @@
-r"""Readers of the benchmarks that the paper reports, from a local folder with their official files.
+r"""Readers for the benchmarks that the paper reports, from a local folder with their official files.
 
     name           files looked for                                           from
     mathvista      testmini-*.parquet, MathVista_MINI.tsv, testmini.json      AI4Math, VLMEvalKit, git
@@ -9,8 +9,8 @@ r"""Readers of the benchmarks that the paper reports, from a local folder with t
     ai2d_no_mask   AI2D_TEST_NO_MASK.tsv, test-*.parquet                      VLMEvalKit, lmms-lab
     mathv360k      test.json: 750 rows of the MathV360K format                the run's own split
 
-`_r` is the reasoning part: without the perception dimensions (LLaVA-CoT, appendix E). One row of MathVista's
-parquet, as it is:
+`_r` is the reasoning part, without the perception dimensions (LLaVA-CoT, appendix E). A row of MathVista's
+parquet file:
 
     {"pid": "1", "question": "When a spring does work on an object, ... what is d?", "image": "images/1.jpg",
      "decoded_image": {"bytes": b"\xff\xd8...", "path": "1.jpg"}, "choices": None, "unit": None,
@@ -21,7 +21,7 @@ parquet, as it is:
      "query": "Hint: Please answer the question requiring a floating-point number with one decimal place and
        provide the final value, e.g., 1.2, 1.3, 1.4, at the end.\nQuestion: When a spring does work ..."}
 
-and one of MMBench's TSV, the first rotation of question 10, whose image stands in row 10:
+and a row of MMBench's TSV, the first rotation of question 10, whose image is in row 10:
 
     index    question       hint  A  B  C  D  answer  category              l2-category        image  split
     1000010  How many legs?       6  8  4     B       attribute_comparison  coarse_perception  10     dev
@@ -36,14 +36,14 @@ from mstar_jax.data import mathv360k
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.mathv360k import Report
 from mstar_jax.evaluate import tables
-from mstar_jax.evaluate.tables import Row, cell, texts
+from mstar_jax.evaluate.tables import Record, cell, texts
 from mstar_jax.structs import Query
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ROTATION = 1_000_000  # rotation k of MMBench's question i has the index i + k * ROTATION
+ROTATION = 1_000_000  # rotation k of question i of MMBench has index i + k * ROTATION
 MMSTAR_R = ("instance reasoning", "logical reasoning", "science & technology", "math")
 MMBENCH_R = ("attribute_reasoning", "logic_reasoning", "relation_reasoning")
-# Rows that the official files have; MMBench's with rotations.
+# Rows in the official files; for MMBench including the rotations.
 SIZES = {"mathvista": 1000, "m3cot": 2318, "mmstar": 1500, "mmstar_r": 1000, "mmbench": 4876}
 SIZES |= {"ai2d": 3088, "ai2d_no_mask": 3088, "mathv360k": 750}
 
@@ -53,14 +53,14 @@ class Item:
     """One question of a benchmark.
 
     Attributes:
-      query: as the policy is asked; a hint or a context that the question needs stands before it. A choice's
-        gold answer is the letter, whatever the file has.
-      prompt: the official prompt's text; the image goes before it.
-      groups: per kind of group, e.g. `task`, the ones it belongs to; several for MathVista's `skills`.
-      base: id of the question that this is a rotation of; `query.id` where there are no rotations.
-      record: the official columns but the image, as VLMEvalKit's table of the data set names them (index,
-        question, A, B, ..., answer, category, l2-category): with a `prediction` it can be scored there.
-      unit: unit of the answer; also in the question.
+      query: what the policy is asked, with the hint or context that the question needs before it. The gold
+        answer of a choice is always its letter, whatever the file has.
+      prompt: the text of the official prompt, which follows the image.
+      groups: for each kind of group, e.g. `task`, the groups it belongs to; several for MathVista's `skills`.
+      base: id of the question that this is a rotation of; `query.id` if there are no rotations.
+      record: the official columns except the image, named as in VLMEvalKit's table of the data set (index,
+        question, A, B, ..., answer, category, l2-category). With a `prediction` it can be scored there.
+      unit: of the answer; also part of the question.
     """
 
     query: Query
@@ -78,21 +78,21 @@ class _Bad(Exception):
 # ---- 1. what the benchmarks have in common ------------------------------------------------------------
 
 
-def _record(row: Row, more: Row) -> dict[str, str]:
-    """Columns as text, those of `metadata` among them; lists as Python writes them."""
-    flat: Row = {}
+def _record(row: Record, more: Record) -> dict[str, str]:
+    """The columns as text, including those of `metadata`; lists as Python literals."""
+    flat: Record = {}
     for name, value in row.items():
         flat |= value if isinstance(value, dict) else {name: value}
     flat = {k: v for k, v in (flat | more).items() if k not in tables.IMAGES}
     return {k: repr(v) if isinstance(v, list) else cell(flat, k) for k, v in flat.items()}
 
 
-def _columns(options: Sequence[str]) -> Row:
+def _columns(options: Sequence[str]) -> Record:
     return dict(zip(LETTERS, options, strict=False))
 
 
 def _letter(answer: str, options: Sequence[str]) -> str:
-    """The letter that an answer names, as letter or else as text (of equal texts the first)."""
+    """The letter of an answer that is a letter or the text of an option (the first of equal texts)."""
     answer = answer if answer in options else answer.strip()
     if not options or len(options) > len(LETTERS):
         raise _Bad("no options" if not options else "too many options")
@@ -109,20 +109,28 @@ def _lines(options: Sequence[str], style: str) -> str:
     return "".join(style.format(*pair) for pair in zip(LETTERS, options, strict=False))
 
 
-def _item(
-    name: str, id: str, question: str, answer: str, options: Sequence[str], row: Row, columns: Row, **more
-) -> Item:
+def _query(
+    id: str,
+    question: str,
+    answer: str,
+    options: Sequence[str],
+    *,
+    source: str,
+    kind: str = "choice",
+    precision: int | None = None,
+) -> Query:
     if not id:
         raise _Bad("no id")
     if not question.strip():
         raise _Bad("no question")
-    query = Query(id, (), question.strip(), tuple(options) or None, answer, more.pop("kind", "choice"))
-    query = dataclasses.replace(
-        query, source=more.pop("source", "") or name, precision=more.pop("precision", None)
-    )
-    groups = {key: (v,) if isinstance(v, str) else tuple(v) for key, v in more.pop("groups").items()}
-    groups = {key: tuple(v for v in values if v) for key, values in groups.items()}
-    return Item(query, groups=groups, record=_record(row, columns), **({"base": id} | more))
+    choices = tuple(options) or None
+    return Query(id, (), question.strip(), choices, answer, kind, source=source, precision=precision)
+
+
+def _groups(**names: str | Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Tuples of the names that are not empty, one tuple for each kind of group."""
+    lists = {kind: [value] if isinstance(value, str) else value for kind, value in names.items()}
+    return {kind: tuple(name for name in values if name) for kind, values in lists.items()}
 
 
 # ---- 2. MathVista and MathV360K -----------------------------------------------------------------------
@@ -134,7 +142,7 @@ TASKS = {
     "textbook question answering": "TQA",
     "visual question answering": "VQA",
 }
-SOURCES = {  # MathVista's data/source.json: which task a source belongs to
+SOURCES = {  # the sources of each task, from MathVista's data/source.json
     "FQA": "ChartQA DVQA DocVQA FigureQA IQTest MapQA PaperQA PlotQA",
     "GPS": "GEOS GeoQA+ Geometry3K UniGeo",
     "MWP": "CLEVR-Math IconQA TabMWP",
@@ -146,7 +154,7 @@ _UNIT = " (Unit: {})"
 
 
 def _hinted(question: str, options: Sequence[str], answer_type: str, precision: int | None = None) -> str:
-    """MathVista's stored query: hint, question, choices (evaluation/build_query.py)."""
+    """MathVista's official query: hint, question, choices (evaluation/build_query.py)."""
     floating = "requiring a floating-point number {}and provide the final value, e.g., {},"
     hints = {
         "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3,",
@@ -164,36 +172,57 @@ def _hinted(question: str, options: Sequence[str], answer_type: str, precision: 
     return f"Hint: Please answer the question {hint} at the end.\nQuestion: {question}{choices}"
 
 
-def _mathvista(name: str, row: Row, number: int) -> Item:
+def _mathvista(name: str, row: Record, number: int) -> Item:
     found = row.get("metadata")
-    about: Row = found if isinstance(found, dict) else row
-    question, query, unit = cell(row, "question"), cell(row, "query"), cell(row, "unit")
-    if m := _HINTED.fullmatch(question):  # VLMEvalKit's question is the query
-        question, query = m[1], question
+    about: Record = found if isinstance(found, dict) else row
+    question = cell(row, "question")
+    prompt = cell(row, "query")
+    unit = cell(row, "unit")
+    if m := _HINTED.fullmatch(question):  # VLMEvalKit's question is the whole prompt
+        prompt = question
+        question = m[1]
     elif unit:
         question += _UNIT.format(unit)
-    kind, answer, options = cell(row, "answer_type"), cell(row, "answer"), texts(row.get("choices"))
+    kind = cell(row, "answer_type")
+    answer = cell(row, "answer")
     choice = cell(row, "question_type") == "multi_choice"
-    options = options if choice else []
+    options = texts(row.get("choices")) if choice else []
     letter = ""
-    if choice:  # the gold answer is a text, in VLMEvalKit's table with the letter beside it
+    if choice:  # the gold answer is a text; VLMEvalKit's table also has the letter
         letter = _letter(cell(row, "answer_option", "answer"), options)
         letter = LETTERS[options.index(answer)] if answer in options else letter
     if not answer:
         raise _Bad("no answer")
     places = re.fullmatch(r"(\d)(?:\.0*)?", cell(row, "precision"))
     precision = int(places[1]) if places else None
-    query = query or _hinted(question, options, kind, precision)
+    prompt = prompt or _hinted(question, options, kind, precision)
     kinds = {"integer": "integer", "float": "float", "list": "math"}
     pid = cell(row, "pid", "index").strip()
-    groups: Row = {"task": TASKS.get(cell(about, "task"), cell(about, "task"))}
-    groups |= {key: cell(row, key) for key in ("question_type", "answer_type")}
-    groups |= {key: cell(about, key) for key in ("language", "source", "category", "context", "grade")}
     skills = texts(about.get("skills"))
-    columns = {"index": pid, "question": query, "choices": options, "answer_option": letter, "skills": skills}
-    more = {"precision": precision, "unit": unit, "groups": groups | {"skills": skills}, "prompt": query}
-    more |= {"kind": "choice" if choice else kinds.get(kind, "text"), "source": cell(about, "source")}
-    return _item(name, pid, question, letter or answer, options, row, columns | _columns(options), **more)
+    columns = {
+        "index": pid,
+        "question": prompt,
+        "choices": options,
+        "answer_option": letter,
+        "skills": skills,
+    }
+    source = cell(about, "source")
+    answer_type = "choice" if choice else kinds.get(kind, "text")
+    groups = _groups(
+        task=TASKS.get(cell(about, "task"), cell(about, "task")),
+        question_type=cell(row, "question_type"),
+        answer_type=kind,
+        language=cell(about, "language"),
+        source=source,
+        category=cell(about, "category"),
+        context=cell(about, "context"),
+        grade=cell(about, "grade"),
+        skills=skills,
+    )
+    query = _query(
+        pid, question, letter or answer, options, source=source or name, kind=answer_type, precision=precision
+    )
+    return Item(query, prompt, groups, pid, _record(row, columns | _columns(options)), unit)
 
 
 def _mathv360k(path: str, root: str) -> tuple[list[Item], Report]:
@@ -201,30 +230,33 @@ def _mathv360k(path: str, root: str) -> tuple[list[Item], Report]:
     tasks = {source: task for task, sources in SOURCES.items() for source in sources.split()}
     items = []
     for query in queries:
-        groups = {"task": tasks.get(query.source, "other"), "source": query.source}
-        groups |= {"answer_type": query.answer_type}
+        task = tasks.get(query.source, "other")
+        about = {"task": task, "source": query.source, "answer_type": query.answer_type}
+        groups = {kind: (group,) for kind, group in about.items()}
         options = query.options or ()
         columns = {"index": query.id, "question": query.question, "answer": query.answer, **_columns(options)}
         prompt = _hinted(query.question, options, query.answer_type)
-        members = {key: (value,) for key, value in groups.items()}
-        items.append(Item(query, prompt, members, query.id, _record(columns, groups)))
+        items.append(Item(query, prompt, groups, query.id, _record(columns, about)))
     return items, report
 
 
 # ---- 3. M3CoT -----------------------------------------------------------------------------------------
 
 
-def _m3cot(name: str, row: Row, number: int) -> Item:
-    question, context, options = cell(row, "question"), cell(row, "context"), texts(row.get("choices"))
+def _m3cot(name: str, row: Record, number: int) -> Item:
+    question = cell(row, "question")
+    context = cell(row, "context")
+    options = texts(row.get("choices"))
     letter = _letter(cell(row, "answer"), options)
     before = f"[Context]\n{context}\n\n" if context else ""
     choices = _lines(options, "({}) {}\n").rstrip("\n")
     id = cell(row, "id").strip()
-    prompt = f"{before}[Question]\n{question}\n[Choices]\n{choices}"
-    groups = {key: cell(row, key) for key in ("domain", "topic")}
     columns = {"index": id, "hint": context, "choices": options, "answer": letter, **_columns(options)}
     asked = f"{context}\n{question}" if context else question
-    return _item(name, id, asked, letter, options, row, columns, prompt=prompt, groups=groups)
+    query = _query(id, asked, letter, options, source=name)
+    prompt = f"{before}[Question]\n{question}\n[Choices]\n{choices}"
+    groups = _groups(domain=cell(row, "domain"), topic=cell(row, "topic"))
+    return Item(query, prompt, groups, id, _record(row, columns))
 
 
 # ---- 4. MMStar, MMBench, AI2D: VLMEvalKit's table -----------------------------------------------------
@@ -234,16 +266,18 @@ _FIRST = re.compile(r"(\(?)A\s?([:：.)])")
 
 
 def parse_options(text: str) -> tuple[str, list[str]]:
-    """(question, options) of MMStar's `...?\\nOptions: A: yes, B: no`; no options where there are none.
+    """(question, options) of MMStar's `...?\\nOptions: A: yes, B: no`; the list is empty without options.
 
-    Option n + 1 begins where its letter follows a comma, a semicolon or a line's end, written as `A` was.
+    The next option begins where its letter, in the style of the first one, follows a comma, a semicolon or a
+    line break.
     """
     starts = list(_OPTIONS.finditer(text))
     if not starts:
         return text, []
-    rest, options = text[starts[-1].end() :], list[str]()
+    rest = text[starts[-1].end() :]
+    options = list[str]()
     first = _FIRST.match(rest)
-    assert first is not None  # as _OPTIONS looks ahead for it
+    assert first is not None  # _OPTIONS looks ahead for it
     rest = rest[first.end() :]
     for letter in LETTERS[1:]:
         label = rf"{re.escape(first[1])}{letter}\s?{re.escape(first[2])}"
@@ -255,8 +289,10 @@ def parse_options(text: str) -> tuple[str, list[str]]:
     return text[: starts[-1].start()].rstrip(), [*options, rest.strip()]
 
 
-def _lettered(name: str, row: Row, number: int) -> Item:
-    question, hint, answer = cell(row, "question"), cell(row, "hint"), cell(row, "answer").strip()
+def _lettered(name: str, row: Record, number: int) -> Item:
+    question = cell(row, "question")
+    hint = cell(row, "hint")
+    answer = cell(row, "answer").strip()
     options = texts(row.get("options"))
     if options and answer.isdecimal() and len(answer) < 3:  # lmms-lab/ai2d counts from 0
         answer = LETTERS[int(answer)] if int(answer) < len(LETTERS) else answer
@@ -278,19 +314,19 @@ def _lettered(name: str, row: Row, number: int) -> Item:
         if not index.isdecimal() or len(index) > 18:
             raise _Bad("index is not a number")
         base = str(int(index) % ROTATION)
-    groups = {"category": cell(row, "category")}
-    groups["l2_category"] = cell(row, "l2-category", "l2_category", "L2-category")
+    l2_category = cell(row, "l2-category", "l2_category", "L2-category")
     columns = {"index": index, "question": question, "answer": letter, **_columns(options)}
-    columns["l2-category"] = groups["l2_category"]
-    prompt = f"{before}Question: {question}\n{choices}{ask}"
+    columns["l2-category"] = l2_category
     asked = f"{hint}\n{question}" if hint else question
-    more = {"source": cell(row, "source"), "prompt": prompt, "groups": groups, "base": base}
-    return _item(name, index, asked, letter, options, row, columns, **more)
+    query = _query(index, asked, letter, options, source=cell(row, "source") or name)
+    prompt = f"{before}Question: {question}\n{choices}{ask}"
+    groups = _groups(category=cell(row, "category"), l2_category=l2_category)
+    return Item(query, prompt, groups, base, _record(row, columns))
 
 
 # ---- 5. the reader ------------------------------------------------------------------------------------
 
-_Builder = Callable[[str, Row, int], Item]
+_Builder = Callable[[str, Record, int], Item]
 _MATHVISTA = ("testmini-*.parquet", "MathVista_MINI.tsv", "annot_testmini.json", "testmini.json")
 _MMSTAR = ("mmstar.parquet", "MMStar.tsv", "val-*.parquet")
 _MMBENCH = ("MMBench_DEV_EN_V11.tsv",)
@@ -312,23 +348,23 @@ _PARTS = {"mmstar_r": ("category", MMSTAR_R), "mmbench_r": ("l2_category", MMBEN
 def read(name: str, folder: str | os.PathLike, images: str | os.PathLike) -> tuple[list[Item], Report]:
     """Reads a benchmark; broken rows are dropped and counted by cause.
 
-    A row with the id of an earlier one is dropped too, and so is a rotation without its question.
+    Rows with the id of an earlier row and rotations without their question are dropped too.
 
     Args:
       name: one of NAMES.
-      folder: where the official files are, or one such file.
-      images: the folder that images out of tables are written to; made where it does not exist.
+      folder: with the official files, or one such file.
+      images: the folder to write images to that are inside of the files; created if it does not exist.
 
     Returns:
-      The items in the order of the files, and the report. `SIZES[name]` says how many there should be.
+      The items in the order of the files, and the report. `SIZES[name]` is the expected number.
 
     Raises:
-      FileNotFoundError: none of the files is there; says which were looked for.
-      ValueError: an unknown name, or a file that cannot be read at all.
-      ImportError: a parquet file, and pyarrow is not installed.
+      FileNotFoundError: none of the official files is there.
+      ValueError: the name is unknown, or a whole file cannot be read.
+      ImportError: a file is parquet, and pyarrow is not installed.
     """
     if name not in _SETS:
-        raise ValueError(f"benchmark {name!r}: there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(NAMES)}")
     patterns, build = _SETS[name]
     paths = tables.find(folder, patterns)
     if build is None:

@@ -1,8 +1,8 @@
-"""Tables that benchmarks are published as: parquet, TSV with images in base64, JSON.
+"""The file formats of benchmarks: parquet, TSV with images in base64, JSON.
 
-A row is a dict of its columns, whatever the file; `cell` and `texts` read a column of it in the three files'
-ways of writing text, numbers, lists and nothing. Images in a table are written once to a cache folder, named
-by their content, and only after they were decoded: a file in the cache is a good image.
+Whatever the format, a record is a dict of its columns; `cell` and `texts` read a column in any of the ways
+that the formats write text, numbers, lists and missing values. Images inside a file are written once to a
+cache folder, named by their content, after a decoding test: every file in the cache is a valid image.
 """
 
 import ast
@@ -18,26 +18,26 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from PIL import Image
+import PIL.Image
 
 from mstar_jax.data.images import FORMATS, ImageError, load_image, resolve
 
-LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's own limit of 128 KiB is less than most images
+LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's default of 128 KiB is too small for most images
 LONGEST_LIST = 1 << 14  # characters of a list that is written as text
-REFERENCE = 64  # characters; a shorter image cell of a TSV is the index of the row that has the image
-IMAGES = ("decoded_image", "image", "image_path")  # columns, the first that says something counts
+REFERENCE = 64  # characters; an image cell of a TSV up to this length is the index of the row with the image
+IMAGES = ("decoded_image", "image", "image_path")  # columns; the first one that is not empty counts
 
-Row = dict[str, Any]
+Record = dict[str, Any]  # by column; a JSON, TSV or parquet value
 
 
-# ---- 1. files and rows --------------------------------------------------------------------------------
+# ---- 1. files and records -----------------------------------------------------------------------------
 
 
 def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[str]:
-    """Files of the first pattern that has any, in `folder` or its `data`; `folder` itself if it is a file.
+    """The files of the first pattern that matches in `folder` or its `data`; `folder` itself if it is a file.
 
     Raises:
-      FileNotFoundError: there is none; says what was looked for.
+      FileNotFoundError: no pattern matches.
     """
     folder = os.fspath(folder)
     if os.path.isfile(folder):
@@ -46,27 +46,25 @@ def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[str]:
         for place in (folder, os.path.join(folder, "data")):
             if found := sorted(glob.glob(os.path.join(glob.escape(place), pattern))):
                 return found
-    raise FileNotFoundError(
-        f"{folder}: no benchmark file there or in data/; looked for {', '.join(patterns)}"
-    )
+    raise FileNotFoundError(f"{folder}: no benchmark file here or in data/; looked for {', '.join(patterns)}")
 
 
-def rows(path: str) -> Iterator[tuple[str, Row | Exception]]:
-    """Yields (`row 7` or `line 7`, the row as {column: value} or why it is none) of one file.
+def records(path: str) -> Iterator[tuple[str, Record | Exception]]:
+    """Yields (`row 7` or `line 7`, the record or the error in it) for every record of a file.
 
     Raises:
       ValueError: the file as a whole cannot be read.
-      ImportError: pyarrow is not installed and the file is a parquet one.
+      ImportError: the file is parquet, and pyarrow is not installed.
     """
     kinds = {".parquet": _parquet, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
     kind = kinds.get(os.path.splitext(path)[1].lower())
     if kind is None:
         raise ValueError(f"{path}: expected one of {', '.join(kinds)}")
-    for place, row in kind(path):
-        yield place, row if isinstance(row, dict | Exception) else ValueError("not a row of columns")
+    for place, found in kind(path):
+        yield place, found if isinstance(found, dict | Exception) else ValueError("not a record of columns")
 
 
-def _parquet(path: str) -> Iterator[tuple[str, Any]]:
+def _parquet(path: str) -> Iterator[tuple[str, object]]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -76,24 +74,25 @@ def _parquet(path: str) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=32):
                 for at in range(batch.num_rows):
-                    row: Any
+                    row: object
                     try:
                         row = batch.slice(at, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:  # parquet does not check its strings
+                    except UnicodeDecodeError as error:  # parquet does not validate its strings
                         row = error
                     yield f"row {number}", row
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}, from row {number}: broken parquet, fetch it again ({error})") from error
+        hint = "download the file again"
+        raise ValueError(f"{path}, from row {number}: broken parquet, {hint} ({error})") from error
 
 
-def _tsv(path: str) -> Iterator[tuple[str, Any]]:
+def _tsv(path: str) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         number = 0
         while True:
-            row: Any
+            row: object
             try:
                 row = next(reader)
             except StopIteration:
@@ -104,26 +103,26 @@ def _tsv(path: str) -> Iterator[tuple[str, Any]]:
             number += 1
 
 
-def _json(path: str) -> Iterator[tuple[str, Any]]:
+def _json(path: str) -> Iterator[tuple[str, object]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
-            table = json.load(file)
+            content = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if isinstance(table, dict):  # {id: row}
-        for key, row in table.items():
+    if isinstance(content, dict):  # {id: record}
+        for key, row in content.items():
             yield f"row {key}", {"pid": key, **row} if isinstance(row, dict) else row
-    elif isinstance(table, list):
-        yield from ((f"row {number}", row) for number, row in enumerate(table))
+    elif isinstance(content, list):
+        yield from ((f"row {number}", row) for number, row in enumerate(content))
     else:
-        raise ValueError(f"{path}: expected a JSON list or {{id: row}}, found {type(table).__name__}")
+        raise ValueError(f"{path}: expected a JSON list or {{id: record}}, found {type(content).__name__}")
 
 
-def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: str) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                row: Any
+                row: object
                 try:
                     row = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
@@ -134,14 +133,14 @@ def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
 # ---- 2. cells -----------------------------------------------------------------------------------------
 
 
-def cell(row: Row, *names: str) -> str:
-    """Text of the first of these columns that says something; '' where none does.
+def cell(record: Record, *names: str) -> str:
+    """The text of the first of these columns that is not empty; '' if all are.
 
-    None, NaN in pandas' spelling and blanks say nothing. A whole float is written without its `.0`: pandas
-    makes floats of a column of integers with gaps.
+    None, blanks and pandas' spellings of NaN count as empty. A whole float is written without `.0`, because
+    pandas turns a column of integers with gaps into floats.
     """
     for name in names:
-        value = row.get(name)
+        value = record.get(name)
         if isinstance(value, float):
             value = "" if value != value else str(int(value)) if value.is_integer() else str(value)
         text = "" if value is None else str(value)
@@ -151,7 +150,7 @@ def cell(row: Row, *names: str) -> str:
 
 
 def texts(value: object) -> list[str]:
-    """A list of texts, from a list or from Python's way of writing one (`"['yes', 'no']"`); else empty."""
+    """A list of texts, from a list or from a Python literal of one (`"['yes', 'no']"`); else empty."""
     if isinstance(value, str) and value.strip().startswith("[") and len(value) <= LONGEST_LIST:
         try:
             value = ast.literal_eval(value.strip())
@@ -166,10 +165,10 @@ def texts(value: object) -> list[str]:
 
 
 def unpack(text: str) -> bytes:
-    """Bytes of an image in base64, with or without `data:image/png;base64,` before it.
+    """The bytes of an image in base64, with or without a prefix `data:image/png;base64,`.
 
     Raises:
-      ImageError: it is not base64.
+      ImageError: the text is not base64.
     """
     try:
         return base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
@@ -177,22 +176,22 @@ def unpack(text: str) -> bytes:
         raise ImageError("broken base64", f"an image is not valid base64 ({error})") from error
 
 
-def store(data: bytes, cache: str) -> str:
-    """Writes an image file's bytes to the cache folder, once, and returns the absolute path.
+def write_image(data: bytes, cache: str) -> str:
+    """Writes the bytes of an image file to the cache folder, once, and returns the absolute path.
 
-    Named by the SHA-256 of the bytes, with the ending of what they are. Its size is checked before it is
-    decoded, and it is decoded before it gets its name.
+    The file is named by the SHA-256 of the bytes, with the extension of the actual format. The size is
+    checked before decoding, and the file gets its name only after decoding.
 
     Raises:
-      ImageError: it is empty, too large or cannot be decoded.
+      ImageError: the image is empty, too large or cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
             ending = str(image.format).lower()
     except Exception as error:
         cause = "undecodable image" if data else "empty image"
-        cause = "image too large" if isinstance(error, Image.DecompressionBombError) else cause
-        raise ImageError(cause, f"{len(data)} bytes are no image ({type(error).__name__})") from error
+        cause = "image too large" if isinstance(error, PIL.Image.DecompressionBombError) else cause
+        raise ImageError(cause, f"{len(data)} bytes are not an image ({type(error).__name__})") from error
     path = os.path.join(os.path.abspath(cache), f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}")
     if os.path.exists(path) and os.path.getsize(path) == len(data):
         return path
@@ -202,7 +201,7 @@ def store(data: bytes, cache: str) -> str:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         load_image(scratch)
-        os.chmod(scratch, 0o644)  # mkstemp's own 0600 would hide a shared cache from others
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide a shared cache from others
         os.replace(scratch, path)
     finally:
         if os.path.exists(scratch):
@@ -211,10 +210,10 @@ def store(data: bytes, cache: str) -> str:
 
 
 def locate(relative: str, roots: Sequence[str]) -> str:
-    """Absolute path of an image file of the data set, in the first of the roots that has it.
+    """The absolute path of an image file of the data set, in the first of the roots that has it.
 
     Raises:
-      ImageError: it leads out of the roots, is in none of them, or cannot be decoded.
+      ImageError: the path leaves the roots, is in none of them, or the image cannot be decoded.
     """
     try:
         paths = [resolve(root, relative) for root in roots]
@@ -225,21 +224,21 @@ def locate(relative: str, roots: Sequence[str]) -> str:
     return path
 
 
-def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Row | Exception, str | ImageError]]:
-    """Rows of a data set's files, each with its image.
+def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Exception, str | ImageError]]:
+    """The records of a data set's files, each with its image.
 
-    The image is bytes, alone or as `{"bytes": ..., "path": ...}`, in a TSV base64 or the index of the row
-    that has it, otherwise a path relative to the file's folder or the one above.
+    An image is given as bytes, alone or as `{"bytes": ..., "path": ...}`; in a TSV as base64 or the index of
+    the row that has it; or as a path relative to the folder of the file or the folder above.
 
     Yields:
-      Where it stands, the row without its images or why it is none, and the image's absolute path or what is
-      wrong with it.
+      The place in the files, the record without its images or the error in it, and the absolute path of the
+      image or the error in that.
     """
-    found: list[tuple[str, Row | Exception, str | ImageError]] = []
+    found: list[tuple[str, Record | Exception, str | ImageError]] = []
     pictures: dict[str, str | ImageError] = {}  # by index
     for path in paths:
         folder = os.path.dirname(os.path.abspath(path))
-        for place, row in rows(path):
+        for place, row in records(path):
             place = f"{os.path.basename(path)} {place}" if len(paths) > 1 else place
             picture: str | ImageError = ""
             if isinstance(row, dict):
@@ -252,7 +251,7 @@ def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Row | Exceptio
                 row = {k: v for k, v in row.items() if isinstance(k, str) and k not in IMAGES}
             found.append((place, row, picture))
     for place, row, picture in found:
-        if isinstance(picture, _Index):  # the row that has it may come later
+        if isinstance(picture, _Index):  # the row with the image may come later
             none = ImageError("no such row's image", f"{place}: no row {picture!r} has an image")
             picture = pictures.get(picture, none)
         yield place, row, picture
@@ -262,14 +261,14 @@ class _Index(str):
     """Not a path, but the index of the row that has the image."""
 
 
-def _picture(row: Row, encoded: bool, folder: str, cache: str) -> str:
+def _picture(row: Record, encoded: bool, folder: str, cache: str) -> str:
     value = next((row[name] for name in IMAGES if row.get(name)), None)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return store(value, cache)
+        return write_image(value, cache)
     if not isinstance(value, str) or not value.strip():
         raise ImageError("no image", "the row has no image")
     if not encoded:
         return locate(value, [folder, os.path.dirname(folder)])
-    return _Index(value.strip()) if len(value) <= REFERENCE else store(unpack(value), cache)
+    return _Index(value.strip()) if len(value) <= REFERENCE else write_image(unpack(value), cache)

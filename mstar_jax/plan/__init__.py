@@ -1,1 +1,1 @@
-"""What programs would cost: `python -m mstar_jax.plan`."""
+"""What programs would cost on a machine: `python -m mstar_jax.plan`."""

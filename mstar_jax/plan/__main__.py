@@ -1,49 +1,47 @@
-"""What a config's programs cost on a machine, before it is rented.
+"""What the programs of a config would cost on a machine, before it is rented.
 
     python -m mstar_jax.plan --config=configs/phi35.py --topology=v5e:4x4
     python -m mstar_jax.plan --config=configs/tiny.py                      # the local devices
 
-Compiles the real programs of the full-size model, without a weight and, for a TPU topology, without a TPU
-(`pip install libtpu`): the train step, the prefill and one step of the decoding of rollouts, and the scoring
-of the reward model. Printed for each of them, per chip: memory by kind against what the chip has, FLOPs,
-bytes, collectives, and the time that the slowest of compute, memory and network would take at its peak: a
-bound, not a forecast. What does not fit is tried again with other settings until it does.
+Compiles the actual programs of the full-size model, without weights and, for a TPU topology, without a TPU
+(`pip install libtpu`): the train step, prefill and one decoding step of the rollouts, and the reward model's
+scoring. For each it prints, per chip: memory by kind against what the chip has, FLOPs, bytes, collectives,
+and the time that compute, memory and network would take at their peak rates. The largest of these is a lower
+bound, not a forecast. A program that does not fit is tried again with other settings until it does.
 
-Without `policy.path` the released model's dimensions are taken (`policy.family`).
+Without `policy.path` the dimensions are those of the released model of `policy.family`.
 """
 
 import dataclasses
 import re
-import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import absl.logging
 import jax
 import ml_collections
 from absl import app, flags
 
-from mstar_jax import sharding
+from mstar_jax import cli, sharding
 from mstar_jax.cli import CONFIG
 from mstar_jax.plan import hlo
 from mstar_jax.plan.programs import Programs, devices_of, policy_of
 from mstar_jax.profiling.flops import Chip, chip_of
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU's, e.g. v5e:4x4; default the local devices.")
-PROGRAMS = flags.DEFINE_list("programs", ["train", "rollouts", "score"], "Which of them.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU topology, e.g. v5e:4x4; default the local devices.")
+PROGRAMS = flags.DEFINE_list("programs", ["train", "rollouts", "score"], "Which programs to compile.")
 ADVISE = flags.DEFINE_bool("advise", True, "Look for settings with which a program fits.")
 
-GB, TERA = 1e9, 1e12
+GB = 1e9
+TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One program on one device.
+    """The cost of one program on one device.
 
     Attributes:
-      memory: bytes by kind: arguments, outputs, temporary, code; `shared` of the outputs lie in arguments.
-      work: FLOPs, bytes and collectives of one run; None where the compiler does not show its program.
-      model: FLOPs of the model itself on all devices, by part, without what is computed twice.
+      memory: bytes by kind: arguments, outputs, temporary, code; `shared` outputs alias arguments.
+      work: FLOPs, bytes and collectives of one run; None if the compiler does not show the program.
+      model: FLOPs of the model itself on all devices, by part, without recomputation.
     """
 
     memory: dict[str, float]
@@ -52,7 +50,7 @@ class Cost:
 
     @property
     def peak(self) -> float:
-        """Bytes that have to be there at once."""
+        """Bytes that are needed at the same time."""
         return sum(self.memory.values()) - 2 * self.memory["shared"]
 
 
@@ -60,14 +58,14 @@ class Cost:
 
 
 class TooLarge(Exception):
-    """A program that the device's memory does not hold; says how much it wanted."""
+    """A program that does not fit into the memory of the device; the message says how much it needs."""
 
 
-def compile_(lowered: Any) -> Cost:
-    """Compiles a program.
+def compile_cost(lowered: jax.stages.Lowered) -> Cost:
+    """Compiles a program and reads off its cost.
 
     Raises:
-      TooLarge: it does not fit.
+      TooLarge: the program does not fit.
     """
     try:
         compiled = lowered.compile()
@@ -77,18 +75,25 @@ def compile_(lowered: Any) -> Cost:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge(str(error).splitlines()[0]) from error
         raise
-    m = compiled.memory_analysis()
-    memory = {"arguments": m.argument_size_in_bytes, "outputs": m.output_size_in_bytes}
-    memory |= {"temporary": m.temp_size_in_bytes, "code": m.generated_code_size_in_bytes}
-    memory |= {"shared": m.alias_size_in_bytes}
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise ValueError(f"the {jax.default_backend()} backend does not report the memory of programs")
+    memory = {
+        "arguments": sizes.argument_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes,
+        "temporary": sizes.temp_size_in_bytes,
+        "code": sizes.generated_code_size_in_bytes,
+        "shared": sizes.alias_size_in_bytes,
+    }
     try:
-        return Cost(memory, hlo.work(compiled.as_text()))
-    except jax.errors.JaxRuntimeError:  # seen for TPU v5p: a compiler that cannot read what it wrote
-        return Cost(memory, None)
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # seen for TPU v5p: the compiler cannot parse its own output
+        text = None
+    return Cost(memory, hlo.work(text) if text else None)
 
 
-def times(work: hlo.Work, chip: Chip) -> dict[str, float]:
-    """Seconds that computing, memory and network take at their peak."""
+def peak_times(work: hlo.Work, chip: Chip) -> dict[str, float]:
+    """Seconds that compute, memory and network take at their peak rates."""
     moved = sum(work.moved().values())
     found = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.bandwidth}
     return found | {"network": moved / chip.network}
@@ -97,8 +102,8 @@ def times(work: hlo.Work, chip: Chip) -> dict[str, float]:
 # ---- 2. the table -------------------------------------------------------------------------------------
 
 
-def shown(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
-    """A program's lines."""
+def describe(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
+    """The lines of output about a program that runs on `count` devices."""
     kinds = {kind: size for kind, size in cost.memory.items() if kind != "shared"}
     parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds.items())
     of = f" of {chip.memory / GB:.0f}" if chip else ""
@@ -119,7 +124,7 @@ def shown(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
     )
     lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
     if chip:
-        found = times(cost.work, chip)
+        found = peak_times(cost.work, chip)
         slowest = max(found, key=found.__getitem__)
         each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
         best = whole / count / chip.flops / max(found.values())
@@ -127,19 +132,24 @@ def shown(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
     return "\n".join(lines)
 
 
-def smaller(name: str, config: ml_collections.ConfigDict, mesh: Any) -> Iterator[dict[str, Any]]:
-    """Settings to try in turn for a program that does not fit; each keeps what the one before it changed."""
-    shards, c = sharding.batch_shards(mesh), config
+Settings = dict[str, str | int]  # by dotted name
+
+
+def smaller_settings(
+    name: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Iterator[Settings]:
+    """Settings to try one after the other if a program does not fit; each is added to those before it."""
+    shards = sharding.batch_shards(mesh)
     if name == "train":
-        if c.train.remat != "full":
+        if config.train.remat != "full":
             yield {"train.remat": "full"}
-        accumulate = 2 * c.train.accumulate
-        while c.evolve.batch % (accumulate * shards) == 0:
+        accumulate = 2 * config.train.accumulate
+        while config.evolve.batch % (accumulate * shards) == 0:
             yield {"train.accumulate": accumulate}
             accumulate *= 2
     else:
         key = {"rollouts": "sampling.batch", "score": "prm.batch"}[name]
-        size = (c.sampling if name == "rollouts" else c.prm).batch // 2
+        size = (config.sampling if name == "rollouts" else config.prm).batch // 2
         while size >= shards and size % shards == 0:
             yield {key: size}
             size //= 2
@@ -148,10 +158,13 @@ def smaller(name: str, config: ml_collections.ConfigDict, mesh: Any) -> Iterator
             yield {"mesh.tensor": tensor}
 
 
-def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], advise: bool) -> Iterator[str]:
-    """The lines of one of PROGRAMS, and of what makes it fit."""
-    mesh, changes = sharding.make_mesh(**config.mesh, devices=devices), dict[str, Any]()
-    chip, steps = chip_of(devices[0].device_kind), smaller(name, config, mesh)
+def plan(
+    config: ml_collections.ConfigDict, name: str, devices: list[jax.Device], advise: bool
+) -> Iterator[str]:
+    """Output about one of the PROGRAMS and, if it does not fit, about the settings that were tried."""
+    chip = chip_of(devices[0].device_kind)
+    steps = smaller_settings(name, config, sharding.make_mesh(**config.mesh, devices=devices))
+    changes: Settings = {}
     while True:
         tried = config.copy_and_resolve_references()
         tried.update_from_flattened_dict(changes)
@@ -160,16 +173,16 @@ def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], ad
             with jax.set_mesh(mesh):
                 for title, lowered, own in Programs(tried, mesh).lower(name):
                     try:
-                        cost = dataclasses.replace(compile_(lowered), model=own)
+                        cost = dataclasses.replace(compile_cost(lowered), model=own)
                     except TooLarge as error:
                         yield f"{title}\n  does not fit: {error}"
                         raise
-                    yield shown(title, cost, chip, len(devices))
+                    yield describe(title, cost, chip, len(devices))
         except TooLarge:
             change = next(steps, None) if advise else None
             if change is None:
                 if advise:
-                    yield f"{name}: nothing that was tried makes it fit; more chips, or train.lora, would"
+                    yield f"{name}: no setting that was tried makes it fit; use more chips, or train.lora"
                 return
             changes |= change
             yield "with " + " ".join(f"--config.{key}={value}" for key, value in changes.items())
@@ -177,16 +190,13 @@ def planned(config: ml_collections.ConfigDict, name: str, devices: list[Any], ad
         return
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    cli.show_log()
     config = CONFIG.value
-    try:
-        if TOPOLOGY.value:
-            devices = devices_of(TOPOLOGY.value)
-        else:
-            devices = jax.devices()
+    with cli.explained():
+        devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
         _, dimensions = policy_of(config)
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -195,11 +205,8 @@ def main(argv: list[str]) -> None:
         what = f"{type(dimensions).__name__.removesuffix('Config')}, {size:,} parameters"
         print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {what}")
         for name in PROGRAMS.value:
-            for text in planned(config, name, devices, ADVISE.value):
+            for text in plan(config, name, devices, ADVISE.value):
                 print(f"\n{text}", flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

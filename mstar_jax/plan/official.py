@@ -1,6 +1,4 @@
-"""The released models' dimensions, by the `model_type` of their config.json: to plan without a checkpoint."""
-
-from typing import Any
+"""Dimensions of the released models, by `model_type` of their config.json, for plans without a checkpoint."""
 
 from mstar_jax.models.internvl2 import InternVL2Config
 from mstar_jax.models.layers import DecoderConfig
@@ -17,7 +15,7 @@ PHI35 = Phi35Config(
         num_heads=32,
         num_kv_heads=32,
         head_dim=96,
-        short_factor=(1.0,) * 48,  # the true ones come with the checkpoint
+        short_factor=(1.0,) * 48,  # the actual ones come with the checkpoint
         long_factor=(1.0,) * 48,
         max_position=131072,
         original_max_position=4096,
@@ -82,4 +80,5 @@ MINICPMV25 = MiniCPMV25Config(
     ),
 )
 
-OFFICIAL: dict[str, Any] = {"phi3_v": PHI35, "internvl_chat": INTERNVL2, "minicpmv": MINICPMV25}
+Dimensions = Phi35Config | InternVL2Config | MiniCPMV25Config
+OFFICIAL: dict[str, Dimensions] = {"phi3_v": PHI35, "internvl_chat": INTERNVL2, "minicpmv": MINICPMV25}

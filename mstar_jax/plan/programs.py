@@ -1,9 +1,9 @@
-"""The programs of a config for a mesh that need not be there, lowered from shapes alone."""
+"""The programs of a config, lowered from shapes alone for a mesh whose devices need not exist."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,37 @@ from mstar_jax.structs import Batch
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import abstract_state, make_train_step, token_loss
 
-# There is no TPU that libtpu could ask about itself, or keep from others; a type and a host end its search.
-COMPILE_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-COMPILE_ONLY |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Without a TPU, libtpu must not query the metadata server or lock the device; a type and a host name end its
+# search for both.
+COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+Tree = TypeVar("Tree")  # any pytree
 
 
-def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]:
-    """The family and the dimensions of the config's policy, without a weight.
+class Program(NamedTuple):
+    """A lowered program.
+
+    Attributes:
+      title: what it is, with its sizes.
+      lowered: ready to be compiled.
+      flops: of the model, by part, on all devices.
+    """
+
+    title: str
+    lowered: jax.stages.Lowered
+    flops: dict[str, float]
+
+
+def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, official.Dimensions]:
+    """The family and the dimensions of the config's policy, without its weights.
 
     Raises:
-      ValueError: it names none.
+      ValueError: the config names no policy.
     """
     values = config.policy
     if values.path:
@@ -42,7 +63,7 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]
         return models.phi35.FAMILY, configure.adapted(configure.policy_config(values), config.train)
     if values.get("family") not in official.OFFICIAL:
         known = ", ".join(official.OFFICIAL)
-        raise ValueError(f"policy.family = {values.get('family')!r}: give policy.path, or one of {known}")
+        raise ValueError(f"policy.family = {values.get('family')!r}: set policy.path, or one of {known}")
     found = configure.adapted(official.OFFICIAL[values.family], config.train)
     crops = values.get("max_crops")
     return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
@@ -51,27 +72,33 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]
 class Programs:
     """The programs of a config for a mesh, lowered from shapes alone."""
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Any):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+        self.config = config
+        self.mesh = mesh
         self.family, self.dimensions = policy_of(config)
-        self.crops = self.dimensions.num_crops + 1  # and the image as a whole
-        self.build = lambda: self.family.model(self.dimensions, nnx.Rngs(0))
+        self.crops = self.dimensions.num_crops + 1  # one more for the whole image
 
-    def lower(self, name: str) -> Iterator[tuple[str, Any, dict[str, float]]]:
-        """(program, lowered, FLOPs of the model by part) of one of train, rollouts and score."""
+    def build(self) -> vlm.VisionLanguageModel:
+        """The policy with random parameters; meant for `jax.eval_shape`."""
+        return self.family.model(self.dimensions, nnx.Rngs(0))
+
+    def lower(self, name: str) -> Iterator[Program]:
+        """The programs of one of train, rollouts and score."""
         yield from {"train": self._train, "rollouts": self._rollouts, "score": self._score}[name]()
 
-    def _placed(self, tree: Any, layout: Any) -> Any:
+    def _placed(self, tree: Tree, layout: Tree) -> Tree:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
-    def _weights(self, build: Callable[[], Any]) -> Any:
-        """Parameters as they are sampled with."""
-        c = self.config.sampling
-        abstract = jax.eval_shape(lambda: build().merged(jnp.dtype(c.dtype)))
+    def _weights(
+        self, build: Callable[[], vlm.VisionLanguageModel | vlm.RewardModel]
+    ) -> vlm.VisionLanguageModel | vlm.RewardModel:
+        """The parameters as the sampler uses them."""
+        dtype = jnp.dtype(self.config.sampling.dtype)
+        abstract = jax.eval_shape(lambda: build().merged(dtype))
         return self._placed(abstract, sharding.shardings(abstract, sharding.SAMPLE, self.mesh))
 
     def _batch(self, rows: int, length: int) -> Batch:
-        """A batch of rows, each with an image of the greatest number of crops."""
+        """A batch of rows, each with an image of the maximum number of crops."""
         number = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         value = jax.ShapeDtypeStruct((rows, length), jnp.float32)
         pixels = self.family.pixels(self.dimensions, self.crops)
@@ -79,27 +106,32 @@ class Programs:
         batch = Batch(number, number, value, number, pixels, value)
         return self._placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
 
-    def _train(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
-        c, e = self.config.train, self.config.evolve
+    def _train(self) -> Iterator[Program]:
+        c = self.config.train
+        e = self.config.evolve
         sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
         (tx, _), frozen, dtype = configure.optimizer(e, c), configure.frozen(c), configure.base_dtype(c)
         state = abstract_state(lambda: optimizer.store(self.build(), frozen, dtype), tx, self.mesh)
-        how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
-        step: Any = make_train_step(tx, self.mesh, frozen=frozen, **how)
+        compute = jnp.dtype(c.dtype)
+        step = make_train_step(
+            tx, self.mesh, frozen=frozen, accumulate=c.accumulate, dtype=compute, remat=c.remat
+        )
         kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
         length = loader.bucket(
             min(self.config.data.max_prompt + kept, max(self.config.data.buckets)), self.config.data.buckets
         )
         batch = self._batch(e.batch, length)
 
-        def loss(trained: Any, fixed: Any, batch: Batch) -> jax.Array:
-            return token_loss(sharding.cast(optimizer.join(trained, fixed), how["dtype"]), batch)[0]
+        def loss(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
+            return token_loss(sharding.cast(optimizer.join(trained, fixed), compute), batch)[0]
 
         own = flops.count(jax.grad(loss), *optimizer.split(state.params, frozen), batch)
-        yield f"train step, {e.batch} rows of {length}", step.lower(state, batch), own
+        lowered = cast(jax.stages.Wrapped, step).lower(state, batch)
+        yield Program(f"train step, {e.batch} rows of {length}", lowered, own)
 
-    def _rollouts(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
-        c, k = self.config.sampling, self.config.evolve.k
+    def _rollouts(self) -> Iterator[Program]:
+        c = self.config.sampling
+        k = self.config.evolve.k
         sharding.check_divides("sampling.batch", c.batch, self.mesh)
         length = loader.bucket(self.config.data.max_prompt, self.config.data.buckets)
         settings = draw.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p, cache=c.cache)
@@ -107,65 +139,69 @@ class Programs:
         host: Any = _Host(self.dimensions.decoder.vocab_size)
         sampler = Sampler(host, settings, c.batch, shards)
         size = generate.entering(c.batch, c.refill, shards)
-        batch, model = self._batch(size, length), self._weights(self.build)
+        batch = self._batch(size, length)
+        model = self._weights(self.build)
         rows = sharding.batch_sharding(self.mesh)
 
-        def per_row(dtype, *shape):
+        def per_row(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
         slots = jax.eval_shape(sampler.blank, model, batch, None)
         slots = self._placed(slots, sampler.layout(slots, self.mesh))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        keys, limits = per_row(jnp.uint32, size), per_row(jnp.int32, size, k)
-        samples, source = per_row(jnp.uint32, size, k), per_row(jnp.int32, c.batch)
-        entry = Entry(batch, keys, limits, samples, None, source)
-        enter, advance = sampler.enter, sampler.advance
-        own = flops.count(enter, model, slots, key, entry)
+        entry = Entry(
+            batch,
+            per_row(jnp.uint32, size),
+            per_row(jnp.int32, size, k),
+            per_row(jnp.uint32, size, k),
+            None,
+            per_row(jnp.int32, c.batch),
+        )
+        entering = (model, slots, key, entry)
         title = f"prefill, {size} rows of {length} into {c.batch}"
-        yield title, enter.lower(model, slots, key, entry), own
-        rest = jax.ShapeDtypeStruct((k,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        own = flops.count(advance, model, slots, *rest)
+        own = flops.count(sampler.enter, *entering)
+        yield Program(title, sampler.enter.lower(*entering), own)
+        temperatures = jax.ShapeDtypeStruct((k,), jnp.float32)
+        iteration = jax.ShapeDtypeStruct((), jnp.int32)
+        decoding = (model, slots, temperatures, iteration)
         title = f"decoding step, {c.batch} rows of {k} samples, {c.max_new_tokens} tokens"
-        yield title, advance.lower(model, slots, *rest), own
+        own = flops.count(sampler.advance, *decoding)
+        yield Program(title, sampler.advance.lower(*decoding), own)
 
-    def _score(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
-        v = self.config.prm
-        sharding.check_divides("prm.batch", v.batch, self.mesh)
+    def _score(self) -> Iterator[Program]:
+        rows = self.config.prm.batch
+        sharding.check_divides("prm.batch", rows, self.mesh)
         length = max(self.config.data.buckets)
         model = self._weights(lambda: vlm.RewardModel(self.build()))
-        batch, score = self._batch(v.batch, length), prm.token_scores
-        yield (
-            f"score, {v.batch} rows of {length}",
-            score.lower(model, batch),
-            flops.count(score, model, batch),
-        )
+        batch = self._batch(rows, length)
+        own = flops.count(prm.token_scores, model, batch)
+        yield Program(f"score, {rows} rows of {length}", prm.token_scores.lower(model, batch), own)
 
 
 class _Host:
-    """As much of a processor as sampling is compiled from."""
+    """The part of a processor that a sampler is compiled from."""
 
-    stop_ids, forbidden_ids = (0,), ()
+    stop_ids = (0,)
+    forbidden_ids = ()
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
 
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU that is not there.
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a TPU topology, which need not be present.
 
     Raises:
-      ValueError: libtpu is not installed, or does not know it.
+      ValueError: libtpu is not installed, or does not know the topology.
     """
     for name, value in COMPILE_ONLY.items():
         os.environ.setdefault(name, value)
     try:
-        found: list[Any] = list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # whatever a compiler for another machine may raise
+        found = list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # a compiler for another machine may raise anything
         first = str(error).splitlines()[0]
-        text = (
-            f"--topology={topology}: {first}; one like v5e:4x4 or v5p:2x2x4 is wanted, and pip install libtpu"
-        )
-        raise ValueError(text) from error
-    if any(device.core_on_chip for device in found):
+        hint = "expected one like v5e:4x4 or v5p:2x2x4, and libtpu installed (pip install libtpu)"
+        raise ValueError(f"--topology={topology}: {first}; {hint}") from error
+    if any(getattr(device, "core_on_chip", 0) for device in found):
         raise ValueError(f"--topology={topology}: chips of two devices each, as of TPU v4, cannot be planned")
     return found

@@ -1,1 +1,1 @@
-"""Speed and what computation costs."""
+"""Speed of a run, and the cost of its computation."""

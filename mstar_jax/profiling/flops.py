@@ -1,33 +1,32 @@
-"""What a model's computation costs and what the machine could do: for MFU, and for plans.
+"""FLOPs of a model's computation, and peak rates of devices: for MFU, and for plans.
 
-FLOPs are those of matrix products and convolutions, two a multiply-add, counted from the traced function
-before any compiler has seen it. They fall apart by the names that the models give their parts: `vision` (the
-tower), `projector` (from its output to the decoder's input) and `language`.
+FLOPs are those of matrix products and convolutions, two per multiply-add, counted from the jaxpr before
+compilation. They are split by the named scopes of the models: `vision` (the tower), `projector` (from its
+output to the input of the decoder) and `language`.
 """
 
 import collections
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend import core
 
 from mstar_jax import sharding
 
-PARTS = ("vision", "language", "projector")  # the projector's scope holds the tower's
+PARTS = ("vision", "language", "projector")  # the scope of the projector contains that of the tower
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do; vendors' figures.
+    """Peak rates of one device, as published by its vendor.
 
     Attributes:
       memory: bytes of HBM that programs may use.
-      flops: dense bfloat16 a second.
-      bandwidth: of the memory, bytes a second.
-      network: bytes a second that it can receive from the others.
+      flops: dense bfloat16 FLOPs per second.
+      bandwidth: of the memory, in bytes per second.
+      network: bytes per second that it can receive from other devices.
     """
 
     memory: float
@@ -48,16 +47,16 @@ CHIPS = {  # by the device kind that JAX reports; cloud.google.com/tpu/docs, and
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The figures of a device kind, None where they are not known."""
+    """The peak rates of a device kind; None if unknown."""
     found = [name for name in CHIPS if kind.startswith(name)]
     return CHIPS[max(found, key=len)] if found else None
 
 
-def count(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
-    """FLOPs of one call, by part; `other` for what has no name. Arguments may be shapes.
+def count(fn: Callable, *args: object) -> dict[str, float]:
+    """FLOPs of one call, by part; `other` is what is in no named scope. Arguments may be shapes.
 
-    Loops count as often as they run; one that depends on what it computes counts once. A kernel counts as the
-    products that it stands for. Of a choice the most expensive way counts.
+    Loops are multiplied by their length; a loop of unknown length counts once. A kernel counts as the
+    products that it stands for, and a conditional as its most expensive branch.
     """
     out: dict[str, float] = collections.defaultdict(float)
     device = jax.sharding.AbstractDevice(sharding.COUNTED, None, "cpu")
@@ -67,14 +66,14 @@ def count(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
     return dict(out)
 
 
-def _walk(jaxpr: Any, scope: str, times: int, out: dict[str, float]) -> None:
+def _walk(jaxpr: core.Jaxpr, scope: str, times: int, out: dict[str, float]) -> None:
     for eqn in jaxpr.eqns:
         here = f"{scope}/{eqn.source_info.name_stack}"
         if flops := _products(eqn):
             part = next((name for name in PARTS if name in here), "other")
             out[part] += times * flops
         often = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-        branches = eqn.params.get("branches", ())  # of a choice, the most expensive
+        branches = eqn.params.get("branches", ())
         if branches:
             tried = []
             for branch in branches:
@@ -92,13 +91,13 @@ def _walk(jaxpr: Any, scope: str, times: int, out: dict[str, float]) -> None:
                     _walk(inner, here, often, out)
 
 
-def _products(eqn: Any) -> float:
+def _products(eqn: core.JaxprEqn) -> float:
+    if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return 0.0
+    left, right, *_ = (value.aval.shape for value in eqn.invars)  # type: ignore[attr-defined]
+    out = eqn.outvars[0].aval.shape  # type: ignore[attr-defined]
+    numbers = eqn.params["dimension_numbers"]
     if eqn.primitive.name == "dot_general":
-        (summed, _), _ = eqn.params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[at] for at in summed)
-    if eqn.primitive.name == "conv_general_dilated":
-        kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
-        each = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * each
-    return 0.0
+        (summed, _), _ = numbers
+        return 2.0 * math.prod(out) * math.prod(left[at] for at in summed)
+    return 2.0 * math.prod(out) * (math.prod(right) // right[numbers.rhs_spec[0]])

@@ -1,8 +1,8 @@
-"""How fast a run works: tokens a second, padding, FLOPs by part, MFU; and profiles of single steps.
+"""How fast a run is: tokens per second, padding, FLOPs by part, MFU; and profiles of single steps.
 
-A pass is one training, or one walk through batches that are sampled or scored. Its clock is read only where
-the host waits for the device anyway: at a row of a training's curve, at the results of a batch. What was done
-since the last time counts if nothing was compiled meanwhile:
+A pass is one training run, or one loop over batches that are sampled or scored. Its clock is read only where
+the host waits for the device anyway: at a point of a training curve, at the results of a batch. The time
+since the last reading counts only if nothing was compiled in it:
 
     batch 1: compiled, done | batch 2: done | batch 3: done
     <----- left out ------> <----- 2 -----> <----- 3 ----->
@@ -15,7 +15,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -26,18 +26,19 @@ from mstar_jax.structs import Batch, Response, Row
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# tokens and slots (places of the padded shapes) that went in, decoded and decode_slots that came out, and the
-# model's FLOPs by part: those of padding are FLOPs
+# Counts. Input: `tokens`, and `slots` (tokens and padding). Output: `decoded` tokens, and `decode_slots`, the
+# tokens that the decoding steps had room for. And the FLOPs of the model by part, including those on padding.
 Work = collections.Counter[str]
-Fed = Iterable[tuple[tuple[Row, ...], Batch]]  # what loader.row_batches gives
+Fed = Iterable[tuple[tuple[Row, ...], Batch]]  # what loader.row_batches yields
+Shapes = tuple[tuple[int, ...], ...]  # of the arrays of a batch
 
 
 @functools.cache
 def compiled() -> list[float]:
-    """Seconds of every compilation of this process since this was first called; the list grows."""
+    """Seconds of every compilation in this process since the first call; the list keeps growing."""
     found: list[float] = []
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event.endswith("backend_compile_duration"):
             found.append(duration_secs)
 
@@ -48,35 +49,47 @@ def compiled() -> list[float]:
 class Pass:
     """The work of one pass, and its clock."""
 
-    def __init__(self, chips: int, share: sharding.Share, shapes: dict[Any, dict[str, float]]):
-        """Starts the clock; `shapes` are the FLOPs that are known already."""
-        self.chips, self.share, self.shapes = chips, share, shapes
-        self.all, self.timed = Work(), Work()
-        self.seconds, self.left_out = 0.0, 0.0
+    def __init__(self, chips: int, share: sharding.Share, shapes: dict[Shapes, dict[str, float]]):
+        """Starts the clock.
+
+        Args:
+          chips: number of devices.
+          share: this process's part of every batch.
+          shapes: FLOPs by part for the shapes of batches; filled as new shapes are seen.
+        """
+        self.chips = chips
+        self.share = share
+        self.shapes = shapes
+        self.all = Work()
+        self.timed = Work()
+        self.seconds = 0.0
+        self.left_out = 0.0
         self.begun = collections.deque[Work]()
         self.start()
 
     def start(self) -> None:
-        """What was before does not count."""
-        self.since, self.compiled = time.perf_counter(), len(compiled())
+        """Restarts the clock: the time before does not count."""
+        self.since = time.perf_counter()
+        self.compiled = len(compiled())
 
     def skip(self) -> None:
-        """What is under way does not count: nobody waits for its end."""
+        """Leaves out the time of the batches in flight, because the host does not wait for their results."""
         for work in self.begun:
             self.all.update(work)
         self.begun.clear()
-        self._read()
+        self._elapsed()
 
-    def apart(self, call: Callable[..., T], *args: Any) -> T:
-        """Calls what is no part of the pass, such as a checkpoint's writing."""
+    def apart(self, call: Callable[..., T], *args: object) -> T:
+        """Calls a function whose time is not part of the pass, such as saving a checkpoint."""
         self.skip()
         found = call(*args)
         self.start()
         return found
 
-    def _read(self) -> float:
-        """Seconds since the clock was started or last read; 0 where they do not count."""
-        spent, counts = time.perf_counter() - self.since, len(compiled()) == self.compiled
+    def _elapsed(self) -> float:
+        """Seconds since the clock was started or last read; 0 if something was compiled in between."""
+        spent = time.perf_counter() - self.since
+        counts = len(compiled()) == self.compiled
         self.left_out += 0.0 if counts else spent
         self.start()
         return spent if counts else 0.0
@@ -84,14 +97,15 @@ class Pass:
     def begin(
         self, batch: Batch, count: Callable[[], dict[str, float]] | None = None, tokens: int | None = None
     ) -> None:
-        """The device is given a batch.
+        """Records that a batch is given to the device.
 
         Args:
           batch: this process's share.
-          count: FLOPs by part of the work on it; asked once for every shape.
-          tokens: of all shares; by default as if the others were like this one.
+          count: gives the FLOPs of the work on it, by part; called once for every shape.
+          tokens: of all shares; by default the other shares are assumed to be like this one.
         """
-        whole, shapes = self.share.whole, tuple(x.shape for x in jax.tree.leaves(batch))
+        whole = self.share.whole
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self.shapes:
             self.shapes[shapes] = count() if count else {}
         tokens = whole(int((batch.branch >= 0).sum())) if tokens is None else tokens
@@ -99,12 +113,17 @@ class Pass:
         self.begun.append(work + Work({part: whole(int(n)) for part, n in self.shapes[shapes].items()}))
 
     def done(self, batches: int | None = None, **more: int) -> dict[str, float]:
-        """The host has seen the end of the first (None: of all) batches that were begun.
+        """Records that the host has seen the results of batches.
+
+        Args:
+          batches: how many of those in flight, the oldest first; None for all.
+          **more: further work to count, see `Work`.
 
         Returns:
-          The rates since the clock was last read; nothing where they do not count.
+          The rates since the clock was last read; empty if that time does not count.
         """
-        work, spent = Work(more), self._read()
+        work = Work(more)
+        spent = self._elapsed()
         for _ in range(len(self.begun) if batches is None else batches):
             work.update(self.begun.popleft())
         self.all.update(work)
@@ -117,7 +136,7 @@ class Pass:
     def fed(
         self, batches: Fed, count: Callable[[Batch], dict[str, float]] | None = None
     ) -> Iterator[tuple[tuple[Row, ...], Batch]]:
-        """The batches on their way to the device; the clock starts when the first is asked for."""
+        """Passes the batches on to the device; the clock starts when the first is requested."""
         self.start()
         for rows, batch in batches:
             own = functools.partial(count, batch) if count else None
@@ -125,7 +144,7 @@ class Pass:
             yield rows, batch
 
     def read(self, results: Iterable[T]) -> Iterator[T]:
-        """The results of the batches, one by one in their order."""
+        """Passes on the results of the batches, in order."""
         for result in results:
             self.done(1)
             yield result
@@ -136,12 +155,12 @@ class Pass:
         results: Iterable[list[list[Response]]],
         places: Callable[[], int],
     ) -> Iterator[list[list[Response]]]:
-        """The results of `rollouts.rollouts`, shard by shard.
+        """Passes on the results of `rollouts.rollouts`, shard by shard.
 
         Args:
-          shards: their rows.
-          results: the responses of each row.
-          places: asked after each result, for how many tokens there was room in the steps that it took.
+          shards: the rows of each shard.
+          results: the responses to each row.
+          places: called after each result; the number of tokens that its decoding steps had room for.
         """
         for rows, groups in zip(shards, results):
             new = [
@@ -153,7 +172,7 @@ class Pass:
             yield groups
 
     def record(self) -> dict[str, float]:
-        """What results.json says: counts of all the work, and the rates of what counts, in `seconds`."""
+        """The entry in results.json: counts of all the work, and rates over the `seconds` that count."""
         out: dict[str, float] = {k: self.all[k] for k in ("tokens", "slots", "decoded", "decode_slots")}
         out = {k: v for k, v in out.items() if v}
         out |= {"seconds": round(self.seconds, 3), "left_out": round(self.left_out, 3)}
@@ -175,12 +194,14 @@ class Speeds:
     """The passes of a run since its last lap."""
 
     def __init__(self, chips: int, share: sharding.Share = sharding.WHOLE):
-        """Of so many devices, by a process with this share of every batch."""
-        self.chips, self.share, self.passes = chips, share, dict[tuple[str, str], Pass]()
-        self.shapes: dict[str, dict[Any, dict[str, float]]] = collections.defaultdict(dict)
+        """Begins the first lap, on this number of devices, with this process's share of every batch."""
+        self.chips = chips
+        self.share = share
+        self.passes: dict[tuple[str, str], Pass] = {}
+        self.shapes: dict[str, dict[Shapes, dict[str, float]]] = collections.defaultdict(dict)
 
     def of(self, kind: str, name: str) -> Pass:
-        """A pass by its kind of work, whose programs are the same, and its name."""
+        """A pass by its kind of work and its name; passes of one kind run the same programs."""
         if (kind, name) not in self.passes:
             self.passes[kind, name] = Pass(self.chips, self.share, self.shapes[kind])
         return self.passes[kind, name]
@@ -195,20 +216,20 @@ class Speeds:
 
 
 @contextlib.contextmanager
-def profiler(folder: pathlib.Path, steps: Sequence[int]) -> Iterator[Callable[[int, Any], bool]]:
-    """Traces some steps of a training into `folder`/<process>, for TensorBoard and xprof.
+def profiler(folder: pathlib.Path, steps: Sequence[int]) -> Iterator[Callable[[int, object], bool]]:
+    """Traces some steps of training into `folder`/<process>, for TensorBoard and xprof.
 
     Args:
-      folder: where to.
+      folder: to write to.
       steps: (first, end), counted from 0; empty for none.
 
     Yields:
-      `at(step, state)`, to be called before every step with the state then: whether the trace began or ended
-      there, for which the device was waited for.
+      `at(step, state)`, to be called before every step with the current state. It returns whether the trace
+      began or ended there, in which case it has waited for the device.
     """
     tracing = False
 
-    def at(step: int, state: Any) -> bool:
+    def at(step: int, state: object) -> bool:
         nonlocal tracing
         wanted = bool(steps) and steps[0] <= step < steps[1]
         if wanted == tracing:
@@ -216,7 +237,7 @@ def profiler(folder: pathlib.Path, steps: Sequence[int]) -> Iterator[Callable[[i
         jax.block_until_ready(state)
         if wanted:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # a trace with Python's frames crashed once, among other threads
+            options.python_tracer_level = 0  # tracing Python frames has crashed with several threads
             jax.profiler.start_trace(folder / str(jax.process_index()), profiler_options=options)
         else:
             jax.profiler.stop_trace()

@@ -1,1 +1,2 @@
-"""The report: `python -m mstar_jax.report`."""
+"""The report: `page` puts the sections in order, `dynamics`, `figure2`, `tables` and `gallery` make them,
+`figures` draws, `runs` reads what the workdirs hold."""

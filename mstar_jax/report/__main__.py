@@ -4,42 +4,49 @@
     python -m mstar_jax.report runs/static runs/adaptive --names=static,adaptive --output=compare
     python -m mstar_jax.report runs/phi35 --judge_url=http://localhost:8000 --judge_model=Qwen3-8B
 
-It holds its images and loads nothing, so it can be mailed; the figures are beside it as PNG files. It reads
-what the runs wrote and needs no accelerator. What a run does not have is left out, with the reason.
+The file embeds its images and loads nothing, so it can be mailed; the figures are also written as PNG files.
+--output is the folder to write to; the default is report/ in the first workdir. The report is made from the
+files of the runs and needs no accelerator. What a run does not have is left out, with the reason.
 """
 
-import argparse
 import pathlib
-import sys
+from collections.abc import Sequence
 
-from mstar_jax.report import document, relativity
+from absl import app, flags
+
+from mstar_jax import cli
+from mstar_jax.report import page, relativity
+
+NAMES = flags.DEFINE_list("names", [], "Names of the runs; default the names of their folders.")
+JUDGE_URL = flags.DEFINE_string("judge_url", None, "An OpenAI-compatible endpoint, for Figure 2c.")
+JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "Name of the judge model there.")
+JUDGE_CALLS = flags.DEFINE_integer("judge_calls", 200, "Maximum number of responses to judge.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "mstar_jax.report", description="Shows what one or several runs did, as one HTML file."
-    )
-    parser.add_argument("workdirs", nargs="+", help="runs of mstar_jax.main")
-    parser.add_argument("--output", default="", help="folder; default report/ in the first workdir")
-    parser.add_argument("--names", default="", help="names of the runs, separated by commas")
-    parser.add_argument("--judge_url", default="", help="an OpenAI-compatible endpoint, for Figure 2c")
-    parser.add_argument("--judge_model", default="", help="the judge's name there")
-    parser.add_argument("--judge_calls", type=int, default=200, help="at most that many responses are judged")
-    args = parser.parse_args()
-    if bool(args.judge_url) != bool(args.judge_model):
-        parser.error("--judge_url and --judge_model belong together")
-    judge = relativity.Judge(args.judge_url, args.judge_model, args.judge_calls) if args.judge_url else None
-    names = [name.strip() for name in args.names.split(",")] if args.names else []
-    try:
-        if judge:
-            judge.endpoint()
-        output = pathlib.Path(args.output) if args.output else None
-        target = document.write([pathlib.Path(w) for w in args.workdirs], output, names, judge)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{target.absolute()} ({target.stat().st_size / 1e6:.1f} MB), its figures beside it as PNG files")
+def main(argv: Sequence[str]) -> None:
+    cli.show_log()
+    with cli.explained():
+        judge = _judge()
+        names = [name.strip() for name in NAMES.value]
+        output = pathlib.Path(cli.OUTPUT.value) if cli.OUTPUT.value else None
+        try:
+            target = page.write([pathlib.Path(workdir) for workdir in argv[1:]], output, names, judge)
+        except OSError as error:
+            raise ValueError(f"the report cannot be written: {error}") from error
+    size = target.stat().st_size / 1e6
+    print(f"{target.absolute()} ({size:.1f} MB); its figures are next to it as PNG files")
+
+
+def _judge() -> relativity.Judge | None:
+    if not JUDGE_URL.value and not JUDGE_MODEL.value:
+        return None
+    if not JUDGE_URL.value or not JUDGE_MODEL.value:
+        raise ValueError("--judge_url and --judge_model must be given together")
+    judge = relativity.Judge(JUDGE_URL.value, JUDGE_MODEL.value, JUDGE_CALLS.value)
+    judge.endpoint()  # fails on a bad URL before anything is drawn
+    return judge
 
 
 if __name__ == "__main__":
-    main()
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow the workdirs
+    app.run(main)

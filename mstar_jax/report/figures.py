@@ -1,16 +1,16 @@
-"""The report's figures: numbers in, a matplotlib `Figure` out (object interface, no global state).
+"""Drawing: numbers in, a matplotlib `Figure` out (object interface, no global state).
 
-Shares are given as 0..1 and drawn in percent. Colours are safe for colour-blind readers; a series also has
-its own marker. `svg` writes them as CSS variables, so that a page can show them on a dark ground.
+Shares are given in 0..1 and drawn in percent. The colours are safe for colour-blind readers, and every series
+has its own marker. `svg` writes colours as CSS variables, so that a page can show them on a dark background.
 """
 
 import dataclasses
+import functools
 import html
 import io
-import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,14 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 
-INK, GRID = "#1b2430", "#d5dae1"
+from mstar_jax.rewards import metrics
+
+INK = "#1b2430"
+GRID = "#d5dae1"
 COLOURS = ("#0072b2", "#d55e00", "#008a63", "#a3478f", "#8a6d00", "#5b6673")
-PATH = "#e0115f"  # seen on the colours of a grid, too
+PATH = "#e0115f"  # visible on the colours of a grid, too
 MARKERS = "osD^vP"
 COLD_TO_HOT = LinearSegmentedColormap.from_list("temperature", ["#2f7fd1", "#8d8d8d", "#d9630f"])
 INTERVAL = "Bars are 95 % intervals (Wilson) over the queries."
-ABOVE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
-SIZE = (4.6, 3.4)  # inches: two beside each other on a desktop, one on a phone
+SIZE = (4.6, 3.4)  # inches: two side by side on a desktop, one on a phone
 
 STYLE: Any = {
     "font.size": 10.5,
@@ -57,10 +59,10 @@ class Line:
     Attributes:
       label: its name in the legend; empty for none.
       x, y: its points; y are shares.
-      n: queries behind every point, for its interval; 0 draws none.
+      n: number of queries per point, for the interval; 0 draws none.
       colour: index into COLOURS, or a colour.
-      style, marker: of matplotlib; the marker of the colour where it is None.
-      faint: drawn behind the others, without a line.
+      style, marker: matplotlib's; None is the marker that belongs to the colour.
+      faint: draw pale points without a line.
     """
 
     label: str
@@ -73,25 +75,12 @@ class Line:
     faint: bool = False
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n trials (Wilson 1927); that of a mean of values in 0..1 is no wider.
-
-    Raises:
-      ValueError: n is not positive.
-    """
-    if n < 1:
-        raise ValueError(f"an interval needs at least one trial, got n={n}")
-    z, share = 1.959964, min(max(share, 0.0), 1.0)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def _errors(shares: Sequence[float], ns: Sequence[int]) -> list[list[float]]:
-    """[below, above] in percent, for `errorbar`."""
-    ends = [wilson(share, n) for share, n in zip(shares, ns)]
-    below = [100 * max(share - low, 0.0) for share, (low, _) in zip(shares, ends)]
-    return [below, [100 * max(high - share, 0.0) for share, (_, high) in zip(shares, ends)]]
+def _errors(shares: Sequence[float], ns: Sequence[int], scale: float) -> list[list[float]]:
+    """[below, above] of the 95 % intervals, scaled, for `errorbar`."""
+    ends = [metrics.wilson(min(max(share, 0.0), 1.0), n) for share, n in zip(shares, ns)]
+    below = [scale * max(share - low, 0.0) for share, (low, _) in zip(shares, ends)]
+    above = [scale * max(high - share, 0.0) for share, (_, high) in zip(shares, ends)]
+    return [below, above]
 
 
 def _new(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -107,15 +96,23 @@ def _legend(figure: Figure, axes: Axes, columns: int = 2, title: str | None = No
     if handles:
         labels = [label if len(label) <= 48 else label[:47] + "…" for label in labels]
         columns = 1 if max(map(len, labels)) > 24 else columns
-        look: dict[str, Any] = {"ncols": min(columns, len(handles)), "title": title}
-        if columns > 2:
-            look |= {"columnspacing": 0.9, "handlelength": 1.3, "handletextpad": 0.4, "fontsize": 9}
-        figure.legend(handles, labels, loc="outside upper center", **look)
+        narrow = columns > 2
+        figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=min(columns, len(handles)),
+            title=title,
+            columnspacing=0.9 if narrow else None,  # None: the style's
+            handlelength=1.3 if narrow else None,
+            handletextpad=0.4 if narrow else None,
+            fontsize=9 if narrow else None,
+        )
 
 
 def _ticks(axes: Axes, ticks: Mapping[float, str]) -> None:
     places = sorted(ticks)
-    step = -(-len(places) // 14)  # long runs: not every stage has room for its name
+    step = -(-len(places) // 14)  # a long run has no room for the name of every stage
     shown = [place for place in places if step == 1 or (place >= 0 and place % step == 0)]
     axes.set_xticks(shown, [ticks[place].replace("-", "-\n") for place in shown])
 
@@ -125,7 +122,7 @@ def _colour(colour: int | str) -> str:
 
 
 def cold_to_hot(index: int, count: int) -> str:
-    """Colour of the index-th of `count` temperatures."""
+    """The colour of temperature number `index` out of `count`."""
     return to_hex(COLD_TO_HOT(index / max(count - 1, 1)))
 
 
@@ -141,27 +138,39 @@ def lines(
     columns: int = 2,
     title: str | None = None,
 ) -> Figure:
-    """Curves with 95 % intervals; `shade` fills between pairs of them, whose x must be the same.
+    """Curves with 95 % intervals.
 
-    `columns` and `title` are the legend's.
+    Args:
+      series: the curves.
+      xlabel, ylabel: labels of the axes.
+      ticks: labels of the x axis by place.
+      logarithmic: draw the x axis with a logarithmic scale.
+      shade: pairs of series to fill the area between; both must have the same x.
+      columns, title: of the legend.
     """
     figure, axes = _new(xlabel, ylabel)
     for line in series:
         if not len(line.y):
             continue
-        colour, percent = _colour(line.colour), [100 * y for y in line.y]
         marker = MARKERS[line.colour % len(MARKERS)] if isinstance(line.colour, int) else "o"
-        marker = marker if line.marker is None else line.marker
-        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.8}
-        look |= {"linestyle": "none", "alpha": 0.45} if line.faint else {"linestyle": line.style}
-        label = f" {line.label}" if line.label else "_"  # a leading underscore would hide it
+        draw: Callable = axes.plot
         if line.n > 0:
-            bars = _errors(line.y, [line.n] * len(line.y))
-            axes.errorbar(line.x, percent, yerr=bars, label=label, elinewidth=0.9, capsize=2.5, **look)
-        else:
-            axes.plot(line.x, percent, label=label, **look)
+            errors = _errors(line.y, [line.n] * len(line.y), 100)
+            draw = functools.partial(axes.errorbar, yerr=errors, elinewidth=0.9, capsize=2.5)
+        draw(
+            line.x,
+            [100 * y for y in line.y],
+            label=f" {line.label}" if line.label else "_",  # "_" hides it; so would a name that begins so
+            color=_colour(line.colour),
+            marker=marker if line.marker is None else line.marker,
+            markersize=4.5,
+            linewidth=1.8,
+            linestyle="none" if line.faint else line.style,
+            alpha=0.45 if line.faint else None,
+        )
     for a, b in shade:
-        low, high = [100 * y for y in series[a].y], [100 * y for y in series[b].y]
+        low = [100 * y for y in series[a].y]
+        high = [100 * y for y in series[b].y]
         axes.fill_between(series[a].x, low, high, color=_colour(series[b].colour), alpha=0.13, linewidth=0)
     if logarithmic:
         axes.set_xscale("log", base=2)
@@ -178,15 +187,14 @@ def bars(
     series: Mapping[str, Sequence[tuple[float, float]]],
     xlabel: str,
     ylabel: str,
-    *,
-    scale: float = 100.0,
 ) -> Figure:
-    """Bars beside each other: for every series a (value, standard error) per name."""
+    """Grouped bars in percent: every series has a (share, standard error) for each name."""
     figure, axes = _new(xlabel, ylabel)
     width = 0.8 / max(len(series), 1)
     for index, (label, values) in enumerate(series.items()):
         places = [i - 0.4 + width * (index + 0.5) for i in range(len(values))]
-        heights, errors = [scale * v for v, _ in values], [scale * e for _, e in values]
+        heights = [100 * value for value, _ in values]
+        errors = [100 * error for _, error in values]
         axes.bar(places, heights, 0.92 * width, label=label, color=COLOURS[index], alpha=0.85)
         if any(errors):
             axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
@@ -204,14 +212,14 @@ def temperatures(
     ticks: Mapping[float, str],
     label: str,
 ) -> Figure:
-    """The temperature's path over the run, on how far each temperature was below its exploration's best.
+    """The path of the temperature over the run, on top of how far each temperature was below the best.
 
     Args:
-      grids: by exploration's place: a share by temperature. The best one is written above.
-      path: temperature that each iteration sampled with.
-      chosen: temperature that each exploration chose.
-      ticks: names of the places.
-      label: what the shares are.
+      grids: for each place of an exploration, a share by temperature. The best share is written above.
+      path: the temperature that each iteration sampled with.
+      chosen: the temperature that each exploration chose.
+      ticks: labels of the places.
+      label: of the colour bar.
     """
     figure, axes = _new("stage of the run", "sampling temperature T")
     axes.grid(False)
@@ -231,16 +239,30 @@ def temperatures(
             color=[to_hex(colours(1 - share / low)) for share in shares],
         )
         for x, share in best.items():
-            axes.annotate(f"{100 * share:.0f}", (x, max(ts) + gap / 2), (0, 3), ha="center", **ABOVE)
+            axes.annotate(
+                f"{100 * share:.0f}",
+                (x, max(ts) + gap / 2),
+                (0, 3),
+                textcoords="offset points",
+                fontsize=9,
+                ha="center",
+            )
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, 0), "cividis")
         figure.colorbar(scale, ax=axes, label=label, pad=0.02)
     if path:
         axes.step(list(path), list(path.values()), where="mid", color=PATH, label="sampled with")
         axes.plot(list(path), list(path.values()), "o", color=PATH, markersize=5, label="_")
     if chosen:
-        look: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": PATH}
-        look["markeredgewidth"] = 1.6
-        axes.plot(list(chosen), list(chosen.values()), "s", markersize=11, label="chosen here", **look)
+        axes.plot(
+            list(chosen),
+            list(chosen.values()),
+            "s",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=PATH,
+            markeredgewidth=1.6,
+            label="chosen here",
+        )
     _ticks(axes, ticks)
     _legend(figure, axes)
     return figure
@@ -248,14 +270,12 @@ def temperatures(
 
 @styled
 def calibration(bins: Sequence[tuple[float, float, int]]) -> Figure:
-    """Reliability diagram: (mean score, mean label, steps) of every bin that is not empty."""
+    """Reliability diagram of (mean score, mean label, number of steps) for every bin that is not empty."""
     figure, axes = _new("predicted score of a step (mean of the bin)", "Monte-Carlo label (mean of the bin)")
     axes.plot([0, 1], [0, 1], color=COLOURS[5], linestyle="--", linewidth=1.2, label="perfectly calibrated")
     if bins:
         scores, labels, counts = zip(*bins)
-        ends = [wilson(label, count) for label, count in zip(labels, counts)]
-        error = [[max(y - low, 0.0) for y, (low, _) in zip(labels, ends)]]
-        error += [[max(high - y, 0.0) for y, (_, high) in zip(labels, ends)]]
+        error = _errors(labels, counts, 1)
         sizes = [20 + 160 * count / max(counts) for count in counts]
         axes.errorbar(scores, labels, yerr=error, fmt="none", ecolor=COLOURS[0], elinewidth=1, capsize=2.5)
         axes.plot(scores, labels, color=COLOURS[0], linewidth=1.4)
@@ -267,9 +287,9 @@ def calibration(bins: Sequence[tuple[float, float, int]]) -> Figure:
 
 @styled
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element for a page, without a width of its own or any address.
+    """The figure as an <svg> element for a page, without a width and without any URL.
 
-    The page defines --ink, --grid and --c0 ... --c5; `label` is read to those who cannot see it.
+    The page defines --ink, --grid and --c0 ... --c5. `label` is the text for screen readers.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
@@ -278,7 +298,7 @@ def svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     head, rest = text.split(">", 1)
     box = re.search(r'viewBox="[\d. ]+"', head)
-    rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # repeated in every figure
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # the ids would repeat in every figure
     for index, colour in enumerate(COLOURS):
         rest = rest.replace(colour, f"var(--c{index})")
     rest = rest.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
@@ -289,4 +309,4 @@ def svg(figure: Figure, label: str) -> str:
 def png(figure: Figure, path: pathlib.Path) -> None:
     """Writes the figure on white, about 900 pixels wide."""
     figure.savefig(path, format="png", dpi=184, facecolor="white")
-    figure.set_layout_engine("none")  # it is laid out; `svg` need not do so again
+    figure.set_layout_engine("none")  # the layout is done; `svg` need not repeat it

@@ -1,4 +1,4 @@
-"""Sampled responses with their images, as one JSON value that a page can browse.
+"""Sampled responses with their images, as one JSON value that the page's script lets readers browse.
 
 {"images": ["data:image/png;base64,..."],
  "stages": [{"name": "warmup_validation", "queries": [
@@ -15,23 +15,30 @@ import json
 import math
 import pathlib
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 from mstar_jax.data import images, truth
-from mstar_jax.report.runs import Missing, Run, lines, truths
+from mstar_jax.report.runs import Missing, Record, RunRecord, lines, truths
 from mstar_jax.rewards import selection, steps
 
-QUERIES, RESPONSES = 20, 8  # shown of a stage, of a query
+QUERIES = 20  # shown of a stage
+RESPONSES = 8  # shown of a query
 TEXT = 4000  # characters shown of a question or response
-SIDE, SMALL = 240, 96  # pixels: of a thumbnail; up to which an image stays a PNG
-PIXELS, PICTURES = 16_000_000, 240  # the largest image that is read; images in a report
+SIDE = 240  # pixels of a thumbnail
+SMALL = 96  # pixels; up to this size an image stays a PNG
+PIXELS = 16_000_000  # of the largest image that is read
+PICTURES = 240  # images in a report
 STAGE = re.compile(r"(base|warmup|iteration_(\d+)|prm)(_validation|_test|_held_out)?")
 
+T = TypeVar("T")
 
-def folders(run: Run, count: int) -> list[pathlib.Path]:
-    """Stores to show, at most `count`, in the order of the run; the scored ones where there are both.
 
-    Validation is there at the ends of the run and between; tests and training rollouts where there is room.
+def folders(run: RunRecord, count: int) -> list[pathlib.Path]:
+    """At most `count` stores to show, in the order of the stages; scores rather than rollouts.
+
+    Validation comes first, evenly spaced and including both ends of the run; the test split and training
+    rollouts fill up what is left.
     """
     there: dict[str, pathlib.Path] = {}
     for kind in ("rollouts", "scores"):
@@ -52,10 +59,10 @@ def _order(name: str) -> tuple[float, str]:
     return {"base": -1.0, "warmup": 0.0, "prm": 0.5}.get(stage, float(iteration or 0)), name
 
 
-def _spread(found: list[Any], count: int) -> list[Any]:
-    """At most `count` of a list, evenly, its ends among them."""
+def _spread(found: Sequence[T], count: int) -> list[T]:
+    """At most `count` items of a list, evenly spaced and including both ends."""
     if len(found) <= count:
-        return found
+        return list(found)
     return [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
@@ -63,16 +70,16 @@ class Gallery:
     """Collects stages within a budget of characters."""
 
     def __init__(self) -> None:
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[Record] = []
         self.images: list[str] = []
         self._known: dict[pathlib.Path, dict[str, truth.Truth]] = {}
-        self._index: dict[str, int | None] = {}  # of an image's path; None cannot be shown
+        self._index: dict[str, int | None] = {}  # by path of an image; None if it cannot be shown
 
-    def add(self, run: Run, folder: pathlib.Path, name: str, budget: int) -> int:
-        """Adds the first queries of a store, until QUERIES or the budget is reached.
+    def add(self, run: RunRecord, folder: pathlib.Path, name: str, budget: int) -> int:
+        """Adds the first queries of a store until there are QUERIES or the budget is used up.
 
         Returns:
-          The characters that it took.
+          The number of characters used.
 
         Raises:
           Missing: the store cannot be read.
@@ -82,7 +89,7 @@ class Gallery:
             with contextlib.suppress(Missing, OSError, ValueError, KeyError, TypeError):
                 self._known[run.workdir] = truths(run)
         known = self._known[run.workdir]
-        queries: list[dict[str, Any]] = []
+        queries: list[Record] = []
         spent = 0
         for record in lines(folder):
             before = len(self.images)
@@ -95,16 +102,16 @@ class Gallery:
         return spent
 
     def json(self) -> str:
-        """The value, safe inside of a <script> element."""
+        """The value as text that is safe inside a <script> element."""
         text = json.dumps({"images": self.images, "stages": self.stages}, allow_nan=False)
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
-    def _query(self, run: Run, record: dict[str, Any], known: truth.Truth | None) -> dict[str, Any]:
+    def _query(self, run: RunRecord, record: Record, known: truth.Truth | None) -> Record:
         paths = [str(path) for path in record.get("images") or ()][:4]
         shown = [i for i in (self._image(run, path) for path in paths) if i is not None]
-        gold, responses = record.get("gold"), record["responses"]
-        aggregate = str(run.value("prm.aggregate", "min"))
-        mixed = len({r.get("temperature") for r in responses}) > 2  # of an exploration: some of each
+        gold = record.get("gold")
+        responses = record["responses"]
+        mixed = len({r.get("temperature") for r in responses}) > 2  # an exploration: show some of each
         few = _spread(responses, RESPONSES) if mixed else responses[:RESPONSES]
         return {
             "id": str(record["query"]),
@@ -113,23 +120,25 @@ class Gallery:
             "images": shown,
             "missing": len(paths) - len(shown),
             "left": len(responses) - len(few),
-            "responses": [_response(r, known, aggregate) for r in few],
+            "responses": [_response(r, known, run.aggregate) for r in few],
         }
 
-    def _image(self, run: Run, path: str) -> int | None:
+    def _image(self, run: RunRecord, path: str) -> int | None:
         if path not in self._index:
             self._index[path] = None
-            with contextlib.suppress(OSError, ValueError):  # an ImageError is one
+            with contextlib.suppress(OSError, ValueError):  # ImageError is a ValueError
                 if len(self.images) < PICTURES:
                     self.images.append(thumbnail(_moved(run.workdir, path)))
                     self._index[path] = len(self.images) - 1
         return self._index[path]
 
 
-def _response(r: dict[str, Any], known: truth.Truth | None, aggregate: str) -> dict[str, Any]:
-    text, answer = str(r.get("text", "")), r.get("answer")
+def _response(r: Record, known: truth.Truth | None, aggregate: str) -> Record:
+    text = str(r.get("text", ""))
+    answer = r.get("answer")
     shown = text if len(text) <= TEXT else text[:TEXT] + " ..."
-    scores, reward = r.get("step_scores"), None
+    scores = r.get("step_scores")
+    reward = None
     if scores is not None:
         scores = [s if isinstance(s, int | float) and math.isfinite(s) else None for s in scores]
         if scores and None not in scores and not r.get("truncated"):
@@ -148,7 +157,7 @@ def _response(r: dict[str, Any], known: truth.Truth | None, aggregate: str) -> d
 
 
 def _moved(workdir: pathlib.Path, path: str) -> pathlib.Path:
-    """The image, or what bears its name inside of a workdir that was copied from elsewhere."""
+    """The image, or the file of the same relative path in a workdir that was copied from elsewhere."""
     found = pathlib.Path(path)
     if not found.exists() and ".." not in found.parts:
         inside = (workdir.joinpath(*found.parts[i:]) for i in range(1, len(found.parts)))
@@ -160,11 +169,14 @@ def thumbnail(path: pathlib.Path) -> str:
     """A small copy of an image as a data URI.
 
     Raises:
-      ImageError: it is missing, too large or cannot be decoded.
+      ImageError: the file is missing, too large or cannot be decoded.
     """
     image = images.load_image(str(path), max_pixels=PIXELS)
     image.thumbnail((SIDE, SIDE))
-    kind = "png" if max(image.size) <= SMALL else "jpeg"
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, **({"optimize": True} if kind == "png" else {"quality": 75}))
+    kind = "png" if max(image.size) <= SMALL else "jpeg"
+    if kind == "png":
+        image.save(buffer, format="png", optimize=True)
+    else:
+        image.save(buffer, format="jpeg", quality=75)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

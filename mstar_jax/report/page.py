@@ -1,92 +1,101 @@
-"""The page: one HTML file that loads nothing, of sections that may each fail."""
+"""The page from top to bottom: which sections the report has, and what makes each of them."""
 
-import base64
-import hashlib
-import html
-import logging
 import pathlib
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from matplotlib.figure import Figure
+from mstar_jax.report import dynamics, figure2, gallery, relativity, tables
+from mstar_jax.report.markup import Page, escape
+from mstar_jax.report.runs import Missing, RunRecord, read_runs
+from mstar_jax.store import write_text
 
-from mstar_jax.report import figures
-from mstar_jax.report.runs import Missing, Run
-
-log = logging.getLogger(__name__)
+SAMPLES = 4_500_000  # characters of all responses and images to browse
+STORES = 12  # stages to browse
 
 
-class Page:
-    """Sections in their order; one that cannot be made becomes a line that says why."""
+def write(
+    workdirs: Sequence[pathlib.Path],
+    output: pathlib.Path | None = None,
+    names: Sequence[str] = (),
+    judge: relativity.Judge | None = None,
+) -> pathlib.Path:
+    """Writes `report.html` and its figures.
 
-    def __init__(self, output: pathlib.Path, several: bool):
-        self.output, self.several = output, several
-        self.parts: list[tuple[str, str, str]] = []  # anchor, title, HTML
+    Args:
+      workdirs: of one or several runs, finished or not.
+      output: the folder to write to; None for report/ in the first workdir.
+      names: of the runs; empty for the names of their folders.
+      judge: gives the relativity score of Figure 2c; without one the score is left out.
 
-    def section(self, anchor: str, title: str, make: Callable[[], str]) -> None:
-        """Adds what `make` returns."""
+    Returns:
+      The HTML file.
+
+    Raises:
+      ValueError: there is no workdir, one of them is not a run, or the numbers of names and workdirs differ.
+    """
+    if not workdirs:
+        raise ValueError("a report needs at least one workdir")
+    workdirs = [pathlib.Path(workdir) for workdir in workdirs]
+    runs = read_runs(workdirs, names)
+    output = pathlib.Path(output) if output else workdirs[0] / "report"
+    output.mkdir(parents=True, exist_ok=True)
+    page = Page(output, several=len(runs) > 1)
+
+    def each(make: Callable[[RunRecord, str], str]) -> Callable[[], str]:
+        """A section with a part for every run, from the run and a suffix for file names."""
+        return lambda: page.per_run(runs, make)
+
+    if page.several:
+        page.section("comparison", "Comparison", lambda: tables.comparison(runs))
+    page.section("runs", "Runs" if page.several else "Run", lambda: tables.overview(runs))
+    page.section("figure3", "Accuracy and Pass@K (Figure 3)", lambda: dynamics.figure3(page, runs))
+    page.section("stages", "Stages", each(lambda run, _: tables.stages(run)))
+    page.section("figure4", "Temperatures (Figure 4)", each(lambda run, at: dynamics.figure4(page, run, at)))
+    page.section("figure5", "Static and adaptive (Figure 5)", lambda: dynamics.figure5(page, runs))
+    page.section("temperature", "The temperature's path", each(lambda run, at: dynamics.path(page, run, at)))
+    page.section(
+        "figure2",
+        "Reward and rollouts (Figure 2)",
+        each(lambda run, at: figure2.figure2(page, run, at, judge)),
+    )
+    page.section("prm", "Process reward model", each(lambda run, at: figure2.reward_model(page, run, at)))
+    if any(any((run.workdir / "benchmarks").glob("*/*.json")) for run in runs):
+        page.section("benchmarks", "Benchmarks", each(lambda run, _: tables.benchmarks(run)))
+    page.section("samples", "Sampled responses", lambda: samples(runs))
+    target = output / "report.html"
+    title = "M-STaR: " + ", ".join(run.name for run in runs)
+    text = page.html(title).encode("utf-8", "replace").decode()  # a path may not be valid UTF-8
+    write_text(target, text)
+    return target
+
+
+def samples(runs: Sequence[RunRecord]) -> str:
+    """Sampled responses to browse; the script of the page shows them."""
+    shown = gallery.Gallery()
+    folders = [(run, folder) for run in runs for folder in gallery.folders(run, max(STORES // len(runs), 2))]
+    left_out = list[str]()
+    budget = SAMPLES
+    for index, (run, folder) in enumerate(folders):
+        name = folder.name if len(runs) == 1 else f"{run.name}: {folder.name}"
+        share = 2 / (len(folders) - index + 1)  # the first store pays for images that later ones reuse
         try:
-            self.parts.append((anchor, title, make()))
-        except Exception as error:  # of a broken run the rest is still worth showing
-            self.parts.append((anchor, title, f'<p class="soft" data-absent>Left out: {reason(error)}.</p>'))
-
-    def per_run(self, found: Sequence[Run], make: Callable[[Run, str], str]) -> str:
-        """What `make(run, suffix of file names)` gives for every run; fails where it does for all."""
-        parts, reasons = [], list[str]()
-        for index, run in enumerate(found):
-            head = f"<h3>{escape(run.name)}</h3>" if self.several else ""
-            try:
-                parts.append(head + make(run, f"_{index + 1}" if self.several else ""))
-            except Exception as error:
-                if len(found) == 1:
-                    raise
-                reasons.append(reason(error))
-                parts.append(f'{head}<p class="soft">Left out: {reasons[-1]}.</p>')
-        if len(reasons) == len(found) and len(set(reasons)) == 1:
-            raise Missing(html.unescape(reasons[0]))
-        return "".join(parts)
-
-    def figure(self, name: str, drawn: Figure, caption: str) -> str:
-        """A figure for the page, also written as a PNG."""
-        figures.png(drawn, self.output / f"{name}.png")
-        return f"<figure>{figures.svg(drawn, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-
-    def html(self, title: str) -> str:
-        """The whole page; nothing but its own script runs in it, and nothing is loaded."""
-        template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        script = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)[0]
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-        sections = ""
-        for anchor, name, body in self.parts:
-            kind = ' class="absent"' if "data-absent" in body[:40] else ""
-            sections += f'<section id="{anchor}"{kind}>\n<h2>{escape(name)}</h2>\n{body}\n</section>\n'
-        links = " ".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in self.parts)
-        values = {"policy": policy, "title": escape(title), "links": links, "sections": sections}
-        return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
-
-
-def reason(error: Exception) -> str:
-    """Why something is left out, as HTML."""
-    if isinstance(error, Missing):
-        return escape(error)
-    log.debug("left out of the report", exc_info=error)
-    return escape(f"{type(error).__name__}: {error}")
-
-
-def escape(value: Any) -> str:
-    """Text for a page."""
-    return html.escape(str(value))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, kind: str = "") -> str:
-    """A table in a box that scrolls; cells are HTML, and a row's first cell is its head."""
-    text = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = [
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    ]
-    inside = f"<thead><tr>{text}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    box = f'<div class="box" role="region" tabindex="0" aria-label="{escape(caption)}">'
-    return f'<p class="soft">{escape(caption)}</p>{box}<table class="{kind}">{inside}</table></div>'
+            budget -= shown.add(run, folder, name, round(budget * share))
+        except Exception as error:  # see Page.section
+            left_out.append(f"{name} ({error})")
+    if not shown.stages:
+        raise Missing("; ".join(left_out) or "the run has stored no responses")
+    names = ("correct", "wrong", "unparsed", "gold-unparsed")
+    verdicts = "".join(f"<option>{name}</option>" for name in names)
+    about = (
+        f"The first {gallery.QUERIES} queries of a stage and up to {gallery.RESPONSES} responses of each, as "
+        "stored. A bar before a step is its score by the reward model."
+    )
+    if left_out:
+        about += f" Left out: {'; '.join(left_out)}."
+    return (
+        f'<p class="soft">{escape(about)}</p><noscript><p>Browsing them needs JavaScript.</p></noscript>'
+        '<div class="controls"><label>stage <select id="stage"></select></label>'
+        f'<label>verdict <select id="verdict"><option value="">all</option>{verdicts}</select></label>'
+        '<button id="previous" type="button">Previous</button><button id="next" type="button">Next</button>'
+        '<span id="where" class="soft" aria-live="polite"></span></div><div id="cards"></div>'
+        f'<script type="application/json" id="samples-data">{shown.json()}</script>'
+    )

@@ -1,8 +1,8 @@
-"""Relativity score (Figure 2c): how directly a response bears on its question, by an external model.
+"""Relativity score (Figure 2c): how directly a response bears on its question, judged by an external model.
 
-The model stands behind an OpenAI-compatible `/v1/chat/completions`. It is asked for one integer at
-temperature 0; it sees the question and the response, not the image. A reply without one is counted, never
-guessed. Nothing is asked unless a URL and a model were named; a key is taken from OPENAI_API_KEY.
+The judge is served by an OpenAI-compatible `/v1/chat/completions`. It is asked at temperature 0 for one
+integer, and sees the question and the response, but not the image. Replies without an integer are counted,
+never guessed. No request is made unless a URL and a model are given. The key is read from OPENAI_API_KEY.
 """
 
 import concurrent.futures
@@ -16,9 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
 
-LOWEST, HIGHEST = 1, 5
+LOWEST = 1
+HIGHEST = 5
 PROMPT = """How directly does the response bear on the question? Judge relevance alone, not correctness.
 5: every step serves the question. 3: about half of it does. 1: it hardly has to do with the question.
 
@@ -40,11 +40,12 @@ class Judge:
     Attributes:
       url: of the endpoint, or its base, with or without /v1.
       model: its name there.
-      calls: at most that many responses are asked about.
-      timeout: seconds that one request may take.
-      tries: requests for one response; the pause between them doubles from `pause` seconds.
-      workers: requests at a time.
-      broken: failed responses in a row after which nothing more is asked.
+      calls: maximum number of responses to ask about.
+      timeout: of a request, in seconds.
+      tries: maximum number of requests for one response.
+      pause: seconds before the second try; doubles with every further try.
+      workers: number of concurrent requests.
+      broken: number of consecutive failures after which no more requests are made.
     """
 
     url: str
@@ -60,7 +61,7 @@ class Judge:
         """The whole URL.
 
         Raises:
-          ValueError: it is neither http nor https.
+          ValueError: the URL is neither http nor https.
         """
         url = self.url.rstrip("/")
         if not url.lower().startswith(("http://", "https://")):
@@ -72,13 +73,13 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Ratings:
-    """What came back.
+    """What the judge replied.
 
     Attributes:
-      scores: per (question, response): 1..5, None without a readable reply.
-      unparsable: replies that hold no single integer from 1 to 5.
-      failed: responses without a reply.
-      error: of the last failure; empty where there was none.
+      scores: 1..5 for each (question, response), or None if there is no readable reply.
+      unparsable: number of replies without a single integer from 1 to 5.
+      failed: number of responses without a reply.
+      error: message of the last failure; empty if there was none.
     """
 
     scores: list[int | None]
@@ -88,7 +89,7 @@ class Ratings:
 
 
 def parse(reply: str) -> int | None:
-    """The one integer from 1 to 5 in a reply, also as `4/5`; None where there is none, or several."""
+    """The only integer from 1 to 5 in a reply, also as `4/5`; None if there is none, or several."""
     text = re.sub(r"(?s)<think>.*?</think>", "", reply)
     text = re.sub(rf"(?:/|\bout of)\s*{HIGHEST}\b", "", text)
     found = set(re.findall(r"-?\d+(?:\.\d+)?", text))
@@ -97,13 +98,15 @@ def parse(reply: str) -> int | None:
 
 
 def rate(judge: Judge, pairs: Sequence[tuple[str, str]]) -> Ratings:
-    """Asks about (question, response) pairs, the first `judge.calls` of them.
+    """Asks about the first `judge.calls` of the (question, response) pairs.
 
     Raises:
-      ValueError: the URL is no http(s) address.
+      ValueError: the URL is neither http nor https.
     """
     endpoint = judge.endpoint()
-    lock, in_a_row, error = threading.Lock(), 0, ""
+    lock = threading.Lock()
+    in_a_row = 0
+    error = ""
 
     def ask(pair: tuple[str, str]) -> str | None:
         nonlocal in_a_row, error
@@ -123,20 +126,21 @@ def rate(judge: Judge, pairs: Sequence[tuple[str, str]]) -> Ratings:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Refuses redirects, which would send the key to another host."""
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
+    def redirect_request(self, *_, **__) -> None:
         return None
 
 
 def _ask(judge: Judge, endpoint: str, prompt: str) -> tuple[str | None, str]:
-    """(reply, empty) or (None, why there is none)."""
+    """(reply, empty text), or (None, the reason)."""
     message = {"role": "user", "content": prompt}
     body = {"model": judge.model, "messages": [message], "temperature": 0, "max_tokens": 512}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    opener, why = urllib.request.build_opener(_NoRedirect), ""
+    opener = urllib.request.build_opener(_NoRedirect)
+    why = ""
     for attempt in range(judge.tries):
         if attempt:
             time.sleep(judge.pause * 2 ** (attempt - 1))

@@ -1,6 +1,6 @@
-"""What workdirs tell after the fact: records, stored responses, and the numbers of Figure 2 made of them.
+"""What can be read from the workdirs of runs: records, stored responses, and the numbers behind Figure 2.
 
-Only files are read; what cannot be told raises `Missing` with one sentence that says why.
+Only files are read. What a run does not have raises `Missing`, with one sentence that says why.
 """
 
 import collections
@@ -10,7 +10,9 @@ import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import scipy.stats
 
 from mstar_jax.answers import check
 from mstar_jax.data import truth
@@ -18,38 +20,50 @@ from mstar_jax.rewards import metrics, selection
 from mstar_jax.store import read_rollout
 from mstar_jax.structs import Response
 
-Share = tuple[float, float]  # mean over queries, its standard error
-Pair = tuple[list[Response], list[Response]]  # of a query's correct responses: the Top-2, and the rest
+Record = dict[str, Any]  # a JSON object as it was read: nothing in it can be relied on
+Pair = tuple[list[Response], list[Response]]  # a query's correct responses: the Top-2, and the rest
 
 
 class Missing(Exception):
-    """Why something cannot be told of a run."""
+    """Why a run cannot show something."""
+
+
+class Mean(NamedTuple):
+    """A mean over queries and its standard error."""
+
+    value: float
+    error: float
 
 
 # ---- 1. records ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A workdir and its results.json."""
+class RunRecord:
+    """A workdir and the content of its results.json."""
 
     name: str
     workdir: pathlib.Path
-    results: dict[str, Any]
+    results: Record
 
-    def value(self, path: str, default: Any = None) -> Any:
-        """A config value by its dotted name."""
-        found: Any = self.results.get("config")
+    def config(self, path: str) -> object:
+        """A config value by its dotted name; None if there is none."""
+        found: object = self.results.get("config")
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
-        return default if found is None else found
+        return found
 
-    def records(self, split: str) -> list[dict[str, Any]]:
-        """The dynamics on a split, in the order of the run."""
+    @property
+    def aggregate(self) -> str:
+        """How the reward of this run is computed from step scores."""
+        return str(self.config("prm.aggregate") or "min")
+
+    def records(self, split: str) -> list[Record]:
+        """The dynamics on a split, in the order of the stages."""
         found = [r for r in self.results["stages"] if r.get("split") == split and place(r) is not None]
         return sorted(found, key=lambda r: place(r) or 0)
 
-    def record(self, stage: str) -> dict[str, Any]:
+    def record(self, stage: str) -> Record:
         """The last record of a stage such as `prm`."""
         found = [r for r in self.results["stages"] if r.get("stage") == stage]
         if not found:
@@ -57,20 +71,20 @@ class Run:
         return found[-1]
 
     def series(self, split: str, key: str) -> list[tuple[int, float, int]]:
-        """(place, value, queries) of every record that has the number."""
+        """(place, value, number of queries) of every record that has the value."""
         rows = [(place(r) or 0, number(r, key), r.get("n")) for r in self.records(split)]
         return [(x, y, n if isinstance(n, int) else 0) for x, y, n in rows if y is not None]
 
 
-def read_runs(workdirs: Sequence[pathlib.Path], names: Sequence[str] = ()) -> list[Run]:
-    """The runs, named by their folders where no names are given.
+def read_runs(workdirs: Sequence[pathlib.Path], names: Sequence[str] = ()) -> list[RunRecord]:
+    """Reads the runs. Without names they are named after their folders.
 
     Raises:
-      ValueError: a workdir has no readable results.json, or there are other numbers of names.
+      ValueError: a workdir has no readable results.json, or the numbers of names and workdirs differ.
     """
     if names and len(names) != len(workdirs):
         raise ValueError(f"{len(names)} names for {len(workdirs)} workdirs")
-    runs: list[Run] = []
+    runs: list[RunRecord] = []
     for index, workdir in enumerate(workdirs):
         path = workdir / "results.json"
         try:
@@ -78,29 +92,30 @@ def read_runs(workdirs: Sequence[pathlib.Path], names: Sequence[str] = ()) -> li
             found = results["stages"]
             results["stages"] = [r for r in found if isinstance(r, dict)]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{workdir} is no run that can be read: {path.name}: {error!r}") from error
+            raise ValueError(f"{workdir} is not a readable run: {path.name}: {error!r}") from error
         name = names[index] if names else workdir.absolute().name
         if any(run.name == name for run in runs):
             name = f"{name} ({index + 1})"
-        runs.append(Run(name, workdir, results))
+        runs.append(RunRecord(name, workdir, results))
     return runs
 
 
-def place(record: dict[str, Any]) -> int | None:
-    """Where a record stands in the run: base -1, warm-up 0, iteration t at t; None for other stages."""
-    stage, iteration = record.get("stage"), record.get("iteration")
+def place(record: Record) -> int | None:
+    """The position of a record in its run: base -1, warm-up 0, iteration t at t; None for other stages."""
+    stage = record.get("stage")
     if stage == "iteration":
+        iteration = record.get("iteration")
         return iteration if isinstance(iteration, int) else None
     return {"base": -1, "warmup": 0}.get(str(stage))
 
 
 def title(at: float) -> str:
-    """What the axis says at a place."""
+    """The axis label of a place."""
     return {-1: "base", 0: "warm-up"}.get(int(at), f"{at:g}")
 
 
-def number(record: dict[str, Any], key: str) -> float | None:
-    """A record's number; None where it is absent, no number, or not finite."""
+def number(record: Record, key: str) -> float | None:
+    """A number of a record; None if it is absent, not a number, or not finite."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -110,22 +125,22 @@ def number(record: dict[str, Any], key: str) -> float | None:
 # ---- 2. stored responses ------------------------------------------------------------------------------
 
 
-def lines(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a rollout store as they are, one by one."""
+def lines(folder: pathlib.Path) -> Iterator[Record]:
+    """The records of a rollout store, one by one, as they are stored."""
     for path in sorted(folder.glob("[0-9]*.jsonl")):
         with open(path, encoding="utf-8", newline="\n") as file:
-            for number_, line in enumerate(file, start=1):
+            for count, line in enumerate(file, start=1):
                 try:
                     record = json.loads(line)
                     record["query"], record["responses"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise Missing(f"{path.name} of {folder.name}, line {number_}, cannot be read") from error
+                    raise Missing(f"{path.name} of {folder.name}, line {count}, cannot be read") from error
                 yield record
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Responses with step scores: per query its greedy response and its samples of one temperature."""
+    """Responses with step scores: for each query its greedy response and its samples at one temperature."""
 
     folder: pathlib.Path
     temperature: float
@@ -136,37 +151,48 @@ class Scored:
         return {r["query"]: str(r.get("question", "")) for r in lines(self.folder)}
 
 
-def scored(run: Run) -> Scored:
-    """The responses of the newest stage that the reward model scored, on validation rather than on test."""
+def scored(run: RunRecord) -> Scored:
+    """The responses of the latest stage that the reward model scored; validation before test."""
     stages = {place(r): r for split in ("validation", "test") for r in run.records(split)}
     for at in sorted((at for at in stages if at is not None), reverse=True):
         for split in ("validation", "test"):
             name = {-1: "base", 0: "warmup"}.get(at, f"iteration_{at:02d}") + f"_{split}"
             folder = run.workdir / "scores" / name
-            found = _at_one_temperature(run, [read_rollout(record)[1] for record in lines(folder)])
-            if any(r.step_scores for group in found[1] for r in group):
-                return Scored(folder, *found)
+            responses = [read_rollout(record)[1] for record in lines(folder)]
+            temperature, groups = _at_one_temperature(run, responses)
+            if any(r.step_scores for group in groups for r in group):
+                return Scored(folder, temperature, groups)
     raise Missing("no reward model has scored validation or test responses in this run")
 
 
-def _at_one_temperature(run: Run, groups: list[list[Response]]) -> tuple[float, list[list[Response]]]:
-    """Greedy responses and the samples of the evaluation's temperature, of an exploration's else of most."""
+def _at_one_temperature(run: RunRecord, groups: list[list[Response]]) -> tuple[float, list[list[Response]]]:
+    """The greedy responses and the samples at the evaluation's temperature, or else at the most frequent."""
     counts = collections.Counter(r.temperature for group in groups for r in group if r.temperature > 0)
-    usual = run.value("eval.temperature")
-    chosen = usual if usual in counts else max(counts, key=lambda t: counts[t], default=0.0)
+    usual = run.config("eval.temperature")
+    chosen = max(counts, key=lambda t: (t == usual, counts[t]), default=0.0)
     return chosen, [[r for r in group if r.temperature in (0, chosen)] for group in groups]
 
 
 # ---- 3. Figure 2 --------------------------------------------------------------------------------------
 
 
-def rollouts_curve(groups: Sequence[Sequence[Response]], ns: Sequence[int], aggregate: str) -> dict[str, Any]:
-    """Accuracy against the number of rollouts (Figure 2a), by the verdicts that the store has.
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Accuracy against the number of rollouts (Figure 2a).
 
-    `metrics.curve` judges by the queries themselves; the store has neither their options nor their types.
+    Attributes:
+      n: the numbers of rollouts.
+      accuracy: greedy, best_of_n, majority and weighted_vote, each for every n; greedy may be empty.
+    """
 
-    Returns:
-      `n`: those of ns that every query has samples for; greedy, best_of_n, majority, weighted_vote: lists.
+    n: list[int]
+    accuracy: dict[str, list[float]]
+
+
+def rollouts_curve(groups: Sequence[Sequence[Response]], ns: Sequence[int], aggregate: str) -> Curve:
+    """Accuracy against the number of rollouts, by the stored verdicts, for those ns that every query has.
+
+    `metrics.curve` judges by the queries themselves, but the store has neither their options nor their types.
     """
     least = min((sum(r.temperature > 0 for r in group) for group in groups), default=0)
     ns = [n for n in ns if n <= least]
@@ -181,12 +207,13 @@ def rollouts_curve(groups: Sequence[Sequence[Response]], ns: Sequence[int], aggr
         for name, weights in (("majority", [1.0] * len(samples)), ("weighted_vote", rewards)):
             won = [selection.vote(samples[:n], weights[:n], operator.eq) for n in ns]
             hits[name].append([vote is not None and vote.answer in good for vote in won])
-    out: dict[str, Any] = {"n": ns, "greedy": [mean(greedy)[0]] * len(ns) if greedy else []}
-    return out | {name: [mean(column)[0] for column in zip(*rows)] for name, rows in hits.items()}
+    accuracy = {"greedy": [mean(greedy).value] * len(ns) if greedy else []}
+    accuracy |= {name: [mean(column).value for column in zip(*rows)] for name, rows in hits.items()}
+    return Curve(ns, accuracy)
 
 
 def _same_answers(responses: Sequence[Response]) -> list[Response]:
-    """The responses with one spelling for every answer: all correct ones agree, wrong ones by value."""
+    """The responses with one spelling for each answer: all correct ones agree, wrong ones by value."""
     spelling: dict[tuple[str, str | None], str] = {}
     out = []
     for r in responses:
@@ -201,7 +228,7 @@ def _same_answers(responses: Sequence[Response]) -> list[Response]:
 
 
 def top_and_rest(groups: Sequence[Sequence[Response]], aggregate: str) -> list[Pair]:
-    """Per query: the Top-2 of its correct samples and the rest of them; only queries that have a rest."""
+    """For each query the Top-2 of its correct samples and the rest; queries without a rest are left out."""
     pairs = []
     for group in groups:
         right = selection.correct([r for r in group if r.temperature > 0])
@@ -212,24 +239,31 @@ def top_and_rest(groups: Sequence[Sequence[Response]], aggregate: str) -> list[P
     return pairs
 
 
-def mean(values: Sequence[float]) -> Share:
-    """Mean and its standard error; the error of a single value is 0."""
+def mean(values: Sequence[float]) -> Mean:
+    """The mean and its standard error; the error of a single value is 0."""
     if not values:
         raise Missing("there is nothing to average")
-    middle, count = math.fsum(values) / len(values), len(values)
-    spread = math.fsum((v - middle) ** 2 for v in values)
-    return middle, math.sqrt(spread / (count - 1) / count) if count > 1 else 0.0
+    error = float(scipy.stats.sem(values)) if len(values) > 1 else 0.0
+    return Mean(math.fsum(values) / len(values), error)
 
 
-def compare(pairs: Sequence[Pair], measure: Callable[[Response], float]) -> tuple[Share, Share, Share]:
-    """(Top-2, rest, their difference) of a measure; every query counts once."""
-    per_query = [[mean([measure(r) for r in side])[0] for side in pair] for pair in pairs]
-    tops, rests = [top for top, _ in per_query], [rest for _, rest in per_query]
-    return mean(tops), mean(rests), mean([top - rest for top, rest in per_query])
+class Contrast(NamedTuple):
+    """A measure of the Top-2 and of the rest, and the difference, paired by query."""
+
+    top: Mean
+    rest: Mean
+    difference: Mean
 
 
-def truths(run: Run) -> dict[str, truth.Truth]:
-    """What the embedded data set's generator knows, by query id."""
+def compare(pairs: Sequence[Pair], measure: Callable[[Response], float]) -> Contrast:
+    """Compares a measure of the Top-2 with that of the rest; every query counts once."""
+    tops = [mean([measure(r) for r in top]).value for top, _ in pairs]
+    rests = [mean([measure(r) for r in rest]).value for _, rest in pairs]
+    return Contrast(mean(tops), mean(rests), mean([top - rest for top, rest in zip(tops, rests)]))
+
+
+def truths(run: RunRecord) -> dict[str, truth.Truth]:
+    """The truth recorded by the generator of the embedded data set, by query id."""
     path = run.workdir / "figures" / "truth.jsonl"
     if not path.exists():
         raise Missing("the data set does not know which steps are right")

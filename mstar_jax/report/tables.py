@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from mstar_jax.report import figures, runs
-from mstar_jax.report.page import escape, table
-from mstar_jax.report.runs import Missing, Run
+from mstar_jax.report import runs
+from mstar_jax.report.markup import escape, table
+from mstar_jax.report.runs import Missing, Record, RunRecord
+from mstar_jax.rewards import metrics
 
-COLUMNS = {  # of the stages' table; a column that no record has is left out
+COLUMNS = {  # of the table of stages; a column that no record has is left out
     "greedy_accuracy": "greedy %",
     "pass_at_k": "Pass@K %",
     "gap": "gap, points",
@@ -24,29 +24,30 @@ SMALL = "Small: 95 % interval (Wilson)."
 HIGHLIGHTS = (
     *("seed", "policy.path", "data.labelled", "data.validation", "data.test", "prm.aggregate"),
     *(f"evolve.{name}" for name in ("iterations", "fraction", "k", "keep", "temperature", "data", "start")),
-    *(f"evolve.{name}" for name in ("reset", "steps", "batch", "learning_rate")),
+    *(f"evolve.{name}" for name in ("steps", "batch", "learning_rate")),
     *("eval.samples", "eval.k", "eval.temperature"),
 )
 
 
-def percent(record: dict[str, Any], key: str, interval: bool = False) -> str:
-    """A cell with a share, and its interval below."""
+def percent(record: Record, key: str, interval: bool = False) -> str:
+    """A cell with a share in percent, if wanted with its interval below."""
     value = runs.number(record, key)
     if value is None:
         return "–"
-    text, n = f"{100 * value:.1f}", record.get("n")
+    text = f"{100 * value:.1f}"
+    n = record.get("n")
     if interval and isinstance(n, int) and n > 0:
-        low, high = figures.wilson(value, n)
+        low, high = metrics.wilson(min(max(value, 0.0), 1.0), n)
         text += f"<small>{100 * low:.0f}–{100 * high:.0f}</small>"
     return text
 
 
-def overview(found: Sequence[Run]) -> str:
-    """What was run: how it went, where it stands, device, versions, config."""
+def overview(found: Sequence[RunRecord]) -> str:
+    """What was run: results at a glance, state, device, versions, config."""
     flat = [_flat(run.results.get("config") or {}) for run in found]
     other = (k for k in dict.fromkeys(k for each in flat for k in each) if len({e.get(k) for e in flat}) > 1)
     rows = [(name, [tell(run) for run in found]) for name, tell in FACTS.items()]
-    for key in dict.fromkeys(key for run in found for key in run.results):  # what else a run says
+    for key in dict.fromkeys(key for run in found for key in run.results):  # what else is recorded
         if key not in ("config", "seed", "versions", "device", "stages"):
             rows.append((key, [json.dumps(run.results.get(key))[:300] for run in found]))
     for key in dict.fromkeys([*HIGHLIGHTS, *other]):
@@ -67,13 +68,14 @@ def overview(found: Sequence[Run]) -> str:
     return text
 
 
-def _tiles(run: Run) -> str:
-    """From the warm-up, or the first stage there is, to the last one."""
+def _tiles(run: RunRecord) -> str:
+    """The change from the warm-up, or else the first stage, to the last one."""
     split = "test" if len(run.records("test")) > 1 else "validation"
     records = [r for r in run.records(split) if runs.place(r) != -1]
     if len(records) < 2:
         return ""
-    first, last = records[0], records[-1]
+    first = records[0]
+    last = records[-1]
     names = {"greedy_accuracy": "greedy accuracy", "pass_at_k": f"Pass@{last.get('k', 'K')}", "gap": "gap"}
     names |= {"reward_pass_at_2": "Reward-Pass@2", "all_right": "all steps right, greedy"}
     text = ""
@@ -87,21 +89,23 @@ def _tiles(run: Run) -> str:
     return f'<p class="soft">{escape(about)}</p><div class="tiles">{text}</div>' if text else ""
 
 
-def stage(record: dict[str, Any]) -> str:
-    """A record's stage in words."""
+def stage(record: Record) -> str:
+    """The name of a record's stage."""
     at = runs.place(record) or 0
     return f"iteration {at}" if at > 0 else runs.title(at)
 
 
-def _flat(values: Any, name: str = "") -> dict[str, str]:
+def _flat(values: object, name: str = "") -> dict[str, str]:
+    """Nested values by their dotted names."""
     if not isinstance(values, dict):
         return {name: str(values)}
     inner = (_flat(v, f"{name}.{k}" if name else k) for k, v in values.items())
     return {k: v for each in inner for k, v in each.items()}
 
 
-def _state(run: Run) -> str:
-    planned, last = run.value("evolve.iterations"), run.records("validation")[-1:]
+def _state(run: RunRecord) -> str:
+    planned = run.config("evolve.iterations")
+    last = run.records("validation")[-1:]
     at = runs.place(last[0]) if last else None
     if at is None:
         return "no stage was evaluated yet"
@@ -109,16 +113,16 @@ def _state(run: Run) -> str:
     return f"up to {runs.title(at)} of {planned} iterations" + (": not finished" if unfinished else "")
 
 
-def _device(run: Run) -> str:
+def _device(run: RunRecord) -> str:
     device = run.results.get("device") or {}
     return f"{device.get('count', '?')} × {device.get('kind', 'unknown')} ({device.get('platform', '?')})"
 
 
-def _versions(run: Run) -> str:
+def _versions(run: RunRecord) -> str:
     return ", ".join(f"{name} {version}" for name, version in (run.results.get("versions") or {}).items())
 
 
-FACTS: dict[str, Callable[[Run], str]] = {
+FACTS: dict[str, Callable[[RunRecord], str]] = {
     "state": _state,
     "device": _device,
     "versions": _versions,
@@ -126,8 +130,8 @@ FACTS: dict[str, Callable[[Run], str]] = {
 }
 
 
-def comparison(found: Sequence[Run]) -> str:
-    """The runs' last records beside each other."""
+def comparison(found: Sequence[RunRecord]) -> str:
+    """The last records of the runs side by side."""
     if len(found) < 2:
         raise Missing("there is one run; give several workdirs to compare them")
     text = ""
@@ -141,19 +145,19 @@ def comparison(found: Sequence[Run]) -> str:
             cells.append(percent(first, "greedy_accuracy"))
             rows.append(cells + [percent(records[-1], key, key == "greedy_accuracy") for key in keys])
         head = ["run", "last stage", "n", "greedy at the start %", *(COLUMNS[key] for key in keys)]
-        note = f"How the runs stand on {split}; the start is the warm-up. {SMALL}"
+        note = f"The last records on the {split} split; the start is the warm-up. {SMALL}"
         text += table(head, rows, note)
     return text
 
 
-def benchmarks(run: Run) -> str:
-    """What the run's policies scored on benchmarks."""
+def benchmarks(run: RunRecord) -> str:
+    """The benchmark scores of the run's policies."""
     rows = []
     for path in sorted((run.workdir / "benchmarks").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        for method in (
-            name for name in ("greedy", "majority", "weighted_vote", "best_of_n") if name in record
-        ):
+        for method in ("greedy", "majority", "weighted_vote", "best_of_n"):
+            if method not in record:
+                continue
             found = record[method]
             official = {"official": found["official"]["accuracy"], "fallback": found["fallback"]["accuracy"]}
             shown = official | {"unparsed": found["strict"]["unparsed"], "cut": found["truncated"]}
@@ -168,8 +172,8 @@ def benchmarks(run: Run) -> str:
     return table([*head, "unparsed %", "cut %"], rows, note)
 
 
-def stages(run: Run) -> str:
-    """All records of the dynamics."""
+def stages(run: RunRecord) -> str:
+    """The dynamics of all evaluated stages."""
     records = [r for split in ("validation", "test") for r in run.records(split)]
     if not records:
         raise Missing("results.json has no record of a stage yet")

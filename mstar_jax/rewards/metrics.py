@@ -1,10 +1,11 @@
-"""Numbers that describe a set of responses or of rewards (numpy only)."""
+"""Metrics of responses and of rewards, and the statistics that go with them (numpy and scipy only)."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+import scipy.stats
 
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Query, Response
@@ -13,12 +14,12 @@ from mstar_jax.structs import Query, Response
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that k of n samples, c of them correct, hold a correct one.
+    """Unbiased estimate of the probability that k samples contain a correct one, given c correct of n.
 
     Source: Chen et al. 2021, 1 - C(n - c, k) / C(n, k).
 
     Raises:
-      ValueError: k is not within 1..n, or c not within 0..n.
+      ValueError: k is outside 1..n, or c is outside 0..n.
     """
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
@@ -26,10 +27,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def reward_pass_at_k(rewards: Sequence[float], correct: Sequence[bool], texts: Sequence[str], k: int) -> bool:
-    """Whether a correct one is among the k different texts with the highest rewards of all K responses.
+    """Whether one of the k distinct texts with the highest rewards is correct.
 
-    Copies of a text count once: else the two highest are often the same response. Of equal rewards the
-    earlier ranks higher.
+    Duplicates count once; otherwise the top two are often the same response. Ties go to the earlier one.
     """
     if k < 1:
         raise ValueError(f"Reward-Pass@k needs k >= 1, got {k}")
@@ -41,20 +41,20 @@ def reward_pass_at_k(rewards: Sequence[float], correct: Sequence[bool], texts: S
 
 
 def best_of_n(rewards: Sequence[float], correct: Sequence[bool]) -> bool:
-    """Whether the response of the highest reward, of equal ones the first, is correct."""
+    """Whether the response with the highest reward is correct; ties go to the earlier one."""
     pairs = list(zip(rewards, correct, strict=True))
     return bool(max(pairs, key=lambda pair: pair[0])[1]) if pairs else False
 
 
 def balance_score(selected: int, right: int, target: int = 8) -> float:
-    """How many and how good the selected responses are: min(c / target, 1) c / n, 0 where n is 0.
+    """Quantity times quality of the selected responses: min(c / target, 1) * c / n, or 0 if n is 0.
 
     Source: B-STaR (Zeng et al. 2024).
 
     Args:
-      selected: n, responses that the reward keeps.
-      right: c, those of them that are correct.
-      target: correct responses that are enough.
+      selected: n, the number of responses that the reward keeps.
+      right: c, how many of them are correct.
+      target: the number of correct responses that is enough.
     """
     if not (0 <= right <= selected and target >= 1):
         raise ValueError(f"need 0 <= right <= selected and target >= 1, got {right}, {selected}, {target}")
@@ -72,23 +72,23 @@ def dynamics(
     alpha: float = 0.5,
     target: int = 8,
 ) -> dict[str, float]:
-    """The metrics of self-evolution on one split.
+    """The training dynamics on one split.
 
     Args:
-      groups: per query: its greedy response (temperature 0) if there is one, and its samples.
-      k: for Pass@K, at most the number of samples.
-      aggregate: what makes a reward of step scores, one of `selection.AGGREGATES`.
-      alpha: the balance score counts samples with a reward above it as selected.
-      target: the balance score's.
+      groups: for each query its samples and, if there is one, its greedy response (temperature 0).
+      k: the K of Pass@K; capped at the number of samples.
+      aggregate: how step scores become a reward, one of `selection.AGGREGATES`.
+      alpha: the balance score counts samples whose reward exceeds it as selected.
+      target: of the balance score.
 
     Returns:
-      greedy_accuracy, pass_at_k, gap (Pass@K - greedy), sampled_accuracy, unparsed and truncated
-      (shares of all responses), length (tokens), distinct_answers (per query, over its samples), and of
-      scored samples reward_pass_at_2 and balance_score. What cannot be told (no greedy response, no
-      samples, no scores) is absent.
+      greedy_accuracy, pass_at_k, gap (Pass@K minus greedy accuracy), sampled_accuracy, distinct_answers (per
+      query, over its samples); unparsed, gold_unparsed and truncated (fractions of all responses); length
+      (mean, in tokens); and, for scored samples, reward_pass_at_2 and balance_score. Metrics that are
+      undefined (no greedy response, no samples, no scores) are left out.
 
     Raises:
-      ValueError: some samples have scores and others, not truncated, have none.
+      ValueError: some samples are scored while others that are not truncated have no scores.
     """
     everything = [r for group in groups for r in group]
     greedy = [r for r in everything if r.temperature == 0]
@@ -118,20 +118,27 @@ def dynamics(
     return out
 
 
-def by_temperature(groups: Sequence[Sequence[Response]], k: int, **settings: Any) -> list[dict[str, float]]:
-    """The dynamics of the samples of each temperature apart: the grid that the next one is chosen from.
+def by_temperature(
+    groups: Sequence[Sequence[Response]],
+    k: int,
+    *,
+    aggregate: str = "min",
+    alpha: float = 0.5,
+    target: int = 8,
+) -> list[dict[str, float]]:
+    """The dynamics at each temperature: the grid from which the next temperature is chosen.
 
     Args:
-      groups: per query: its greedy response if there is one, and its samples of every temperature.
-      k: for Pass@K.
-      **settings: aggregate, alpha and target of `dynamics`.
+      groups: for each query its samples at every temperature and, if there is one, its greedy response.
+      k: the K of Pass@K.
+      aggregate, alpha, target: as in `dynamics`.
 
     Returns:
-      Per temperature above 0, ascending: `temperature` and the dynamics of its samples; greedy_accuracy
-      is the same in all of them, and gap is the distance from it.
+      For each temperature above 0, in ascending order: `temperature` and the dynamics of its samples.
+      greedy_accuracy is the same in every row, and gap is measured from it.
 
     Raises:
-      ValueError: a query has no sample of a temperature that another has.
+      ValueError: a query has no sample at a temperature at which another has one.
     """
     greedy = [r.verdict == "correct" for group in groups for r in group if r.temperature == 0]
     out = []
@@ -139,8 +146,9 @@ def by_temperature(groups: Sequence[Sequence[Response]], k: int, **settings: Any
         at = [[r for r in group if r.temperature == temperature] for group in groups]
         if not all(at):
             where = at.index([])
-            raise ValueError(f"group {where} has no sample at temperature {temperature}, others have")
-        row = {"temperature": temperature, **dynamics(at, k, **settings)}
+            raise ValueError(f"group {where} has no sample at temperature {temperature}, but others have")
+        measured = dynamics(at, k, aggregate=aggregate, alpha=alpha, target=target)
+        row = {"temperature": temperature} | measured
         if greedy:
             row["greedy_accuracy"] = _mean(greedy)
             row["gap"] = row["pass_at_k"] - row["greedy_accuracy"]
@@ -155,17 +163,17 @@ def curve(
     *,
     aggregate: str = "min",
 ) -> list[dict[str, float]]:
-    """Accuracy against the number of rollouts, by how one answer is made of them (Figure 2a).
+    """Accuracy against the number of rollouts, for each way of choosing one answer (Figure 2a).
 
     Args:
-      groups: labelled queries, each with its scored samples and, if there is one, its greedy response. A
-        response is judged here by its query's answer, whatever it was judged by before.
-      ns: numbers of rollouts: the first n samples of every query.
-      same_of: which answers of a query vote together.
-      aggregate: what makes a reward of step scores.
+      groups: labelled queries, each with its scored samples and, if there is one, its greedy response.
+        Responses are judged here against the query's gold answer; earlier verdicts are ignored.
+      ns: numbers of rollouts; n means the first n samples of every query.
+      same_of: for a query, the function that says whether two answers vote together.
+      aggregate: how step scores become a reward.
 
     Returns:
-      Per n: `n`, best_of_n, majority, weighted_vote and, where there are greedy responses, greedy.
+      For each n: `n`, best_of_n, majority, weighted_vote and, if there are greedy responses, greedy.
 
     Raises:
       ValueError: a query has no gold answer or fewer than n samples, or a sample has no scores.
@@ -174,7 +182,7 @@ def curve(
     rows: dict[int, list[tuple[bool, bool, bool]]] = {n: [] for n in ns}
     for query, group in groups:
         if query.answer is None:
-            raise ValueError(f"query {query.id!r} has no gold answer to measure its votes by")
+            raise ValueError(f"query {query.id!r} has no gold answer to compare its votes with")
         judged = [selection.judge(query, r) for r in group]
         greedy += [r.verdict == "correct" for r in judged if r.temperature == 0]
         samples = [r for r in judged if r.temperature > 0]
@@ -183,7 +191,7 @@ def curve(
         same = same_of(query)
         for n in rows:
             if not 1 <= n <= len(samples):
-                raise ValueError(f"query {query.id!r} has {len(samples)} samples; n={n} is not within them")
+                raise ValueError(f"query {query.id!r} has {len(samples)} samples; n={n} is out of range")
             votes = [selection.vote(samples[:n], weights[:n], same) for weights in ([1.0] * n, rewards)]
             majority, weighted = (won is not None and right[won.answer] for won in votes)
             best = best_of_n(rewards[:n], [right[r.answer] for r in samples[:n]])
@@ -201,97 +209,160 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
+# ---- 3. intervals and tests ---------------------------------------------------------------------------
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of n trials.
+
+    The share may also be the mean of n values in 0..1, such as Pass@K. Then `share * n` need not be whole,
+    and the interval is interpolated between those of the neighbouring whole numbers of successes.
+
+    Raises:
+      ValueError: n is not positive, or the share is outside 0..1.
+    """
+    if n < 1 or not 0 <= share <= 1:
+        raise ValueError(f"an interval needs a share in 0..1 and n >= 1, got {share} and {n}")
+    successes = round(share * n, 6)  # 0.29 * 100 is not quite 29
+    below = math.floor(successes)
+    ends = [
+        scipy.stats.binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")
+        for count in (below, math.ceil(successes))
+    ]
+    low, high = (float(np.interp(successes - below, (0, 1), pair)) for pair in zip(*ends))
+    return low, high
+
+
+class Comparison(TypedDict):
+    """Two policies on the same questions, see `paired`."""
+
+    difference: float
+    interval: list[float]  # [low, high]
+    gained: int
+    lost: int
+    p: float
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
     """Compares two policies on the same questions.
 
     Args:
-      first: per question, was the one right.
-      second: was the other.
+      first: for each question, whether the first policy is right.
+      second: whether the second one is.
 
     Returns:
-      difference (share right of the second less that of the first), interval (its 95 % interval, from the
-      variance of the paired differences), gained and lost (questions), and p, two-sided, of McNemar's exact
-      test: were gains and losses equally likely.
+      difference (accuracy of the second minus that of the first), its 95 % interval (normal, from the
+      variance of the paired differences), the numbers of questions gained and lost, and the two-sided p of
+      McNemar's exact test: are gains and losses equally likely?
 
     Raises:
-      ValueError: other numbers of questions, or none.
+      ValueError: the numbers of questions differ, or there are none.
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"need the same questions, got {len(first)} and {len(second)}")
     gained = sum(b and not a for a, b in zip(first, second))
     lost = sum(a and not b for a, b in zip(first, second))
-    n, changed, change = len(first), gained + lost, (gained - lost) / len(first)
-    width = 1.959964 * math.sqrt(max(changed / n - change**2, 0.0) / n)
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    p = min(1.0, 2 * tail / 2**changed)  # whole numbers: exact for any number of questions
-    interval = [change - width, change + width]
-    return {"difference": change, "interval": interval, "gained": gained, "lost": lost, "p": p}
+    n = len(first)
+    changed = gained + lost
+    difference = (gained - lost) / n
+    error = math.sqrt(max(changed / n - difference**2, 0.0) / n)
+    half = float(scipy.stats.norm.ppf(0.975)) * error
+    return {
+        "difference": difference,
+        "interval": [difference - half, difference + half],
+        "gained": gained,
+        "lost": lost,
+        "p": float(scipy.stats.binomtest(gained, changed).pvalue) if changed else 1.0,
+    }
 
 
-# ---- 3. the reward model ------------------------------------------------------------------------------
+# ---- 4. the reward model ------------------------------------------------------------------------------
 
 
 def _wins(scores: Sequence[float], labels: Sequence[float]) -> tuple[float, int]:
-    """(pairs whose positive scores higher, a tie as half; pairs), from the ranks: O(n log n)."""
-    value, label = np.asarray(scores, np.float64), np.asarray(labels)
+    """(Mann-Whitney U of the positives, number of pairs of a positive and a negative); ties count half."""
+    value = np.asarray(scores, np.float64)
+    label = np.asarray(labels)
     if value.shape != label.shape or value.ndim != 1:
         raise ValueError(f"need one label per score, got shapes {value.shape} and {label.shape}")
     if not (np.isin(label, (0, 1)).all() and np.isfinite(value).all()):
         raise ValueError("an AUC needs labels 0 and 1, and finite scores")
     positive = label == 1
     count = int(positive.sum())
-    _, place, copies = np.unique(value, return_inverse=True, return_counts=True)
-    rank = np.cumsum(copies) - (copies - 1) / 2  # from 1; the mean rank of equal scores
-    return float(rank[place][positive].sum()) - count * (count + 1) / 2, count * (len(value) - count)
+    ranks = scipy.stats.rankdata(value)
+    return float(ranks[positive].sum()) - count * (count + 1) / 2, count * (len(value) - count)
 
 
 def auc(scores: Sequence[float], labels: Sequence[float]) -> float | None:
-    """Area under the ROC curve: the chance that a positive scores higher than a negative, ties half.
+    """Area under the ROC curve: the probability that a positive outscores a negative; ties count half.
 
-    None where one of the two labels, 0 and 1, is missing.
+    None if one of the labels, 0 and 1, does not occur.
     """
     return within_auc([(scores, labels)])
 
 
 def within_auc(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """AUC over the pairs within a (scores, labels) group, all groups' pairs pooled; None without a pair.
+    """AUC over pairs from the same (scores, labels) group, pooled over the groups; None without any pair.
 
-    Unlike `auc` it does not reward telling easy queries from hard ones.
+    Unlike `auc`, it gives no credit for telling easy queries from hard ones.
     """
     found = [_wins(scores, labels) for scores, labels in groups]
     pairs = sum(each for _, each in found)
     return math.fsum(wins for wins, _ in found) / pairs if pairs else None
 
 
-def calibration(scores: Sequence[float], labels: Sequence[float], bins: int = 10) -> dict[str, Any]:
-    """How far scores are from the shares they stand for; soft labels, such as Monte-Carlo ones, are fine.
+class Bin(TypedDict):
+    """One bin of a reliability diagram: its borders, how many scores it holds, and their means."""
+
+    low: float
+    high: float
+    count: int
+    score: float
+    label: float
+
+
+class Calibration(TypedDict):
+    """Expected calibration error, Brier score, and the bins that are not empty."""
+
+    ece: float
+    brier: float
+    bins: list[Bin]
+
+
+def calibration(scores: Sequence[float], labels: Sequence[float], bins: int = 10) -> Calibration:
+    """How well scores match the observed frequencies. Labels may be soft, such as Monte-Carlo estimates.
 
     Args:
       scores: in 0..1.
       labels: in 0..1.
-      bins: of equal width; a score on a border belongs to the upper one.
+      bins: number of bins of equal width; a score on a border belongs to the upper bin.
 
     Returns:
-      ece (expected calibration error: the mean of |mean score - mean label| over the bins, weighted by
-      their counts), brier (mean squared difference), and `bins`: low, high, count, score and label (means)
-      of every bin with something in it.
+      ece (the mean of |mean score - mean label| over the bins, weighted by their counts), brier (the mean
+      squared difference of score and label), and the bins that are not empty.
 
     Raises:
-      ValueError: no scores, other numbers of labels, or a value outside 0..1.
+      ValueError: there are no scores, the numbers of scores and labels differ, or a value is outside 0..1.
     """
-    value, label = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
+    value = np.asarray(scores, np.float64)
+    label = np.asarray(labels, np.float64)
     if value.shape != label.shape or value.ndim != 1 or not value.size or bins < 1:
         raise ValueError(
-            f"need a score, a label for each and a bin, got {value.shape}, {label.shape}, {bins}"
+            f"need scores, one label for each, and bins >= 1, got {value.shape}, {label.shape}, {bins}"
         )
     if not all(((each >= 0) & (each <= 1)).all() for each in (value, label)):
-        raise ValueError("scores and labels have to lie in 0..1")
+        raise ValueError("scores and labels must lie in 0..1")
     edges = np.linspace(0.0, 1.0, bins + 1)
     place = np.searchsorted(edges[1:-1], value, side="right")
-    rows = []
-    for at in np.unique(place):
-        score, share = float(value[place == at].mean()), float(label[place == at].mean())
-        row = {"low": float(edges[at]), "high": float(edges[at + 1]), "count": int((place == at).sum())}
-        rows.append(row | {"score": score, "label": share})
+    rows: list[Bin] = [
+        {
+            "low": float(edges[at]),
+            "high": float(edges[at + 1]),
+            "count": int((place == at).sum()),
+            "score": float(value[place == at].mean()),
+            "label": float(label[place == at].mean()),
+        }
+        for at in np.unique(place)
+    ]
     ece = math.fsum(row["count"] * abs(row["score"] - row["label"]) for row in rows) / value.size
     return {"ece": ece, "brier": float(np.mean((value - label) ** 2)), "bins": rows}

@@ -1,41 +1,42 @@
 """The process reward model: Monte-Carlo labels of steps, its loss, and its scores.
 
-    label   of a step: how often completions from its end reach the gold answer; of the last one the verdict
-    score   of a step: sigmoid of the reward model's output at the step's last token
+    label   of a step: the fraction of completions from its end that reach the gold answer; of the last step,
+            the verdict
+    score   of a step: sigmoid of the reward model's output at the last token of the step
 
-A response's branch, with the places where labels and scores stand (| ends a step):
+The branch of a response, with the places of its labels and scores (| ends a step):
 
     Bars red 4 blue 2|Sum 4 + 2 = 6|The answer is 6<stop>
                      ^             ^                ^
 
-Labels cost the most, so a query's distinct step prefixes are found first; the responses that hold them lie in
-one row behind the query's prompt, and every completion goes on from a place in that row.
+Labels dominate the cost. So the distinct step prefixes of a query are collected first; the responses that
+contain them share one row, after the prompt of the query, and every completion continues from a place in that
+row.
 """
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mstar_jax import processes, sharding
-from mstar_jax.models import layers
+from mstar_jax.models import layers, vlm
 from mstar_jax.rewards import steps
 from mstar_jax.structs import Batch, Prompt, Response, Row
 
-Prefix = tuple[int, ...]  # a response's tokens up to the end of a step
+Prefix = tuple[int, ...]  # the tokens of a response up to the end of a step
 
 # ---- 1. labels ----------------------------------------------------------------------------------------
 
 
 def prefixes(responses: Sequence[Response], texts: Sequence[str]) -> list[Prefix]:
-    """The distinct step prefixes of a query's responses that need completions: all but the whole responses.
+    """The distinct step prefixes of a query's responses that need completions: all but whole responses.
 
     Args:
-      responses: of one query.
-      texts: what each id adds to a text, see `draw.token_texts`.
+      responses: to one query.
+      texts: the text that each id adds, see `draw.token_texts`.
     """
     found = dict[Prefix, None]()
     for response in responses:
@@ -45,26 +46,27 @@ def prefixes(responses: Sequence[Response], texts: Sequence[str]) -> list[Prefix
 
 
 def stems(prompt: Prompt, found: Sequence[Prefix], completions: int, samples: int, longest: int) -> list[Row]:
-    """Rows that continue every prefix `completions` times, up to `samples` at once.
+    """Rows that continue every prefix `completions` times, with `samples` completions per row.
 
-    A prefix that begins a longer one is not laid out again: its completions start within the longer one. A
-    completion's key is made of its prefix and number, so it does not depend on the others. A row is filled
-    up with samples from the prompt, which nobody reads.
+    A prefix of a longer prefix takes no space of its own: its completions start inside the longer one. The
+    key of a completion is made from its prefix and number, so it does not depend on the others. Unused places
+    of a row sample from the prompt; these samples are ignored.
 
     Args:
       prompt: of the query.
-      found: its distinct prefixes.
-      completions: of each.
+      found: the distinct prefixes.
+      completions: of each prefix.
       samples: of a row; a multiple of `completions`.
-      longest: most tokens of a row.
+      longest: maximum number of tokens in a row.
 
     Raises:
-      ValueError: `samples` is no multiple of `completions`.
+      ValueError: `samples` is not a multiple of `completions`.
     """
     if samples % completions:
-        raise ValueError(f"{samples} samples a row cannot be shared out in {completions} for every step")
-    rows, part = list[Row](), list[Prefix]()
-    for prefix in sorted(found):  # what begins another comes right before it
+        raise ValueError(f"{samples} samples per row are not a multiple of {completions} completions")
+    rows = list[Row]()
+    part = list[Prefix]()
+    for prefix in sorted(found):  # a prefix of another one comes before it
         size = prompt.length + sum(map(len, _whole([*part, prefix])))
         if part and (len(part) == samples // completions or size > longest):
             rows.append(_stem(prompt, part, completions, samples))
@@ -74,28 +76,29 @@ def stems(prompt: Prompt, found: Sequence[Prefix], completions: int, samples: in
 
 
 def _whole(part: Sequence[Prefix]) -> list[Prefix]:
-    """Those of sorted prefixes that begin no other one."""
+    """Those of the sorted prefixes that are not a prefix of another one."""
     return [p for p, after in zip(part, [*part[1:], ()]) if after[: len(p)] != p]
 
 
 def _stem(prompt: Prompt, part: Sequence[Prefix], completions: int, samples: int) -> Row:
-    held, starts = _whole(part), list[tuple[int, int, int]]()
+    branches = _whole(part)
+    starts = list[tuple[int, int, int]]()
     for prefix in part:
-        branch = next(i for i, whole in enumerate(held, start=1) if whole[: len(prefix)] == prefix)
+        branch = next(i for i, whole in enumerate(branches, start=1) if whole[: len(prefix)] == prefix)
         key = zlib.crc32(np.array(prefix, np.int32).tobytes())
         starts += [(branch, len(prefix), (key + number) % 2**32) for number in range(completions)]
     starts += [(0, 0, number) for number in range(samples - len(starts))]
-    return Row(prompt, tuple(held), starts=tuple(starts))
+    return Row(prompt, tuple(branches), starts=tuple(starts))
 
 
 def label(
     response: Response, values: dict[Prefix, float], texts: Sequence[str], *, hard: bool = False
 ) -> tuple[float, ...]:
-    """The labels of a response's steps: the share of completions that reached the gold answer from each, and
-    at last the verdict. Hard labels are 1 where any did.
+    """The labels of a response's steps: the fraction of completions from each that reach the gold answer, and
+    for the last step the verdict. A hard label is 1 if any completion does.
 
-    A truncated response has no last step: its unfinished one is wrong. A response of one step has its verdict
-    alone, an empty one has no label.
+    The unfinished last step of a truncated response is wrong. A response of one step has only its verdict as
+    a label; an empty one has none.
 
     Raises:
       KeyError: a step prefix is not among the values.
@@ -111,7 +114,7 @@ def label(
 
 
 def same_steps(text: str, tokens: Sequence[int], texts: Sequence[str]) -> bool:
-    """Whether a text and its ids have the same steps: not so where several ids make one odd blank."""
+    """Whether a text and its ids have the same steps; not if several ids form one unusual line break."""
     return len(steps.ends(tokens, texts)) == len(steps.split(text))
 
 
@@ -122,24 +125,26 @@ def row(
     texts: Sequence[str],
     labels: Sequence[Sequence[float]] | None = None,
 ) -> Row:
-    """A query's responses side by side, to train the reward model or, without labels, to score them.
+    """The responses to a query as the branches of one row, to train on or, without labels, to score.
 
-    The text of a response counts and not its tokens: the reward model may be of another family.
+    The text of a response is encoded again, since the reward model may be of another family.
 
     Args:
-      prompt: the query's, as the reward model's family encodes it.
-      responses: the branches. The correct ones also teach the trunk.
-      encode: text -> ids closed by the stop id, the family's.
-      texts: what each id of the family adds to a text.
-      labels: one a step of every response.
+      prompt: of the query, encoded by the reward model's family.
+      responses: the branches. The correct ones also train the trunk.
+      encode: text -> ids that end with the stop id, of that family.
+      texts: the text that each id of that family adds.
+      labels: one for each step of every response.
 
     Raises:
-      ValueError: the steps of a text and of its ids differ in number.
+      ValueError: a text and its ids have different numbers of steps.
     """
-    tokens, places = [], []
+    tokens = []
+    places = []
     for number, response in enumerate(responses):
         ids = encode(response.text)
-        ends, count = steps.ends(ids, texts), len(steps.split(response.text))
+        ends = steps.ends(ids, texts)
+        count = len(steps.split(response.text))
         if len(ends) != count or (labels is not None and len(labels[number]) != count):
             raise ValueError(
                 f"query {prompt.query.id}, sample {response.sample}: {count} steps in the text, "
@@ -155,22 +160,26 @@ def row(
 
 
 def make_loss(mc: float) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """The reward model's loss, for `step.make_train_step`; of a batch, summed:
+    """The reward model's loss, for `step.make_train_step`, summed over a batch:
 
-        sum over correct responses' tokens  -log p(token)
-        + mc  sum over step ends  ( BCE(score, label) + ranking(score, label) )
+        sum over tokens of correct responses  -log p(token)
+        + mc * sum over step ends  ( BCE(score, label) + ranking(score, label) )
 
     The first part makes the trunk a better judge of what is likely. Monte-Carlo labels are noisy where it
-    matters (a wrong description often leads to the right answer), and with a weight near 1 they spoil it.
-    Cross-entropy alone mostly learns which queries are hard; the ranking is among the steps of one number of
-    one query: the mean of softplus(score_j - score_i) over pairs, weighted by label_i - label_j > 0.
+    matters (a wrong description often leads to the right answer), and with a weight near 1 they hurt.
+    Cross-entropy alone mostly learns which queries are hard. The ranking compares steps with the same number
+    and of the same query: it is the mean of softplus(score_j - score_i) over pairs with label_i > label_j,
+    weighted by the difference of the labels.
 
-    `right` counts the steps whose score is on the label's side of 0.5.
+    `right` counts the steps whose score is on the same side of 0.5 as the label.
     """
 
-    def loss(model: Any, batch: Batch, remat: Any = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        model: vlm.RewardModel, batch: Batch, remat: Callable | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         score, logprob = model(batch, remat)
-        ends, label = batch.labels >= 0, jnp.clip(batch.labels, 0.0, 1.0)
+        ends = batch.labels >= 0
+        label = jnp.clip(batch.labels, 0.0, 1.0)
         cross_entropy = jnp.where(ends, jax.nn.softplus(score) - label * score, 0.0)
         number = layers.branch_sum(ends.astype(jnp.float32), batch.branch)
         rivals = (number[:, :, None] == number[:, None, :]) & ends[:, :, None] & ends[:, None, :]
@@ -188,29 +197,31 @@ def make_loss(mc: float) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]
 
 
 @jax.jit
-def token_scores(model: Any, batch: Batch) -> jax.Array:
-    """float32[B, T] in 0..1 after each token of the rows."""
+def token_scores(model: vlm.RewardModel, batch: Batch) -> jax.Array:
+    """The score in 0..1 after each token of the rows: float32[B, T]."""
     return jax.nn.sigmoid(model(batch)[0])
 
 
 def scores(
-    model: Any, batches: Iterable[tuple[tuple[Row, ...], Batch]], mesh: Any
+    model: vlm.RewardModel, batches: Iterable[tuple[tuple[Row, ...], Batch]], mesh: jax.sharding.Mesh
 ) -> Iterator[list[list[tuple[float, ...]]]]:
-    """The step scores of every response of every row, batch by batch; rows as `row` makes them."""
-    pending = None  # the device works on a batch while the one before it is read
+    """The step scores of every response of every row, batch by batch; the rows are made by `row`."""
+    pending = None  # the device computes a batch while the host reads the one before
     for rows, batch in batches:
         result = token_scores(model, sharding.put_batch(batch, mesh))
         if pending is not None:
-            yield _read(*pending)
+            yield _step_scores(*pending)
         pending = rows, result
     if pending is not None:
-        yield _read(*pending)
+        yield _step_scores(*pending)
 
 
-def _read(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[float, ...]]]:
-    values, out = processes.fetch(result), []
+def _step_scores(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[float, ...]]]:
+    values = processes.fetch(result)
+    out = []
     for at, row in enumerate(rows):
-        start, scored = row.prompt.length, list[tuple[float, ...]]()
+        start = row.prompt.length
+        scored = list[tuple[float, ...]]()
         for response, marks in zip(row.responses, row.labels):
             scored.append(tuple(float(values[at, start + place]) for place, _ in marks))
             start += len(response)
