@@ -95,8 +95,16 @@ def run(
 
         # improve: pi_t+1 = SFT(pi_t); continuous training inherits the optimizer's moments and the schedule
         start = r.final("warmup" if evolve.start == "initial" else before)
-        inherit = (not evolve.reset_moments and t > 1, not evolve.reset_schedule and t > 1)
-        r.improve(stage, t, start, sources, evolve, inherit=inherit, temperature=temperature)
+        r.improve(
+            stage,
+            t,
+            start,
+            sources,
+            evolve,
+            moments=not evolve.reset_moments and t > 1,
+            schedule=not evolve.reset_schedule and t > 1,
+            temperature=temperature,
+        )
         # explore: the dynamics, and the temperature that they ask for
         kept = sum(len(row.responses) for rows, _ in sources for row in rows)
         if t % config.eval.every == 0 or dynamics.explores(t) or t == evolve.iterations:

@@ -129,7 +129,7 @@ def run(
     mesh = sharding.make_mesh(**config.mesh)
     configure.check_benchmarks(config)
     configure.check_sampling(config, mesh)
-    dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.get("max_crops")
+    dtype, crops = jnp.dtype(config.sampling.dtype), config.policy.max_crops
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         evaluation = Evaluation(workdir, config.benchmarks)
     for checkpoint in found:

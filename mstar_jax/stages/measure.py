@@ -70,7 +70,7 @@ class Dynamics:
         for split in splits:
             if run.results.find(stage, iteration, split):
                 continue
-            where, queries = f"{name}_{split}", run.data[split]
+            where, queries = f"{name}_{split}", getattr(run.data, split)
             groups = self._sampled(where, queries, policy, c.eval.temperature, iteration)
             measured = metrics.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate, alpha=c.explore.alpha)
             used = {"warmup": c.warmup.temperature, "iteration": self.temperature(iteration)}.get(stage)
@@ -110,7 +110,7 @@ class Dynamics:
         run, e = self.run, self.run.config.explore
         if not self.explores(iteration):
             return {}
-        queries = run.data["validation"][: e.queries]
+        queries = run.data.validation[: e.queries]
         temperatures = np.repeat(list(e.temperatures), e.samples)
         where = f"{name}_temperatures"
         sampled = [0.0, *temperatures.tolist()]

@@ -212,7 +212,7 @@ class Reward:
           The queries that got an answer, their responses judged by it, and pseudo_coverage (share of the
           queries) with, against the hidden answers, pseudo_precision.
         """
-        u, hidden = self.run.config.evolve.unlabelled, self.run.data["hidden"]
+        u, hidden = self.run.config.evolve.unlabelled, self.run.data.hidden
         scored = (
             self.score(f"{name}_votes", queries, responses) if self.exists and not u.oracle else responses
         )

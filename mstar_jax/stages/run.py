@@ -22,7 +22,7 @@ from mstar_jax.rewards import metrics, prm
 from mstar_jax.structs import EvolveState, Query, Response, Row, TrainState
 from mstar_jax.training import curves, optimizer
 from mstar_jax.training.checkpoint import Checkpoints
-from mstar_jax.training.step import abstract_state, init_state, make_train_step, token_loss
+from mstar_jax.training.step import Step, abstract_state, init_state, make_train_step, token_loss
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +44,21 @@ class Run(Generator):
         self.checkpoints = Checkpoints(workdir / "checkpoints")
         with processes.first_alone("data"):  # makes the embedded data set
             self.data = configure.load_data(config, workdir)
-        self.labelled, self.unlabelled = (
-            splits.shuffled(self.data[name], config.seed, 0) for name in ("labelled", "unlabelled")
-        )
+        self.labelled = splits.shuffled(self.data.labelled, config.seed, 0)
+        self.unlabelled = splits.shuffled(self.data.unlabelled, config.seed, 0)
         if config.evolve.unlabelled.mixin is not None and not self.unlabelled:
             raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
         self.template = config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot
         with processes.first_alone("policy"):  # and its tokenizer
-            self.policy = configure.make_policy(config, workdir, self.data.get("base", ()))
+            self.policy = configure.make_policy(config, workdir, self.data.base)
         super().__init__(config, workdir, self.policy.processor(), stop)
         self.make_model = functools.partial(self.policy.build, config.seed)
         optimizer.check_frozen(jax.eval_shape(self.make_model), config.train.frozen)
         self.prm_loss = prm.make_loss(config.prm.mc_weight)
         self.started = time.time()
         self.done: _Trained | None = None
-        self._optimizers: dict[Any, Any] = {}  # by what is trained
-        self._steps: dict[Any, tuple[Any, Any]] = {}  # by optimizer
+        self.tx = configure.optimizer(config.train)
+        self._steps: dict[tuple[bool, tuple[str, ...]], tuple[Step, Step]] = {}  # by loss and what is frozen
         count = config.evolve.iterations
         self.stages = ["base", "warmup", "prm", *(f"iteration_{t:02d}" for t in range(1, count + 1))]
 
@@ -76,9 +75,7 @@ class Run(Generator):
                 params = self.policy.load(configure.base_dtype(self.config.train), **how)
                 state = TrainState(0, params, ())  # no optimizer yet
             else:
-                tx, _ = self._optimizer(stage)
-                abstract = abstract_state(self._make(stage), tx, self.mesh)
-                state = self.checkpoints.restore(stage, abstract)
+                state = self.checkpoints.restore(stage, self._abstract(stage))
             self.done = _Trained(stage, state)
         return self.done.state
 
@@ -102,13 +99,11 @@ class Run(Generator):
         c = self.config.train
         if stage == "base" or not c.lora.rank:
             return params
-        return optimizer.store(params, configure.frozen(c, stage), configure.base_dtype(c))
+        return optimizer.cast_frozen(params, configure.frozen(c, stage), configure.base_dtype(c))
 
-    def _optimizer(self, stage: str):
-        settings = self.config.evolve if stage.startswith("iteration") else self.config[stage]
-        tx, schedule = configure.optimizer(settings, self.config.train, stage)
-        key = stage == "prm", configure.frozen(self.config.train, stage)
-        return self._optimizers.setdefault(key, tx), schedule  # the step is given the schedule
+    def _abstract(self, stage: str) -> TrainState:
+        frozen = configure.frozen(self.config.train, stage)
+        return abstract_state(self._make(stage), self.tx, self.mesh, frozen=frozen)
 
     # ------------------------------------------------------------------------------------- generate
     def asked(self, queries: Sequence[Query], template: str = "") -> list[tuple[Query, str]]:
@@ -168,7 +163,8 @@ class Run(Generator):
         *,
         processor: Any = None,
         temperature: float = 0.0,
-        inherit: tuple[bool, bool] = (False, False),
+        moments: bool = False,
+        schedule: bool = False,
         until: Callable[[TrainState, int], bool] | None = None,
     ) -> TrainState:
         """Trains for `settings.steps` steps, or goes on with what the stage's checkpoint left.
@@ -181,22 +177,24 @@ class Run(Generator):
           settings: learning_rate, steps, warmup_steps, final_fraction, batch.
           processor: of the model that is trained; None for the policy's.
           temperature: what the responses were sampled at; written into the checkpoint.
-          inherit: carry on (the optimizer's moments, the schedule) of the start, instead of new ones.
+          moments: keep the optimizer's moments of `start`, instead of new ones.
+          schedule: keep the position of `start` in the learning rate schedule, instead of its beginning.
           until: asked before every `settings.check_every` steps; true ends the stage early.
         """
         c = self.config
-        tx, schedule = self._optimizer(stage)
+        frozen = configure.frozen(c.train, stage)
         saved = self.checkpoints.run(stage)
         if saved is not None and saved.done:
             return self.final(stage)
         if saved is not None:
-            abstract = abstract_state(self._make(stage), tx, self.mesh)
-            state = self.checkpoints.restore(stage, abstract)
+            state = self.checkpoints.restore(stage, self._abstract(stage))
         elif start is None:
-            state = init_state(self.make_model, tx, self.mesh)
+            state = init_state(self.make_model, self.tx, self.mesh, frozen=frozen)
         else:
             start = start._replace(params=self._stored(stage, start.params))
-            state = optimizer.carry_on(start, tx, self.mesh, moments=inherit[0], schedule=inherit[1])
+            state = optimizer.carry_on(
+                start, self.tx, self.mesh, frozen=frozen, moments=moments, schedule=schedule
+            )
         self.done = None  # the step donates its state
         cursor = saved.cursor if saved else 0
         steps = settings.steps if any(len(rows) for rows, _ in sources) else 0
@@ -213,7 +211,8 @@ class Run(Generator):
             share=sharding.share_of(self.mesh),
             state=saved.loader if saved else None,
         )
-        step, plain = self._train_step(stage, tx)
+        rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
+        step, plain = self._train_step(stage)
         curve = curves.StageLog(self.workdir, stage, cursor, saved.curve if saved else None)
 
         def save(done: bool, wait: bool = False) -> None:
@@ -230,13 +229,14 @@ class Run(Generator):
                 if profile(cursor, state):
                     watch.skip()
                 batch = next(batches)
-                state, values = step(state, sharding.put_batch(batch, self.mesh), schedule)
-                watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
+                rate = rates[cursor]
+                state, values = step(state, sharding.put_batch(batch, self.mesh), rate)
+                watch.begin(batch, functools.partial(flops.count, plain, state, batch, rate))
                 cursor += 1
                 curve.add(values)
                 bar.update()
                 if cursor % c.train.log_every == 0 or cursor == steps:
-                    means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
+                    means = curve.write(cursor, float(rate), watch.done)
                     bar.set_postfix_str(f"loss {means['loss']:.3f}")
                 if self.stopping(cursor, c.train.log_every):
                     save(done=False, wait=True)
@@ -248,16 +248,25 @@ class Run(Generator):
         self.done = _Trained(stage, state)
         return state
 
-    def _train_step(self, stage: str, tx):
-        """One program for all stages of an optimizer, and one without recomputation to count FLOPs by."""
-        c, loss = self.config.train, self.prm_loss if stage == "prm" else token_loss
-        if tx not in self._steps:
-            frozen = configure.frozen(c, stage)
-            how: dict[str, Any] = {"loss": loss, "dtype": jnp.dtype(c.dtype), "frozen": frozen}
-            step = make_train_step(tx, self.mesh, accumulate=c.accumulate, remat=c.remat, **how)
-            once = c.accumulate == 1 and c.remat == "none"  # is traced already
-            self._steps[tx] = step, step if once else make_train_step(tx, self.mesh, **how)
-        return self._steps[tx]
+    def _train_step(self, stage: str) -> tuple[Step, Step]:
+        """The program of all stages with one loss and one set of frozen parameters, and one without
+        recomputation, which is only traced, to count FLOPs."""
+        c = self.config.train
+        frozen = configure.frozen(c, stage)
+        key = stage == "prm", frozen
+        if key not in self._steps:
+            make = functools.partial(
+                make_train_step,
+                self.tx,
+                self.mesh,
+                loss=self.prm_loss if stage == "prm" else token_loss,
+                frozen=frozen,
+                dtype=jnp.dtype(c.dtype),
+            )
+            step = make(accumulate=c.accumulate, remat=c.remat)
+            traced = c.accumulate == 1 and c.remat == "none"  # already
+            self._steps[key] = step, step if traced else make()
+        return self._steps[key]
 
     # ----------------------------------------------------------------------------------------- base
     def base(self) -> TrainState:
@@ -269,7 +278,7 @@ class Run(Generator):
 
     def base_sources(self) -> list[tuple[list[Row], float]]:
         """The narrow set's rows by mode, with their weights."""
-        modes = configure.base_examples(self.config, self.data["base"], self.processor.encode_response)
+        modes = configure.base_examples(self.config, self.data.base, self.processor.encode_response)
         return [(self._rows(modes[mode]), weight) for mode, weight in self.config.base.mix.items()]
 
     def base_is_good_enough(self, state: TrainState, cursor: int) -> bool:
@@ -277,7 +286,7 @@ class Run(Generator):
         c = self.config
         if cursor < c.base.check_from:
             return False
-        queries = self.data["base_validation"]
+        queries = self.data.base_validation
         name, kind = f"base_check_{cursor:05d}", "evaluation"
         found = self.generate(name, lambda: state, queries, c.prompts.cot, [0.0], kind=kind)
         accuracy = metrics.dynamics([found[q.id] for q in queries], 1)["greedy_accuracy"]
