@@ -1,4 +1,4 @@
-"""The ablations: that rows differ in what their titles say and nothing else, and what is made of their results."""
+"""The ablations: rows differ in what their titles say and nothing else; what is made of their results."""
 
 import json
 import math

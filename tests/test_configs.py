@@ -1,4 +1,4 @@
-"""The configs: one base with every key, policies that override it, and training methods that fit all of them."""
+"""The configs: one base with every key, policies that override it, and methods that fit all of them."""
 
 import ast
 import importlib
@@ -90,7 +90,7 @@ def test_every_method_fits_every_policy(policy, variant):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_methods_are_the_papers(policy):
-    """Iterative RFT and ReST^EM sample for all queries, train on all correct responses and reset the optimizer;
+    """Iterative RFT and ReST^EM sample for all queries, keep all correct responses and reset the optimizer;
     all methods see as many queries and take as many steps in all."""
     continuous = get(policy, "continuous").evolve
     passes = continuous.iterations * continuous.fraction
