@@ -118,6 +118,30 @@ def test_attention_of_the_tower(dtype, length, within):
     close(*both(run, q, k, v, weight), within)
 
 
+@pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 96), (8, 2, 64)])
+@pytest.mark.parametrize("cache", ["", "int8"])
+def test_attention_of_new_tokens(dtype, within, heads, groups, width, cache):
+    """Over a prefix and two chunks of suffixes: by a kernel where the machine has one."""
+    rng, rows, length, size = np.random.default_rng(0), 2, 100, 20
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    new = [normal(rows, BRANCHES, n, width) for n in (heads, groups, groups)]
+    prefix = normal(rows, groups, length, width), normal(rows, groups, length, width)
+    suffix = [tuple(normal(rows, BRANCHES, groups, size, width) for _ in range(2)) for _ in range(2)]
+    prefix, suffix = jax.tree.map(lambda x: attention.stored(x, cache), (prefix, suffix))
+    keys = jax.tree.map(lambda x: x.swapaxes(2, 3) if x.ndim == 4 else x, prefix[0])
+    visible = jnp.asarray(rng.random((rows, BRANCHES, length)) < 0.6)
+    seen = [jnp.asarray(rng.random((rows, size)) < 0.6).at[:, 3].set(True) for _ in range(2)]
+
+    def run(new, prefix, visible, suffix, seen):
+        return attention.branch_attention(prefix, visible, suffix, seen, jnp.asarray(3))(*new)[0]
+
+    close(*both(run, new, (keys, prefix[1]), visible, suffix, seen), within)
+
+
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.05)])
 def test_logits(policy, batch, dtype, within):
     def run(policy, batch):

@@ -6,6 +6,8 @@ Within rows there are no scores [B, H, T, T] in memory:
     NVIDIA's GPU  cuDNN's flash attention, in bfloat16 and float16
     else          `blockwise`, without a kernel; it skips empty blocks on the way back
 
+New tokens attend with einsums, on NVIDIA's GPUs with the kernels of models/decode_kernel.py.
+
 The alphabet is that of models/layers.py.
 """
 
@@ -19,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 
 from mstar_jax import sharding
+from mstar_jax.models import decode_kernel
 from mstar_jax.structs import Int8
 
 # tokens of a row whose scores are there together, where there is no kernel: forward, and backward
@@ -56,7 +59,7 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
       [B, T, H, N].
     """
     attend = kernel(device_kind(), q)
-    return None if attend is None else _every_device_its_own(attend, q, k, v, mask)
+    return None if attend is None else _every_device_its_own(attend, (2, 2, 2, 0), q, k, v, mask)
 
 
 def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
@@ -65,7 +68,7 @@ def unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array | None:
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     if not device_kind().startswith("NVIDIA") or not half or width % 8 or width > 128:
         return None
-    return _every_device_its_own(_cudnn_unmasked, q, k, v)
+    return _every_device_its_own(_cudnn_unmasked, (2, 2, 2), q, k, v)
 
 
 def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -73,21 +76,27 @@ def _cudnn_unmasked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     # its backward pass wants an even length, and its tiles are multiples of 8
     q, k, v = (jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full(rows, length, jnp.int32)
-    seen = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **seen)[:, :length]
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
-def _every_device_its_own(attend: Callable[..., jax.Array], q, k, v, *mask) -> jax.Array | None:
+def _every_device_its_own(attend: Callable[..., jax.Array], axes: Sequence[int], *args: Any) -> Any:
+    """Attends to rows [B, ...] on their devices; `axes`: where each argument has its heads, 0 for nowhere.
+    The result has them at 2. None where the mesh does not divide rows or heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(q, k, v, *mask)
-    if len(q) % sharding.batch_shards(mesh) or k.shape[2] % mesh.shape["tensor"]:
-        return None
+        return attend(*args)
+    cut = {0: sharding.batch_shards(mesh), 1: mesh.shape["tensor"], 2: mesh.shape["tensor"]}
+    for axis, x in zip(axes, args, strict=True):
+        if any(leaf.shape[at] % cut[at] for leaf in jax.tree.leaves(x) for at in {0, axis}):
+            return None
     # the compiler does not see into a kernel: left to it, all rows would be gathered on every device
-    heads = sharding.spec(("batch", None, "heads", None), sharding.SAMPLE, k.shape, mesh)
-    rows = [sharding.spec(("batch", None, None), sharding.SAMPLE, x.shape, mesh) for x in mask]
-    local = jax.shard_map(attend, in_specs=(heads, heads, heads, *rows), out_specs=heads, check_vma=False)
-    return local(q, k, v, *mask)
+    batch, heads = sharding.SAMPLE["batch"], sharding.SAMPLE["heads"]
+    specs = [jax.P(batch), jax.P(batch, heads), jax.P(batch, None, heads)]
+    in_specs = tuple(specs[axis] for axis in axes)
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=specs[2], check_vma=False)(*args)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False) -> jax.Array:
@@ -127,8 +136,9 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN's flash attention; it reads the mask as a bias [B, 1, T, T] in q's dtype."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    """cuDNN's flash attention. It reads the mask as a bias [B, 1, T, T] in q's dtype. Told that no token sees
+    a later one, it skips the blocks above the diagonal."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], is_causal=True, implementation="cudnn")
 
 
 def _block(kind: str) -> tuple[int, int]:
@@ -323,7 +333,16 @@ def branch_attention(
             return jax.tree.map(put, chunk, stored(new, dtype))
 
         first = with_new(suffix[0][0], k), with_new(suffix[0][1], v)
-        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in (first, *suffix[1:])]
+        read = (first, *suffix[1:])
+        queries = _heads_first(q, groups)
+        each = queries.transpose(0, 3, 1, 2, 4)
+        if decode_kernel.takes(device_kind(), each, (prefix, suffix)):
+            out = _every_device_its_own(
+                decode_kernel.attend, (2, 2, 0, 1, 0), each, read, tuple(own_visible), prefix, visible
+            )
+            if out is not None:
+                return out.astype(q.dtype).reshape(q.shape), first
+        chunks = [(_read(k, q.dtype), _read(v, q.dtype)) for k, v in read]
         (keys, scale_k), (values, scale_v) = (_read(x, q.dtype) for x in prefix)
 
         def scaled(x, scale):  # [B, G, H/G, K, P] by [B, G, P]
@@ -332,13 +351,11 @@ def branch_attention(
         def own_scaled(x, scale):  # [B, K, G, H/G, C] by [B, K, G, C]
             return x if scale is None else x * scale[:, :, :, None]
 
-        queries = _heads_first(q, groups)
         shared = jnp.einsum("bgqtn,bgns->bgqts", queries, keys, preferred_element_type=jnp.float32)
         shared = jnp.where(visible[:, None, None], scaled(shared, scale_k), -jnp.inf)
-        queries = queries.transpose(0, 3, 1, 2, 4)
         parts = []
         for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
-            part = jnp.einsum("bkgqn,bkgcn->bkgqc", queries, own_k, preferred_element_type=jnp.float32)
+            part = jnp.einsum("bkgqn,bkgcn->bkgqc", each, own_k, preferred_element_type=jnp.float32)
             part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
             parts.append(part)
         top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
@@ -349,7 +366,7 @@ def branch_attention(
         )
         total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
         total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
-        out = jnp.zeros(queries.shape, jnp.float32)
+        out = jnp.zeros(each.shape, jnp.float32)
         for (_, (own_v, scale)), part in zip(chunks, parts):
             part = own_scaled(part, scale).astype(own_v.dtype)
             out += jnp.einsum("bkgqc,bkgcn->bkgqn", part, own_v, preferred_element_type=jnp.float32)
