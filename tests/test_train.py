@@ -359,12 +359,20 @@ def test_what_is_carried_on(policy, one, three_steps, moments, schedule):
         assert x.sharding.is_equivalent_to(want, x.ndim)
 
 
-def test_updates_are_those_of_optax(policy, one, text):
+@pytest.fixture(scope="module")
+def text_step(one):
+    """An optimizer, and the step that two tests share."""
+    tx = optimizer.make_optimizer(b1=0.8, b2=0.95, weight_decay=0.1, clip=0.5)
+    return tx, make_train_step(tx, one, frozen=FROZEN)
+
+
+def test_updates_are_those_of_optax(policy, one, text, text_step):
     """`optax.adamw` after clipping, with the schedule inside, over warm-up and decay, on the trained part."""
     schedule = optimizer.make_schedule(3e-3, steps=6, warmup_steps=2, final_fraction=0.1)
-    tx = optimizer.make_optimizer(b1=0.8, b2=0.95, weight_decay=0.1, clip=0.5)
-    step = make_train_step(tx, one, frozen=FROZEN)
-    state = start(policy, tx)
+    tx, step = text_step
+    state = optimizer.carry_on(
+        TrainState(0, policy, ()), tx, one, frozen=FROZEN, moments=False, schedule=False
+    )
     theirs = optax.chain(
         optax.clip_by_global_norm(0.5), optax.adamw(schedule, b1=0.8, b2=0.95, weight_decay=0.1)
     )
@@ -395,10 +403,9 @@ def test_updates_are_those_of_optax(policy, one, text):
         assert np.mean(away > 1e-3 * moved + 1e-7) < 0.01, name
 
 
-def test_one_program_for_all_schedules(policy, one, text):
+def test_one_program_for_all_schedules(policy, one, text, text_step):
     """A state that is carried on in any way, at the rates of any schedule, needs no other program."""
-    tx = adamw()
-    step = make_train_step(tx, one, frozen=FROZEN)
+    tx, step = text_step
     state = optimizer.carry_on(
         TrainState(0, policy, ()), tx, one, frozen=FROZEN, moments=False, schedule=False
     )
