@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import scipy.stats
@@ -254,8 +254,16 @@ def _log(workdir: pathlib.Path, name: str) -> pathlib.Path:
 MEASURES = {"greedy_accuracy": "greedy", "all_right": "all steps right", "pass_at_k": "Pass@K", "gap": "gap"}
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Values, their mean, and the half-width of its 95 % interval by Student's t (None for one value)."""
+class Summary(TypedDict):
+    """Values over the seeds, their mean, and the half-width of its 95 % interval (None for one value)."""
+
+    values: list[float]
+    mean: float
+    interval: float | None
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """The summary of a measure; its interval is Student's t."""
     n = len(values)
     width = None
     if n > 1:
@@ -326,7 +334,7 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     return "\n".join(lines)
 
 
-def cell(found: dict[str, Any] | None, *, signed: bool) -> str:
+def cell(found: Summary | None, *, signed: bool) -> str:
     """A summary as text; empty if there is none."""
     if found is None:
         return ""

@@ -323,7 +323,7 @@ def test_a_reward_model(one):
 
 
 def test_the_base_stage_of_a_policy_from_scratch(one, batch):
-    """Everything is trained but the adapters, which go on adding nothing."""
+    """Everything is trained but the adapters, which stay without effect."""
     frozen = configure.frozen(values(), "base")
     tx, policy = adamw(), fresh()
     state, _ = make_train_step(tx, one, frozen=frozen)(start(policy, tx, frozen), batch, RATE)
@@ -350,7 +350,7 @@ def pretrained(folder):
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_checkpoint_gets_adapters(folder, cut):
-    """Its weights in their dtype, new adapters beside them, those of the run's seed, all in their layout."""
+    """Its weights in their dtype, and new adapters from the run's seed, all in their layout."""
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2) if cut else None
     policy = pretrained(folder)
     model = policy.load(jnp.bfloat16, mesh=mesh, seed=3)
