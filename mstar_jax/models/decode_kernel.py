@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # JAX has announced that it will go; the einsums of models/attention.py stay
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 from mstar_jax.structs import Int8
 
