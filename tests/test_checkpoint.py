@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, bit for bit, and training goes on as if never stopped."""
+"""Checkpoints: a restored state is the saved one, bit for bit, and training continues as if never stopped."""
 
 import functools
 import json
@@ -24,13 +24,15 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def tx():
-    return optimizer.make_optimizer(
-        optimizer.make_schedule(1e-2, 20, 2, 0.1), weight_decay=0.01, frozen=("tower",)
-    )
+    return optimizer.make_optimizer(weight_decay=0.01)
+
+
+FROZEN = ("tower",)
+RATES = optimizer.learning_rates(optimizer.make_schedule(1e-2, 20, 2, 0.1), 0, 4)
 
 
 def abstract(tx, mesh, **decoder):
-    return abstract_state(functools.partial(tiny_policy, **decoder), tx, mesh)
+    return abstract_state(functools.partial(tiny_policy, **decoder), tx, mesh, frozen=FROZEN)
 
 
 def tiny_policy(**decoder):
@@ -131,16 +133,17 @@ def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
     def run(state, iterator, count):
         losses = []
         for _ in range(count):
-            state, values = step(state, sharding.put_batch(next(iterator), mesh))
+            rate = RATES[int(state.step)]
+            state, values = step(state, sharding.put_batch(next(iterator), mesh), rate)
             losses.append(float(values["loss"]))
         return state, losses
 
     def start():
         layout = sharding.shardings(tiny.abstract(), sharding.TRAIN, mesh)
         given = TrainState(0, jax.device_put(tiny.model(), layout), ())
-        return optimizer.carry_on(given, tx, mesh, moments=False, schedule=False)
+        return optimizer.carry_on(given, tx, mesh, frozen=FROZEN, moments=False, schedule=False)
 
-    step = make_train_step(tx, mesh)
+    step = make_train_step(tx, mesh, frozen=FROZEN)
     with jax.set_mesh(mesh):
         whole, losses = run(start(), batches(), 4)
 

@@ -3,11 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 
@@ -57,15 +58,15 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, offi
     """
     values = config.policy
     if values.path:
-        source = models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        source = models.Pretrained(values.path, max_crops=values.max_crops)
         return source.family, configure.adapted(source.config, config.train)
-    if "decoder" in values:
+    if values.decoder.num_layers:
         return models.phi35.FAMILY, configure.adapted(configure.policy_config(values), config.train)
-    if values.get("family") not in official.OFFICIAL:
+    if values.family not in official.OFFICIAL:
         known = ", ".join(official.OFFICIAL)
-        raise ValueError(f"policy.family = {values.get('family')!r}: set policy.path, or one of {known}")
+        raise ValueError(f"policy.family = {values.family!r}: set policy.path, or one of {known}")
     found = configure.adapted(official.OFFICIAL[values.family], config.train)
-    crops = values.get("max_crops")
+    crops = values.max_crops
     return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
 
 
@@ -110,9 +111,13 @@ class Programs:
         c = self.config.train
         e = self.config.evolve
         sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
-        (tx, _), frozen, dtype = configure.optimizer(e, c), configure.frozen(c), configure.base_dtype(c)
-        state = abstract_state(lambda: optimizer.store(self.build(), frozen, dtype), tx, self.mesh)
+        tx = configure.optimizer(c)
+        frozen = configure.frozen(c)
+        dtype = configure.base_dtype(c)
         compute = jnp.dtype(c.dtype)
+        state = abstract_state(
+            lambda: optimizer.cast_frozen(self.build(), frozen, dtype), tx, self.mesh, frozen=frozen
+        )
         step = make_train_step(
             tx, self.mesh, frozen=frozen, accumulate=c.accumulate, dtype=compute, remat=c.remat
         )
@@ -123,10 +128,11 @@ class Programs:
         batch = self._batch(e.batch, length)
 
         def loss(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
-            return token_loss(sharding.cast(optimizer.join(trained, fixed), compute), batch)[0]
+            model = optimizer.join(optimizer.Parts(trained, fixed))
+            return token_loss(sharding.cast(model, compute), batch)[0]
 
         own = flops.count(jax.grad(loss), *optimizer.split(state.params, frozen), batch)
-        lowered = cast(jax.stages.Wrapped, step).lower(state, batch)
+        lowered = step.lower(state, batch, np.float32(0))
         yield Program(f"train step, {e.batch} rows of {length}", lowered, own)
 
     def _rollouts(self) -> Iterator[Program]:
@@ -143,7 +149,7 @@ class Programs:
         model = self._weights(self.build)
         rows = sharding.batch_sharding(self.mesh)
 
-        def per_row(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        def per_row(dtype: jnp.dtype, *shape: int) -> Any:  # a shape in an array's place
             return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
         slots = jax.eval_shape(sampler.blank, model, batch, None)

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mstar_jax import processes, sharding
-from mstar_jax.models import layers, vlm
+from mstar_jax.models import layers
 from mstar_jax.rewards import steps
-from mstar_jax.structs import Batch, Prompt, Response, Row
+from mstar_jax.structs import Batch, Prompt, Response, Row, ScoringModel
 
 Prefix = tuple[int, ...]  # the tokens of a response up to the end of a step
 
@@ -175,7 +175,7 @@ def make_loss(mc: float) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]
     """
 
     def loss(
-        model: vlm.RewardModel, batch: Batch, remat: Callable | None = None
+        model: ScoringModel, batch: Batch, remat: Callable | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         score, logprob = model(batch, remat)
         ends = batch.labels >= 0
@@ -197,13 +197,13 @@ def make_loss(mc: float) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]
 
 
 @jax.jit
-def token_scores(model: vlm.RewardModel, batch: Batch) -> jax.Array:
+def token_scores(model: ScoringModel, batch: Batch) -> jax.Array:
     """The score in 0..1 after each token of the rows: float32[B, T]."""
     return jax.nn.sigmoid(model(batch)[0])
 
 
 def scores(
-    model: vlm.RewardModel, batches: Iterable[tuple[tuple[Row, ...], Batch]], mesh: jax.sharding.Mesh
+    model: ScoringModel, batches: Iterable[tuple[tuple[Row, ...], Batch]], mesh: jax.sharding.Mesh
 ) -> Iterator[list[list[tuple[float, ...]]]]:
     """The step scores of every response of every row, batch by batch; the rows are made by `row`."""
     pending = None  # the device computes a batch while the host reads the one before

@@ -63,7 +63,12 @@ def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainSta
     """The first state of a stage's training, from the last one of the stage before."""
     state = state._replace(params=with_frozen_dtype(run, stage, state.params))
     return optimizer.carry_on(
-        state, program(run, stage).tx, run.mesh, moments=carry.moments, schedule=carry.schedule
+        state,
+        configure.optimizer(run.config.train),
+        run.mesh,
+        frozen=configure.frozen(run.config.train, stage.kind),
+        moments=carry.moments,
+        schedule=carry.schedule,
     )
 
 
@@ -92,8 +97,7 @@ def train(
         return outcome(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
-    _, schedule = configure.optimizer(settings, train, stage.kind)
-    tx, step, plain = program(run, stage)
+    step, plain = program(run, stage)
     state = restore(run, stage) if saved else begin()
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
@@ -110,6 +114,7 @@ def train(
         share=sharding.share_of(run.mesh),
         state=saved.loader if saved else None,
     )
+    rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
     curve = curves.StageLog(run.workdir, stage.name, cursor, saved.curve if saved else None)
 
     def save(done: bool, wait: bool = False) -> None:
@@ -134,13 +139,14 @@ def train(
             if profile(cursor, state):
                 watch.skip()
             batch = next(batches)
-            state, values = step(state, sharding.put_batch(batch, run.mesh), schedule)
-            watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
+            rate = rates[cursor]
+            state, values = step(state, sharding.put_batch(batch, run.mesh), rate)
+            watch.begin(batch, functools.partial(flops.count, plain, state, batch, rate))
             cursor += 1
             curve.add(values)
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
-                means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
+                means = curve.write(cursor, float(rate), watch.done)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}")
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)

@@ -233,7 +233,7 @@ def report(
     values = [value for _, _, value, _ in pairs]
     targets = [target for *_, target in pairs]
     right = [target >= 0.5 for target in targets]
-    calibration = metrics.calibration(values, targets) if pairs else {}
+    calibration: Mapping[str, object] = {**metrics.calibration(values, targets)} if pairs else {}
     groups = [(each.query, scored[each.query.id]) for each in asked]
     ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= run.config.prm.k]
     record: dict[str, Any] = {

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-import optax
 
 from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import splits, toy, truth
@@ -17,20 +16,19 @@ from mstar_jax.inference import generate
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.step import Step
 
 
 class Program(NamedTuple):
     """The compiled training step of all stages that train the same parameters.
 
     Attributes:
-      tx: the optimizer.
       step: see `training.step.make_train_step`.
       plain: the same without accumulation and recomputation: it is traced to count FLOPs.
     """
 
-    tx: optax.GradientTransformation
-    step: Callable[..., Any]
-    plain: Callable[..., Any]
+    step: Step
+    plain: Step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,7 +58,7 @@ class Run(generate.Inference):
     unlabelled: Sequence[Query]
     validation: Sequence[Query]
     test: Sequence[Query]
-    hidden: Mapping[str, str]
+    hidden: Mapping[str, str | None]
     base_set: Sequence[toy.BaseExample]
     base_validation: Sequence[Query]
     truth: Mapping[str, truth.Truth]
@@ -86,10 +84,10 @@ def start(
     results = records.Results(workdir, head)
     with processes.first_alone("data"):  # makes the embedded data set
         data = configure.load_data(config, workdir)
-    if config.evolve.unlabelled.mixin is not None and not data["unlabelled"]:
+    if config.evolve.unlabelled.mixin is not None and not data.unlabelled:
         raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
     with processes.first_alone("policy"):  # and its tokenizer
-        source = configure.make_policy(config, workdir, data.get("base", ()))
+        source = configure.make_policy(config, workdir, data.base)
     optimizer.check_frozen(jax.eval_shape(source.build), config.train.frozen)
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
@@ -100,13 +98,13 @@ def start(
         config=config,
         source=source,
         template=config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot,
-        labelled=splits.shuffled(data["labelled"], config.seed, 0),
-        unlabelled=splits.shuffled(data["unlabelled"], config.seed, 0),
-        validation=data["validation"],
-        test=data["test"],
-        hidden=data["hidden"],
-        base_set=data.get("base", ()),
-        base_validation=data.get("base_validation", ()),
+        labelled=splits.shuffled(data.labelled, config.seed, 0),
+        unlabelled=splits.shuffled(data.unlabelled, config.seed, 0),
+        validation=data.validation,
+        test=data.test,
+        hidden=data.hidden,
+        base_set=data.base,
+        base_validation=data.base_validation,
         truth=truth.read_truth(known) if known.exists() and not config.data.labelled else {},
         benchmarks=benchmarks,
         results=results,
