@@ -13,11 +13,10 @@ import pathlib
 from absl import flags
 
 from mstar_jax import cli
-from mstar_jax.cli import WORKDIR
+from mstar_jax.cli import OUTPUT, WORKDIR
 from mstar_jax.stages import finished
 from mstar_jax.structs import Stage
 
-OUTPUT = flags.DEFINE_string("output", None, "The folder to write; new or empty.")
 STAGE = flags.DEFINE_string("stage", "", "base, warmup, prm, iteration_07; default the last policy.")
 
 
