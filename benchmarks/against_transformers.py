@@ -47,7 +47,7 @@ from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import prm
 from mstar_jax.structs import Prompt, Query, Row, TrainState
-from mstar_jax.training.optimizer import carry_on, make_optimizer, make_schedule
+from mstar_jax.training.optimizer import carry_on, make_optimizer
 from mstar_jax.training.step import make_train_step
 
 FROZEN = ("^tower", "_separator$", "^project_")
@@ -265,16 +265,15 @@ def sft(bench: Bench, repeats: int, lengths: Callable[[int], list[int]]) -> tupl
     longest = max(row.length for row in rows)
     ((_, host),) = loader.row_batches([(-(-longest // 32) * 32, rows)], bench.processor, count)
     batch = sharding.put_batch(host, bench.mesh)
-    schedule = make_schedule(LEARNING_RATE, 1000, 0, 1.0)
-    tx = make_optimizer(schedule, b1=B1, b2=B2, weight_decay=0.0, clip=CLIP, frozen=FROZEN)
+    tx = make_optimizer(b1=B1, b2=B2, weight_decay=0.0, clip=CLIP)
     start = TrainState(jnp.zeros((), jnp.int32), bench.policy, ())
-    state = carry_on(start, tx, bench.mesh, moments=False, schedule=False)
+    state = carry_on(start, tx, bench.mesh, frozen=FROZEN, moments=False, schedule=False)
     step = make_train_step(tx, bench.mesh, frozen=FROZEN)
 
     def ours(steps: int = STEPS) -> None:
         nonlocal state
         for _ in range(steps):
-            state, metrics = jax.block_until_ready(step(state, batch))
+            state, metrics = jax.block_until_ready(step(state, batch, np.float32(LEARNING_RATE)))
             losses["ours"].append(float(metrics["loss"]))
 
     # a sequence for each response: prompt, response, padding

@@ -202,7 +202,7 @@ def scores(bench: Bench) -> tuple[list[dict], dict]:
 
 def training(bench: Bench) -> tuple[list[dict], dict]:
     a = bench.args
-    tx = optimizer.make_optimizer(optimizer.make_schedule(1e-6, 1000, 0, 1.0), b2=0.95)
+    tx = optimizer.make_optimizer(b2=0.95)
     state = init_state(bench.build, tx, bench.mesh)
     how: dict[str, Any] = {"accumulate": a.accumulate, "dtype": jnp.bfloat16, "remat": a.remat}
     step = make_train_step(tx, bench.mesh, **how)
@@ -211,7 +211,7 @@ def training(bench: Bench) -> tuple[list[dict], dict]:
 
     def run() -> None:
         nonlocal state
-        state, metrics = jax.block_until_ready(step(state, batch))
+        state, metrics = jax.block_until_ready(step(state, batch, np.float32(1e-6)))
         losses.append(float(metrics["loss"]))
 
     run()

@@ -1,21 +1,22 @@
-"""M-STaR from InternVL2-2B; every value that is not set here is explained in configs/phi35.py.
+"""M-STaR from InternVL2-2B; every key is explained in configs/base.py.
 
     python -m mstar_jax.main --config=configs/internvl2.py --config.policy.path=/checkpoints/InternVL2-2B \
         --config.data.labelled=/data/mathv360k.json --config.data.root=/data/images
-"""
 
-import pathlib
-import runpy
+Other methods are variants: --config=configs/internvl2.py:rest_em (see configs/variants.py).
+"""
 
 from ml_collections import ConfigDict
 
+from configs import base, variants
 
-def get_config() -> ConfigDict:
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("phi35.py")))["get_config"]()
+
+def get_config(variant: str = "mstar") -> ConfigDict:
+    c = base.get_config()
     c.policy.family = "internvl_chat"
-    c.policy.max_crops = 12  # most tiles of an image, beside its thumbnail (official: 12)
-    c.data.max_prompt = 4096  # 256 tokens a tile, so at most 3328 for an image
+    c.policy.max_crops = 12  # tiles, besides the thumbnail (official: 12)
+    c.data.max_prompt = 4096  # 256 tokens per tile, so 3328 of an image, at most
     c.data.buckets = (768, 1280, 2048, 3072, 4096, 5120)
-    c.sampling.batch = 64  # 98 KB of cache a token
+    c.sampling.batch = 64  # a token takes 98 KB of cache
     c.benchmarks.paper = "InternVL2-2B"
-    return c
+    return variants.apply(c, variant)

@@ -1,21 +1,22 @@
-"""M-STaR from MiniCPM-Llama3-V-2.5; every value that is not set here is explained in configs/phi35.py.
+"""M-STaR from MiniCPM-Llama3-V-2.5; every key is explained in configs/base.py.
 
     python -m mstar_jax.main --config=configs/minicpmv25.py \
         --config.policy.path=/checkpoints/MiniCPM-Llama3-V-2_5 \
         --config.data.labelled=/data/mathv360k.json --config.data.root=/data/images
-"""
 
-import pathlib
-import runpy
+Other methods are variants: --config=configs/minicpmv25.py:rest_em (see configs/variants.py).
+"""
 
 from ml_collections import ConfigDict
 
+from configs import base, variants
 
-def get_config() -> ConfigDict:
-    c = runpy.run_path(str(pathlib.Path(__file__).with_name("phi35.py")))["get_config"]()
+
+def get_config(variant: str = "mstar") -> ConfigDict:
+    c = base.get_config()
     c.policy.family = "minicpmv"
-    c.policy.max_crops = 9  # most slices of an image, beside the whole of it (official: 9)
-    c.data.max_prompt = 1536  # 98 tokens a slice, so about 1000 for an image
-    c.sampling.batch = 32  # 131 KB of cache a token
+    c.policy.max_crops = 9  # slices, besides the whole image (official: 9)
+    c.data.max_prompt = 1536  # 98 tokens per slice, so about 1000 of an image
+    c.sampling.batch = 32  # a token takes 131 KB of cache
     c.benchmarks.paper = "MiniCPM-V-2.5"
-    return c
+    return variants.apply(c, variant)

@@ -1,16 +1,17 @@
-"""From the config's values to what a run works with: checks, policy, optimizer and data."""
+"""From the values of a config to what a run works with: checks, policy, optimizer and data."""
 
 import dataclasses
 import json
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import ml_collections
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from mstar_jax import models, sharding
 from mstar_jax.data import mathv360k, prompts, toy
@@ -20,175 +21,196 @@ from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import selection
 from mstar_jax.store import write_text
-from mstar_jax.structs import Query
+from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
-from mstar_jax.training.optimizer import Schedule, make_optimizer, make_schedule
+from mstar_jax.training.optimizer import make_optimizer, make_schedule
 
 log = logging.getLogger(__name__)
 
+# ---- 1. checks ----------------------------------------------------------------------------------------
 
-CACHES = ("", "float32", "bfloat16", "float16", "int8")
 
-
-def check_sampling(config: ml_collections.ConfigDict, mesh: Any) -> None:
-    """Refuses settings with which nothing can be sampled.
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses impossible values before anything is compiled or written.
 
     Raises:
-      ValueError: with the setting and what it may be.
+      ValueError: with the key, its value and what it may be.
+    """
+    _check_sources(config)
+    _check_choices(config)
+    _check_batches(config, mesh)
+    check_sampling(config, mesh)
+    for template in config.prompts.values():
+        prompts.check(template)
+    check_benchmarks(config)
+    _check_method(config)
+    _check_numbers(config)
+
+
+def check_sampling(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses sampling settings with which nothing can be sampled.
+
+    Raises:
+      ValueError: with the key, its value and what it may be.
     """
     s = config.sampling
     sharding.check_divides("sampling.batch", s.batch, mesh)
     if not 0 < s.refill <= 1:
-        raise ValueError(f"sampling.refill = {s.refill}: give a share of the batch, above 0 and at most 1")
+        raise ValueError(f"sampling.refill = {s.refill}: must be a fraction of the batch, above 0, at most 1")
     if s.shard < 1:
-        raise ValueError(f"sampling.shard = {s.shard}: a file of rollouts holds at least 1 batch")
-    if s.cache not in CACHES:
-        raise ValueError(f"sampling.cache = {s.cache!r}: choose one of {CACHES}")
+        raise ValueError(f"sampling.shard = {s.shard}: a file of rollouts must hold at least 1 batch")
+    _check_choice("sampling.cache", s.cache, ("", "float32", "bfloat16", "float16", "int8"))
 
 
-def check(config: ml_collections.ConfigDict, mesh: Any) -> None:
-    """Refuses impossible values before anything is compiled or written.
-
-    Raises:
-      ValueError: with the value and what it may be.
-    """
-    c = config
-    if not c.policy.path and "decoder" not in c.policy:
-        raise ValueError("policy.path is not set: give a checkpoint's folder, --config.policy.path=/...")
-    if not c.data.labelled and "figures" not in c.data:
-        raise ValueError("data.labelled is not set: give a MathV360K file, --config.data.labelled=/...")
-    trained = (
-        "warmup",
-        "evolve",
-        *(() if c.policy.path else ("base",)),
-        *(("prm",) if c.prm.queries else ()),
-    )
-    for name in trained:
-        sharding.check_divides(f"{name}.batch", c[name].batch, mesh, c.train.accumulate)
-    check_sampling(c, mesh)
-    sharding.check_divides("prm.rows", c.prm.rows, mesh)
-    sharding.check_divides("prm.batch", c.prm.batch, mesh)
-    sharding.check_divides("explore.batch", c.explore.batch, mesh)
-    for template in c.prompts.values():
-        prompts.check(template)
-    check_benchmarks(c)
-    choices: list[tuple[str, Any, tuple[str, ...]]] = [
-        ("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup")),
-        ("evolve.start", c.evolve.start, ("last", "initial")),
-        ("train.remat", c.train.remat, tuple(sorted(step.REMAT))),
-        ("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16")),
-        ("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle")),
-        ("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES)),
-        ("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score")),
-    ]
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"{name} = {value!r}: choose one of {known}")
-    if (c.evolve.data, c.evolve.select) == ("rollouts", "prm") and not (c.prm.queries or c.prm.path):
-        raise ValueError("evolve.select = 'prm' needs a reward model: set prm.queries, or prm.path")
-    if c.evolve.select == "oracle" and (c.data.labelled or "figures" not in c.data):
-        raise ValueError("evolve.select = 'oracle' needs the embedded data set: only its steps are known")
-    if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
-        raise ValueError(f"evolve.threshold is of the reward model's, not of {c.evolve.select!r} selection")
-    if c.train.lora.rank < 0 or c.train.lora.alpha <= 0:
-        raise ValueError(
-            f"train.lora: rank = {c.train.lora.rank}, alpha = {c.train.lora.alpha}: a rank is 0 (no LoRA) or "
-            "more, and alpha above 0"
-        )
-    if c.train.profile and not (len(c.train.profile) == 2 and 0 <= c.train.profile[0] < c.train.profile[1]):
-        raise ValueError(f"train.profile = {c.train.profile}: give (first step, end), as in (10, 13), or ()")
-    if c.prm.samples % c.prm.completions:
-        raise ValueError(
-            f"prm.samples = {c.prm.samples} has to be a multiple of prm.completions = {c.prm.completions}"
-        )
-    if 0 < c.eval.samples < c.eval.k:
-        raise ValueError(
-            f"eval.k = {c.eval.k}: Pass@k needs as many samples, eval.samples = {c.eval.samples}"
-        )
-    if c.evolve.keep_checkpoints < 2:
-        kept = c.evolve.keep_checkpoints
-        raise ValueError(
-            f"evolve.keep_checkpoints = {kept}: a restart needs 2, an iteration starts from the last"
-        )
-
-
-def check_benchmarks(config: ml_collections.ConfigDict) -> None:
+def check_benchmarks(config: ConfigDict) -> None:
     """Refuses unknown benchmarks and prompts.
 
     Raises:
-      ValueError: with those that there are.
+      ValueError: with the key, its value and what it may be.
     """
     b = config.benchmarks
-    if unknown := sorted(set(b.names) - set(benchmarks.NAMES)):
-        raise ValueError(f"benchmarks.names: {', '.join(unknown)}: there are {', '.join(benchmarks.NAMES)}")
-    if b.prompt != "official" and b.prompt not in config.prompts:
-        raise ValueError(f"benchmarks.prompt = {b.prompt!r}: choose official, {', '.join(config.prompts)}")
+    for name in b.names:
+        _check_choice("benchmarks.names", name, benchmarks.NAMES)
+    _check_choice("benchmarks.prompt", b.prompt, ("official", *config.prompts))
 
 
-def schedule_values(settings: ml_collections.ConfigDict) -> tuple[float, int, int, float]:
-    """Peak, steps, warm-up steps and final fraction of a stage's schedule; one for all iterations that
-    inherit it."""
-    rounds = settings.iterations if "iterations" in settings and not settings.reset_schedule else 1
-    return settings.learning_rate, settings.steps * rounds, settings.warmup_steps, settings.final_fraction
+def _check_choice(key: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{key} = {value!r}: choose one of {', '.join(map(repr, known))}")
 
 
-def frozen(values: ml_collections.ConfigDict, stage: str = "") -> tuple[str, ...]:
+def _check_sources(config: ConfigDict) -> None:
+    """There is a policy and data."""
+    if not config.policy.path and not _has_dimensions(config):
+        raise ValueError("policy.path is not set: give a checkpoint's folder, --config.policy.path=/...")
+    if not config.data.labelled and not _has_figures(config):
+        raise ValueError("data.labelled is not set: give a MathV360K file, --config.data.labelled=/...")
+
+
+def _check_choices(config: ConfigDict) -> None:
+    """Values that are words."""
+    c = config
+    _check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
+    _check_choice("evolve.start", c.evolve.start, ("last", "initial"))
+    _check_choice("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle"))
+    _check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
+    _check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
+    _check_choice("train.remat", c.train.remat, tuple(step.REMAT))
+    _check_choice("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
+
+
+def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Global batches can be divided among the devices."""
+    c = config
+    accumulate = c.train.accumulate
+    if not c.policy.path:
+        sharding.check_divides("base.batch", c.base.batch, mesh, accumulate)
+    sharding.check_divides("warmup.batch", c.warmup.batch, mesh, accumulate)
+    sharding.check_divides("evolve.batch", c.evolve.batch, mesh, accumulate)
+    sharding.check_divides("prm.batch", c.prm.batch, mesh, accumulate if c.prm.queries else 1)
+    sharding.check_divides("prm.rows", c.prm.rows, mesh)
+    sharding.check_divides("explore.batch", c.explore.batch, mesh)
+
+
+def _check_method(config: ConfigDict) -> None:
+    """The parts of the method fit together."""
+    c = config
+    has_reward_model = bool(c.prm.queries or c.prm.path)
+    if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
+        raise ValueError("evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path")
+    if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
+        raise ValueError("evolve.select = 'oracle': needs the embedded data set, whose true steps are known")
+    if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
+        raise ValueError(
+            f"evolve.threshold = {c.evolve.threshold}: must be None, for evolve.select = {c.evolve.select!r} "
+            "has no rewards"
+        )
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Values that are numbers."""
+    c = config
+    if c.train.lora.rank < 0:
+        raise ValueError(f"train.lora.rank = {c.train.lora.rank}: must be 0 (no LoRA) or more")
+    if c.train.lora.alpha <= 0:
+        raise ValueError(f"train.lora.alpha = {c.train.lora.alpha}: must be above 0")
+    profile = c.train.profile
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+        raise ValueError(f"train.profile = {profile}: give (first step, end), as in (10, 13), or ()")
+    if c.prm.samples % c.prm.completions:
+        raise ValueError(
+            f"prm.samples = {c.prm.samples}: must be a multiple of prm.completions = {c.prm.completions}"
+        )
+    if 0 < c.eval.samples < c.eval.k:
+        raise ValueError(f"eval.k = {c.eval.k}: Pass@k needs k samples, and eval.samples = {c.eval.samples}")
+    if c.evolve.keep_checkpoints < 2:
+        raise ValueError(
+            f"evolve.keep_checkpoints = {c.evolve.keep_checkpoints}: must be at least 2, since an iteration "
+            "starts from the checkpoint of the one before"
+        )
+
+
+def _has_dimensions(config: ConfigDict) -> bool:
+    """The config has a policy from scratch."""
+    return config.policy.decoder.num_layers > 0
+
+
+def _has_figures(config: ConfigDict) -> bool:
+    """The config has an embedded data set."""
+    return config.data.figures.train > 0
+
+
+# ---- 2. training --------------------------------------------------------------------------------------
+
+
+def optimizer(values: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of all stages, from `config.train`."""
+    return make_optimizer(b1=values.b1, b2=values.b2, weight_decay=values.weight_decay, clip=values.clip)
+
+
+def schedule(settings: ConfigDict) -> optax.Schedule:
+    """A stage's learning rate schedule, from its section of the config.
+
+    All iterations have one schedule, as long as all of them together, unless each starts its own.
+    """
+    carried_on = "iterations" in settings and not settings.reset_schedule
+    return make_schedule(
+        peak=settings.learning_rate,
+        steps=settings.steps * (settings.iterations if carried_on else 1),
+        warmup_steps=settings.warmup_steps,
+        final_fraction=settings.final_fraction,
+    )
+
+
+def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     """Patterns of the parameters that a stage does not train, from `config.train`.
 
-    With LoRA these are all of the policy's but its adapters. The base stage of a policy from scratch is the
-    other way round: there is nothing to adapt yet, so the adapters wait, and add nothing.
+    With LoRA these are all parameters of the policy but its adapters. In the base stage of a policy from
+    scratch they are the adapters alone: there is nothing to adapt yet, so they stay as they are, without
+    effect.
     """
     patterns = list(values.frozen)
     if values.lora.rank:
-        patterns.append(f"^{ADAPTERS}" if stage == "base" else f"^(?!{ADAPTERS})")
-    inside = "^trunk." if stage == "prm" else "^"  # a reward model's own head is always trained
-    return tuple(re.sub(r"^\^", inside, pattern) for pattern in patterns)
+        patterns.append(f"^{ADAPTERS}" if stage == Stage.base else f"^(?!{ADAPTERS})")
+    start = "^trunk." if stage == Stage.reward_model else "^"  # the reward model's own head is always trained
+    return tuple(re.sub(r"^\^", start, pattern) for pattern in patterns)
 
 
-def base_dtype(values: ml_collections.ConfigDict) -> Any:
-    """Of the parameters beside the adapters, from `config.train`."""
+def base_dtype(values: ConfigDict) -> jnp.dtype:
+    """The dtype of frozen parameters, from `config.train`."""
     return jnp.dtype(values.lora.base_dtype if values.lora.rank else "float32")
 
 
-def optimizer(
-    settings: ml_collections.ConfigDict, values: ml_collections.ConfigDict, stage: str = ""
-) -> tuple[optax.GradientTransformation, Schedule]:
-    """A stage's optimizer and schedule, from its settings and `config.train`.
-
-    Args:
-      settings: learning_rate, steps, warmup_steps, final_fraction.
-      values: `config.train`.
-      stage: see `frozen`.
-    """
-    schedule, v = make_schedule(*schedule_values(settings)), values
-    how = {"b1": v.b1, "b2": v.b2, "weight_decay": v.weight_decay, "clip": v.clip}
-    return make_optimizer(schedule, **how, frozen=frozen(values, stage)), schedule
+# ---- 3. policy ----------------------------------------------------------------------------------------
 
 
-def base_examples(
-    config: ml_collections.ConfigDict, base: Sequence[toy.BaseExample], encode: Callable[[str], list[int]]
-) -> dict[str, list[tuple[Query, str, tuple[tuple[int, ...], ...]]]]:
-    """(query, prompt, responses) of the narrow set by mode: captions, arithmetic, and a few hundred
-    examples asked in three ways (reason, rationalise a given answer, answer at once)."""
-    modes: dict[str, list] = {mode: [] for mode in config.base.mix}
-    for example in base:
-        query, response = example.query, tuple(encode(example.response))
-        if example.mode != "cot":
-            modes[example.mode].append((query, query.question, (response,)))
-            continue
-        answer = tuple(encode(f"{toy.ANSWER} {query.answer}"))
-        for mode, target in (("cot", response), ("hint", response), ("direct", answer)):
-            modes[mode].append((query, prompts.render(config.prompts[mode], query), (target,)))
-    return modes
-
-
-def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
-    """The dimensions of a policy from scratch, from the config's values."""
-    heads, width = values.decoder.num_heads, values.decoder.hidden_size
-    ones = (1.0,) * (width // heads // 2)
+def policy_config(values: ConfigDict) -> phi35.Phi35Config:
+    """The dimensions of a policy from scratch, from `config.policy`."""
+    head_dim = values.decoder.hidden_size // values.decoder.num_heads
+    ones = (1.0,) * (head_dim // 2)
     decoder = DecoderConfig(
         vocab_size=values.vocab_size,
-        head_dim=width // heads,
+        head_dim=head_dim,
         short_factor=ones,
         long_factor=ones,
         **values.decoder,
@@ -196,72 +218,140 @@ def policy_config(values: ml_collections.ConfigDict) -> phi35.Phi35Config:
     return phi35.Phi35Config(decoder, VitConfig(**values.vision), values.num_crops)
 
 
-def adapted(dimensions: Any, values: ml_collections.ConfigDict) -> Any:
-    """A policy's dimensions with the adapters that `config.train` asks for."""
-    lora = values.get("lora")  # runs of before there was LoRA have none
-    if not lora or not lora.rank:
+def adapted(dimensions: Any, values: ConfigDict) -> Any:
+    """The dimensions of a policy (any family's config) with the LoRA adapters of `config.train`."""
+    if not values.lora.rank:
         return dimensions
-    how = {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
-    return dataclasses.replace(dimensions, decoder=dataclasses.replace(dimensions.decoder, **how))
+    decoder = dataclasses.replace(
+        dimensions.decoder, lora_rank=values.lora.rank, lora_alpha=values.lora.alpha
+    )
+    return dataclasses.replace(dimensions, decoder=decoder)
 
 
 def make_policy(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, base: Sequence[toy.BaseExample] = ()
+    config: ConfigDict, workdir: pathlib.Path, base: Sequence[toy.BaseExample] = ()
 ) -> models.Pretrained | models.FromScratch:
-    """The policy to start from: the checkpoint of `policy.path`, or one of the config's dimensions.
+    """The policy to start from: the checkpoint of `policy.path`, or one with the config's dimensions.
 
-    The latter's tokenizer is made from the narrow set's text, once, and kept in the workdir.
+    The tokenizer of the latter is trained once, on the text of the narrow set, and kept in the workdir.
 
     Raises:
-      ValueError: the checkpoint is none of the three families.
+      ValueError: the checkpoint is of none of the three families.
     """
     values = config.policy
     if values.path:
-        policy = models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        policy = models.Pretrained(values.path, max_crops=values.max_crops)
         policy.config = adapted(policy.config, config.train)
         return policy
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         modes = base_examples(config, base, lambda response: [])
-        asked = [prompt for examples in modes.values() for _, prompt, _ in examples]
+        asked = [example.prompt for examples in modes.values() for example in examples]
         phi35.make_tokenizer([*asked, *(e.response for e in base)], folder, values.vocab_size)
     return models.FromScratch(phi35.FAMILY, adapted(policy_config(values), config.train), folder)
 
 
-def load_data(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads (and where it is the embedded one, makes) the data set.
+# ---- 4. data ------------------------------------------------------------------------------------------
 
-    Returns:
-      labelled, unlabelled, validation and test queries, and `hidden`, the answers of the unlabelled ones by
-      id; for a policy from scratch also base and base_validation, the narrow set.
+
+class Data(NamedTuple):
+    """The queries of a run.
+
+    Attributes:
+      labelled, unlabelled, validation, test: the four splits; those of `unlabelled` have no answer.
+      hidden: the true answers of the unlabelled queries, by query id, to measure with.
+      base: the narrow set, for a policy from scratch.
+      base_validation: the queries that its base stage is measured on.
     """
-    c, own = config.data, dict[str, Any]()
+
+    labelled: Sequence[Query]
+    unlabelled: Sequence[Query]
+    validation: Sequence[Query]
+    test: Sequence[Query]
+    hidden: dict[str, str | None]
+    base: Sequence[toy.BaseExample] = ()
+    base_validation: Sequence[Query] = ()
+
+
+class Example(NamedTuple):
+    """A query, the prompt that asks it, and the tokens of responses to train on."""
+
+    query: Query
+    prompt: str
+    responses: tuple[tuple[int, ...], ...]
+
+
+def base_examples(
+    config: ConfigDict, base: Sequence[toy.BaseExample], encode: Callable[[str], list[int]]
+) -> dict[str, list[Example]]:
+    """The narrow set by mode: captions, arithmetic, and examples that are asked in three ways (reason,
+    rationalise a given answer, answer at once)."""
+    modes: dict[str, list[Example]] = {mode: [] for mode in config.base.mix}
+    for example in base:
+        query = example.query
+        response = tuple(encode(example.response))
+        if example.mode != "cot":
+            modes[example.mode].append(Example(query, query.question, (response,)))
+            continue
+        answer = tuple(encode(f"{toy.ANSWER} {query.answer}"))
+        for mode, target in (("cot", response), ("hint", response), ("direct", answer)):
+            prompt = prompts.render(config.prompts[mode], query)
+            modes[mode].append(Example(query, prompt, (target,)))
+    return modes
+
+
+def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
+    """Reads the data set, or makes the embedded one.
+
+    Raises:
+      ValueError: a file has no usable row.
+    """
+    c = config.data
+    base: Sequence[toy.BaseExample] = ()
+    base_validation: Sequence[Query] = ()
     if not (c.labelled and config.policy.path):
         folder = toy.make(workdir / "figures", seed=c.seed, **c.figures)
         validation = read(folder / "validation.json", folder)
-    if not config.policy.path:
-        own = {"base": toy.read_base(folder), "base_validation": validation[: config.base.check_queries]}
+        if not config.policy.path:
+            base = toy.read_base(folder)
+            base_validation = validation[: config.base.check_queries]
     if not c.labelled:
-        labelled, more, test = (read(folder / f"{s}.json", folder) for s in ("train", "unlabelled", "test"))
-        own |= {"hidden": {q.id: q.answer for q in more}, "validation": validation[: c.validation]}
-        more = [dataclasses.replace(q, answer=None) for q in more]
-        return own | {"labelled": labelled, "unlabelled": more, "test": test}
-    queries = read(pathlib.Path(c.labelled), pathlib.Path(c.root or pathlib.Path(c.labelled).parent))
-    held_out = {"validation": min(c.validation, len(queries) // 8), "test": min(c.test, len(queries) // 4)}
-    splits = mathv360k.split(queries, seed=c.seed, **held_out)
-    write_text(workdir / "splits.json", _ids(splits))
+        answered = read(folder / "unlabelled.json", folder)
+        return Data(
+            labelled=read(folder / "train.json", folder),
+            unlabelled=[dataclasses.replace(q, answer=None) for q in answered],
+            validation=validation[: c.validation],
+            test=read(folder / "test.json", folder),
+            hidden={q.id: q.answer for q in answered},
+            base=base,
+            base_validation=base_validation,
+        )
+    path = pathlib.Path(c.labelled)
+    queries = read(path, pathlib.Path(c.root or path.parent))
+    splits = mathv360k.split(
+        queries,
+        seed=c.seed,
+        validation=min(c.validation, len(queries) // 8),
+        test=min(c.test, len(queries) // 4),
+    )
+    ids = {name: [q.id for q in part] for name, part in splits.items()}
+    write_text(workdir / "splits.json", json.dumps(ids, indent=1))
     for name, part in splits.items():
         log.info("%s: %d queries", name, len(part))
-    hidden = {q.id: q.answer for q in queries}
-    return own | splits | {"hidden": {q.id: hidden[q.id] for q in splits["unlabelled"]}}
-
-
-def _ids(splits: dict[str, list[Query]]) -> str:
-    return json.dumps({name: [q.id for q in part] for name, part in splits.items()}, indent=1)
+    answers = {q.id: q.answer for q in queries}
+    return Data(
+        labelled=splits["labelled"],
+        unlabelled=splits["unlabelled"],
+        validation=splits["validation"],
+        test=splits["test"],
+        hidden={q.id: answers[q.id] for q in splits["unlabelled"]},
+        base=base,
+        base_validation=base_validation,
+    )
 
 
 def read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
-    """The usable rows of a MathV360K file; what is dropped is counted and logged.
+    """The usable rows of a MathV360K file; dropped rows are counted and logged.
 
     Raises:
       ValueError: none is usable.

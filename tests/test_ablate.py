@@ -1,4 +1,4 @@
-"""The ablations: that rows differ in what they say alone, and what is made of their results."""
+"""The ablations: rows differ in what their titles say and nothing else; what is made of their results."""
 
 import json
 import math
@@ -7,36 +7,41 @@ import numpy as np
 import pytest
 
 from configs import tiny
+from configs.variants import VARIANTS
 from mstar_jax import ablate, configure, sharding
 
-
-def rows():
-    return {row.name: row for table in ablate.ROWS_OF.values() for row in table}
+ROWS = {row.name: row for table in ablate.TABLES_BY_NUMBER.values() for row in table.rows}
 
 
-@pytest.mark.parametrize("name", [*rows(), "shared"])
+@pytest.mark.parametrize("name", [*ROWS, "shared"])
 def test_rows_are_possible_and_equal_in_queries_and_steps(name):
     config = tiny.get_config("ablation")
-    row = rows().get(name)
-    values = ablate.values_of(config, row, seed=7)
-    flat = dict(config.evolve)
-    config.update_from_flattened_dict(values)
-    config.lock()
+    before = dict(config.evolve)
+    config.update_from_flattened_dict(ablate.values_of(config, (ROWS | {"shared": ablate.SHARED})[name], 7))
     configure.check(config, sharding.make_mesh())
     assert config.seed == config.data.seed == 7 and config.explore.adapt == (name == "adaptive")
-    if row:
-        e = config.evolve
-        assert e.iterations * e.steps == flat["iterations"] * flat["steps"]
-        assert e.iterations * e.fraction == pytest.approx(flat["iterations"] * flat["fraction"])
+    assert config.explore.every == (2 if name == "adaptive" else 0)
+    assert config.data.figures.unlabelled == config.data.figures.train
+    e = config.evolve
+    if name == "shared":
+        assert e.iterations == 0
     else:
-        assert config.evolve.iterations == 0
+        assert e.iterations * e.steps == before["iterations"] * before["steps"]
+        assert e.iterations * e.fraction == pytest.approx(before["iterations"] * before["fraction"])
 
 
 def test_rows_of_a_table_differ():
     config = tiny.get_config("ablation")
-    for table in ablate.ROWS_OF.values():
-        found = [json.dumps(ablate.values_of(config, row, 0), sort_keys=True) for row in table]
+    for table in ablate.TABLES_BY_NUMBER.values():
+        found = [json.dumps(ablate.values_of(config, row, 0), sort_keys=True) for row in table.rows]
         assert len(set(found)) == len(found)
+        assert table.against in {row.name for row in table.rows}
+
+
+@pytest.mark.parametrize("name", ["sft", "iterative_rft", "rest_em", "random_2"])
+def test_rows_are_the_variants_that_users_name(name):
+    assert ROWS[name].values == VARIANTS[name]
+    assert VARIANTS["continuous"].items() <= ROWS["continuous_25"].values.items()
 
 
 def write(folder, stage, **values):
@@ -51,7 +56,7 @@ def test_tables(tmp_path):
         for seed, value in enumerate(values):
             stage = "warmup" if name == "shared" else "iteration"
             write(tmp_path / f"seed_{seed}" / name, stage, greedy_accuracy=value, all_right=value / 2)
-    table = [row for row in ablate.ROWS_OF["2"] if row.name in ("top_2", "random_2", "top_1")]
+    table = [row for row in ablate.TABLES_BY_NUMBER["2"].rows if row.name in ("top_2", "random_2", "top_1")]
     found = {record["name"]: record for record in ablate.table(tmp_path, table, range(3), "random_2")}
     assert [found[name]["seeds"] for name in ("shared", "random_2", "top_1", "top_2")] == [3, 2, 0, 3]
     top = found["top_2"]
@@ -87,11 +92,11 @@ def test_fork(tmp_path):
     assert json.loads((shared / "results.json").read_text())["stages"][0]["stage"] == "warmup"
 
 
-def test_passes_that_an_interval_does_not_divide():
+def test_passes_that_a_fraction_does_not_divide():
     config = tiny.get_config("ablation")
     config.evolve.iterations = 6  # one pass and a half
-    with pytest.raises(ValueError, match="continuous_100: .* = 1.5 passes .* intervals of 1.0"):
-        ablate.values_of(config, rows()["continuous_100"], 0)
+    with pytest.raises(ValueError, match="continuous_100: evolve.fraction = 1.0: .* = 1.5 passes"):
+        ablate.values_of(config, ROWS["continuous_100"], 0)
 
 
 def test_config_flags_are_passed_on():

@@ -12,9 +12,9 @@ import tiny
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import attention, layers, vision
-from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.structs import EvolveState, Stage
 from mstar_jax.training.checkpoint import Checkpoints
-from mstar_jax.training.optimizer import make_optimizer, make_schedule
+from mstar_jax.training.optimizer import make_optimizer, new_state
 from mstar_jax.training.step import abstract_state, make_train_step
 
 pytestmark = [
@@ -161,13 +161,16 @@ def test_sampled_tokens_have_the_probability_that_the_cpu_gives_them(policy, bat
         np.testing.assert_allclose(found, wanted, rtol=0, atol=within * np.abs(wanted).max())
 
 
+RATE = np.float32(1e-3)
+
+
 def step_of(mesh, tx, policy, batch, steps, **how):
     with jax.set_mesh(mesh):
         params = jax.device_put(policy, sharding.shardings(policy, sharding.TRAIN, mesh))
-        state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
+        state = jax.jit(lambda params: new_state(params, tx))(params)
         step, losses = make_train_step(tx, mesh, **how), []
         for _ in range(steps):
-            state, metrics = step(state, sharding.put_batch(batch, mesh))
+            state, metrics = step(state, sharding.put_batch(batch, mesh), RATE)
             losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -181,7 +184,7 @@ def step_of(mesh, tx, policy, batch, steps, **how):
     ],
 )
 def test_train_steps(policy, batch, how, within):
-    tx = make_optimizer(make_schedule(1e-3, 10, 0, 1.0))
+    tx = make_optimizer()
     ours, theirs = (step_of(on(p), tx, policy, batch, 4, **how) for p in (None, "cpu"))
     np.testing.assert_allclose(ours[1], theirs[1], rtol=within)
     assert ours[1][-1] < ours[1][0]
@@ -189,19 +192,19 @@ def test_train_steps(policy, batch, how, within):
 
 def test_restored_state_is_the_saved_one_and_training_goes_on(policy, batch, tmp_path):
     """Sums of gradients may come in another order on an accelerator: what follows is equal up to rounding."""
-    tx, mesh = make_optimizer(make_schedule(1e-3, 10, 0, 1.0)), on(None)
+    tx, mesh = make_optimizer(), on(None)
     _, losses = step_of(mesh, tx, policy, batch, 4)
     state, _ = step_of(mesh, tx, policy, batch, 2)
     Checkpoints(tmp_path).save(
-        "iteration_01", state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True
+        Stage.iteration(1), state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True
     )
     with jax.set_mesh(mesh):
         abstract = abstract_state(lambda: jax.tree.map(jnp.asarray, policy), tx, mesh)
-        found = Checkpoints(tmp_path).restore("iteration_01", abstract)
+        found = Checkpoints(tmp_path).restore(Stage.iteration(1), abstract)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         step, again = make_train_step(tx, mesh), []
         for _ in range(2):
-            found, metrics = step(found, sharding.put_batch(batch, mesh))
+            found, metrics = step(found, sharding.put_batch(batch, mesh), RATE)
             again.append(float(metrics["loss"]))
     np.testing.assert_allclose(again, losses[2:], rtol=1e-4)

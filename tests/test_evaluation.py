@@ -264,8 +264,8 @@ def test_other_weights_of_the_same_name_are_refused(place, tmp_path):
     [
         ({"names": ()}, ["first"], None, "no benchmark is named"),
         ({"names": ("mathvista",)}, ["first"], None, "mathvista: .*looked for testmini"),
-        ({"names": ("nonsense",)}, ["first"], None, "nonsense: there are mathvista"),
-        ({"prompt": "nonsense"}, ["first"], None, "choose official, "),
+        ({"names": ("nonsense",)}, ["first"], None, "'nonsense': choose one of 'mathvista'"),
+        ({"prompt": "nonsense"}, ["first"], None, "choose one of 'official', "),
         ({}, ["nowhere"], None, "neither a run nor a checkpoint's folder"),
         ({}, ["first", "./first"], None, "have the same name"),
         ({}, ["first"], "reward", "--samples=16"),

@@ -21,7 +21,7 @@ from mstar_jax.models import layers, phi35, vlm
 from mstar_jax.plan import official
 from mstar_jax.plan.programs import Programs
 from mstar_jax.rewards import prm
-from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.structs import EvolveState, Stage, TrainState
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import abstract_state, make_train_step, token_loss
@@ -74,17 +74,22 @@ def materialised(policy):
     )
 
 
-def adamw(frozen=FROZEN, rate=1e-2):
-    return optimizer.make_optimizer(optax.constant_schedule(rate), weight_decay=0.1, frozen=frozen)
+RATE = np.float32(1e-2)
+EPS = np.finfo(np.float32).eps
+WITHIN = 2 * 7 * 32 * EPS  # layers, projections, terms of each sum: what another order of sums may change
 
 
-def start(params, tx):
+def adamw():
+    return optimizer.make_optimizer(weight_decay=0.1)
+
+
+def start(params, tx, frozen=FROZEN):
     params = jax.tree.map(jnp.copy, params)  # the step donates what it is given
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return optimizer.new_state(params, tx, frozen)
 
 
 def moments(state):
-    adam = state.opt_state.inner_states["trained"].inner_state[1][0]
+    adam = state.opt_state[1]
     return named(adam.mu), named(adam.nu)
 
 
@@ -110,7 +115,7 @@ def trained(step, batch):
     """Four AdamW steps from fresh adapters, and their metrics."""
     state, found = start(fresh(), adamw()), []
     for _ in range(4):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, RATE)
         found.append({name: float(x) for name, x in metrics.items()})
     return state, found
 
@@ -144,12 +149,14 @@ def test_what_is_frozen():
             name for name in among if not any(re.search(p, name) for p in configure.frozen(values(), stage))
         }
 
-    assert left("warmup", policy) == left("iteration_03", policy) == ADAPTERS
-    assert left("base", policy) == policy - ADAPTERS  # nothing to adapt yet
-    assert left("prm", {*(names - policy), *head}) == {f"trunk.{name}" for name in ADAPTERS} | head
+    assert left(Stage.warmup, policy) == left(Stage.iteration(3), policy) == ADAPTERS
+    assert left(Stage.base, policy) == policy - ADAPTERS  # nothing to adapt yet
+    assert (
+        left(Stage.reward_model, {*(names - policy), *head}) == {f"trunk.{name}" for name in ADAPTERS} | head
+    )
     none = ConfigDict({"frozen": ("^tower",), "lora": LORA | {"rank": 0}})
-    assert configure.frozen(none, "base") == configure.frozen(none, "iteration_01") == ("^tower",)
-    assert configure.frozen(none, "prm") == ("^trunk.tower",)
+    assert configure.frozen(none, Stage.base) == configure.frozen(none, Stage.iteration(1)) == ("^tower",)
+    assert configure.frozen(none, Stage.reward_model) == ("^trunk.tower",)
 
 
 def test_it_begins_as_the_base(batch):
@@ -176,16 +183,17 @@ def test_merged(trained, batch):
     merged = policy.merged()
     assert jax.tree.structure(merged) == jax.tree.structure(tiny.abstract(config(0)))
     for name, want in named(materialised(policy)).items():
-        np.testing.assert_allclose(named(merged)[name], want, rtol=0, atol=1e-6, err_msg=name)
+        within = 4 * RANK * EPS * np.abs(want).max()  # sums of RANK terms, and of the weight
+        np.testing.assert_allclose(named(merged)[name], want, rtol=0, atol=within, err_msg=name)
     ours, theirs = tiny.logits(policy, batch), tiny.logits(merged, batch)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=WITHIN * np.abs(theirs).max())
     assert np.abs(theirs - tiny.logits(tiny.model(), batch)).max() > 0.1
     assert merged.merged() is merged
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_gradients_are_those_of_materialised_weights(one, batch, accumulate):
-    policy, tx = tiny.model(config()), optax.sgd(0.1)  # b is not 0 here
+    policy, tx = tiny.model(config()), optax.identity()  # b is not 0 here
 
     def mean(policy):
         loss, extra = token_loss(materialised(policy), batch)
@@ -193,9 +201,7 @@ def test_gradients_are_those_of_materialised_weights(one, batch, accumulate):
 
     want = {name: x for name, x in named(jax.jit(jax.grad(mean))(policy)).items() if name in ADAPTERS}
     step = make_train_step(tx, one, frozen=FROZEN, accumulate=accumulate)
-    adapters, _ = optimizer.split(policy, FROZEN)
-    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, policy), tx.init(adapters))
-    state, metrics = step(state, batch)
+    state, metrics = step(start(policy, tx), batch, np.float32(0.1))
     before, after = named(policy), named(state.params)
     for name, grad in want.items():
         got = (before[name] - after[name]) / 0.1
@@ -208,11 +214,12 @@ def test_no_product_has_a_weights_shape(one, batch):
     """Neither a @ b nor the gradient of a weight is computed; training everything does compute the latter."""
     found = {}
     for rank in (0, RANK):
-        tx = adamw(frozen := FROZEN if rank else ())
+        tx, frozen = adamw(), FROZEN if rank else ()
         abstract = tiny.abstract(config(rank, intermediate_size=53))
-        state = jax.eval_shape(functools.partial(start, tx=tx), abstract)
+        state = jax.eval_shape(functools.partial(start, tx=tx, frozen=frozen), abstract)
         step = make_train_step(tx, one, frozen=frozen)
-        products = re.findall(r":f32\[([\d,]+)\] = dot_general", str(jax.make_jaxpr(step)(state, batch)))
+        program = str(jax.make_jaxpr(step)(state, batch, RATE))
+        products = re.findall(r":f32\[([\d,]+)\] = dot_general", program)
         found[rank] = {tuple(sorted(map(int, shape.split(",")))) for shape in products}
     assert (32, 53) in found[0] and (32, 53) not in found[RANK]
     assert {(RANK, 32), (RANK, 53)} <= found[RANK]
@@ -221,10 +228,12 @@ def test_no_product_has_a_weights_shape(one, batch):
 def test_sharded_steps_equal_unsharded_ones(trained, batch):
     one_device, metrics = trained
     mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), adamw()
-    state = optimizer.carry_on(TrainState(0, fresh(), ()), tx, mesh, moments=False, schedule=False)
+    state = optimizer.carry_on(
+        TrainState(0, fresh(), ()), tx, mesh, frozen=FROZEN, moments=False, schedule=False
+    )
     step = make_train_step(tx, mesh, frozen=FROZEN, remat="full")
     for want in metrics:
-        state, found = step(state, sharding.put_batch(batch, mesh))
+        state, found = step(state, sharding.put_batch(batch, mesh), RATE)
         assert float(found["loss"]) == pytest.approx(want["loss"], rel=1e-4)
         assert float(found["grad_norm"]) == pytest.approx(want["grad_norm"], rel=1e-3)
     ours, theirs = named(state.params), named(one_device.params)
@@ -247,14 +256,14 @@ def test_continuous_training_through_a_checkpoint(tmp_path, one, step, trained, 
     tx, want = adamw(), trained[0]
     state = start(fresh(), tx)
     for _ in range(2):
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, RATE)
     where = EvolveState("iteration", 1, 2, True, 1.0, 0)
-    Checkpoints(tmp_path).save("iteration_01", state, where, wait=True)
-    abstract = abstract_state(lambda: phi35.Phi35Vision(config(), nnx.Rngs(0)), tx, one)
-    state = Checkpoints(tmp_path).restore("iteration_01", abstract)
-    state = optimizer.carry_on(state, tx, one, moments=True, schedule=True)
+    Checkpoints(tmp_path).save(Stage.iteration(1), state, where, wait=True)
+    abstract = abstract_state(lambda: phi35.Phi35Vision(config(), nnx.Rngs(0)), tx, one, frozen=FROZEN)
+    state = Checkpoints(tmp_path).restore(Stage.iteration(1), abstract)
+    state = optimizer.carry_on(state, tx, one, frozen=FROZEN, moments=True, schedule=True)
     for _ in range(2):
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, RATE)
     for ours, theirs in zip((named(state.params), *moments(state)), (named(want.params), *moments(want))):
         for name, value in theirs.items():
             np.testing.assert_array_equal(ours[name], value, err_msg=name)
@@ -262,24 +271,26 @@ def test_continuous_training_through_a_checkpoint(tmp_path, one, step, trained, 
 
 def test_base_in_bfloat16(tmp_path, one, batch):
     """What is frozen keeps its dtype and its bits, adapters and moments are float32; restored as either."""
-    tx, policy = adamw(), optimizer.store(fresh(), FROZEN, jnp.bfloat16)
+    tx, policy = adamw(), optimizer.cast_frozen(fresh(), FROZEN, jnp.bfloat16)
     state, step = start(policy, tx), make_train_step(tx, one, frozen=FROZEN, dtype=jnp.bfloat16)
     for _ in range(2):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, RATE)
     before, after = named(policy), named(state.params)
     for name, value in after.items():
         assert value.dtype == (np.float32 if name in ADAPTERS else jnp.bfloat16), name
         assert (value.tobytes() == before[name].tobytes()) == (name not in ADAPTERS), name
     assert all(x.dtype == np.float32 for found in moments(state) for x in found.values())
     assert np.isfinite(float(metrics["grad_norm"]))
-    Checkpoints(tmp_path).save("warmup", state, EvolveState("warmup", 0, 2, True, 1.0, 0), wait=True)
-    abstract = abstract_state(lambda: optimizer.store(fresh(), FROZEN, jnp.bfloat16), tx, one)
-    again = Checkpoints(tmp_path).restore("warmup", abstract).params
+    Checkpoints(tmp_path).save(Stage.warmup, state, EvolveState("warmup", 0, 2, True, 1.0, 0), wait=True)
+    abstract = abstract_state(
+        lambda: optimizer.cast_frozen(fresh(), FROZEN, jnp.bfloat16), tx, one, frozen=FROZEN
+    )
+    again = Checkpoints(tmp_path).restore(Stage.warmup, abstract).params
     layout = sharding.shardings(tiny.abstract(config()), sharding.TRAIN, one)
     wide = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tiny.abstract(config()), layout
     )
-    exported = Checkpoints(tmp_path).params("warmup", wide)  # as `export` reads it
+    exported = Checkpoints(tmp_path).params(Stage.warmup, wide)  # as `export` reads it
     for name, value in named(state.params).items():
         assert named(again)[name].tobytes() == value.tobytes(), name
         np.testing.assert_array_equal(named(exported)[name], value.astype(np.float32), err_msg=name)
@@ -294,12 +305,12 @@ def test_a_reward_model(one):
     batch = tiny.stack([tiny.row(rng, [(0, 9), (1, 8), (2, 7)], LENGTH) for _ in range(4)])
     labels = np.full(batch.tokens.shape, -1.0, np.float32)
     labels[:, 16], labels[:, 23] = (0, 1, 0, 1), (1, 0, 1, 0)
-    batch, frozen = batch._replace(labels=labels), configure.frozen(values(), "prm")
-    tx, model = adamw(frozen), vlm.RewardModel(tiny.model(config()))
-    state = start(model, tx)
+    batch, frozen = batch._replace(labels=labels), configure.frozen(values(), Stage.reward_model)
+    tx, model = adamw(), vlm.RewardModel(tiny.model(config()))
+    state = start(model, tx, frozen)
     step = make_train_step(tx, one, loss=prm.make_loss(0.2), frozen=frozen)
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, RATE)
     before, after = named(model), named(state.params)
     moving = {f"trunk.{name}" for name in ADAPTERS} | {"weight", "bias", "likelihood"}
     for name, value in before.items():
@@ -309,15 +320,15 @@ def test_a_reward_model(one):
     plain = jax.eval_shape(lambda: vlm.RewardModel(tiny.abstract(config(0))))
     assert jax.tree.structure(merged) == jax.tree.structure(plain)
     np.testing.assert_allclose(
-        prm.token_scores(merged, batch), prm.token_scores(state.params, batch), atol=1e-5
+        prm.token_scores(merged, batch), prm.token_scores(state.params, batch), rtol=0, atol=WITHIN
     )
 
 
 def test_the_base_stage_of_a_policy_from_scratch(one, batch):
     """Everything is trained but the adapters, which go on adding nothing."""
-    frozen = configure.frozen(values(), "base")
-    tx, policy = adamw(frozen), fresh()
-    state, _ = make_train_step(tx, one, frozen=frozen)(start(policy, tx), batch)
+    frozen = configure.frozen(values(), Stage.base)
+    tx, policy = adamw(), fresh()
+    state, _ = make_train_step(tx, one, frozen=frozen)(start(policy, tx, frozen), batch, RATE)
     before, after = named(policy), named(state.params)
     still = {name for name in before if np.array_equal(before[name], after[name])}
     unseen = {name for name in before if name.startswith(("tower", "project", "row_sep", "view_sep"))}
@@ -408,15 +419,15 @@ def test_memory_of_a_step(one):
 
     def needed(rank, dtype=jnp.float32):
         frozen = FROZEN if rank else ()
-        tx = adamw(frozen)
+        tx = adamw()
 
         def init():
             params = phi35.Phi35Vision(config(rank, **wide), nnx.Rngs(0))
-            return start(optimizer.store(params, frozen, dtype), tx)
+            return start(optimizer.cast_frozen(params, frozen, dtype), tx, frozen)
 
         state = jax.eval_shape(init)
         step = make_train_step(tx, one, frozen=frozen, accumulate=2, remat="full")
-        found = step.lower(state, batch).compile().memory_analysis()
+        found = step.lower(state, batch, RATE).compile().memory_analysis()
         size = 4 * sum(x.size for x in jax.tree.leaves(state.params))
         return found.argument_size_in_bytes / size, found.temp_size_in_bytes / size
 
@@ -452,11 +463,10 @@ def test_plans():
 def test_values_are_checked():
     mesh = sharding.make_mesh()
     for change, text in (
-        ({"rank": -1}, "rank = -1, alpha = 32.0: a rank is 0"),
-        ({"rank": 8, "alpha": 0.0}, "rank = 8, alpha = 0.0"),
+        ({"rank": -1}, r"train.lora.rank = -1: must be 0 \(no LoRA\) or more"),
+        ({"rank": 8, "alpha": 0.0}, "train.lora.alpha = 0.0: must be above 0"),
         ({"base_dtype": "int8"}, "train.lora.base_dtype = 'int8': choose one of"),
     ):
         with pytest.raises(ValueError, match=text):
             configure.check(small(**change), mesh)
     configure.check(small(rank=8), mesh)
-    assert configure.adapted(config(0), ConfigDict({})) == config(0)  # a run of before there was LoRA

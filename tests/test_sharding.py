@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from flax import nnx
@@ -11,7 +10,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mstar_jax import sharding
 from mstar_jax.inference.sampler import for_sampling
-from mstar_jax.structs import TrainState
 from mstar_jax.training import optimizer
 
 
@@ -90,12 +88,12 @@ def test_every_parameter_says_its_axes(mesh):
 
 def test_the_whole_state_is_laid_out(mesh):
     """Parameters, both moments and the counters; frozen parameters have no moments."""
-    tx = optimizer.make_optimizer(optax.constant_schedule(1e-3), frozen=["tower"])
+    tx = optimizer.make_optimizer()
 
     def make():
         model = tiny.abstract()
         model = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model)
-        return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model))
+        return optimizer.new_state(model, tx, frozen=["tower"])
 
     abstract = jax.eval_shape(make)
     layout = sharding.shardings(abstract, sharding.TRAIN, mesh)

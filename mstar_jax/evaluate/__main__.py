@@ -147,7 +147,7 @@ def run(
     configure.check_benchmarks(config)
     configure.check_sampling(config, mesh)
     dtype = jnp.dtype(config.sampling.dtype)
-    crops = config.policy.get("max_crops")
+    crops = config.policy.max_crops
     scorer = scorer_of(judge, mesh, dtype, crops) if judge else None
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         asked = read(config, workdir)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 
@@ -36,15 +37,15 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, Any]
     """
     values = config.policy
     if values.path:
-        source = models.Pretrained(values.path, max_crops=values.get("max_crops"))
+        source = models.Pretrained(values.path, max_crops=values.max_crops)
         return source.family, configure.adapted(source.config, config.train)
-    if "decoder" in values:
+    if values.decoder.num_layers:
         return models.phi35.FAMILY, configure.adapted(configure.policy_config(values), config.train)
-    if values.get("family") not in official.OFFICIAL:
+    if values.family not in official.OFFICIAL:
         known = ", ".join(official.OFFICIAL)
-        raise ValueError(f"policy.family = {values.get('family')!r}: give policy.path, or one of {known}")
+        raise ValueError(f"policy.family = {values.family!r}: give policy.path, or one of {known}")
     found = configure.adapted(official.OFFICIAL[values.family], config.train)
-    crops = values.get("max_crops")
+    crops = values.max_crops
     return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
 
 
@@ -82,8 +83,12 @@ class Programs:
     def _train(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         c, e = self.config.train, self.config.evolve
         sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
-        (tx, _), frozen, dtype = configure.optimizer(e, c), configure.frozen(c), configure.base_dtype(c)
-        state = abstract_state(lambda: optimizer.store(self.build(), frozen, dtype), tx, self.mesh)
+        tx = configure.optimizer(c)
+        frozen = configure.frozen(c)
+        dtype = configure.base_dtype(c)
+        state = abstract_state(
+            lambda: optimizer.cast_frozen(self.build(), frozen, dtype), tx, self.mesh, frozen=frozen
+        )
         how = {"accumulate": c.accumulate, "dtype": jnp.dtype(c.dtype), "remat": c.remat}
         step: Any = make_train_step(tx, self.mesh, frozen=frozen, **how)
         kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
@@ -93,10 +98,12 @@ class Programs:
         batch = self._batch(e.batch, length)
 
         def loss(trained: Any, fixed: Any, batch: Batch) -> jax.Array:
-            return token_loss(sharding.cast(optimizer.join(trained, fixed), how["dtype"]), batch)[0]
+            return token_loss(
+                sharding.cast(optimizer.join(optimizer.Parts(trained, fixed)), how["dtype"]), batch
+            )[0]
 
         own = flops.count(jax.grad(loss), *optimizer.split(state.params, frozen), batch)
-        yield f"train step, {e.batch} rows of {length}", step.lower(state, batch), own
+        yield f"train step, {e.batch} rows of {length}", step.lower(state, batch, np.float32(0)), own
 
     def _rollouts(self) -> Iterator[tuple[str, Any, dict[str, float]]]:
         c, k = self.config.sampling, self.config.evolve.k

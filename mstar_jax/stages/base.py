@@ -7,7 +7,7 @@ from mstar_jax import configure, models
 from mstar_jax.inference.generate import Asked, ask, sample
 from mstar_jax.rewards import metrics
 from mstar_jax.stages.improve import train
-from mstar_jax.stages.policy import Policy, builder, outcome, program
+from mstar_jax.stages.policy import Policy, builder, frozen_in, outcome
 from mstar_jax.stages.run import Run
 from mstar_jax.stages.select import training_rows
 from mstar_jax.structs import Model, Source, Stage
@@ -24,7 +24,7 @@ def base(run: Run) -> Policy:
     return train(
         run,
         Stage.base,
-        lambda: init_state(build, program(run, Stage.base).tx, run.mesh),
+        lambda: init_state(build, run.tx, run.mesh, frozen=frozen_in(run, Stage.base)),
         narrow_data(run),
         until=functools.partial(good_enough, run),
     )

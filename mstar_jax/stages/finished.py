@@ -43,7 +43,7 @@ def restore(workdir: pathlib.Path, stage: Stage | None = None, mesh: Mesh | None
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    params = Checkpoints(workdir / "checkpoints").params(stage.name, abstract)
+    params = Checkpoints(workdir / "checkpoints").params(stage, abstract)
     return Restored(policy, stage, params)
 
 
@@ -56,7 +56,13 @@ def policy_of(workdir: pathlib.Path) -> Policy:
     if not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is no run: it holds no config.json")
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
-    return configure.make_policy(config, workdir)
+    try:
+        return configure.make_policy(config, workdir)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{workdir}/config.json has other keys than this version of mstar_jax ({error}): "
+            "use the version that wrote it"
+        ) from error
 
 
 def finished(workdir: pathlib.Path, stage: Stage | None = None) -> Stage:

@@ -10,7 +10,15 @@ from mstar_jax import configure, progress, sharding
 from mstar_jax.data import loader
 from mstar_jax.inference.generate import Stopped, stopping
 from mstar_jax.profiling import flops, speed
-from mstar_jax.stages.policy import Policy, outcome, program, restore, settings_of, with_frozen_dtype
+from mstar_jax.stages.policy import (
+    Policy,
+    frozen_in,
+    outcome,
+    program,
+    restore,
+    settings_of,
+    with_frozen_dtype,
+)
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
@@ -63,7 +71,12 @@ def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainSta
     """The first state of a stage's training, from the last one of the stage before."""
     state = state._replace(params=with_frozen_dtype(run, stage, state.params))
     return optimizer.carry_on(
-        state, program(run, stage).tx, run.mesh, moments=carry.moments, schedule=carry.schedule
+        state,
+        run.tx,
+        run.mesh,
+        frozen=frozen_in(run, stage),
+        moments=carry.moments,
+        schedule=carry.schedule,
     )
 
 
@@ -87,13 +100,12 @@ def train(
       temperature: what the responses were sampled at; written into the checkpoint.
       until: (parameters, steps done) -> whether to end early; asked every `check_every` steps.
     """
-    saved = run.checkpoints.run(stage.name)
+    saved = run.checkpoints.run(stage)
     if saved is not None and saved.done:
         return outcome(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
-    _, schedule = configure.optimizer(settings, train, stage.kind)
-    tx, step, plain = program(run, stage)
+    step, plain = program(run, stage)
     state = restore(run, stage) if saved else begin()
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
@@ -110,7 +122,8 @@ def train(
         share=sharding.share_of(run.mesh),
         state=saved.loader if saved else None,
     )
-    curve = curves.StageLog(run.workdir, stage.name, cursor, saved.curve if saved else None)
+    rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
+    curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
 
     def save(done: bool, wait: bool = False) -> None:
         where = EvolveState(
@@ -123,7 +136,7 @@ def train(
             loader=batches.get_state() if batches else {},
             curve=curve.pending(),
         )
-        run.checkpoints.save(stage.name, state, where, wait)
+        run.checkpoints.save(stage, state, where, wait)
 
     watch = run.speeds.of("train prm" if stage == Stage.reward_model else "train", stage.name)
     bar = progress.bar(steps, f"{stage}: train", cursor, "step")
@@ -134,13 +147,14 @@ def train(
             if profile(cursor, state):
                 watch.skip()
             batch = next(batches)
-            state, values = step(state, sharding.put_batch(batch, run.mesh), schedule)
-            watch.begin(batch, functools.partial(flops.count, plain, state, batch, schedule))
+            rate = rates[cursor]
+            state, values = step(state, sharding.put_batch(batch, run.mesh), rate)
+            watch.begin(batch, functools.partial(flops.count, plain, state, batch, rate))
             cursor += 1
             curve.add(values)
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
-                means = curve.write(cursor, float(schedule(state.step - 1)), watch.done)
+                means = curve.write(cursor, float(rate), watch.done)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}")
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)

@@ -13,7 +13,7 @@ from mstar_jax.rewards import prm
 from mstar_jax.stages.run import Program, Run
 from mstar_jax.structs import Model, Stage, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.step import abstract_state, make_train_step, token_loss
+from mstar_jax.training.step import Step, abstract_state, make_train_step, token_loss
 
 
 @dataclasses.dataclass
@@ -58,8 +58,8 @@ def restore(run: Run, stage: Stage) -> TrainState:
         dtype = configure.base_dtype(run.config.train)
         params = run.source.load(dtype, mesh=run.mesh, seed=run.seed)
         return TrainState(0, params, ())  # no optimizer yet
-    abstract = abstract_state(builder(run, stage), program(run, stage).tx, run.mesh)
-    return run.checkpoints.restore(stage.name, abstract)
+    abstract = abstract_state(builder(run, stage), run.tx, run.mesh, frozen=frozen_in(run, stage))
+    return run.checkpoints.restore(stage, abstract)
 
 
 def restore_params(run: Run, stage: Stage) -> Any:
@@ -68,7 +68,7 @@ def restore_params(run: Run, stage: Stage) -> Any:
     abstract = jax.eval_shape(builder(run, stage))
     layout = sharding.shardings(abstract, sharding.TRAIN, run.mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    return run.checkpoints.params(stage.name, abstract)
+    return run.checkpoints.params(stage, abstract)
 
 
 def builder(run: Run, stage: Stage) -> Callable[[], Any]:
@@ -86,7 +86,12 @@ def with_frozen_dtype(run: Run, stage: Stage, params: Any) -> Any:
     train = run.config.train
     if stage == Stage.base or not train.lora.rank:
         return params
-    return optimizer.store(params, configure.frozen(train, stage.kind), configure.base_dtype(train))
+    return optimizer.cast_frozen(params, frozen_in(run, stage), configure.base_dtype(train))
+
+
+def frozen_in(run: Run, stage: Stage) -> tuple[str, ...]:
+    """Patterns of the parameters that a stage does not train."""
+    return configure.frozen(run.config.train, stage)
 
 
 def settings_of(run: Run, stage: Stage) -> Any:
@@ -95,16 +100,15 @@ def settings_of(run: Run, stage: Stage) -> Any:
 
 
 def program(run: Run, stage: Stage) -> Program:
-    """The optimizer and the training step of a stage: one program for all that train the same parameters."""
+    """The training step of a stage: one program for all that train the same parameters by the same loss."""
     train = run.config.train
     scoring = stage == Stage.reward_model
-    frozen = configure.frozen(train, stage.kind)
+    frozen = frozen_in(run, stage)
     if (scoring, frozen) not in run.programs:
-        tx, _ = configure.optimizer(settings_of(run, stage), train, stage.kind)  # `step` takes a schedule
 
-        def make(accumulate: int, remat: str) -> Callable[..., Any]:
+        def make(accumulate: int, remat: str) -> Step:
             return make_train_step(
-                tx,
+                run.tx,
                 run.mesh,
                 loss=prm.make_loss(run.config.prm.mc_weight) if scoring else token_loss,
                 frozen=frozen,
@@ -115,5 +119,5 @@ def program(run: Run, stage: Stage) -> Program:
 
         step = make(train.accumulate, train.remat)
         traced = train.accumulate == 1 and train.remat == "none"  # the step itself is the plain one
-        run.programs[scoring, frozen] = Program(tx, step, step if traced else make(1, "none"))
+        run.programs[scoring, frozen] = Program(step, step if traced else make(1, "none"))
     return run.programs[scoring, frozen]

@@ -17,20 +17,19 @@ from mstar_jax.inference import generate
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.step import Step
 
 
 class Program(NamedTuple):
-    """The compiled training step of all stages that train the same parameters.
+    """The compiled training step of all stages with one loss and one set of frozen parameters.
 
     Attributes:
-      tx: the optimizer.
       step: see `training.step.make_train_step`.
-      plain: the same without accumulation and recomputation: it is traced to count FLOPs.
+      plain: the same without accumulation and recomputation: it is only traced, to count FLOPs.
     """
 
-    tx: optax.GradientTransformation
-    step: Callable[..., Any]
-    plain: Callable[..., Any]
+    step: Step
+    plain: Step
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,6 +48,7 @@ class Run(generate.Inference):
       benchmarks: what the policies are asked at the end.
       results: results.json.
       checkpoints: of the stages' training.
+      tx: the optimizer of all stages.
       programs: compiled training steps, by (is it the reward model's, patterns of what is frozen).
       since: when the last record was written, seconds.
     """
@@ -60,13 +60,14 @@ class Run(generate.Inference):
     unlabelled: Sequence[Query]
     validation: Sequence[Query]
     test: Sequence[Query]
-    hidden: Mapping[str, str]
+    hidden: Mapping[str, str | None]
     base_set: Sequence[toy.BaseExample]
     base_validation: Sequence[Query]
     truth: Mapping[str, truth.Truth]
     benchmarks: evaluation.Benchmarks
     results: records.Results
     checkpoints: Checkpoints
+    tx: optax.GradientTransformation
     programs: dict[tuple[bool, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
     since: float = dataclasses.field(default_factory=time.time)
 
@@ -86,10 +87,10 @@ def start(
     results = records.Results(workdir, head)
     with processes.first_alone("data"):  # makes the embedded data set
         data = configure.load_data(config, workdir)
-    if config.evolve.unlabelled.mixin is not None and not data["unlabelled"]:
+    if config.evolve.unlabelled.mixin is not None and not data.unlabelled:
         raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
     with processes.first_alone("policy"):  # and its tokenizer
-        source = configure.make_policy(config, workdir, data.get("base", ()))
+        source = configure.make_policy(config, workdir, data.base)
     optimizer.check_frozen(jax.eval_shape(source.build), config.train.frozen)
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
@@ -100,17 +101,18 @@ def start(
         config=config,
         source=source,
         template=config.prompts.direct if config.evolve.data == "answers" else config.prompts.cot,
-        labelled=splits.shuffled(data["labelled"], config.seed, 0),
-        unlabelled=splits.shuffled(data["unlabelled"], config.seed, 0),
-        validation=data["validation"],
-        test=data["test"],
-        hidden=data["hidden"],
-        base_set=data.get("base", ()),
-        base_validation=data.get("base_validation", ()),
+        labelled=splits.shuffled(data.labelled, config.seed, 0),
+        unlabelled=splits.shuffled(data.unlabelled, config.seed, 0),
+        validation=data.validation,
+        test=data.test,
+        hidden=data.hidden,
+        base_set=data.base,
+        base_validation=data.base_validation,
         truth=truth.read_truth(known) if known.exists() and not config.data.labelled else {},
         benchmarks=benchmarks,
         results=results,
         checkpoints=Checkpoints(workdir / "checkpoints"),
+        tx=configure.optimizer(config.train),
     )
 
 
@@ -118,7 +120,7 @@ def passed(run: Run, stage: Stage) -> bool:
     """Whether a later stage has begun to train, so that everything about this one is done."""
     last = Stage.iteration(max(run.config.evolve.iterations, 1))
     later = (Stage(place) for place in range(stage.place + 1, last.place + 1))
-    return any(run.checkpoints.has(each.name) for each in later)
+    return any(run.checkpoints.has(each) for each in later)
 
 
 def lap(run: Run) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def pseudo_label(
     queries: Sequence[Query],
     responses: Groups,
     *,
-    hidden: Mapping[str, str],
+    hidden: Mapping[str, str | None],
     settings: ml_collections.ConfigDict,
     aggregate: str,
 ) -> tuple[list[Query], dict[str, float]]:

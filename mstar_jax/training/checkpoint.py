@@ -1,136 +1,143 @@
 """Checkpoints with Orbax: TrainState, EvolveState and the loader's state, saved together or not at all.
 
-How a killed run comes back, in this order:
-  1. `evolve` reads results.json: a stage with its record there is over.
-  2. The stage's rollouts come from the store; only missing shards are sampled, with the weights of the
-     stage before, which are in that stage's last checkpoint.
-  3. The stage's own newest checkpoint, if there is one, gives TrainState and the loader's state; training
-     goes on behind it, and metric rows written after it are dropped and written again.
+How a killed run is resumed, in this order:
+  1. `evolve` reads results.json: a stage with its record there is finished.
+  2. The stage's rollouts come from the store. Only missing shards are sampled, with the weights of the stage
+     before, which are in that stage's last checkpoint.
+  3. The stage's own latest checkpoint, if there is one, holds the TrainState and the loader's state. Training
+     continues from there; later metric rows are dropped and written again.
   4. A stage without a checkpoint starts from the stage before.
-Orbax writes to a temporary folder and renames it, so a checkpoint that exists is whole.
+Orbax writes to a temporary folder and renames it, so a checkpoint that exists is complete.
 
-    <workdir>/checkpoints/<stage>/<step>/{state,run}, and done.json once the stage has ended
+    <workdir>/checkpoints/<stage>/<step>/{state,run}, and done.json once the stage is finished
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from mstar_jax import processes, sharding
 from mstar_jax.store import write_text
-from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.structs import EvolveState, Stage, TrainState
 
 
-def _names(tree: Any) -> dict[str, Any]:
+def _named(state: TrainState) -> dict[str, jax.Array]:
     """A flat, readable dictionary of a state: `params.decoder.blocks.q` -> array."""
     named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
         named[".".join(part for part in parts if part != "value")] = leaf
     return named
 
 
 class Checkpoints:
-    """The checkpoints of a run, one folder a stage; saving does not hold up training."""
+    """The checkpoints of a run, one folder for each stage; training continues while they are written."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder).absolute()
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._managers: dict[Stage, ocp.CheckpointManager] = {}
 
-    def _manager(self, stage: str) -> ocp.CheckpointManager:
-        if stage not in self._managers:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, enable_async_checkpointing=True
-            )
-            self._managers[stage] = ocp.CheckpointManager(self.folder / stage, options=options)
-        return self._managers[stage]
-
-    def save(self, stage: str, state: TrainState, run: EvolveState, wait: bool = False) -> None:
-        """Saves at `run.cursor`; returns once the arrays are copied, or written if `wait` or `run.done`."""
+    def save(self, stage: Stage, state: TrainState, run: EvolveState, wait: bool = False) -> None:
+        """Saves at `run.cursor`; returns once the arrays are copied or, if `wait` or `run.done`, written."""
         manager = self._manager(stage)
         if manager.latest_step() != run.cursor:
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(_names(state)), run=ocp.args.JsonSave(dataclasses.asdict(run))
+                state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(dataclasses.asdict(run))
             )
             manager.save(run.cursor, args=args, force=True)
         if wait or run.done:
             manager.wait_until_finished()
-        if run.done and processes.first():  # a mark of its own: the stage may end where it just saved
-            write_text(self.folder / stage / "done.json", json.dumps(dataclasses.asdict(run)))
+        if run.done and processes.first():  # a separate mark: this step may be saved already
+            write_text(self.folder / stage.name / "done.json", json.dumps(dataclasses.asdict(run)))
 
-    def has(self, stage: str) -> bool:
+    def has(self, stage: Stage) -> bool:
         """Whether the stage has a checkpoint."""
-        return (self.folder / stage).exists() and self._manager(stage).latest_step() is not None
+        return (self.folder / stage.name).exists() and self._manager(stage).latest_step() is not None
 
-    def run(self, stage: str) -> EvolveState | None:
-        """The EvolveState of the stage's newest checkpoint, None where there is none."""
+    def run(self, stage: Stage) -> EvolveState | None:
+        """The EvolveState of the stage's latest checkpoint, None if there is none."""
         if not self.has(stage):
             return None
-        done = self.folder / stage / "done.json"
+        done = self.folder / stage.name / "done.json"
         if done.exists():
             return EvolveState(**json.loads(done.read_text()))
         manager = self._manager(stage)
         found = manager.restore(manager.latest_step(), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return EvolveState(**found["run"])
 
-    def restore(self, stage: str, abstract: TrainState) -> TrainState:
-        """Reads the stage's newest TrainState straight into the shardings of `abstract`.
-
-        Raises:
-          ValueError: there is none, or it does not fit the model.
-        """
-        manager = self._manager(stage)
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{self.folder / stage} holds no checkpoint")
-        try:
-            found = manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_names(abstract)))
-            )["state"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
-        leaves = [found[name] for name in _names(abstract)]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-    def params(self, stage: str, abstract: Any) -> Any:
-        """Reads the stage's newest parameters alone, without the optimizer state.
-
-        Args:
-          stage: its name in the workdir.
-          abstract: the model's shapes, each with its sharding.
+    def restore(self, stage: Stage, abstract: TrainState) -> TrainState:
+        """Reads the stage's latest TrainState directly into the shardings of `abstract`.
 
         Raises:
           ValueError: there is no checkpoint, or it does not fit the model.
         """
-        manager = self._manager(stage)
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{self.folder / stage} holds no checkpoint")
-        wanted = {f"params.{name}": leaf for name, leaf in sharding.named(abstract).items()}
-        args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        how = ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
-        try:  # not the manager's restore: it is bound to the handler that saved
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.restore(self.folder / stage / str(step) / "state", args=how)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
+        wanted = _named(abstract)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        with self._read(stage) as step:
+            found = self._manager(stage).restore(step, args=args)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
-    def drop(self, stage: str) -> None:
-        """Removes a stage's checkpoints (a finished iteration that nothing needs any more)."""
+    def params(self, stage: Stage, abstract: nnx.Module) -> nnx.Module:
+        """Reads the stage's latest parameters, without the optimizer state.
+
+        Args:
+          stage: which one.
+          abstract: the shapes of the model, each with its sharding.
+
+        Raises:
+          ValueError: there is no checkpoint, or it does not fit the model.
+        """
+        wanted = {f"params.{name}": leaf for name, leaf in sharding.named(abstract).items()}
+        args = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        # not by the manager: once it has saved a state, it restores whole states only
+        with self._read(stage) as step, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(self.folder / stage.name / str(step) / "state", args=args)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+
+    def drop(self, stage: Stage) -> None:
+        """Removes a stage's checkpoints, once nothing needs them."""
         manager = self._managers.pop(stage, None)
         if manager is not None:
             manager.close()
         if processes.first():
-            shutil.rmtree(self.folder / stage, ignore_errors=True)
+            shutil.rmtree(self.folder / stage.name, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until everything is written."""
         for manager in self._managers.values():
             manager.wait_until_finished()
+
+    def _manager(self, stage: Stage) -> ocp.CheckpointManager:
+        if stage not in self._managers:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1, create=True, enable_async_checkpointing=True
+            )
+            self._managers[stage] = ocp.CheckpointManager(self.folder / stage.name, options=options)
+        return self._managers[stage]
+
+    @contextlib.contextmanager
+    def _read(self, stage: Stage) -> Iterator[int]:
+        """Gives the latest step to read, and explains what does not fit.
+
+        Raises:
+          ValueError: there is no checkpoint, or it does not fit the model.
+        """
+        step = self._manager(stage).latest_step()
+        if step is None:
+            raise ValueError(f"{self.folder / stage.name} holds no checkpoint")
+        try:
+            yield step
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.folder / stage.name}/{step} does not fit this model: {error}") from error

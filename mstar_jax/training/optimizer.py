@@ -1,174 +1,163 @@
-"""The optimizer: its schedule, what it trains, and what of it a stage carries on."""
+"""The optimizer and its schedule, what is trained and what is frozen, and what a stage inherits.
+
+The optimizer sees the trained part of a model only: `tx.init(split(params, frozen).trained)`. It knows no
+learning rate. The train step is given the rate of each step, so that stages with different schedules share
+one compiled program.
+"""
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mstar_jax import sharding
 from mstar_jax.structs import TrainState
 
 
-class Schedule(NamedTuple):
-    """A learning rate by optimizer step; its numbers are arguments of the train step: none recompiles it."""
+def make_optimizer(
+    *, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """AdamW, with gradients clipped by their global norm; the train step multiplies by the learning rate.
 
-    peak: Any
-    steps: Any
-    warmup_steps: Any
-    final_fraction: Any
+    Args:
+      b1, b2: decay rates of Adam's first and second moments.
+      weight_decay: decoupled weight decay, relative to the learning rate.
+      clip: maximum global norm of the gradients.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1, b2),
+        optax.add_decayed_weights(weight_decay),
+    )
 
-    def __call__(self, step: Any) -> jax.Array:
-        """float32[]."""
-        warm = jnp.minimum((step + 1) / jnp.maximum(self.warmup_steps, 1), 1.0)
-        after = (step - self.warmup_steps) / jnp.maximum(self.steps - self.warmup_steps, 1)
-        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(after, 0.0, 1.0)))
-        return self.peak * warm * ((1.0 - self.final_fraction) * cosine + self.final_fraction)
 
+def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:
+    """Linear warm-up, then a cosine decay to `final_fraction` of the peak (1 keeps the rate constant).
 
-def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> Schedule:
-    """Linear warm-up, then a cosine to `final_fraction` of the peak (1 keeps it constant).
+    The first step has a rate of `peak / warmup_steps`, not 0. `steps` is the length of the whole run. It is
+    fixed at the start and never recomputed from the data of an iteration.
 
-    `steps` is the length of the whole run, fixed at its start; it is never recomputed from the data of
-    an iteration.
+    Returns:
+      float32 learning rates of optimizer steps; takes a step, or an array of steps.
 
     Raises:
       ValueError: the warm-up is longer than the run.
     """
     if not 0 <= warmup_steps < max(steps, 1):
         raise ValueError(f"the learning rate warms up over {warmup_steps} steps of a run of {steps}")
-    return Schedule(*map(float, (peak, steps, warmup_steps, final_fraction)))
+    warmup = optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1))
+    decay = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), final_fraction)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def _scale_by_schedule(own: optax.Schedule) -> optax.GradientTransformation:
-    """optax's, downhill; by another schedule than its own where `update` is given one."""
-
-    def update(updates, state, params=None, schedule=None, **_):
-        rate = schedule or own
-        return optax.scale_by_schedule(lambda count: -rate(count)).update(updates, state, params)
-
-    return optax.GradientTransformationExtraArgs(optax.scale_by_schedule(own).init, update)
+def learning_rates(schedule: optax.Schedule, first: int, steps: int) -> np.ndarray:
+    """float32[steps], on the host: the rates of optimizer steps `first`, `first + 1`, ..."""
+    return np.asarray(schedule(np.arange(first, first + steps)), np.float32)
 
 
-def split(params: Any, frozen: Sequence[str]) -> tuple[Any, Any]:
-    """What is trained and what is frozen: the same tree twice, each empty where the other has a parameter.
+class Parts(NamedTuple):
+    """A model in two parts: the same tree twice, with `optax.MaskedNode` where the other has a parameter."""
+
+    trained: nnx.Module
+    frozen: nnx.Module
+
+
+def split(params: nnx.Module, frozen: Sequence[str]) -> Parts:
+    """Splits a model into what is trained and what is frozen.
 
     Args:
-      params: a model.
-      frozen: see `make_optimizer`.
+      params: the model.
+      frozen: regular expressions; a parameter is frozen if its dotted name contains a match of any of them.
     """
 
-    def part(wanted: bool) -> Any:
+    def part(wanted: bool) -> nnx.Module:
         def keep(path, leaf):
-            return leaf if _matches(path, frozen) == wanted else optax.MaskedNode()
+            name = sharding.parameter_name(path)
+            is_frozen = any(re.search(pattern, name) for pattern in frozen)
+            return leaf if is_frozen == wanted else optax.MaskedNode()
 
         return jax.tree_util.tree_map_with_path(keep, params)
 
-    return part(False), part(True)
+    return Parts(trained=part(False), frozen=part(True))
 
 
-def join(trained: Any, fixed: Any) -> Any:
+def join(parts: Parts) -> nnx.Module:
     """The model whose parts `split` returned."""
 
-    def empty(leaf):
+    def is_masked(leaf):
         return isinstance(leaf, optax.MaskedNode)
 
-    return jax.tree.map(lambda a, b: b if empty(a) else a, trained, fixed, is_leaf=empty)
+    def pick(trained, frozen):
+        return frozen if is_masked(trained) else trained
+
+    return jax.tree.map(pick, parts.trained, parts.frozen, is_leaf=is_masked)
 
 
-def store(params: Any, frozen: Sequence[str], dtype: Any) -> Any:
-    """The model with what is frozen in another dtype."""
-    trained, fixed = split(params, frozen)
-    return join(trained, sharding.cast(fixed, dtype))
+def cast_frozen(params: nnx.Module, frozen: Sequence[str], dtype: jax.typing.DTypeLike) -> nnx.Module:
+    """The model with its frozen parameters in another dtype."""
+    parts = split(params, frozen)
+    return join(parts._replace(frozen=sharding.cast(parts.frozen, dtype)))
 
 
-def _matches(path: Any, patterns: Sequence[str]) -> bool:
-    return any(re.search(pattern, sharding.parameter_name(path)) for pattern in patterns)
-
-
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
-    frozen: Sequence[str] = (),
-) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm of what is trained.
-
-    Args:
-      schedule: learning rate by optimizer step, where an update is given no other one.
-      b1, b2, weight_decay: AdamW's.
-      clip: greatest global gradient norm.
-      frozen: regular expressions; a parameter whose dotted name contains a match is not trained and has
-        no optimizer moments.
-    """
-
-    def labels(params):
-        def label(path, _):
-            return "frozen" if _matches(path, frozen) else "trained"
-
-        # a function, not a tree: with a tree, multi_transform let raw gradients through to frozen weights
-        return jax.tree_util.tree_map_with_path(label, params)
-
-    adamw = optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.chain(  # optax.adamw
-            optax.scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay), _scale_by_schedule(schedule)
-        ),
-    )
-    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
-
-
-def check_frozen(model: Any, frozen: Sequence[str]) -> None:
+def check_frozen(params: nnx.Module, frozen: Sequence[str]) -> None:
     """Refuses a pattern that freezes nothing.
 
     Raises:
-      ValueError: with the pattern and the parameters that there are.
+      ValueError: with the pattern and the names of all parameters.
     """
-    names = [sharding.parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    names = list(sharding.named(params))
     for pattern in frozen:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"train.frozen: {pattern!r} matches no parameter; there are {', '.join(names)}")
 
 
-def carry_on(
-    state: TrainState, tx: optax.GradientTransformation, mesh: Any, *, moments: bool, schedule: bool
+def new_state(
+    params: nnx.Module,
+    tx: optax.GradientTransformation,
+    frozen: Sequence[str] = (),
+    step: jax.typing.ArrayLike = 0,
 ) -> TrainState:
-    """A stage's first state, from the last one of the stage before.
+    """A TrainState whose optimizer state is new; frozen parameters have no entry in it."""
+    return TrainState(jnp.asarray(step, jnp.int32), params, tx.init(split(params, frozen).trained))
+
+
+def carry_on(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    frozen: Sequence[str] = (),
+    moments: bool,
+    schedule: bool,
+) -> TrainState:
+    """The first state of a stage, from the last state of the stage before.
 
     Args:
-      state: parameters and, where something is kept, the optimizer state of the same optimizer.
-      tx: the stage's optimizer.
+      state: the last state; without `moments` its `opt_state` is not read, and may be empty.
+      tx: the optimizer.
       mesh: the device mesh.
-      moments: keep Adam's moments (and their bias correction); new ones start from copies of the parameters.
-      schedule: keep the place in the learning rate's schedule, instead of its beginning.
+      frozen: see `split`.
+      moments: keep Adam's moments and the count that corrects their bias. Otherwise they are initialised and
+        the parameters are copied, so that the train step does not donate those of `state`.
+      schedule: keep the position in the learning rate schedule. Otherwise it starts from step 0.
     """
-    return state if moments and schedule else _carried(tx, mesh, moments, schedule)(state)
+    step = state.step if schedule else np.int32(0)
+    if not moments:
+        return _restart(state.params, step, tx, mesh, tuple(frozen))
+    if not schedule:
+        step = jax.device_put(step, NamedSharding(mesh, PartitionSpec()))
+    return state._replace(step=step)
 
 
-@functools.lru_cache(maxsize=8)  # one program, however many stages carry on alike
-def _carried(
-    tx: optax.GradientTransformation, mesh: Any, moments: bool, schedule: bool
-) -> Callable[..., Any]:
-    def place(leaf):
-        return isinstance(leaf, optax.ScaleByScheduleState)
-
-    def init(state):
-        params = jax.tree.map(jnp.copy, state.params)
-        new = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-        if moments or schedule:
-            kept = jax.tree.map(
-                lambda old, fresh: old if (schedule if place(old) else moments) else fresh,
-                state.opt_state,
-                new.opt_state,
-                is_leaf=place,
-            )
-            new = new._replace(step=state.step if schedule else new.step, opt_state=kept)
-        return jax.lax.with_sharding_constraint(new, sharding.shardings(new, sharding.TRAIN, mesh))
-
-    return jax.jit(init)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _restart(params, step, tx, mesh, frozen):
+    new = new_state(jax.tree.map(jnp.copy, params), tx, frozen, step)
+    # All of the state is pinned: left alone, the compiler replicates the moments.
+    return jax.lax.with_sharding_constraint(new, sharding.shardings(new, sharding.TRAIN, mesh))

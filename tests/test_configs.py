@@ -1,0 +1,165 @@
+"""The configs: one base with every key, policies that override it, and methods that fit all of them."""
+
+import ast
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tokenize
+
+import pytest
+
+from configs import base, phi35, tiny, variants
+from mstar_jax import configure, sharding
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25")
+
+
+def get(policy, variant="mstar"):
+    """A config with what has to be given."""
+    config = importlib.import_module(f"configs.{policy}").get_config(variant)
+    if policy != "tiny":
+        config.policy.path = "/checkpoint"
+        config.data.labelled = "/data.json"
+    return config
+
+
+def flat(config):
+    """The values by dotted key."""
+    found = {}
+    for key, value in config.items():
+        inner = flat(value) if hasattr(value, "items") else None
+        found |= {key: value} if inner is None else {f"{key}.{name}": x for name, x in inner.items()}
+    return found
+
+
+def test_base_sets_every_key_once_on_a_line_with_a_comment():
+    """But for the groups, which may have one too."""
+    path = ROOT / "configs" / "base.py"
+    with tokenize.open(path) as file:
+        commented = {
+            token.start[0]
+            for token in tokenize.generate_tokens(file.readline)
+            if token.type == tokenize.COMMENT
+        }
+    lines = path.read_text().splitlines()
+    names, groups = {}, {"c": ""}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Assign):
+            continue
+        key = next((t for t in node.targets if isinstance(t, ast.Attribute)), None)
+        if key is None:
+            continue
+        name = groups[key.value.id] + key.attr
+        local = next((t.id for t in node.targets if isinstance(t, ast.Name)), None)
+        if local:
+            groups[local] = f"{name}."
+        else:
+            assert name not in names, f"{name} is set twice"
+            names[name] = node.lineno
+    assert names.keys() == flat(base.get_config()).keys()
+    plain = {"policy.decoder.hidden_size", "policy.vision.hidden_size", "policy.vision.num_layers"}
+    plain |= {"policy.vision.num_heads"}  # say it themselves
+    missing = {name for name, line in names.items() if line not in commented} - plain
+    assert not missing, missing
+    assert len({*names.values()}) == len(names) and max(map(len, lines)) <= 110
+
+
+def test_a_misspelled_key_is_an_error():
+    config = base.get_config()
+    with pytest.raises(AttributeError, match="iteration"):
+        config.evolve.iteration = 3
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_configs_have_the_same_keys(policy):
+    for variant in variants.VARIANTS:
+        assert flat(get(policy, variant)).keys() == flat(base.get_config()).keys()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_every_method_fits_every_policy(policy, variant):
+    config = get(policy, variant)
+    configure.check(config, sharding.make_mesh())
+    json.loads(config.to_json_best_effort())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_methods_are_the_papers(policy):
+    """Iterative RFT and ReST^EM sample for all queries, keep all correct responses and reset the optimizer;
+    all methods see as many queries and take as many steps in all."""
+    continuous = get(policy, "continuous").evolve
+    passes = continuous.iterations * continuous.fraction
+    for variant in ("iterative_rft", "rest_em"):
+        config = get(policy, variant)
+        e = config.evolve
+        assert (e.fraction, e.keep, e.select, e.data) == (1.0, 0, "random", "rollouts")
+        assert e.reset_moments and e.reset_schedule and config.prm.queries == config.explore.every == 0
+        assert e.start == ("initial" if variant == "rest_em" else "last")
+        assert e.iterations == passes and e.iterations * e.steps == continuous.iterations * continuous.steps
+    e = get(policy, "mstar").evolve
+    assert (e.select, e.keep, e.fraction, e.start) == ("prm", 2, 0.25, "last")
+    assert not e.reset_moments and not e.reset_schedule
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="unknown variant 'contnuous': choose one of mstar, continuous, .*"):
+        phi35.get_config("contnuous")
+    with pytest.raises(ValueError, match="unknown variant 'x': .*, ablation"):
+        tiny.get_config("x")
+
+
+def test_a_fraction_that_does_not_divide_the_passes():
+    config = tiny.get_config()  # 6 iterations with a quarter of the queries
+    with pytest.raises(ValueError, match="evolve.fraction = 1.0: .* = 6 x 0.25 = 1.5 passes"):
+        variants.resolve(config, {"evolve.fraction": 1.0})
+    assert variants.resolve(config, {"evolve.fraction": 0.5}) == {
+        "evolve.fraction": 0.5,
+        "evolve.iterations": 3,
+        "evolve.steps": 128,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("evolve.data", "rollout", r"evolve.data = 'rollout': choose one of 'rollouts', 'answers', 'warmup'"),
+        ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'dots'"),
+        ("prm.queries", 0, "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"),
+        ("evolve.keep_checkpoints", 1, "evolve.keep_checkpoints = 1: must be at least 2"),
+        ("prm.samples", 17, "prm.samples = 17: must be a multiple of prm.completions = 2"),
+        ("train.profile", (5, 5), r"train.profile = \(5, 5\): give \(first step, end\)"),
+        ("benchmarks.names", ("ai3d",), "benchmarks.names = 'ai3d': choose one of "),
+        ("sampling.refill", 0.0, "sampling.refill = 0.0: must be a fraction of the batch"),
+        ("policy.decoder.num_layers", 0, "policy.path is not set: give a checkpoint's folder"),
+        ("data.figures.train", 0, "data.labelled is not set: give a MathV360K file"),
+        ("prompts.cot", "{problem}", "unknown field {problem}"),
+    ],
+)
+def test_impossible_values_are_refused(key, value, text):
+    config = tiny.get_config("smoke")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=text):
+        configure.check(config, sharding.make_mesh())
+
+
+def test_a_threshold_needs_rewards():
+    config = tiny.get_config("continuous")
+    config.evolve.threshold = 0.5
+    with pytest.raises(
+        ValueError, match="evolve.threshold = 0.5: must be None, for evolve.select = 'random'"
+    ):
+        configure.check(config, sharding.make_mesh())
+
+
+def test_the_command_finds_a_config_from_anywhere(tmp_path):
+    """By its absolute path; the config's own imports are found where mstar_jax is."""
+    command = [sys.executable, "-m", "mstar_jax.main", f"--config={ROOT / 'configs' / 'phi35.py'}:rest_em"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: policy.path is not set" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
