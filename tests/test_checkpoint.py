@@ -133,7 +133,7 @@ def test_misfit(tmp_path, state, tx, mesh):
 def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
     processor = tiny.processor(tmp_path / "tokenizer")
     found = [Query(f"q{i}", (), "area " * i) for i in range(9)]
-    planned, _ = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
+    planned = loader.plan_prompts([(q, q.question) for q in found], processor, 1000)
     rows = [Row(p, ((20 + i, 30), (40 + i, 9, 9))) for i, p in enumerate(planned)]
 
     def batches(state=None):
