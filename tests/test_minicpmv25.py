@@ -255,8 +255,8 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
             tiny.picture(*size, seed=number).save(path)
         query = Query(str(number), tuple(map(str, paths)), "How many?")
         pairs.append((query, f"How many? {number}"))
-    prompts, left_out = loader.plan_prompts(pairs, processor, 160)
-    assert not left_out and [prompt.crops for prompt in prompts] == [5, 0, 1]
+    prompts = loader.plan_prompts(pairs, processor, 160)
+    assert [prompt.crops for prompt in prompts] == [5, 0, 1]
     branches = tuple(tuple(processor.encode_response(text)) for text in ("one", "Step 2"))
     rows = [Row(prompt, branches) for prompt in prompts]
     encoded = [loader.encode_row(row, processor, 160, 5) for row in rows]
