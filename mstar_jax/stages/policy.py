@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
@@ -63,8 +64,10 @@ def restore(run: Run, stage: Stage) -> TrainState:
 
 
 def restore_params(run: Run, stage: Stage) -> Any:
-    """The parameters alone (`Model`, or `ScoringModel` of the reward model's stage), without the optimizer's
-    moments. Nothing else holds them: they are gone with the last name for them."""
+    """The parameters of a stage alone (a `Model`, or the reward model), without the optimizer's moments.
+
+    No handle keeps them: they are freed as soon as the caller drops them.
+    """
     abstract = jax.eval_shape(builder(run, stage))
     layout = sharding.shardings(abstract, sharding.TRAIN, run.mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
@@ -82,7 +85,7 @@ def builder(run: Run, stage: Stage) -> Callable[[], Any]:
 
 
 def with_frozen_dtype(run: Run, stage: Stage, params: Any) -> Any:
-    """With LoRA, frozen parameters have their own dtype as soon as there is something to adapt."""
+    """With LoRA, the frozen parameters in their own dtype; the base stage has nothing to adapt yet."""
     train = run.config.train
     if stage == Stage.base or not train.lora.rank:
         return params
@@ -94,7 +97,7 @@ def frozen_in(run: Run, stage: Stage) -> tuple[str, ...]:
     return configure.frozen(run.config.train, stage)
 
 
-def settings_of(run: Run, stage: Stage) -> Any:
+def settings_of(run: Run, stage: Stage) -> ml_collections.ConfigDict:
     """The part of the config with a stage's steps, batch and learning rate."""
     return run.config.evolve if stage.number else run.config[stage.kind]
 
