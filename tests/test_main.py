@@ -25,7 +25,7 @@ def start(*flags, devices=1):
 def test_claim(tmp_path):
     config = {"seed": 0, "base": {"steps": 10, "mix": [1, 2]}, "old": 1}
     main.claim(tmp_path / "runs" / "one", config)
-    main.claim(tmp_path / "runs" / "one", config)  # the same values go on
+    main.claim(tmp_path / "runs" / "one", config)  # the same values: the run continues
     assert json.loads((tmp_path / "runs" / "one" / "config.json").read_text()) == config
     changed = {"seed": 0, "base": {"steps": 12, "mix": [1, 3]}, "new": "x"}
     with pytest.raises(ValueError) as error:

@@ -72,7 +72,7 @@ class Sampler:
         counted within the part of the batch that lies on the slot's device. The slots given are donated.
       advance: `(model, slots, temperatures float32[K], free int32[], chunks) -> Slots`. Decodes until so many
         slots of each part of the batch are free, or the first chunk of the cache is full (see
-        `KVCache.turned`), or the rows need more than the given number of chunks (see `chunks`). Branch k
+        `KVCache.rotated`), or the rows need more than the given number of chunks (see `chunks`). Branch k
         samples at temperatures[k]. The slots are donated.
     """
 

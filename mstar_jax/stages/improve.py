@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Carry(NamedTuple):
-    """What a stage's training inherits of the stage that it starts from, beside the parameters.
+    """What a stage's training inherits from the stage that it starts from, besides the parameters.
 
     Attributes:
       moments: the optimizer's; otherwise they start from zero.
@@ -89,16 +89,16 @@ def train(
     temperature: float = 0.0,
     until: Callable[[Model, int], bool] | None = None,
 ) -> Policy:
-    """Trains for the stage's number of steps, or for those that its checkpoint leaves; a finished stage is
-    returned as it is.
+    """Trains for the stage's number of steps, or for those that remain after its checkpoint; the policy of a
+    finished stage is returned at once.
 
     Args:
       run: see `Run`.
       stage: which stage.
-      begin: gives the first state, asked only where there is no checkpoint.
+      begin: returns the first state; called only if the stage has no checkpoint.
       sources: what is trained on.
       temperature: what the responses were sampled at; written into the checkpoint.
-      until: (parameters, steps done) -> whether to end early; asked every `check_every` steps.
+      until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
     saved = run.checkpoints.run(stage)
     if saved is not None and saved.done:
