@@ -21,7 +21,7 @@ from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import selection
 from mstar_jax.store import write_text
-from mstar_jax.structs import Query
+from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
 from mstar_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -182,7 +182,7 @@ def schedule(settings: ConfigDict) -> optax.Schedule:
     )
 
 
-def frozen(values: ConfigDict, stage: str = "") -> tuple[str, ...]:
+def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     """Patterns of the parameters that a stage does not train, from `config.train`.
 
     With LoRA these are all parameters of the policy but its adapters. In the base stage of a policy from
@@ -191,8 +191,8 @@ def frozen(values: ConfigDict, stage: str = "") -> tuple[str, ...]:
     """
     patterns = list(values.frozen)
     if values.lora.rank:
-        patterns.append(f"^{ADAPTERS}" if stage == "base" else f"^(?!{ADAPTERS})")
-    start = "^trunk." if stage == "prm" else "^"  # the reward model's own head is always trained
+        patterns.append(f"^{ADAPTERS}" if stage == Stage.base else f"^(?!{ADAPTERS})")
+    start = "^trunk." if stage == Stage.reward_model else "^"  # the reward model's own head is always trained
     return tuple(re.sub(r"^\^", start, pattern) for pattern in patterns)
 
 

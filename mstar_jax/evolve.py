@@ -111,7 +111,7 @@ def run(
         measure(run, policy, reward, sources, temperature)  # every eval.every iterations, and at the end
         temperature = explore(run, policy, reward, temperature)  # every explore.every iterations
         if t > evolve.keep_checkpoints:
-            run.checkpoints.drop(Stage.iteration(t - evolve.keep_checkpoints).name)
+            run.checkpoints.drop(Stage.iteration(t - evolve.keep_checkpoints))
 
     # ---------------------------------------------------------------------------------- benchmarks
     if config.benchmarks.names:

@@ -292,7 +292,7 @@ class KVCache(NamedTuple):
 
     Rows may enter at different times, so their suffixes are one ring of columns, cut in chunks. A step writes
     column `clock mod C` of the first chunk; before a full one is written again, the last one is moved to the
-    front (`turned`). A step that needs no old columns reads the first chunks only.
+    front (`rotated`). A step that needs no old columns reads the first chunks only.
 
         chunks     [ t4 t5 __ __ ] [ t0 t1 t2 t3 ] [ .. .. .. .. ]     clock 6, C = 4; a row of age 6
 
@@ -321,8 +321,8 @@ class KVCache(NamedTuple):
     age: jax.Array
     clock: jax.Array
 
-    def turned(self) -> "KVCache":
-        """With the oldest chunk in front, to be written again."""
+    def rotated(self) -> "KVCache":
+        """The same cache with the oldest chunk moved to the front, where it is overwritten."""
         k, v = self.suffix_k, self.suffix_v
         return self._replace(suffix_k=(k[-1], *k[:-1]), suffix_v=(v[-1], *v[:-1]))
 

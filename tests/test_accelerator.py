@@ -12,7 +12,7 @@ import tiny
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import attention, layers, vision
-from mstar_jax.structs import EvolveState
+from mstar_jax.structs import EvolveState, Stage
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.optimizer import make_optimizer, new_state
 from mstar_jax.training.step import abstract_state, make_train_step
@@ -220,11 +220,11 @@ def test_restored_state_is_the_saved_one_and_training_goes_on(policy, batch, tmp
     _, losses = step_of(mesh, tx, policy, batch, 4)
     state, _ = step_of(mesh, tx, policy, batch, 2)
     Checkpoints(tmp_path).save(
-        "iteration_01", state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True
+        Stage.iteration(1), state, EvolveState("iteration", 1, 2, False, 1.0, 0), wait=True
     )
     with jax.set_mesh(mesh):
         abstract = abstract_state(lambda: jax.tree.map(jnp.asarray, policy), tx, mesh)
-        found = Checkpoints(tmp_path).restore("iteration_01", abstract)
+        found = Checkpoints(tmp_path).restore(Stage.iteration(1), abstract)
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         step, again = make_train_step(tx, mesh), []

@@ -10,7 +10,7 @@ import pytest
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.structs import EvolveState, Query, Row, TrainState
+from mstar_jax.structs import EvolveState, Query, Row, Stage, TrainState
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import abstract_state, make_train_step
@@ -67,11 +67,11 @@ def assert_same(a, b):
 
 def test_round_trip(tmp_path, state, tx, mesh):
     run = where(7, loader={"next_index": 28}, curve={"loss": [0.1, 3]})
-    Checkpoints(tmp_path).save("iteration_03", state, run, wait=True)
+    Checkpoints(tmp_path).save(Stage.iteration(3), state, run, wait=True)
     fresh = Checkpoints(tmp_path)
-    found = fresh.restore("iteration_03", abstract(tx, mesh))
+    found = fresh.restore(Stage.iteration(3), abstract(tx, mesh))
     assert_same(found, state)
-    assert fresh.run("iteration_03") == run
+    assert fresh.run(Stage.iteration(3)) == run
     moments = [x for x in jax.tree.leaves(found.opt_state) if x.ndim > 1]
     assert moments and any(not x.sharding.is_fully_replicated for x in moments)
 
@@ -79,46 +79,55 @@ def test_round_trip(tmp_path, state, tx, mesh):
 def test_latest_wins_and_old_ones_go(tmp_path, state, tx, mesh):
     checkpoints = Checkpoints(tmp_path)
     later = state._replace(step=state.step + 1)
-    checkpoints.save("base", state, where(5))
-    checkpoints.save("base", later, where(10), wait=True)
+    checkpoints.save(Stage.base, state, where(5))
+    checkpoints.save(Stage.base, later, where(10), wait=True)
     fresh = Checkpoints(tmp_path)
-    assert fresh.run("base").cursor == 10
-    assert_same(fresh.restore("base", abstract(tx, mesh)), later)
+    assert fresh.run(Stage.base).cursor == 10
+    assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), later)
     assert [p.name for p in (tmp_path / "base").iterdir() if p.name.isdigit()] == ["10"]
 
 
 def test_done_mark(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
-    assert not checkpoints.has("warmup") and checkpoints.run("warmup") is None
-    checkpoints.save("warmup", state, where(5), wait=True)
-    assert not Checkpoints(tmp_path).run("warmup").done
-    checkpoints.save("warmup", state, where(5, done=True))  # where it has just saved
-    assert Checkpoints(tmp_path).run("warmup").done
-    checkpoints.drop("warmup")
-    assert not Checkpoints(tmp_path).has("warmup")
+    assert not checkpoints.has(Stage.warmup) and checkpoints.run(Stage.warmup) is None
+    checkpoints.save(Stage.warmup, state, where(5), wait=True)
+    assert not Checkpoints(tmp_path).run(Stage.warmup).done
+    checkpoints.save(Stage.warmup, state, where(5, done=True))  # where it has just saved
+    assert Checkpoints(tmp_path).run(Stage.warmup).done
+    checkpoints.drop(Stage.warmup)
+    assert not Checkpoints(tmp_path).has(Stage.warmup)
+
+
+def test_parameters_alone(tmp_path, state, tx, mesh):
+    """By the object that saved the state, and by another one."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(Stage.warmup, state, where(5), wait=True)
+    for each in (checkpoints, Checkpoints(tmp_path)):
+        assert_same(each.params(Stage.warmup, abstract(tx, mesh).params), state.params)
+    assert_same(checkpoints.restore(Stage.warmup, abstract(tx, mesh)), state)
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path, state, tx, mesh):
-    Checkpoints(tmp_path).save("base", state, where(5), wait=True)
+    Checkpoints(tmp_path).save(Stage.base, state, where(5), wait=True)
     part = tmp_path / "base" / "10.orbax-checkpoint-tmp"  # as a killed save leaves it
     (part / "state").mkdir(parents=True)
     (part / "state" / "d").write_text("half")
     (tmp_path / "base" / "done.json.part17").write_text('{"stage"')
     fresh = Checkpoints(tmp_path)
-    assert (fresh.run("base").cursor, fresh.run("base").done) == (5, False)
-    assert_same(fresh.restore("base", abstract(tx, mesh)), state)
-    fresh.save("base", state, where(10), wait=True)
-    assert Checkpoints(tmp_path).run("base").cursor == 10
+    assert (fresh.run(Stage.base).cursor, fresh.run(Stage.base).done) == (5, False)
+    assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), state)
+    fresh.save(Stage.base, state, where(10), wait=True)
+    assert Checkpoints(tmp_path).run(Stage.base).cursor == 10
 
 
 def test_misfit(tmp_path, state, tx, mesh):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(ValueError, match="base holds no checkpoint"):
-        checkpoints.restore("base", abstract(tx, mesh))
-    checkpoints.save("base", state, where(5), wait=True)
+        checkpoints.restore(Stage.base, abstract(tx, mesh))
+    checkpoints.save(Stage.base, state, where(5), wait=True)
     for change in ({"intermediate_size": 64}, {"tie_word_embeddings": True}):
         with pytest.raises(ValueError, match="base/5 does not fit this model"):
-            Checkpoints(tmp_path).restore("base", abstract(tx, mesh, **change))
+            Checkpoints(tmp_path).restore(Stage.base, abstract(tx, mesh, **change))
 
 
 def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
@@ -150,14 +159,14 @@ def test_two_and_two_steps_are_four(tmp_path, tx, mesh):
         iterator = batches()
         state, first = run(start(), iterator, 2)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
-        checkpoints.save("base", state, where(2, loader=iterator.get_state()))
+        checkpoints.save(Stage.base, state, where(2, loader=iterator.get_state()))
         run(state, iterator, 1)  # not waited for: training donates what is still being written
         checkpoints.wait()
 
         fresh = Checkpoints(tmp_path / "checkpoints")
-        state = fresh.restore("base", abstract(tx, mesh))
-        state, second = run(state, batches(fresh.run("base").loader), 2)
+        state = fresh.restore(Stage.base, abstract(tx, mesh))
+        state, second = run(state, batches(fresh.run(Stage.base).loader), 2)
     assert first + second == losses and len(set(losses)) == 4
     assert_same(state, whole)
     assert int(state.step) == 4
-    assert json.dumps(fresh.run("base").loader)
+    assert json.dumps(fresh.run(Stage.base).loader)

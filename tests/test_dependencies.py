@@ -18,7 +18,7 @@ def declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["benchmarks"]
     names = {normalized(re.match(r"[\w.-]+", each)[0]) for each in wanted}
-    return names | {"sympy", "latex2sympy2-extended"} if "math-verify" in names else names  # it brings them
+    return names
 
 
 def imported():

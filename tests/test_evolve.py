@@ -348,7 +348,7 @@ def stop_after(count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 14, 22, 26, 30])  # in base training, sampling, labels, scores, later
-def test_a_stopped_run_goes_on(whole, tmp_path, count):
+def test_a_stopped_run_continues(whole, tmp_path, count):
     with pytest.raises(generate.Stopped):
         run(small(), tmp_path, stop_after(count))
     run(small(), tmp_path)
@@ -370,7 +370,7 @@ def command(workdir, variant="smoke"):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_run_goes_on(whole, tmp_path):
+def test_a_killed_run_continues(whole, tmp_path):
     process = command(tmp_path / "run")
     after = ("rollouts/base_validation", "rollouts/warmup", "labels/prm", "scores/prm_held_out")
     after += ("rollouts/iteration_01", "scores/iteration_01", "scores/iteration_01_validation")

@@ -21,7 +21,7 @@ from mstar_jax.models import layers, phi35, vlm
 from mstar_jax.plan import official
 from mstar_jax.plan.programs import Programs
 from mstar_jax.rewards import prm
-from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.structs import EvolveState, Stage, TrainState
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import abstract_state, make_train_step, token_loss
@@ -149,12 +149,14 @@ def test_what_is_frozen():
             name for name in among if not any(re.search(p, name) for p in configure.frozen(values(), stage))
         }
 
-    assert left("warmup", policy) == left("iteration_03", policy) == ADAPTERS
-    assert left("base", policy) == policy - ADAPTERS  # nothing to adapt yet
-    assert left("prm", {*(names - policy), *head}) == {f"trunk.{name}" for name in ADAPTERS} | head
+    assert left(Stage.warmup, policy) == left(Stage.iteration(3), policy) == ADAPTERS
+    assert left(Stage.base, policy) == policy - ADAPTERS  # nothing to adapt yet
+    assert (
+        left(Stage.reward_model, {*(names - policy), *head}) == {f"trunk.{name}" for name in ADAPTERS} | head
+    )
     none = ConfigDict({"frozen": ("^tower",), "lora": LORA | {"rank": 0}})
-    assert configure.frozen(none, "base") == configure.frozen(none, "iteration_01") == ("^tower",)
-    assert configure.frozen(none, "prm") == ("^trunk.tower",)
+    assert configure.frozen(none, Stage.base) == configure.frozen(none, Stage.iteration(1)) == ("^tower",)
+    assert configure.frozen(none, Stage.reward_model) == ("^trunk.tower",)
 
 
 def test_it_begins_as_the_base(batch):
@@ -256,9 +258,9 @@ def test_continuous_training_through_a_checkpoint(tmp_path, one, step, trained, 
     for _ in range(2):
         state, _ = step(state, batch, RATE)
     where = EvolveState("iteration", 1, 2, True, 1.0, 0)
-    Checkpoints(tmp_path).save("iteration_01", state, where, wait=True)
+    Checkpoints(tmp_path).save(Stage.iteration(1), state, where, wait=True)
     abstract = abstract_state(lambda: phi35.Phi35Vision(config(), nnx.Rngs(0)), tx, one, frozen=FROZEN)
-    state = Checkpoints(tmp_path).restore("iteration_01", abstract)
+    state = Checkpoints(tmp_path).restore(Stage.iteration(1), abstract)
     state = optimizer.carry_on(state, tx, one, frozen=FROZEN, moments=True, schedule=True)
     for _ in range(2):
         state, _ = step(state, batch, RATE)
@@ -279,16 +281,16 @@ def test_base_in_bfloat16(tmp_path, one, batch):
         assert (value.tobytes() == before[name].tobytes()) == (name not in ADAPTERS), name
     assert all(x.dtype == np.float32 for found in moments(state) for x in found.values())
     assert np.isfinite(float(metrics["grad_norm"]))
-    Checkpoints(tmp_path).save("warmup", state, EvolveState("warmup", 0, 2, True, 1.0, 0), wait=True)
+    Checkpoints(tmp_path).save(Stage.warmup, state, EvolveState("warmup", 0, 2, True, 1.0, 0), wait=True)
     abstract = abstract_state(
         lambda: optimizer.cast_frozen(fresh(), FROZEN, jnp.bfloat16), tx, one, frozen=FROZEN
     )
-    again = Checkpoints(tmp_path).restore("warmup", abstract).params
+    again = Checkpoints(tmp_path).restore(Stage.warmup, abstract).params
     layout = sharding.shardings(tiny.abstract(config()), sharding.TRAIN, one)
     wide = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tiny.abstract(config()), layout
     )
-    exported = Checkpoints(tmp_path).params("warmup", wide)  # as `export` reads it
+    exported = Checkpoints(tmp_path).params(Stage.warmup, wide)  # as `export` reads it
     for name, value in named(state.params).items():
         assert named(again)[name].tobytes() == value.tobytes(), name
         np.testing.assert_array_equal(named(exported)[name], value.astype(np.float32), err_msg=name)
@@ -303,7 +305,7 @@ def test_a_reward_model(one):
     batch = tiny.stack([tiny.row(rng, [(0, 9), (1, 8), (2, 7)], LENGTH) for _ in range(4)])
     labels = np.full(batch.tokens.shape, -1.0, np.float32)
     labels[:, 16], labels[:, 23] = (0, 1, 0, 1), (1, 0, 1, 0)
-    batch, frozen = batch._replace(labels=labels), configure.frozen(values(), "prm")
+    batch, frozen = batch._replace(labels=labels), configure.frozen(values(), Stage.reward_model)
     tx, model = adamw(), vlm.RewardModel(tiny.model(config()))
     state = start(model, tx, frozen)
     step = make_train_step(tx, one, loss=prm.make_loss(0.2), frozen=frozen)
@@ -324,7 +326,7 @@ def test_a_reward_model(one):
 
 def test_the_base_stage_of_a_policy_from_scratch(one, batch):
     """Everything is trained but the adapters, which stay without effect."""
-    frozen = configure.frozen(values(), "base")
+    frozen = configure.frozen(values(), Stage.base)
     tx, policy = adamw(), fresh()
     state, _ = make_train_step(tx, one, frozen=frozen)(start(policy, tx, frozen), batch, RATE)
     before, after = named(policy), named(state.params)

@@ -51,7 +51,7 @@ class Checkpoint:
     Attributes:
       path: the folder.
       run: whether it is a run's.
-      stage: which stage of the run; empty for a folder.
+      stage: which stage of the run; None for a folder.
       name: in files and tables.
       identity: what tells its parameters from others in the same place.
     """
@@ -73,10 +73,10 @@ class Checkpoint:
         self.run = "model_type" not in values and "evolve" in values
         if not self.run and "model_type" not in values:
             raise ValueError(f"{text} is neither a run nor a checkpoint's folder: no such config.json in it")
-        if self.run:
-            stage = finished.finished(self.path, Stage.parse(named) if named else stage)
-        self.stage = stage.name if self.run and stage else ""
-        self.name = "_".join(part for part in (self.path.resolve().name, self.stage) if part)
+        wanted = Stage.parse(named) if named else stage
+        self.stage = finished.finished(self.path, wanted) if self.run else None
+        suffix = f"_{self.stage}" if self.stage else ""
+        self.name = self.path.resolve().name + suffix
         self.identity = identity(self.path, self.stage)
 
     def processor(self, max_crops: int | None) -> Processor:
@@ -88,7 +88,7 @@ class Checkpoint:
     def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False) -> Any:
         """Reads the parameters, a `Model` or, of a reward model, a `ScoringModel`, laid out for sampling."""
         if self.run:
-            restored = finished.restore(self.path, Stage.parse(self.stage), mesh)
+            restored = finished.restore(self.path, self.stage, mesh)
             return sampler.for_sampling(restored.params, mesh, dtype)
         source = models.Pretrained(self.path)
         if reward:

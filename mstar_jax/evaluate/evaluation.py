@@ -29,7 +29,7 @@ from mstar_jax.inference.score import Scorer, score
 from mstar_jax.records import speeds
 from mstar_jax.rewards import metrics, selection
 from mstar_jax.store import write_text
-from mstar_jax.structs import Model, Response
+from mstar_jax.structs import Model, Response, Stage
 
 log = logging.getLogger(__name__)
 
@@ -302,8 +302,8 @@ def write_vlmevalkit(stem: pathlib.Path, answered: Sequence[tuple[Mapping[str, s
     part.replace(stem.with_name(stem.name + ".xlsx"))
 
 
-def identity(path: pathlib.Path, stage: str = "") -> dict[str, object]:
+def identity(path: pathlib.Path, stage: Stage | None = None) -> dict[str, object]:
     """What tells a checkpoint's weights from others in the same place: path, stage, files, sizes, times."""
-    found = sorted(path.glob("*.safetensors")) if not stage else []
+    found = sorted(path.glob("*.safetensors")) if stage is None else []
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]
-    return {"policy": str(path.absolute()), "stage": stage, "files": files}
+    return {"policy": str(path.absolute()), "stage": stage.name if stage else "", "files": files}

@@ -93,7 +93,7 @@ def rollouts(
             here = slots.done, slots.out, slots.cache.age, slots.cache.clock
             done, out, age, clock = processes.fetch(here)
             if chunked > 1 and clock % chunk == 0 and clock > before:
-                slots = slots._replace(cache=slots.cache.turned())
+                slots = slots._replace(cache=slots.cache.rotated())
             new = np.flatnonzero(~free & done.all(axis=1))
             free[new] = True
             first = (clock - age) % config.max_new_tokens

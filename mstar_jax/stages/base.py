@@ -7,10 +7,10 @@ from mstar_jax import configure, models
 from mstar_jax.inference.generate import Asked, ask, sample
 from mstar_jax.rewards import metrics
 from mstar_jax.stages.improve import train
-from mstar_jax.stages.policy import Policy, builder, outcome
+from mstar_jax.stages.policy import Policy, builder, frozen_in, outcome
 from mstar_jax.stages.run import Run
 from mstar_jax.stages.select import training_rows
-from mstar_jax.structs import Model, Source, Stage, TrainState
+from mstar_jax.structs import Model, Source, Stage
 from mstar_jax.training.step import init_state
 
 log = logging.getLogger(__name__)
@@ -20,16 +20,11 @@ def base(run: Run) -> Policy:
     """The policy of a checkpoint; one from scratch is trained here on narrow data until it is good enough."""
     if isinstance(run.source, models.Pretrained):
         return outcome(run, Stage.base)
-
-    def begin() -> TrainState:
-        tx = configure.optimizer(run.config.train)
-        frozen = configure.frozen(run.config.train, Stage.base.kind)
-        return init_state(builder(run, Stage.base), tx, run.mesh, frozen=frozen)
-
+    build = builder(run, Stage.base)
     return train(
         run,
         Stage.base,
-        begin,
+        lambda: init_state(build, run.tx, run.mesh, frozen=frozen_in(run, Stage.base)),
         narrow_data(run),
         until=functools.partial(good_enough, run),
     )

@@ -43,7 +43,7 @@ def restore(workdir: pathlib.Path, stage: Stage | None = None, mesh: Mesh | None
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     layout = sharding.shardings(abstract, sharding.TRAIN, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    params = Checkpoints(workdir / "checkpoints").params(stage.name, abstract)
+    params = Checkpoints(workdir / "checkpoints").params(stage, abstract)
     return Restored(policy, stage, params)
 
 

@@ -10,7 +10,15 @@ from mstar_jax import configure, progress, sharding
 from mstar_jax.data import loader
 from mstar_jax.inference.generate import Stopped, stopping
 from mstar_jax.profiling import flops, speed
-from mstar_jax.stages.policy import Policy, outcome, program, restore, settings_of, with_frozen_dtype
+from mstar_jax.stages.policy import (
+    Policy,
+    frozen_in,
+    outcome,
+    program,
+    restore,
+    settings_of,
+    with_frozen_dtype,
+)
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
@@ -19,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Carry(NamedTuple):
-    """What a stage's training inherits of the stage that it starts from, beside the parameters.
+    """What a stage's training inherits from the stage that it starts from, besides the parameters.
 
     Attributes:
       moments: the optimizer's; otherwise they start from zero.
@@ -64,9 +72,9 @@ def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainSta
     state = state._replace(params=with_frozen_dtype(run, stage, state.params))
     return optimizer.carry_on(
         state,
-        configure.optimizer(run.config.train),
+        run.tx,
         run.mesh,
-        frozen=configure.frozen(run.config.train, stage.kind),
+        frozen=frozen_in(run, stage),
         moments=carry.moments,
         schedule=carry.schedule,
     )
@@ -81,18 +89,18 @@ def train(
     temperature: float = 0.0,
     until: Callable[[Model, int], bool] | None = None,
 ) -> Policy:
-    """Trains for the stage's number of steps, or for those that its checkpoint leaves; a finished stage is
-    returned as it is.
+    """Trains for the stage's number of steps, or for those that remain after its checkpoint; the policy of a
+    finished stage is returned at once.
 
     Args:
       run: see `Run`.
       stage: which stage.
-      begin: gives the first state, asked only where there is no checkpoint.
+      begin: returns the first state; called only if the stage has no checkpoint.
       sources: what is trained on.
       temperature: what the responses were sampled at; written into the checkpoint.
-      until: (parameters, steps done) -> whether to end early; asked every `check_every` steps.
+      until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
-    saved = run.checkpoints.run(stage.name)
+    saved = run.checkpoints.run(stage)
     if saved is not None and saved.done:
         return outcome(run, stage)
     settings = settings_of(run, stage)
@@ -115,7 +123,7 @@ def train(
         state=saved.loader if saved else None,
     )
     rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
-    curve = curves.StageLog(run.workdir, stage.name, cursor, saved.curve if saved else None)
+    curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
 
     def save(done: bool, wait: bool = False) -> None:
         where = EvolveState(
@@ -128,7 +136,7 @@ def train(
             loader=batches.get_state() if batches else {},
             curve=curve.pending(),
         )
-        run.checkpoints.save(stage.name, state, where, wait)
+        run.checkpoints.save(stage, state, where, wait)
 
     watch = run.speeds.of("train prm" if stage == Stage.reward_model else "train", stage.name)
     bar = progress.bar(steps, f"{stage}: train", cursor, "step")

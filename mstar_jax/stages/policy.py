@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
@@ -58,19 +59,19 @@ def restore(run: Run, stage: Stage) -> TrainState:
         dtype = configure.base_dtype(run.config.train)
         params = run.source.load(dtype, mesh=run.mesh, seed=run.seed)
         return TrainState(0, params, ())  # no optimizer yet
-    tx = configure.optimizer(run.config.train)
-    frozen = configure.frozen(run.config.train, stage.kind)
-    abstract = abstract_state(builder(run, stage), tx, run.mesh, frozen=frozen)
-    return run.checkpoints.restore(stage.name, abstract)
+    abstract = abstract_state(builder(run, stage), run.tx, run.mesh, frozen=frozen_in(run, stage))
+    return run.checkpoints.restore(stage, abstract)
 
 
 def restore_params(run: Run, stage: Stage) -> Any:
-    """The parameters alone (`Model`, or `ScoringModel` of the reward model's stage), without the optimizer's
-    moments. Nothing else holds them: they are gone with the last name for them."""
+    """The parameters of a stage alone (a `Model`, or the reward model), without the optimizer's moments.
+
+    No handle keeps them: they are freed as soon as the caller drops them.
+    """
     abstract = jax.eval_shape(builder(run, stage))
     layout = sharding.shardings(abstract, sharding.TRAIN, run.mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, layout)
-    return run.checkpoints.params(stage.name, abstract)
+    return run.checkpoints.params(stage, abstract)
 
 
 def builder(run: Run, stage: Stage) -> Callable[[], Any]:
@@ -84,29 +85,33 @@ def builder(run: Run, stage: Stage) -> Callable[[], Any]:
 
 
 def with_frozen_dtype(run: Run, stage: Stage, params: Any) -> Any:
-    """With LoRA, frozen parameters have their own dtype as soon as there is something to adapt."""
+    """With LoRA, the frozen parameters in their own dtype; the base stage has nothing to adapt yet."""
     train = run.config.train
     if stage == Stage.base or not train.lora.rank:
         return params
-    return optimizer.cast_frozen(params, configure.frozen(train, stage.kind), configure.base_dtype(train))
+    return optimizer.cast_frozen(params, frozen_in(run, stage), configure.base_dtype(train))
 
 
-def settings_of(run: Run, stage: Stage) -> Any:
+def frozen_in(run: Run, stage: Stage) -> tuple[str, ...]:
+    """Patterns of the parameters that a stage does not train."""
+    return configure.frozen(run.config.train, stage)
+
+
+def settings_of(run: Run, stage: Stage) -> ml_collections.ConfigDict:
     """The part of the config with a stage's steps, batch and learning rate."""
     return run.config.evolve if stage.number else run.config[stage.kind]
 
 
 def program(run: Run, stage: Stage) -> Program:
-    """The training step of a stage: one program for all that train the same parameters with the same loss."""
+    """The training step of a stage: one program for all that train the same parameters by the same loss."""
     train = run.config.train
     scoring = stage == Stage.reward_model
-    frozen = configure.frozen(train, stage.kind)
+    frozen = frozen_in(run, stage)
     if (scoring, frozen) not in run.programs:
-        tx = configure.optimizer(train)
 
         def make(accumulate: int, remat: str) -> Step:
             return make_train_step(
-                tx,
+                run.tx,
                 run.mesh,
                 loss=prm.make_loss(run.config.prm.mc_weight) if scoring else token_loss,
                 frozen=frozen,

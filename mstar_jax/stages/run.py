@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import optax
 
 from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import splits, toy, truth
@@ -20,11 +21,11 @@ from mstar_jax.training.step import Step
 
 
 class Program(NamedTuple):
-    """The compiled training step of all stages that train the same parameters.
+    """The compiled training step of all stages with one loss and one set of frozen parameters.
 
     Attributes:
       step: see `training.step.make_train_step`.
-      plain: the same without accumulation and recomputation: it is traced to count FLOPs.
+      plain: the same without accumulation and recomputation: it is only traced, to count FLOPs.
     """
 
     step: Step
@@ -47,6 +48,7 @@ class Run(generate.Inference):
       benchmarks: what the policies are asked at the end.
       results: results.json.
       checkpoints: of the stages' training.
+      tx: the optimizer of all stages.
       programs: compiled training steps, by (is it the reward model's, patterns of what is frozen).
       since: when the last record was written, seconds.
     """
@@ -65,6 +67,7 @@ class Run(generate.Inference):
     benchmarks: evaluation.Benchmarks
     results: records.Results
     checkpoints: Checkpoints
+    tx: optax.GradientTransformation
     programs: dict[tuple[bool, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
     since: float = dataclasses.field(default_factory=time.time)
 
@@ -109,6 +112,7 @@ def start(
         benchmarks=benchmarks,
         results=results,
         checkpoints=Checkpoints(workdir / "checkpoints"),
+        tx=configure.optimizer(config.train),
     )
 
 
@@ -116,7 +120,7 @@ def passed(run: Run, stage: Stage) -> bool:
     """Whether a later stage has begun to train, so that everything about this one is done."""
     last = Stage.iteration(max(run.config.evolve.iterations, 1))
     later = (Stage(place) for place in range(stage.place + 1, last.place + 1))
-    return any(run.checkpoints.has(each.name) for each in later)
+    return any(run.checkpoints.has(each) for each in later)
 
 
 def lap(run: Run) -> dict[str, Any]:

@@ -12,13 +12,13 @@ Orbax writes to a temporary folder and renames it, so a checkpoint that exists i
     <workdir>/checkpoints/<stage>/<step>/{state,run}, and done.json once the stage is finished
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,7 +26,7 @@ from flax import nnx
 
 from mstar_jax import processes, sharding
 from mstar_jax.store import write_text
-from mstar_jax.structs import EvolveState, TrainState
+from mstar_jax.structs import EvolveState, Stage, TrainState
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
@@ -43,9 +43,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder).absolute()
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._managers: dict[Stage, ocp.CheckpointManager] = {}
 
-    def save(self, stage: str, state: TrainState, run: EvolveState, wait: bool = False) -> None:
+    def save(self, stage: Stage, state: TrainState, run: EvolveState, wait: bool = False) -> None:
         """Saves at `run.cursor`; returns once the arrays are copied or, if `wait` or `run.done`, written."""
         manager = self._manager(stage)
         if manager.latest_step() != run.cursor:
@@ -55,27 +55,25 @@ class Checkpoints:
             manager.save(run.cursor, args=args, force=True)
         if wait or run.done:
             manager.wait_until_finished()
-        if (
-            run.done and processes.first()
-        ):  # a separate mark: the stage may end at a step that is saved already
-            write_text(self.folder / stage / "done.json", json.dumps(dataclasses.asdict(run)))
+        if run.done and processes.first():  # a separate mark: this step may be saved already
+            write_text(self.folder / stage.name / "done.json", json.dumps(dataclasses.asdict(run)))
 
-    def has(self, stage: str) -> bool:
+    def has(self, stage: Stage) -> bool:
         """Whether the stage has a checkpoint."""
-        return (self.folder / stage).exists() and self._manager(stage).latest_step() is not None
+        return (self.folder / stage.name).exists() and self._manager(stage).latest_step() is not None
 
-    def run(self, stage: str) -> EvolveState | None:
+    def run(self, stage: Stage) -> EvolveState | None:
         """The EvolveState of the stage's latest checkpoint, None if there is none."""
         if not self.has(stage):
             return None
-        done = self.folder / stage / "done.json"
+        done = self.folder / stage.name / "done.json"
         if done.exists():
             return EvolveState(**json.loads(done.read_text()))
         manager = self._manager(stage)
         found = manager.restore(manager.latest_step(), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return EvolveState(**found["run"])
 
-    def restore(self, stage: str, abstract: TrainState) -> TrainState:
+    def restore(self, stage: Stage, abstract: TrainState) -> TrainState:
         """Reads the stage's latest TrainState directly into the shardings of `abstract`.
 
         Raises:
@@ -83,14 +81,15 @@ class Checkpoints:
         """
         wanted = _named(abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        found = self._read(stage, lambda step: self._manager(stage).restore(step, args=args)["state"])
+        with self._read(stage) as step:
+            found = self._manager(stage).restore(step, args=args)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
-    def params(self, stage: str, abstract: nnx.Module) -> nnx.Module:
+    def params(self, stage: Stage, abstract: nnx.Module) -> nnx.Module:
         """Reads the stage's latest parameters, without the optimizer state.
 
         Args:
-          stage: its name in the workdir.
+          stage: which one.
           abstract: the shapes of the model, each with its sharding.
 
         Raises:
@@ -102,40 +101,43 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=True,
         )
-
-        def read(step: int) -> dict[str, Any]:  # not the manager's restore: it is bound to the saving handler
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return reader.restore(self.folder / stage / str(step) / "state", args=args)
-
-        found = self._read(stage, read)
+        # not by the manager: once it has saved a state, it restores whole states only
+        with self._read(stage) as step, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(self.folder / stage.name / str(step) / "state", args=args)
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
-    def drop(self, stage: str) -> None:
+    def drop(self, stage: Stage) -> None:
         """Removes a stage's checkpoints, once nothing needs them."""
         manager = self._managers.pop(stage, None)
         if manager is not None:
             manager.close()
         if processes.first():
-            shutil.rmtree(self.folder / stage, ignore_errors=True)
+            shutil.rmtree(self.folder / stage.name, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until everything is written."""
         for manager in self._managers.values():
             manager.wait_until_finished()
 
-    def _manager(self, stage: str) -> ocp.CheckpointManager:
+    def _manager(self, stage: Stage) -> ocp.CheckpointManager:
         if stage not in self._managers:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=1, create=True, enable_async_checkpointing=True
             )
-            self._managers[stage] = ocp.CheckpointManager(self.folder / stage, options=options)
+            self._managers[stage] = ocp.CheckpointManager(self.folder / stage.name, options=options)
         return self._managers[stage]
 
-    def _read(self, stage: str, read: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _read(self, stage: Stage) -> Iterator[int]:
+        """Gives the latest step to read, and explains what does not fit.
+
+        Raises:
+          ValueError: there is no checkpoint, or it does not fit the model.
+        """
         step = self._manager(stage).latest_step()
         if step is None:
-            raise ValueError(f"{self.folder / stage} holds no checkpoint")
+            raise ValueError(f"{self.folder / stage.name} holds no checkpoint")
         try:
-            return read(step)
+            yield step
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder / stage}/{step} does not fit this model: {error}") from error
+            raise ValueError(f"{self.folder / stage.name}/{step} does not fit this model: {error}") from error

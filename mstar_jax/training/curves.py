@@ -15,6 +15,7 @@ from clu import metrics as clu_metrics
 
 from mstar_jax import processes
 from mstar_jax.store import write_text
+from mstar_jax.structs import Stage
 
 MEANS = ("loss", "accuracy", "grad_norm", "tokens")  # of a row: over the steps since the row before
 TrainMetrics = clu_metrics.Collection.create(
@@ -28,13 +29,13 @@ class StageLog:
     FIELDS = ("step", *MEANS, "learning_rate")
 
     def __init__(
-        self, workdir: pathlib.Path, stage: str, start: int, pending: dict[str, list[float]] | None = None
+        self, workdir: pathlib.Path, stage: Stage, start: int, pending: dict[str, list[float]] | None = None
     ):
         """Begins, or continues after step `start`: rows of later steps are dropped.
 
         Args:
           workdir: the run's folder.
-          stage: its name, which is also that of the files.
+          stage: which one; the files are called after it.
           start: steps that are done.
           pending: what `pending()` returned after step `start`.
         """
@@ -50,7 +51,7 @@ class StageLog:
             kept = [row for row in rows if int(row[0]) <= start]
         write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
         self.events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard" / stage), purge_step=start, write_to_disk=True
+            str(workdir / "tensorboard" / stage.name), purge_step=start, write_to_disk=True
         )
 
     def add(self, values: dict[str, jax.Array]) -> None:
