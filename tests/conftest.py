@@ -7,6 +7,11 @@ The tests are many programs that run for moments: optimizing them less saves mor
 import os
 
 
+def pytest_xdist_auto_num_workers(config):
+    """As many processes as there are cores, at most four: each takes about 2 GB of memory."""
+    return 0 if config.option.markexpr == "accelerator" else min(os.cpu_count() or 1, 4)
+
+
 def pytest_configure(config):
     if config.option.markexpr == "accelerator":
         return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_minicpm as tiny
-from close import close
+from close import POLICY, REFERENCE, close
 from PIL import Image
 
 from mstar_jax import models, sharding
@@ -223,7 +223,7 @@ def test_our_own_padding_does_not_matter(processor, policy):
     for i, seen in enumerate(pixels.attended[0]):
         wide.patches[0, i, seen:] = rng.normal(size=wide.patches[0, i, seen:].shape)
         wide.positions[0, i, seen:] = rng.integers(0, 49, 256 - seen)
-    close(features(policy, wide), base)
+    close(features(policy, wide), base, POLICY)
     inner = pixels._replace(patches=pixels.patches.copy())
     inner.patches[0, :, pixels.attended[0].max() - 1] += 1.0  # the last attended one does matter
     assert np.abs(features(policy, inner) - base).max() > 1e-2
@@ -238,7 +238,7 @@ def test_what_an_image_depends_on(processor, policy, corrected):
     assert alone.grid.prod(axis=2).tolist() == [[12]] and pair.grid.prod(axis=2).tolist() == [[12, 16]]
     there, here = (np.asarray(features(policy, pixels))[0, :3] for pixels in (alone, pair))
     if corrected:
-        close(here, there)
+        close(here, there, POLICY)
     else:
         assert np.abs(here - there).max() > 0.1
 
@@ -270,10 +270,10 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
         one = loader.encode_row(row, processor, 160, row.prompt.crops)
         own_hidden, own_table = run(policy, jax.tree.map(lambda x: x[None], one))
         there = one.branch >= 0
-        close(hidden[i][there], np.asarray(own_hidden)[0][there])
+        close(hidden[i][there], np.asarray(own_hidden)[0][there], POLICY)
         if row.prompt.crops:
             assert own_table.shape[1] == 3 * row.prompt.crops
-            close(table[i, : own_table.shape[1]], np.asarray(own_table)[0])
+            close(table[i, : own_table.shape[1]], np.asarray(own_table)[0], POLICY)
 
 
 def test_gradients_with_missing_images_are_finite(processor, policy):
@@ -325,8 +325,8 @@ def test_official_text_prompt(official):
         *(np.zeros((1, 0, *s), t) for s, t in (((0, 588), "f"), ((0,), "i"), ((), "i"), ((2,), "i")))
     )
     hidden = final_hidden(official, tokens, np.full_like(tokens, -1), none)
-    close(hidden, case["last_hidden"])
-    close(official.logits(hidden[:, -8:]), case["logits"])
+    close(hidden, case["last_hidden"], REFERENCE)
+    close(official.logits(hidden[:, -8:]), case["logits"], REFERENCE)
 
 
 @golden
@@ -339,8 +339,8 @@ def test_official_image_prompt(official, processor, name):
     for i, (start, stop) in enumerate(case["image_bound"].tolist()):
         index[0, start:stop] = 96 * i + np.arange(96)
     hidden = final_hidden(official, np.where(index < 0, ids, 0), index, pixels)
-    close(hidden, case["last_hidden"])
-    close(official.logits(hidden[:, -8:]), case["logits"])
+    close(hidden, case["last_hidden"], REFERENCE)
+    close(official.logits(hidden[:, -8:]), case["logits"], REFERENCE)
 
 
 @golden
@@ -350,7 +350,7 @@ def test_official_features_with_either_mask(official, processor):
     assert np.abs(bug - fixed).max() > 0.1
     for want, corrected in ((bug, False), (fixed, True)):
         pixels = slices_of("slice_2", case, processor, corrected)
-        close(features(official, pixels).reshape(want.shape), want)
+        close(features(official, pixels).reshape(want.shape), want, REFERENCE)
 
 
 def test_family_is_registered():
