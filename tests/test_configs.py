@@ -13,6 +13,7 @@ import pytest
 
 from configs import base, phi35, tiny, variants
 from mstar_jax import configure, sharding
+from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25")
@@ -145,6 +146,7 @@ def test_impossible_values_are_refused(key, value, text):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=text):
         configure.check(config, sharding.make_mesh())
+        evaluation.check(config)
 
 
 def test_a_threshold_needs_rewards():
