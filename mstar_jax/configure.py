@@ -82,7 +82,7 @@ def _check_choices(config: ConfigDict) -> None:
     """Values that are words."""
     c = config
     check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
-    check_choice("evolve.start", c.evolve.start, ("last", "initial"))
+    check_choice("evolve.start", c.evolve.start, ("last", "warmup"))
     check_choice("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle"))
     check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
     check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
@@ -109,6 +109,11 @@ def _check_method(config: ConfigDict) -> None:
     has_reward_model = bool(c.prm.queries or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
         raise ValueError("evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path")
+    if c.evolve.start == "warmup" and not (c.evolve.reset_moments and c.evolve.reset_schedule):
+        raise ValueError(
+            "evolve.start = 'warmup': the warm-up policy has no moments or schedule of an iteration to carry "
+            "over, so set evolve.reset_moments and evolve.reset_schedule"
+        )
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
         raise ValueError("evolve.select = 'oracle': needs the embedded data set, whose true steps are known")
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         with processes.first_alone("claim"):
             claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        found = evolve.run(config, workdir, top, stop)
+        found = evolve.evolve(config, workdir, top, stop)
     spent = time.time() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     if not processes.first():
