@@ -227,6 +227,16 @@ def test_shares_of_the_sources(processor):
     assert set(drawn) == {*range(20, 50), 200, 201, 202}
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_batches_of_one_row(processor, grouped):
+    """The rows of larger batches one by one, from one source and from two."""
+    sources = [(text_rows(processor, 9), 0.75), (text_rows(processor, 3, "u"), 0.25)]
+    for some in (sources[:1], sources):
+        one = [marks(batch) for batch in take(stream(some, processor, 1, grouped=grouped), 12)]
+        assert all(len(each) == 1 for each in one)
+        assert sum(one, []) == sum((marks(b) for b in take(stream(some, processor, 4), 3)), [])
+
+
 def test_sources_without_rows_or_weight_are_left_out(processor):
     rows, others = text_rows(processor, 8), [Row(r.prompt, ((99,),)) for r in text_rows(processor, 4)]
     alone = take(stream([(rows, 1.0)], processor), 4)

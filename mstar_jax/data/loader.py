@@ -300,7 +300,9 @@ def train_batches(
             shapes.setdefault(shape, []).append((rows, weight * len(group) / len(part)))
     streams = []
     for (length, crops), parts in shapes.items():
-        batches = _mix(parts).batch(size, batch_fn=list)  # global: independent of the number of processes
+        # global: independent of the number of processes. Endless, so nothing is dropped; without
+        # drop_remainder Grain overflows for batches of one row
+        batches = _mix(parts).batch(size, drop_remainder=True, batch_fn=list)
         encoded = batches.map(_EncodeBatch(processor, length, crops, share))
         streams.append((encoded, sum(weight for _, weight in parts)))
     encoded = _mix(streams)
