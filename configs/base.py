@@ -174,7 +174,7 @@ def get_config() -> ConfigDict:
     train.b1 = 0.9  # decay rate of Adam's first moment
     train.b2 = 0.95  # decay rate of Adam's second moment
     train.weight_decay = 0.0  # decoupled, relative to the learning rate
-    train.clip = 1.0  # global norm of the gradients, at most
+    train.clip = 1.0  # global norm of the gradients, at most; 0: no limit
     train.accumulate = 1  # microbatches of a step
     train.dtype = "bfloat16"  # of the computation; trained parameters and optimizer state are float32
     train.remat = "full"  # recomputed in the backward pass: full, dots (all but matrix products) or none

@@ -280,14 +280,19 @@ def test_clipping_is_by_the_global_norm_of_what_is_trained():
         return out
 
     norm = np.sqrt(9 * 3 + 16 * 4)  # without the frozen c
-    for clip in (1.0, 100.0):
+    for clip in (1.0, 100.0, 0.0):  # 0: not clipped
         tx = optimizer.make_optimizer(b1=0.0, b2=0.0, clip=clip)
         trained, update = (optimizer.split(tree(x), ["^c$"]).trained for x in (params, grads))
         _, state = tx.update(update, tx.init(trained), trained)
         mu = state[1].mu
-        scale = min(1.0, clip / norm)
+        scale = min(1.0, clip / norm) if clip else 1.0
         np.testing.assert_allclose(mu.a, 3.0 * scale, rtol=1e-5)
         np.testing.assert_allclose(mu.b, -4.0 * scale, rtol=1e-5)
+
+
+def test_a_negative_clip_is_refused():
+    with pytest.raises(ValueError, match=r"train.clip = -1.0: must be 0 \(gradients are not clipped\) or more"):
+        optimizer.make_optimizer(clip=-1.0)
 
 
 def test_schedule_values():

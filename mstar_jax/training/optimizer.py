@@ -29,10 +29,15 @@ def make_optimizer(
     Args:
       b1, b2: decay rates of Adam's first and second moments.
       weight_decay: decoupled weight decay, relative to the learning rate.
-      clip: maximum global norm of the gradients.
+      clip: maximum global norm of the gradients; 0 does not clip.
+
+    Raises:
+      ValueError: `clip` is negative, which would turn the gradients round.
     """
+    if clip < 0:
+        raise ValueError(f"train.clip = {clip}: must be 0 (gradients are not clipped) or more")
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
         optax.scale_by_adam(b1, b2),
         optax.add_decayed_weights(weight_decay),
     )
