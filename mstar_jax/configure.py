@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import pathlib
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -188,8 +187,7 @@ def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     patterns = list(values.frozen)
     if values.lora.rank:
         patterns.append(f"^{ADAPTERS}" if stage == Stage.base else f"^(?!{ADAPTERS})")
-    start = "^trunk." if stage == Stage.reward_model else "^"  # the reward model's own head is always trained
-    return tuple(re.sub(r"^\^", start, pattern) for pattern in patterns)
+    return tuple(patterns)
 
 
 def base_dtype(values: ConfigDict) -> jnp.dtype:

@@ -74,18 +74,32 @@ class Parts(NamedTuple):
     frozen: nnx.Module
 
 
-def split(params: nnx.Module, frozen: Sequence[str]) -> Parts:
-    """Splits a model into what is trained and what is frozen.
+TRUNK = "trunk."  # a reward model's: the parameters of the policy, under their names behind this one
+
+
+def frozen_names(params: nnx.Module, frozen: Sequence[str]) -> set[str]:
+    """The dotted names of the parameters that are frozen.
 
     Args:
-      params: the model.
-      frozen: regular expressions; a parameter is frozen if its dotted name contains a match of any of them.
+      params: the policy, or a reward model: its trunk is frozen as the policy is, its own head never is.
+      frozen: regular expressions; a parameter is frozen if its name in the policy contains a match of any.
     """
+    names = list(sharding.named(params))
+    start = TRUNK if any(name.startswith(TRUNK) for name in names) else ""
+    return {
+        name
+        for name in names
+        if name.startswith(start) and any(re.search(p, name.removeprefix(start)) for p in frozen)
+    }
+
+
+def split(params: nnx.Module, frozen: Sequence[str]) -> Parts:
+    """Splits a model into what is trained and what is frozen; see `frozen_names`."""
+    fixed = frozen_names(params, frozen)
 
     def part(wanted: bool) -> nnx.Module:
         def keep(path, leaf):
-            name = sharding.parameter_name(path)
-            is_frozen = any(re.search(pattern, name) for pattern in frozen)
+            is_frozen = sharding.parameter_name(path) in fixed
             return leaf if is_frozen == wanted else optax.MaskedNode()
 
         return jax.tree_util.tree_map_with_path(keep, params)
@@ -117,9 +131,9 @@ def check_frozen(params: nnx.Module, frozen: Sequence[str]) -> None:
     Raises:
       ValueError: with the pattern and the names of all parameters.
     """
-    names = list(sharding.named(params))
     for pattern in frozen:
-        if not any(re.search(pattern, name) for name in names):
+        if not frozen_names(params, [pattern]):
+            names = sharding.named(params)
             raise ValueError(f"train.frozen: {pattern!r} matches no parameter; there are {', '.join(names)}")
 
 
