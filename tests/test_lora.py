@@ -311,6 +311,7 @@ def test_a_reward_model(one):
     for name, value in before.items():
         assert np.array_equal(after[name], value) == (name not in moving), name
     assert moments(state)[0].keys() == moving and float(metrics["grad_norm"]) > 0
+    assert 8 * float(metrics["accuracy"]) in range(9)  # of the eight steps
     merged = state.params.merged()
     plain = jax.eval_shape(lambda: vlm.RewardModel(tiny.abstract(config(0))))
     assert jax.tree.structure(merged) == jax.tree.structure(plain)

@@ -15,7 +15,7 @@ from mstar_jax.data import loader
 from mstar_jax.inference import draw
 from mstar_jax.models import vlm
 from mstar_jax.rewards import prm, steps
-from mstar_jax.structs import Prompt, Query, Response, Row
+from mstar_jax.structs import Batch, Prompt, Query, Response, Row
 
 LINES = "area\nbase\n\nheight 4\nThe answer is 6"
 
@@ -205,3 +205,18 @@ def test_rows_are_split_with_their_labels(processor):
     assert [p.responses for p in parts] == [row.responses[:2], row.responses[2:]]
     assert [p.weights for p in parts] == [(1.0, 0.0), (1.0,)]
     assert [p.labels for p in parts] == [row.labels[:2], row.labels[2:]]
+
+
+@pytest.mark.parametrize("mc", [0.1, 0.2, 1.0])
+@pytest.mark.parametrize("mask", [0.0, 1.0])
+def test_accuracy_is_the_share_of_steps_on_the_right_side(mc, mask):
+    """Whatever the weight of the labels is, and whether or not there is a correct response."""
+    branch = np.array([[0, 1, 1, 2, 2]], np.int32)
+    labels = np.array([[-1, 0.75, 1.0, 0.25, 0.0]], np.float32)
+    nothing = np.zeros_like(branch)
+    batch = Batch(nothing, branch, (branch > 0) * np.float32(mask), nothing - 1, np.zeros((1, 0)), labels)
+    for score, share in (([0, 2, 3, -1, -1], 1.0), ([0, 2, 3, 1, -1], 0.75), ([0, -2, -3, 1, 1], 0.0)):
+        model = lambda *_, score=score: (jnp.float32([score]), jnp.zeros((1, 5)))  # noqa: E731
+        _, extra = prm.make_loss(mc)(model, batch)
+        assert float(extra["right"] / extra["counted"]) == share and extra["counted"] == 4
+        assert float(extra["tokens"]) == pytest.approx(mc * 4 + mask * 4)

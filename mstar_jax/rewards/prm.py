@@ -188,7 +188,9 @@ def make_loss(mc: float) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]
         ranking = lost.sum((1, 2)) / jnp.maximum(better.sum((1, 2)), 1e-6) * ends.sum(1)
         right = jnp.where(ends, (score > 0) == (label > 0.5), False)
         total = mc * (cross_entropy.sum() + ranking.sum()) - (logprob * batch.loss_mask).sum()
-        return total, {"tokens": mc * ends.sum() + batch.loss_mask.sum(), "right": right.sum()}
+        tokens = mc * ends.sum() + batch.loss_mask.sum()
+        counted = ends.sum().astype(jnp.float32)
+        return total, {"tokens": tokens, "counted": counted, "right": right.sum().astype(jnp.float32)}
 
     return loss
 

@@ -27,8 +27,8 @@ LearningRate = np.float32 | jax.Array  # float32[]
 class Loss(Protocol):
     """A loss to train with: of a batch, summed over what `tokens` counts.
 
-    Returns the sum, and `tokens` (the weight that the sum is divided by) and `right` (how much of it was
-    predicted correctly).
+    Returns the sum, and `tokens` (the weight that the sum is divided by), `counted` (tokens or steps that are
+    predicted, by their weight) and `right` (how many of those are predicted correctly).
     """
 
     def __call__(self, model: Any, batch: Batch, remat: Remat | None) -> tuple[jax.Array, Metrics]: ...
@@ -50,8 +50,8 @@ def token_loss(model: Any, batch: Batch, remat: Remat | None = None) -> tuple[ja
     It is a sum and not a mean, so that microbatches and devices are averaged over tokens afterwards.
     """
     logprob, right = model.token_logprobs(model(batch, remat), batch.tokens, batch.loss_mask > 0)
-    loss = -(logprob * batch.loss_mask).sum()
-    return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
+    loss, tokens = -(logprob * batch.loss_mask).sum(), batch.loss_mask.sum()
+    return loss, {"tokens": tokens, "counted": tokens, "right": (right * batch.loss_mask).sum()}
 
 
 def init_state(
@@ -108,8 +108,8 @@ def make_train_step(
       dtype: of the computation; trained parameters and the optimizer state stay float32.
       remat: `none`, `full` or `dots`: what the backward pass recomputes.
 
-    Metrics: loss (nats per token), accuracy (share of the tokens that are predicted), grad_norm (of the
-    trained parameters, before clipping) and tokens.
+    Metrics: loss (nats per token), accuracy (share of the tokens, or of the reward model's steps, that are
+    predicted correctly), grad_norm (of the trained parameters, before clipping) and tokens.
     """
     policy = REMAT[remat]
 
@@ -144,7 +144,7 @@ def make_train_step(
         trained = optax.apply_updates(trained, optax.tree.scale(-learning_rate, updates))
         metrics = {
             "loss": value / tokens,
-            "accuracy": extra["right"] / tokens,
+            "accuracy": extra["right"] / jnp.maximum(extra["counted"], 1e-6),
             "grad_norm": optax.global_norm(grads),
             "tokens": extra["tokens"],
         }
