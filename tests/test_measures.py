@@ -56,15 +56,17 @@ def test_dynamics():
     every = [r for group in groups for r in group]
     passed = []
     for group in groups:
-        right = [r.verdict == "correct" for r in group[1:]]
+        right = [r.verdict == "correct" and not r.truncated for r in group[1:]]
         subsets = list(itertools.combinations(right, min(k, len(right))))
         passed.append(sum(map(any, subsets)) / len(subsets))
-    greedy = sum(group[0].verdict == "correct" for group in groups) / 20
+    greedy = sum(group[0].verdict == "correct" and not group[0].truncated for group in groups) / 20
     expected = {
         "greedy_accuracy": greedy,
         "pass_at_k": sum(passed) / 20,
         "gap": sum(passed) / 20 - greedy,
-        "sampled_accuracy": sum(sum(r.verdict == "correct" for r in g[1:]) / (len(g) - 1) for g in groups)
+        "sampled_accuracy": sum(
+            sum(r.verdict == "correct" and not r.truncated for r in g[1:]) / (len(g) - 1) for g in groups
+        )
         / 20,
         "distinct_answers": sum(len({r.answer for r in g[1:]} - {None}) for g in groups) / 20,
         "unparsed": sum(r.verdict == "unparsed" for r in every) / len(every),
@@ -73,6 +75,27 @@ def test_dynamics():
         "length": sum(len(r.tokens) for r in every) / len(every),
     }
     assert found == pytest.approx(expected)
+
+
+def test_a_truncated_response_is_never_correct():
+    """Measured as it is selected: greedy, Pass@K, Reward-Pass@2, at every temperature, and best of n."""
+    text = "It is 6, for the answer is 6"
+    query = Query("q", (), "3 + 3?", answer="6", answer_type="integer")
+
+    def group(truncated):
+        values = {"verdict": "correct", "answer": "6", "truncated": truncated, "step_scores": (0.9,)}
+        return [response(i, text, temperature=float(i > 0), **values) for i in range(3)]
+
+    shares = ("greedy_accuracy", "pass_at_k", "sampled_accuracy", "reward_pass_at_2")
+    for truncated in (False, True):
+        found = metrics.dynamics([group(truncated)], 2)
+        [row] = metrics.by_temperature([group(truncated)], 2)
+        assert [each[key] for each in (found, row) for key in shares] == [float(not truncated)] * 8
+        [at] = metrics.curve([(query, group(truncated))], [2])
+        assert at == {"n": 2} | dict.fromkeys(
+            ("greedy", "best_of_n", "majority", "weighted_vote"), float(not truncated)
+        )
+        assert len(selection.correct(group(truncated))) == 3 * (not truncated)
 
 
 def test_dynamics_leaves_out_what_is_undefined():

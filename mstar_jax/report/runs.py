@@ -196,12 +196,12 @@ def rollouts_curve(groups: Sequence[Sequence[Response]], ns: Sequence[int], aggr
     """
     least = min((sum(r.temperature > 0 for r in group) for group in groups), default=0)
     ns = [n for n in ns if n <= least]
-    greedy = [r.verdict == "correct" for group in groups for r in group if r.temperature == 0]
+    greedy = [selection.is_correct(r) for group in groups for r in group if r.temperature == 0]
     hits: dict[str, list[list[bool]]] = {name: [] for name in ("best_of_n", "majority", "weighted_vote")}
     for group in groups:
         samples = _same_answers([r for r in group if r.temperature > 0])
         rewards = [selection.reward(r, aggregate) for r in samples]
-        right = [r.verdict == "correct" for r in samples]
+        right = [selection.is_correct(r) for r in samples]
         good = {r.answer for r in samples if r.verdict == "correct"}
         hits["best_of_n"].append([metrics.best_of_n(rewards[:n], right[:n]) for n in ns])
         for name, weights in (("majority", [1.0] * len(samples)), ("weighted_vote", rewards)):

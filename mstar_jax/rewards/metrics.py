@@ -29,7 +29,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def reward_pass_at_k(rewards: Sequence[float], correct: Sequence[bool], texts: Sequence[str], k: int) -> bool:
     """Whether one of the k distinct texts with the highest rewards is correct.
 
-    Duplicates count once; otherwise the top two are often the same response. Ties go to the earlier one.
+    Not quite the paper's, which ranks all K samples: here copies of a text count once; otherwise the top two
+    are often the same response. Ties go to the earlier one.
     """
     if k < 1:
         raise ValueError(f"Reward-Pass@k needs k >= 1, got {k}")
@@ -72,7 +73,7 @@ def dynamics(
     alpha: float = 0.5,
     target: int = 8,
 ) -> dict[str, float]:
-    """The training dynamics on one split.
+    """The training dynamics on one split. A truncated response is never correct (`selection.is_correct`).
 
     Args:
       groups: for each query its samples and, if there is one, its greedy response (temperature 0).
@@ -95,9 +96,9 @@ def dynamics(
     samples = [[r for r in group if r.temperature > 0] for group in groups]
     out: dict[str, float] = {}
     if greedy:
-        out["greedy_accuracy"] = _mean([r.verdict == "correct" for r in greedy])
+        out["greedy_accuracy"] = _mean([selection.is_correct(r) for r in greedy])
     if samples and samples[0]:
-        right = [[r.verdict == "correct" for r in group] for group in samples]
+        right = [[selection.is_correct(r) for r in group] for group in samples]
         out["pass_at_k"] = _mean([pass_at_k(len(r), sum(r), min(k, len(r))) for r in right])
         out["sampled_accuracy"] = _mean([sum(r) / len(r) for r in right])
         found = [{r.answer for r in group if r.answer is not None} for group in samples]
@@ -140,7 +141,7 @@ def by_temperature(
     Raises:
       ValueError: a query has no sample at a temperature at which another has one.
     """
-    greedy = [r.verdict == "correct" for group in groups for r in group if r.temperature == 0]
+    greedy = [selection.is_correct(r) for group in groups for r in group if r.temperature == 0]
     out = []
     for temperature in sorted({r.temperature for group in groups for r in group} - {0.0}):
         at = [[r for r in group if r.temperature == temperature] for group in groups]
@@ -184,7 +185,7 @@ def curve(
         if query.answer is None:
             raise ValueError(f"query {query.id!r} has no gold answer to compare its votes with")
         judged = [selection.judge(query, r) for r in group]
-        greedy += [r.verdict == "correct" for r in judged if r.temperature == 0]
+        greedy += [selection.is_correct(r) for r in judged if r.temperature == 0]
         samples = [r for r in judged if r.temperature > 0]
         rewards = [selection.reward(r, aggregate) for r in samples]
         right = {r.answer: r.verdict == "correct" for r in samples}  # a verdict depends on the answer alone
@@ -194,7 +195,7 @@ def curve(
                 raise ValueError(f"query {query.id!r} has {len(samples)} samples; n={n} is out of range")
             votes = [selection.vote(samples[:n], weights[:n], same) for weights in ([1.0] * n, rewards)]
             majority, weighted = (won is not None and right[won.answer] for won in votes)
-            best = best_of_n(rewards[:n], [right[r.answer] for r in samples[:n]])
+            best = best_of_n(rewards[:n], [selection.is_correct(r) for r in samples[:n]])
             rows[n].append((best, majority, weighted))
     out = []
     for n, found in rows.items():

@@ -23,7 +23,7 @@ import numpy as np
 
 from mstar_jax import processes, sharding
 from mstar_jax.models import layers
-from mstar_jax.rewards import steps
+from mstar_jax.rewards import selection, steps
 from mstar_jax.structs import Batch, Prompt, Response, Row, ScoringModel
 
 Prefix = tuple[int, ...]  # the tokens of a response up to the end of a step
@@ -106,8 +106,7 @@ def label(
     found = [values[response.tokens[: end + 1]] for end in steps.ends(response.tokens, texts)[:-1]]
     if hard:
         found = [float(value > 0) for value in found]
-    verdict = response.verdict == "correct" and not response.truncated
-    return (*found, float(verdict)) if steps.split(response.text) else ()
+    return (*found, float(selection.is_correct(response))) if steps.split(response.text) else ()
 
 
 # ---- 2. rows ------------------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ def row(
             )
         tokens.append(tuple(ids))
         places.append(tuple(zip(ends, labels[number] if labels is not None else [0.0] * count)))
-    right = tuple(float(r.verdict == "correct" and not r.truncated) for r in responses)
+    right = tuple(float(selection.is_correct(r)) for r in responses)
     return Row(prompt, tuple(tokens), right if labels is not None else (), tuple(places))
 
 

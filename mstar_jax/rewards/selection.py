@@ -40,9 +40,18 @@ def judge(query: Query, response: Response) -> Response:
     return dataclasses.replace(response, answer=grade.answer, verdict=grade.verdict)
 
 
+def is_correct(response: Response) -> bool:
+    """1(a = a*) of a judged response: the rule of selecting, labelling and measuring alike.
+
+    A truncated response is never correct, whatever stands in it: it did not end, so its answer may not be its
+    last word, and it would train the policy not to end.
+    """
+    return response.verdict == "correct" and not response.truncated
+
+
 def correct(responses: Sequence[Response]) -> list[Response]:
-    """The domain of H, 1(a = a*): correct responses that were not truncated."""
-    return [r for r in responses if r.verdict == "correct" and not r.truncated]
+    """The domain of H: the responses that are correct."""
+    return [r for r in responses if is_correct(r)]
 
 
 # ---- 2. by reward -------------------------------------------------------------------------------------

@@ -82,6 +82,6 @@ def right_steps(groups: Sequence[Sequence[Response]], known: Mapping[str, truth.
     if not known or not greedy:
         return {}
     right = [truth.all_right(r.text, known[r.query_id]) for r in greedy]
-    correct = [x for x, r in zip(right, greedy) if selection.correct([r])]
+    correct = [x for x, r in zip(right, greedy) if selection.is_correct(r)]
     unfaithful = {"unfaithful": 1 - sum(correct) / len(correct)} if correct else {}
     return {"all_right": sum(right) / len(right)} | unfaithful
