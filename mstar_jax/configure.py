@@ -108,11 +108,6 @@ def _check_method(config: ConfigDict) -> None:
     has_reward_model = bool(c.prm.queries or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
         raise ValueError("evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path")
-    if c.evolve.start == "warmup" and not (c.evolve.reset_moments and c.evolve.reset_schedule):
-        raise ValueError(
-            "evolve.start = 'warmup': the warm-up policy has no moments or schedule of an iteration to carry "
-            "over, so set evolve.reset_moments and evolve.reset_schedule"
-        )
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
         raise ValueError("evolve.select = 'oracle': needs the embedded data set, whose true steps are known")
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):

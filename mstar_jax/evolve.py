@@ -111,10 +111,11 @@ def evolve(
         else:  # "warmup"
             sources = [rationales]
 
-        # ReST^EM: pi_t has sampled, but training restarts from the warm-up policy
+        # ReST^EM: pi_t has sampled, but training restarts from the parameters of the warm-up policy
         start_policy = warmup if method.start == "warmup" else policy
-        # besides the parameters; iteration 1 has other settings than the warm-up and inherits neither
+        # the rest is pi_t's; iteration 1 has other settings than the warm-up and inherits neither
         carry = Carry(
+            policy,
             moments=t > 1 and not method.reset_moments,
             schedule=t > 1 and not method.reset_schedule,
         )

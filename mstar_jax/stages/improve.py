@@ -16,6 +16,7 @@ from mstar_jax.stages.policy import (
     policy_after,
     program,
     restore,
+    restore_params,
     settings_of,
     with_frozen_dtype,
 )
@@ -27,13 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class Carry(NamedTuple):
-    """What a stage's training inherits from the stage that it starts from, besides the parameters.
+    """What a stage's training inherits besides the parameters that it starts from.
 
     Attributes:
+      policy: whose training is carried on; its state is donated. None for that of the policy to start from.
       moments: the optimizer's; otherwise they start from zero.
       schedule: the place in the learning rate's schedule; otherwise it starts at its beginning.
     """
 
+    policy: Policy | None = None
     moments: bool = False
     schedule: bool = False
 
@@ -62,7 +65,12 @@ def improve(
     """
 
     def begin() -> TrainState:
-        return carried(run, stage, start.take(), carry)
+        policy = carry.policy or start
+        if policy.stage == start.stage or not (carry.moments or carry.schedule):
+            return carried(run, stage, start.take(), carry)
+        start.release()
+        state = policy.take()._replace(params=())  # makes room for the other parameters
+        return carried(run, stage, state._replace(params=restore_params(run, start.stage)), carry)
 
     return train(run, stage, begin, sources, sampled_at=sampled_at)
 
