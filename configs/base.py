@@ -134,7 +134,7 @@ def get_config() -> ConfigDict:
     unlabelled.mixin = placeholder(float)  # fraction of the iterations before it is used; None: never
     unlabelled.threshold = 0.3  # share of a query's votes that its voted answer needs
     unlabelled.oracle = False  # use the true answers instead of votes: an upper bound
-    unlabelled.weight = 1.0  # of these rows in the mixture of training rows; that of labelled rows is 1
+    unlabelled.weight = 1.0  # how often each of these rows is drawn; a labelled row has 1
 
     # ---- prm: the process reward model, trained from the warm-up policy on Monte-Carlo step labels ---
     c.prm = prm = ConfigDict()

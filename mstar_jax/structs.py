@@ -173,7 +173,8 @@ class Source(NamedTuple):
 
     Attributes:
       rows: prompts with the responses that are learned.
-      weight: this part's share of the rows drawn, relative to the other parts.
+      weight: relative to the other parts: in `improve` how often each row is drawn, in `train` this part's
+        share of the rows drawn.
       notes: numbers about it for the stage's record in results.json.
     """
 

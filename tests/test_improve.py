@@ -10,9 +10,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mstar_jax import configure, sharding
+from mstar_jax.data import loader
 from mstar_jax.stages import improve
 from mstar_jax.stages.policy import Policy
-from mstar_jax.structs import Stage
+from mstar_jax.structs import Prompt, Query, Row, Source, Stage
 from mstar_jax.training import optimizer
 
 SETTINGS = {"steps": 4, "iterations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "final_fraction": 0.1}
@@ -58,3 +59,31 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     whole = optimizer.make_schedule(1e-3, 12 if schedule else 4, 0, 0.1)
     first = 4 if schedule else 0
     np.testing.assert_allclose(rates, [whole(s) for s in range(first, first + 4)], rtol=1e-6)
+
+
+def rows(count, name):
+    return [Row(Prompt(Query(f"{name}{i}", (), ""), "", 5, 0), ((7,),)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "shares"),
+    [
+        ([(100, 1.0), (4, 1.0)], [100 / 104, 4 / 104]),  # each row alike, not each source
+        ([(100, 1.0), (4, 0.5)], [100 / 102, 2 / 102]),
+        ([(100, 1.0), (0, 1.0)], [1.0, 0.0]),
+        ([(7, 1.0)], [1.0]),
+        ([(0, 1.0)], [0.0]),
+    ],
+)
+def test_a_weight_is_of_a_row(sources, shares):
+    found = improve.shares([Source(rows(count, "q"), weight) for count, weight in sources])
+    assert [source.weight for source in found] == pytest.approx(shares)
+
+
+def test_rows_of_a_small_source_are_drawn_as_often_as_others():
+    sources = improve.shares([Source(rows(100, "l")), Source(rows(4, "p"))])
+    parts = [(loader.grain.MapDataset.source(s.rows).seed(0).shuffle().repeat(), s.weight) for s in sources]
+    mixed = loader._mix(parts)
+    drawn = [mixed[i].prompt.query.id for i in range(1040)]
+    counts = [drawn.count(row.prompt.query.id) for source in sources for row in source.rows]
+    assert min(counts) >= 9 and max(counts) <= 11

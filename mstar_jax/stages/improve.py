@@ -59,7 +59,7 @@ def improve(
       run: see `Run`.
       stage: the stage whose outcome is returned.
       start: the policy to start from; its state is donated.
-      sources: what it learns.
+      sources: what it learns; a weight is that of each of a source's rows.
       carry: what of the optimizer is carried on.
       sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
     """
@@ -72,7 +72,15 @@ def improve(
         state = policy.take()._replace(params=())  # makes room for the other parameters
         return carried(run, stage, state._replace(params=restore_params(run, start.stage)), carry)
 
-    return train(run, stage, begin, sources, sampled_at=sampled_at)
+    return train(run, stage, begin, shares(sources), sampled_at=sampled_at)
+
+
+def shares(sources: Sequence[Source]) -> list[Source]:
+    """The sources with their shares of the rows drawn as weights, from the weights of their rows: of two rows
+    with the same weight neither is drawn more often, whatever the sizes of their sources."""
+    weights = [source.weight * len(source.rows) for source in sources]
+    total = sum(weights) or 1.0
+    return [source._replace(weight=weight / total) for source, weight in zip(sources, weights)]
 
 
 def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainState:
@@ -104,7 +112,7 @@ def train(
       run: see `Run`.
       stage: which stage.
       begin: returns the first state; called only if the stage has no checkpoint.
-      sources: what is trained on.
+      sources: what is trained on; a weight is a source's share of the rows drawn, relative to the others.
       sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
       until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
