@@ -10,9 +10,10 @@ is a policy's checkpoint with one more file, reward_head.safetensors; `prm.path`
 
 import pathlib
 
+import jax.numpy as jnp
 from absl import flags
 
-from mstar_jax import cli, finished
+from mstar_jax import cli, finished, sharding
 from mstar_jax.cli import OUTPUT, WORKDIR
 from mstar_jax.structs import Stage
 
@@ -31,11 +32,17 @@ def export(workdir: pathlib.Path, output: pathlib.Path, stage: Stage | None = No
       The stage.
 
     Raises:
-      ValueError: there is no such run or stage, or `output` holds something.
+      ValueError: there is no such run or stage, `output` holds something, or a parameter is not finite.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty: nothing is overwritten")
     found = finished.restore(workdir, stage)
+    named = sharding.named(found.params)
+    if bad := [name for name, value in named.items() if not jnp.isfinite(value).all()]:
+        raise ValueError(
+            f"{workdir}: {found.stage} has values that are not finite in {len(bad)} of {len(named)} "
+            f"parameters, such as {bad[0]}: its training diverged. Export an earlier stage with --stage"
+        )
     found.policy.save(found.params, output)
     return found.stage
 

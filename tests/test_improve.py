@@ -61,6 +61,69 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     np.testing.assert_allclose(rates, [whole(s) for s in range(first, first + 4)], rtol=1e-6)
 
 
+def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3):
+    """Trains iteration 2 for as many steps as there are losses; returns the steps that were saved."""
+    saved, tx = [], optimizer.make_optimizer()
+    (tmp_path / "metrics").mkdir()
+    norms = norms or [1.0] * len(losses)
+
+    def step(state, batch, rate):
+        at = int(state.step)
+        values = {"loss": losses[at], "accuracy": 0.5, "grad_norm": norms[at], "tokens": 4.0}
+        return state._replace(step=state.step + 1), {k: jnp.float32(v) for k, v in values.items()}
+
+    watch = types.SimpleNamespace(
+        begin=lambda *_: None, skip=lambda: None, apart=lambda run, *args: run(*args), done=dict
+    )
+    section = SETTINGS | {"steps": len(losses), "batch": 1, "reset_schedule": True, "learning_rate": 1e6}
+    train = {"profile": (), "log_every": log_every, "save_every": save_every, "clip": 1.0}
+    run = types.SimpleNamespace(
+        checkpoints=types.SimpleNamespace(
+            run=lambda stage: None, save=lambda stage, state, where, wait: saved.append(where.cursor)
+        ),
+        config=ConfigDict({"evolve": section, "train": train}),
+        speeds=types.SimpleNamespace(of=lambda *_: watch),
+        data=types.SimpleNamespace(buckets=(8,), grouped=False, workers=0),
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        workdir=tmp_path,
+        processor=None,
+        seed=0,
+        stop=lambda: False,
+    )
+    monkeypatch.setattr(improve, "program", lambda *_: (step, step))
+    monkeypatch.setattr(sharding, "put_batch", lambda batch, mesh: batch)
+    batches = type("Batches", (), {"get_state": lambda self: {}, "__next__": lambda self: None})()
+    monkeypatch.setattr(loader, "train_batches", lambda *_, **__: batches)
+    begin = lambda: optimizer.new_state(One(1), tx)  # noqa: E731
+    improve.train(run, Stage.iteration(2), begin, [Source(rows(3, "q"))])
+    return saved
+
+
+@pytest.mark.parametrize(("log_every", "save_every"), [(2, 3), (5, 2), (10, 10), (1, 100)])
+@pytest.mark.parametrize("bad", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("what", ["loss", "gradient's norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_training_stops_at_what_is_not_finite(monkeypatch, tmp_path, log_every, save_every, bad, what, value):
+    """Nothing that the step has touched is saved, whenever curves and checkpoints are written."""
+    losses, norms, saved = [1.0] * 6, [1.0] * 6, []
+    for at in range(bad - 1, 6):  # and everything after
+        (losses if what == "loss" else norms)[at] = value
+    monkeypatch.setattr(improve, "EvolveState", lambda **k: saved.append(k) or types.SimpleNamespace(**k))
+    text = f"iteration_02: the {what} of step {bad} is {value}; .* lower evolve.learning_rate than 1e.06, or"
+    with pytest.raises(ValueError, match=text):
+        training(monkeypatch, tmp_path, losses, norms=norms, log_every=log_every, save_every=save_every)
+    assert all(state["cursor"] < bad and not state["done"] for state in saved)
+
+
+@pytest.mark.parametrize(("losses", "said"), [([1.0, 2, 30, 400, 3, 500], 1), ([1.0, 2, 3, 9, 4, 5], 0)])
+def test_a_loss_that_explodes_is_warned_of_once(monkeypatch, tmp_path, losses, said):
+    found = []
+    monkeypatch.setattr(improve.log, "warning", lambda text, *args: found.append(text % args))
+    assert training(monkeypatch, tmp_path, losses, log_every=1) == [3, 6]
+    assert len(found) == said
+    assert not said or found[0].startswith("iteration_02: the loss explodes: 30 at step 3, 1 at first;")
+
+
 def rows(count, name):
     return [Row(Prompt(Query(f"{name}{i}", (), ""), "", 5, 0), ((7,),)) for i in range(count)]
 

@@ -14,7 +14,7 @@ import tiny
 import tiny_minicpm
 from safetensors.numpy import load_file
 
-from mstar_jax import evolve, export, models, sharding
+from mstar_jax import evolve, export, finished, models, sharding
 from mstar_jax.data import toy
 from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
 from mstar_jax.rewards import selection
@@ -165,13 +165,23 @@ def test_what_has_to_be_given_is_asked_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_export_refuses(tmp_path):
+def test_export_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no run: it holds no config.json"):
         export.export(tmp_path, tmp_path / "out")
     config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"]()
     (tmp_path / "config.json").write_text(json.dumps(json.loads(config.to_json_best_effort())))
     with pytest.raises(ValueError, match="no finished training of any stage; there is none"):
         export.export(tmp_path, tmp_path / "out")
+    broken = tiny.model()
+    broken.decoder.norm[...] = broken.decoder.norm[...].at[3].set(np.nan)
+    found = finished.Restored(None, Stage.iteration(2), broken)
+    monkeypatch.setattr(finished, "restore", lambda *_: found)
+    with pytest.raises(
+        ValueError,
+        match=r"iteration_02 has values that are not finite in 1 of \d+ parameters, such as decoder",
+    ):
+        export.export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").write_text("")
     with pytest.raises(ValueError, match="out exists and is not empty: nothing is overwritten"):

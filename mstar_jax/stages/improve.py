@@ -23,8 +23,11 @@ from mstar_jax.stages.policy import (
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
+from mstar_jax.training.step import Metrics, check_finite
 
 log = logging.getLogger(__name__)
+
+EXPLODED = 10  # times the loss that a stage begins with: is warned of
 
 
 class Carry(NamedTuple):
@@ -140,8 +143,23 @@ def train(
     )
     rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
     curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
+    unread: list[tuple[int, Metrics]] = []  # steps whose loss and gradient have not been looked at
+    first_loss = 0.0  # in the curve
+
+    def check() -> None:
+        try:
+            check_finite(unread)
+        except ValueError as error:
+            section = "evolve" if stage.number else stage.kind
+            raise ValueError(
+                f"{stage}: {error}; it is not saved, and the checkpoints before it stay. Start another "
+                f"workdir with a lower {section}.learning_rate than {settings.learning_rate:g}, or clip "
+                f"gradients at less (train.clip = {train.clip:g}; 0 is no limit)"
+            ) from error
+        unread.clear()
 
     def save(done: bool, wait: bool = False) -> None:
+        check()
         where = EvolveState(
             stage=stage.kind,
             iteration=stage.number,
@@ -167,11 +185,18 @@ def train(
             state, values = step(state, sharding.put_batch(batch, run.mesh), rate)
             watch.begin(batch, functools.partial(flops.count, plain, state, batch, rate))
             cursor += 1
+            unread.append((cursor, values))
             curve.add(values)
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
-                means = curve.write(cursor, float(rate), watch.done)
-                bar.set_postfix_str(f"loss {means['loss']:.3f}")
+                check()
+                loss = curve.write(cursor, float(rate), watch.done)["loss"]
+                bar.set_postfix_str(f"loss {loss:.3f}")
+                first_loss = first_loss or loss
+                if loss > EXPLODED * first_loss:
+                    text = "%s: the loss explodes: %.3g at step %d, %.3g at first; the learning rate is %.3g"
+                    log.warning(text, stage, loss, cursor, first_loss, rate)
+                    first_loss = float("inf")  # said once
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)
                 raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")

@@ -54,6 +54,21 @@ def token_loss(model: Any, batch: Batch, remat: Remat | None = None) -> tuple[ja
     return loss, {"tokens": tokens, "counted": tokens, "right": (right * batch.loss_mask).sum()}
 
 
+def check_finite(steps: Sequence[tuple[int, Metrics]]) -> None:
+    """Looks for the first step whose loss or gradient is not finite, and with it everything after.
+
+    Args:
+      steps: (number of the step, its metrics); they are read from the device together.
+
+    Raises:
+      ValueError: with the step, and what is not finite.
+    """
+    for number, values in jax.device_get(list(steps)):
+        for key, name in (("loss", "loss"), ("grad_norm", "gradient's norm")):
+            if not np.isfinite(values[key]):
+                raise ValueError(f"the {name} of step {number} is {float(values[key])}")
+
+
 def init_state(
     make_model: Callable[[], nnx.Module],
     tx: optax.GradientTransformation,
