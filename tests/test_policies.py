@@ -165,6 +165,17 @@ def test_what_has_to_be_given_is_asked_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_last_of_many_iterations_is_exported(tmp_path):
+    """By number: as text, 99 comes after 100."""
+    for name in ("base", "warmup", "prm", "iteration_09", "iteration_10", "iteration_99", "iteration_100"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "done.json").write_text("{}")
+    (tmp_path / "checkpoints" / "iteration_101").mkdir()  # not finished
+    assert finished.finished(tmp_path) == Stage.iteration(100)
+    assert finished.finished(tmp_path, Stage.iteration(99)).name == "iteration_99"
+
+
 def test_export_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no run: it holds no config.json"):
         export.export(tmp_path, tmp_path / "out")
