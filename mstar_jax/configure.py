@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mstar_jax import models, sharding
-from mstar_jax.data import mathv360k, prompts, toy
+from mstar_jax.data import mathv360k, prompts, splits, toy
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -308,7 +308,7 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
         answered = read(folder / "unlabelled.json", folder)
         return Data(
             labelled=read(folder / "train.json", folder),
-            unlabelled=[dataclasses.replace(q, answer=None) for q in answered],
+            unlabelled=[splits.unlabelled(q) for q in answered],
             validation=validation[: c.validation],
             test=read(folder / "test.json", folder),
             hidden={q.id: q.answer for q in answered},
@@ -317,23 +317,23 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
         )
     path = pathlib.Path(c.labelled)
     queries = read(path, pathlib.Path(c.root or path.parent))
-    splits = mathv360k.split(
+    parts = mathv360k.split(
         queries,
         seed=c.seed,
         validation=min(c.validation, len(queries) // 8),
         test=min(c.test, len(queries) // 4),
     )
-    ids = {name: [q.id for q in part] for name, part in splits.items()}
+    ids = {name: [q.id for q in part] for name, part in parts.items()}
     write_text(workdir / "splits.json", json.dumps(ids, indent=1))
-    for name, part in splits.items():
+    for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
     answers = {q.id: q.answer for q in queries}
     return Data(
-        labelled=splits["labelled"],
-        unlabelled=splits["unlabelled"],
-        validation=splits["validation"],
-        test=splits["test"],
-        hidden={q.id: answers[q.id] for q in splits["unlabelled"]},
+        labelled=parts["labelled"],
+        unlabelled=parts["unlabelled"],
+        validation=parts["validation"],
+        test=parts["test"],
+        hidden={q.id: answers[q.id] for q in parts["unlabelled"]},
         base=base,
         base_validation=base_validation,
     )

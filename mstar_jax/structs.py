@@ -87,7 +87,8 @@ class Query:
       question: the question's text, without the hint line and without its choices.
       options: the texts of the choices (A), (B), ...; None for a free-form question.
       answer: gold answer, the option's letter where there are options; None means unlabelled.
-      answer_type: `choice`, `integer`, `float`, `boolean`, `math` or `text`.
+      answer_type: `choice`, `integer`, `float`, `boolean`, `math` or `text`, as the gold answer is one.
+      asked_type: the same, but as the question alone says; `text` where it says nothing.
       source: the data set's name, the first component of the image path.
       precision: decimals that a float answer is asked for; None where the data set does not say.
     """
@@ -100,6 +101,7 @@ class Query:
     answer_type: str = "text"
     source: str = ""
     precision: int | None = None
+    asked_type: str = "text"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from mstar_jax.data import images, mathv360k
-from mstar_jax.structs import Query
+from mstar_jax.rewards import selection
+from mstar_jax.structs import Query, Response
 
 REAL = pathlib.Path(
     os.environ.get("MSTAR_REALDATA", "/nonexistent")
@@ -117,7 +118,9 @@ def test_two_hundred_broken_rows_of_a_thousand(tmp_path):
 def test_a_row_becomes_a_query(tmp_path):
     path = picture(tmp_path / "TabMWP/images/1.png")
     query = read_one(tmp_path, row("q", "TabMWP/images/1.png", "Odd?", "The answer is B", ("yes", "no")))
-    assert query == Query("q", (str(path),), "Odd?", ("yes", "no"), "B", "choice", "TabMWP")
+    assert query == Query(
+        "q", (str(path),), "Odd?", ("yes", "no"), "B", "choice", "TabMWP", asked_type="choice"
+    )
 
 
 @pytest.mark.parametrize(
@@ -357,3 +360,42 @@ def test_split_errors():
 def test_real_rows(name, kept):
     queries, report = mathv360k.read(str(REAL / name / "train.json"), str(REAL))
     assert len(queries) == kept == report.rows - sum(report.dropped.values())
+
+
+def test_nothing_of_a_hidden_answer_is_left(tmp_path):
+    """With the unlabelled rows' answers shuffled, the same queries are asked and the same answers voted."""
+    golds = ["12", "2.5", "yes", "red", "x^2", "{1, 2}"] * 20
+    hints = ["", "Hint: Please answer the question requiring an integer answer and provide it.\n"]
+
+    def read(golds):
+        rows = [
+            {
+                "id": f"q{i}",
+                "conversations": [{"value": f"{hints[i % 3 == 0]}Question: {i}?"}, {"value": gold}],
+            }
+            for i, gold in enumerate(golds)
+        ]
+        for row in rows:
+            row["conversations"][0]["from"], row["conversations"][1]["from"] = "human", "gpt"
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows))
+        found, _ = mathv360k.read(path, tmp_path)
+        assert len(found) == len(golds)
+        return mathv360k.split(found, seed=0, validation=5, test=5)
+
+    before = read(golds)
+    hidden = [int(q.id[1:]) for q in before["unlabelled"]]
+    shuffled = list(golds)
+    for i, j in zip(hidden, random.Random(0).sample(hidden, len(hidden))):
+        shuffled[i] = golds[j]
+    after = read(shuffled)
+    assert before == after and shuffled != golds and len(hidden) > 40
+    assert {q.answer for q in before["unlabelled"]} == {None}
+    assert {q.answer_type for q in before["unlabelled"]} == {"text", "integer"}  # what the hints say
+    assert {q.answer_type for q in before["labelled"]} > {"integer", "boolean", "text"}  # what the golds are
+    responses = [Response("", i, "", (), 0.0, False, answer=a) for i, a in enumerate(["12", "12.0", "red"])]
+    voted = [
+        [selection.pseudo_label(q, responses, [1.0] * 3, 0.5) for q in s["unlabelled"]]
+        for s in (before, after)
+    ]
+    assert voted[0] == voted[1] and {q.answer for q in voted[0]} == {"12"}

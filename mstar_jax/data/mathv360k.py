@@ -221,10 +221,8 @@ def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: d
     question, options, hint = parse_question(human)
     name = row.get("id", fallback_id)
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
-    if unlabelled:
-        gold, answer_type = None, "choice" if options else _cue(hint)
-    else:
-        gold, answer_type = parse_answer(value, options, hint)
+    asked_type = "choice" if options else _cue(hint)
+    gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint)
     for path in paths:
         if path not in resolved:
             try:
@@ -240,6 +238,7 @@ def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: d
         answer=gold,
         answer_type=answer_type,
         source=source,
+        asked_type=asked_type,
     )
 
 

@@ -33,7 +33,7 @@ def split(
       validation, test: exact numbers of queries.
 
     Returns:
-      `labelled`, `unlabelled` (with `answer=None`), `validation` and `test`.
+      `labelled`, `unlabelled` (see `unlabelled`), `validation` and `test`.
 
     Raises:
       ValueError: a query has no answer, ids are not unique, or the unlabelled part is too small.
@@ -72,8 +72,13 @@ def split(
             )
     left = {query.id for group in rest for query in group}
     splits = {name: [query for query in queries if query.id in ids] for name, ids in chosen.items()}
-    splits["unlabelled"] = [dataclasses.replace(q, answer=None) for q in queries if q.id in left]
+    splits["unlabelled"] = [unlabelled(q) for q in queries if q.id in left]
     return splits
+
+
+def unlabelled(query: Query) -> Query:
+    """The query without its answer, and without what only the answer tells: its type."""
+    return dataclasses.replace(query, answer=None, answer_type=query.asked_type)
 
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
