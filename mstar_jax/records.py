@@ -24,6 +24,7 @@ class Record(TypedDict, total=False):
       k: K of Pass@K.
       temperature: what the stage's training responses were sampled at; None for the base.
       kept: how many responses it was trained on; None for the base and the reward model.
+      dropped: where none was kept, how many there were by cause; see `stages.select.dropped`.
       greedy_accuracy, ..., length: see `rewards.metrics.dynamics`.
       all_right, unfaithful: of the embedded data's greedy responses, see `stages.measure.right_steps`.
       pseudo_coverage, pseudo_precision: of unlabelled queries that joined, see `stages.select.pseudo_label`.
@@ -40,6 +41,7 @@ class Record(TypedDict, total=False):
     k: int
     temperature: float | None
     kept: int | None
+    dropped: dict[str, int]
     greedy_accuracy: float
     pass_at_k: float
     gap: float
@@ -130,7 +132,8 @@ class Results:
 
 
 def table(stages: Iterable[Record]) -> str:
-    """The records as a table for the terminal."""
+    """The records as a table for the terminal; above it, which stages trained nothing, and why."""
+    stages = list(stages)
     names = "stage split n greedy pass@k gap reward-pass@2 unparsed kept T seconds"
     head = tuple(names.split())
     shares = ("greedy_accuracy", "pass_at_k", "gap", "reward_pass_at_2", "unparsed")
@@ -143,7 +146,20 @@ def table(stages: Iterable[Record]) -> str:
         used = "" if s["temperature"] is None else f"{s['temperature']:g}"
         end = (kept, used, f"{s['seconds']:.0f}")
         rows.append((name, s["split"], str(s["n"]), *percent, *end))
-    return _aligned(rows, left=2)
+    return untrained(stages) + _aligned(rows, left=2)
+
+
+def untrained(stages: Iterable[Record]) -> str:
+    """A line that says which stages trained nothing, and what became of their responses; empty for none."""
+    causes = {(s["stage"], s["iteration"]): s.get("dropped", {}) for s in stages if s["kept"] == 0}
+    if not causes:
+        return ""
+    names = ", ".join(f"{stage} {number}" if number else stage for stage, number in causes)
+    total = collections.Counter[str]()
+    for each in causes.values():
+        total.update(each)
+    found = ", ".join(f"{count} {cause}" for cause, count in total.most_common() if count)
+    return f"Nothing was trained in {names}, for no response was kept. What became of them: {found}\n\n"
 
 
 def speeds(stages: Iterable[Record]) -> str:
@@ -151,7 +167,8 @@ def speeds(stages: Iterable[Record]) -> str:
     found: dict[str, list[dict[str, float]]] = {}
     for s in stages:
         for kind, passes in s.get("speed", {}).items():
-            found.setdefault(kind, []).extend(passes.values())
+            if worked := [each for each in passes.values() if each.get("slots")]:  # others had nothing to do
+                found.setdefault(kind, []).extend(worked)
     totals = {kind: _total(passes) for kind, passes in found.items()}
     mfu = any(key.startswith("mfu/") for total in totals.values() for key in total)
     unit, title, scale = ("mfu/", "MFU %", 100.0) if mfu else ("flops/", "GFLOP/s", 1e-9)
@@ -182,7 +199,7 @@ def _total(passes: Iterable[dict[str, float]]) -> dict[str, float]:
         for key, value in each.items():
             out[key] += value * (each["seconds"] if _is_rate(key) else 1)
     for key in filter(_is_rate, list(out)):
-        out[key] /= out["seconds"]
+        out[key] /= out["seconds"] or 1.0
     return out
 
 

@@ -177,12 +177,12 @@ class Source(NamedTuple):
       rows: prompts with the responses that are learned.
       weight: relative to the other parts: in `improve` how often each row is drawn, in `train` this part's
         share of the rows drawn.
-      notes: numbers about it for the stage's record in results.json.
+      notes: what the stage's record in results.json says about it.
     """
 
     rows: Sequence[Row]
     weight: float = 1.0
-    notes: Mapping[str, float] = {}
+    notes: Mapping[str, Any] = {}
 
     @property
     def responses(self) -> int:

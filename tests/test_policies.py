@@ -14,9 +14,10 @@ import tiny
 import tiny_minicpm
 from safetensors.numpy import load_file
 
-from mstar_jax import evolve, export, finished, models, sharding
+from mstar_jax import evolve, export, finished, main, models, records, sharding
 from mstar_jax.data import toy
 from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
+from mstar_jax.report import page
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Stage
 
@@ -129,6 +130,29 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     trained, _ = models.load(tmp_path / "out", jnp.float32)
     for leaf in jax.tree.leaves(trained):
         assert np.isfinite(np.asarray(leaf)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward_model", [False, True])
+def test_a_policy_that_is_never_right_ends_with_a_table_and_a_report(tmp_path, reward_model):
+    folder, work = tmp_path / "official", tmp_path / "work"
+    policy = FAMILIES["phi35"](tmp_path / "words")
+    policy.save(policy.build(), folder, "bfloat16")
+    sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
+    data = toy.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
+    config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
+    given = {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
+    config.update_from_flattened_dict(SMALL | given)
+    if not reward_model:
+        config.prm.queries, config.evolve.select, config.explore.every = 0, "random", 0
+    work.mkdir()
+    (work / "config.json").write_text(config.to_json_best_effort())
+    with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+        found = evolve.evolve(config, work, main.head(config), lambda: False)
+    first = "Nothing was trained in warmup, iteration 1, for no response was kept. What became of them: "
+    assert records.table(found).startswith(first)
+    assert "rollouts: decode" in records.speeds(found)
+    assert page.write([work]).exists()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mstar_jax.data.truth import Truth
 from mstar_jax.inference.generate import Asked
 from mstar_jax.stages.reward_model import against_truth, labelled_rows, reward_queries
-from mstar_jax.stages.select import draw, keep, pseudo_label, select_unlabelled
+from mstar_jax.stages.select import draw, keep, pseudo_label, select, select_rationales, select_unlabelled
 from mstar_jax.structs import Prompt, Query, Response, Source, Stage
 
 QUERY = Query("q", (), "What is the total of all bars?", answer="6", answer_type="integer")
@@ -78,6 +78,26 @@ def test_random_selection_depends_on_the_pass_and_the_query():
     assert len(draws) > 5 and all(len(d) == 2 and set(d) <= right for d in draws)
     assert kept(select="random") == kept(select="random")
     assert kept(responses=[]) == []
+
+
+def test_what_became_of_responses_of_which_none_is_kept(monkeypatch):
+    """With the rationales and the selection alike: by cause, and queries that were not asked."""
+    monkeypatch.setattr("mstar_jax.stages.select.ask", lambda queries, _: queries)
+    monkeypatch.setattr("mstar_jax.stages.select.training_rows", lambda run, asked, ids: list(ids))
+    verdicts = ["wrong", "wrong", "unparsed", "gold-unparsed", "correct"]
+    found = [dataclasses.replace(RESPONSES[0], sample=i, verdict=v) for i, v in enumerate(verdicts)]
+    found[-1] = dataclasses.replace(found[-1], truncated=True)
+    config = {"evolve": SETTINGS, "warmup": {"keep": 1}, "prm": {"aggregate": "min"}, "prompts": {"cot": ""}}
+    run = types.SimpleNamespace(config=ConfigDict(config), seed=0, truth={})
+    queries = [QUERY, dataclasses.replace(QUERY, id="long")]
+    want = {"wrong": 2, "unparsed": 1, "gold-unparsed": 1, "truncated": 1, "unanswered": 1}
+    for source in (
+        select_rationales(run, queries, {"q": found}),
+        select(run, Stage.iteration(1), None, queries, {"q": found}),
+    ):
+        assert not source.rows and source.notes == {"dropped": want}
+    kept = select_rationales(run, queries, {"q": RESPONSES})
+    assert kept.rows and kept.notes == {}
 
 
 def labels(queries, responses, **values):

@@ -171,7 +171,30 @@ def test_table():
         each |= {"mfu/vision": 0.05, "mfu/language": 0.2}
     row = records.speeds(stages).split("\n")[2]
     assert row.split() == ["train", "3,000", "60.0%", "25.0", "5.0", "20.0", "4.0", "20.0"]
-    assert records.speeds([{}]) == ""
+    nothing = {"seconds": 0.0, "left_out": 0.0}  # a stage of which no response was kept
+    assert records.speeds([{}]) == records.speeds([{"speed": {"train": {"warmup": nothing}}}]) == ""
+    brief = {"tokens": 6, "slots": 8, "seconds": 0.0, "left_out": 0.0, "tokens_per_second": 9e9}  # rounded
+    again = records.speeds([*stages, {"speed": {"train": {"warmup": nothing}, "score": {"a": brief}}}])
+    assert again.split("\n")[2:5] == records.speeds(stages).split("\n")[2:5]
+
+
+def test_the_table_says_where_nothing_was_trained():
+    shares = {"n": 4, "greedy_accuracy": 0.0, "temperature": 1.0, "seconds": 1.0}
+
+    def record(stage, iteration, split, kept, **values):
+        return {"stage": stage, "iteration": iteration, "split": split, "kept": kept} | shares | values
+
+    trained = [record("base", 0, "test", None), record("warmup", 0, "validation", 3)]
+    assert records.table(trained).startswith("stage ")
+    lost = {"wrong": 5, "truncated": 9, "unparsed": 2, "unanswered": 0}
+    stages = [*trained, *(record("iteration", 1, split, 0, dropped=lost) for split in ("validation", "test"))]
+    stages.append(record("iteration", 2, "validation", 0, dropped={"wrong": 5, "correct": 1}))
+    line, empty, *rest = records.table(stages).split("\n")
+    assert line == (
+        "Nothing was trained in iteration 1, iteration 2, for no response was kept. What became of them: "
+        "10 wrong, 9 truncated, 2 unparsed, 1 correct"
+    )
+    assert not empty and rest[0].startswith("stage ") and len(rest) == 7
 
 
 def test_flops_of_a_step_are_those_of_the_gradient():

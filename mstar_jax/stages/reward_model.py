@@ -80,7 +80,7 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     run.results.add(Stage.reward_model, record | lap(run))
     shown = {"labels": record["label_auc_within"]} | record.get("truth", {})
     text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items() if value is not None)
-    log.info("prm: AUC within held-out queries: %s", text)
+    log.info("prm: AUC within held-out queries: %s", text or "none, their labels or scores do not differ")
     return reward
 
 

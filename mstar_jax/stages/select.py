@@ -1,5 +1,6 @@
 """select: H( 1(a = a*) R_p(y) ), which responses of a query the policy is trained on."""
 
+import collections
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def select(
         )
         for query in queries
     ]
-    return source(run, queries, chosen)
+    return source(run, queries, chosen, responses)
 
 
 def keep(
@@ -98,7 +99,7 @@ def select_rationales(run: Run, queries: Sequence[Query], responses: Groups) -> 
         found = selection.distinct(selection.correct(responses.get(query.id, [])))
         random = draw(run.seed, Stage.warmup.name, query)
         chosen.append(selection.random_k(found, run.config.warmup.keep, random))
-    return source(run, queries, chosen)
+    return source(run, queries, chosen, responses)
 
 
 def gold_answers(run: Run, queries: Sequence[Query]) -> Source:
@@ -188,11 +189,25 @@ def draw(seed: int, name: str, query: Query) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), zlib.crc32(query.id.encode())])
 
 
-def source(run: Run, queries: Sequence[Query], chosen: Sequence[Sequence[Response]]) -> Source:
-    """Training rows: each query's prompt, without a hint, and its chosen responses."""
+def source(
+    run: Run, queries: Sequence[Query], chosen: Sequence[Sequence[Response]], responses: Groups
+) -> Source:
+    """Training rows: each query's prompt, without a hint, and its chosen responses. Where there are none, the
+    notes say what became of all responses."""
     some = [(query, group) for query, group in zip(queries, chosen) if group]
     asked = ask([query for query, _ in some], run.config.prompts.cot)
-    return Source(training_rows(run, asked, [tuple(r.tokens for r in group) for _, group in some]))
+    rows = training_rows(run, asked, [tuple(r.tokens for r in group) for _, group in some])
+    return Source(rows, notes={} if rows else {"dropped": dropped(queries, responses)})
+
+
+def dropped(queries: Sequence[Query], responses: Groups) -> dict[str, int]:
+    """How many of the responses were truncated, and of the others how many had which verdict; `correct` ones
+    were not selected. `unanswered` counts queries without any response: their prompts are too long."""
+    groups = [responses.get(query.id, []) for query in queries]
+    causes = collections.Counter(
+        "truncated" if r.truncated else str(r.verdict) for group in groups for r in group
+    )
+    return {**causes, "unanswered": sum(not group for group in groups)}
 
 
 def training_rows(
