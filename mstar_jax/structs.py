@@ -147,8 +147,9 @@ class Response:
       query_id: the `Query.id` that it answers.
       sample: index among the K samples of its query.
       text: decoded text, without special tokens and cut before a stop string.
-      tokens: the sampled ids, with the stop id where one was reached.
-      logprob: sum of the tokens' log probabilities (nats) under the distribution sampled from.
+      tokens: the sampled ids, with the stop id where one was reached; where a stop string cut the text, those
+        of what is left of it, closed by the stop id.
+      logprob: sum of the sampled tokens' log probabilities (nats) under the distribution sampled from.
       truncated: the length cap ended it, not a stop id or stop string.
       answer: the extracted final answer, None where nothing could be extracted.
       verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`; None before checking.

@@ -15,8 +15,9 @@ from close import POLICY, close, tolerance
 from mstar_jax import sharding
 from mstar_jax.inference import draw, rollouts
 from mstar_jax.inference.draw import SamplingConfig, filter_logits, stop_table, token_texts
-from mstar_jax.inference.sampler import Sampler, for_sampling
+from mstar_jax.inference.sampler import Generated, Sampler, for_sampling
 from mstar_jax.models import attention
+from mstar_jax.rewards import prm, steps
 from mstar_jax.structs import Prompt, Query, Row
 
 LENGTH, ROOM, BRANCHES = 80, 10, 4
@@ -353,11 +354,35 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows):
             so_far = ["".join(texts[t] for t in want.tokens[: i + 1]) for i in range(len(want.tokens))]
             ends = [i + 1 for i, text in enumerate(so_far) if any(stop in text for stop in stops)]
             size = ends[0] if ends else len(want.tokens)
-            assert r.tokens == want.tokens[:size] and r.truncated == (not ends)
             text = so_far[size - 1] if size else ""
             assert r.text == min((text.split(stop)[0] for stop in stops), key=len)
+            kept = ascii_only.encode_response(r.text) if ends else want.tokens
+            assert r.tokens == tuple(kept) and r.truncated == (not ends)
             found += bool(ends)
-    assert found >= 1 and len(cut[NAMES[0]][1].tokens) <= 5
+    assert found >= 1 and len(cut[NAMES[0]][1].tokens) <= 6
+
+
+@pytest.mark.parametrize(
+    "written", ["area 4\nThe answer is 6\n### area", "area\n\n6###\nbase", "###", "6 ###6"]
+)
+def test_what_a_stop_string_cuts_has_the_same_steps_everywhere(tmp_path, written):
+    """Also where it begins a line; its tokens are those of the text that is left, closed by the stop id."""
+    processor = tiny.processor(tmp_path)  # with the real stop ids
+    texts = token_texts(processor)
+    ids = processor.encode_response(written)[:-1]
+    host = Generated(np.array([ids]), np.zeros((1, len(ids))), np.array([len(ids)]), np.array([True]))
+    row = Row(Prompt(Query("q", (), "area?", answer="6"), "area?", 5, 0))
+    config = SamplingConfig(1, len(ids), stop_strings=("###",))
+    [found] = rollouts._responses(row, host, processor, config, np.ones(1, np.float32), 0)
+    left = written.partition("###")[0]
+    assert found.text == left and found.tokens == tuple(processor.encode_response(left))
+    assert found.tokens[-1] == processor.stop_ids[0] and not found.truncated
+    assert prm.same_steps(found.text, found.tokens, texts)
+    prefixes = prm.prefixes([found], texts)
+    labels = prm.label(found, dict.fromkeys(prefixes, 0.5), texts)
+    assert len(labels) == len(steps.split(left)) == max(len(prefixes) + 1, 1) * bool(left.strip())
+    if labels:  # it stays in the reward model's training
+        prm.row(row.prompt, [found], processor.encode_response, texts, [labels])
 
 
 def test_token_texts(processor):

@@ -155,11 +155,14 @@ def _responses(
         tokens = [*before, *host.tokens[sample, : int(host.length[sample])].tolist()]
         text = processor.decode(tokens)
         cuts = [cut for cut in (text.find(stop) for stop in config.stop_strings) if cut >= 0]
+        if cuts:  # what is read is what is trained on, without the stop string and closed by the stop id
+            text = text[: min(cuts)]
+            tokens = processor.encode_response(text)
         out.append(
             Response(
                 query_id=row.prompt.query.id,
                 sample=sample,
-                text=text[: min(cuts)] if cuts else text,
+                text=text,
                 tokens=tuple(tokens),
                 logprob=float(host.logprobs[sample, : int(host.length[sample])].sum()),
                 truncated=not bool(host.stopped[sample]),
