@@ -92,7 +92,8 @@ def _check_choices(config: ConfigDict) -> None:
     c = config
     _check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
     _check_choice("evolve.start", c.evolve.start, ("last", "initial"))
-    _check_choice("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle"))
+    rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
+    _check_choice("evolve.select", c.evolve.select, rules)
     _check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
     _check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
     _check_choice("train.remat", c.train.remat, tuple(step.REMAT))

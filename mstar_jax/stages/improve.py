@@ -22,6 +22,7 @@ from mstar_jax.stages.policy import (
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
+from mstar_jax.training.step import Loss, token_loss
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def improve(
     *,
     carry: Carry = NOTHING,
     temperature: float,
+    loss: Loss = token_loss,
 ) -> Policy:
     """Trains a policy on responses.
 
@@ -59,12 +61,13 @@ def improve(
       sources: what it learns.
       carry: what of the optimizer is carried on.
       temperature: what the responses were sampled at; written into the checkpoint.
+      loss: what is minimised.
     """
 
     def begin() -> TrainState:
         return carried(run, stage, start.take(), carry)
 
-    return train(run, stage, begin, sources, temperature=temperature)
+    return train(run, stage, begin, sources, temperature=temperature, loss=loss)
 
 
 def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainState:
@@ -87,6 +90,7 @@ def train(
     sources: Sequence[Source],
     *,
     temperature: float = 0.0,
+    loss: Loss = token_loss,
     until: Callable[[Model, int], bool] | None = None,
 ) -> Policy:
     """Trains for the stage's number of steps, or for those that remain after its checkpoint; the policy of a
@@ -98,6 +102,7 @@ def train(
       begin: returns the first state; called only if the stage has no checkpoint.
       sources: what is trained on.
       temperature: what the responses were sampled at; written into the checkpoint.
+      loss: what is minimised.
       until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
     saved = run.checkpoints.run(stage)
@@ -105,7 +110,7 @@ def train(
         return outcome(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
-    step, plain = program(run, stage)
+    step, plain = program(run, stage, loss)
     state = restore(run, stage) if saved else begin()
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
