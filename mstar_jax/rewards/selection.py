@@ -108,8 +108,7 @@ def frequencies(responses: Sequence[Response]) -> list[float]:
     return [float(count[r.text]) for r in responses]
 
 
-# Rules that rank the correct responses to a query without a reward model, by their name in `evolve.select`.
-RANKINGS: dict[str, Callable[[Sequence[Response]], list[float]]] = {
+RANKINGS: dict[str, Callable[[Sequence[Response]], list[float]]] = {  # values of `evolve.select`
     "frequency": frequencies,
 }
 
