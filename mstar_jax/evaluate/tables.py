@@ -1,9 +1,9 @@
 """The file formats of benchmarks: parquet, TSV with images in base64, JSON.
 
-Whatever the format, a record is a dict of its columns. `cell` and `texts` read a column in any of the ways that
-the formats write text, numbers, lists and missing values; `parse_options` finds options inside a question.
-Images inside a file are written once to a cache folder, named by their content, after a decoding test: every
-file in the cache is a valid image.
+Whatever the format, a record is a dict of its columns. `cell` and `texts` read a column in any of the ways
+that the formats write text, numbers, lists and missing values; `parse_options` finds options inside a
+question. Images inside a file are written once to a cache folder, named by their content, after a decoding
+test: every file in the cache is a valid image.
 """
 
 import ast
