@@ -102,7 +102,7 @@ def run(
 
         if evolve.start == "initial":  # ReST^EM: pi_t has sampled, but the warm-up policy is trained again
             policy = warmup
-        # besides the parameters; iteration 1 has other settings than the warm-up, so both start anew
+        # besides the parameters; iteration 1 has other settings than the warm-up, so both are reset
         carry = Carry(
             moments=t > 1 and not evolve.reset_moments,
             schedule=t > 1 and not evolve.reset_schedule,

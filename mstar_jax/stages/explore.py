@@ -27,7 +27,7 @@ def explore(run: Run, policy: Policy, reward: Scorer | None, temperature: float)
       run: see `Run`.
       policy: what is sampled from.
       reward: what scores the samples.
-      temperature: in force until now.
+      temperature: the one sampled at until now.
 
     Returns:
       The temperature to sample at from now on.
