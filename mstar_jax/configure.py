@@ -187,8 +187,8 @@ def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     """Patterns of the parameters that a stage does not train, from `config.train`.
 
     With LoRA these are all parameters of the policy but its adapters. In the base stage of a policy from
-    scratch they are the adapters alone: there is nothing to adapt yet, so they stay as they are, without
-    effect.
+    scratch they are the adapters alone: there is nothing to adapt yet, so they keep their initial values,
+    which have no effect.
     """
     patterns = list(values.frozen)
     if values.lora.rank:
