@@ -21,7 +21,7 @@ def explore(run: Run, policy: Policy, reward: Scorer | None, temperature: float)
     joins the stage's validation record as `grid` and `chosen`.
 
     Where it is not time for this (every `explore.every` iterations, and after the warm-up), or without a
-    reward model, the temperature stays as it is. With `explore.adapt` off it stays too: temperatures are only measured.
+    reward model, the temperature stays as it is. It also stays with `explore.adapt` off, which only measures.
 
     Args:
       run: see `Run`.
