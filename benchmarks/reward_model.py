@@ -23,7 +23,7 @@ from mstar_jax import configure, sharding
 from mstar_jax.data import toy, truth
 from mstar_jax.inference.generate import ask, inference, sample
 from mstar_jax.inference.score import score_with
-from mstar_jax.stages.policy import outcome
+from mstar_jax.stages.policy import policy_after
 from mstar_jax.stages.reward_model import against_truth, own_scorer
 from mstar_jax.stages.run import start
 from mstar_jax.structs import Stage
@@ -34,7 +34,7 @@ def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str
     run = start(config, workdir, {}, lambda: False)
     known = truth.read_truth(folder / "truth.jsonl")
     asked = ask(configure.read(folder / "test.json", folder)[:count], run.template)
-    warmup = outcome(run, Stage.warmup)
+    warmup = policy_after(run, Stage.warmup)
     with tempfile.TemporaryDirectory() as scratch:  # nothing is added to the run
         host = inference(config, pathlib.Path(scratch), run.processor)
         settings = {"prompt": run.template}

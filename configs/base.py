@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     evolve.warmup_steps = 0  # optimizer steps of linear learning rate warm-up
     evolve.final_fraction = 1.0  # learning rate at the end, over the peak's; the paper's is constant
     evolve.data = "rollouts"  # what is trained on: rollouts, answers (SFT) or warmup (its rationales again)
-    evolve.start = "last"  # what is trained: the last policy, or that of the warm-up (initial, in ReST^EM)
+    evolve.start = "last"  # which policy is trained: the last one, or that of the "warmup" (ReST^EM)
     evolve.reset_moments = False  # new Adam moments in every iteration (Iterative RFT, ReST^EM)
     evolve.reset_schedule = False  # the learning rate schedule starts again in every iteration (as above)
     evolve.keep_checkpoints = 2  # iterations whose checkpoints are kept, at least 2

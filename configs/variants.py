@@ -26,7 +26,7 @@ VARIANTS: dict[str, Values] = {
     "continuous": ALL_CORRECT,
     "random_2": ALL_CORRECT | {"evolve.keep": 2},
     "iterative_rft": ALL_CORRECT | NEW_OPTIMIZER | {"evolve.fraction": 1.0},
-    "rest_em": ALL_CORRECT | NEW_OPTIMIZER | {"evolve.fraction": 1.0, "evolve.start": "initial"},
+    "rest_em": ALL_CORRECT | NEW_OPTIMIZER | {"evolve.fraction": 1.0, "evolve.start": "warmup"},
     "sft": ALL_CORRECT | {"evolve.data": "answers"},  # the labelled answers themselves, without rollouts
     "control": ALL_CORRECT | {"evolve.data": "warmup"},  # the same steps, without new rollouts
     "smoke": {  # all stages, shrunk to see that they run

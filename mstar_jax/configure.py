@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from mstar_jax import models, sharding
 from mstar_jax.data import mathv360k, prompts, toy
-from mstar_jax.evaluate import benchmarks
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -42,7 +41,6 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     check_sampling(config, mesh)
     for template in config.prompts.values():
         prompts.check(template)
-    check_benchmarks(config)
     _check_method(config)
     _check_numbers(config)
 
@@ -59,22 +57,15 @@ def check_sampling(config: ConfigDict, mesh: Mesh) -> None:
         raise ValueError(f"sampling.refill = {s.refill}: must be a fraction of the batch, above 0, at most 1")
     if s.shard < 1:
         raise ValueError(f"sampling.shard = {s.shard}: a file of rollouts must hold at least 1 batch")
-    _check_choice("sampling.cache", s.cache, ("", "float32", "bfloat16", "float16", "int8"))
+    check_choice("sampling.cache", s.cache, ("", "float32", "bfloat16", "float16", "int8"))
 
 
-def check_benchmarks(config: ConfigDict) -> None:
-    """Refuses unknown benchmarks and prompts.
+def check_choice(key: str, value: str, known: Collection[str]) -> None:
+    """Refuses a value that is none of the known ones.
 
     Raises:
       ValueError: with the key, its value and what it may be.
     """
-    b = config.benchmarks
-    for name in b.names:
-        _check_choice("benchmarks.names", name, benchmarks.NAMES)
-    _check_choice("benchmarks.prompt", b.prompt, ("official", *config.prompts))
-
-
-def _check_choice(key: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(f"{key} = {value!r}: choose one of {', '.join(map(repr, known))}")
 
@@ -90,14 +81,14 @@ def _check_sources(config: ConfigDict) -> None:
 def _check_choices(config: ConfigDict) -> None:
     """Values that are words."""
     c = config
-    _check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
-    _check_choice("evolve.start", c.evolve.start, ("last", "initial"))
+    check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
+    check_choice("evolve.start", c.evolve.start, ("last", "warmup"))
     rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
-    _check_choice("evolve.select", c.evolve.select, rules)
-    _check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
-    _check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
-    _check_choice("train.remat", c.train.remat, tuple(step.REMAT))
-    _check_choice("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
+    check_choice("evolve.select", c.evolve.select, rules)
+    check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
+    check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
+    check_choice("train.remat", c.train.remat, tuple(step.REMAT))
+    check_choice("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
 
 
 def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
@@ -119,6 +110,11 @@ def _check_method(config: ConfigDict) -> None:
     has_reward_model = bool(c.prm.queries or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
         raise ValueError("evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path")
+    if c.evolve.start == "warmup" and not (c.evolve.reset_moments and c.evolve.reset_schedule):
+        raise ValueError(
+            "evolve.start = 'warmup': the warm-up policy has no moments or schedule of an iteration to carry "
+            "over, so set evolve.reset_moments and evolve.reset_schedule"
+        )
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
         raise ValueError("evolve.select = 'oracle': needs the embedded data set, whose true steps are known")
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):

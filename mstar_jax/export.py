@@ -12,9 +12,8 @@ import pathlib
 
 from absl import flags
 
-from mstar_jax import cli
+from mstar_jax import cli, finished
 from mstar_jax.cli import OUTPUT, WORKDIR
-from mstar_jax.stages import finished
 from mstar_jax.structs import Stage
 
 STAGE = flags.DEFINE_string("stage", "", "base, warmup, prm, iteration_07; default the last policy.")

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from mstar_jax import __version__, cli, configure, evolve, processes, records, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
+from mstar_jax.evaluate import evaluation
 from mstar_jax.profiling import speed
 from mstar_jax.report import page
 from mstar_jax.store import write_text
@@ -88,10 +89,11 @@ def main(argv: list[str]) -> None:
         mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(mesh)
         configure.check(config, mesh)  # before the workdir is claimed
+        evaluation.check(config)
         with processes.first_alone("claim"):
             claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        found = evolve.run(config, workdir, top, stop)
+        found = evolve.evolve(config, workdir, top, stop)
     spent = time.time() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     if not processes.first():

@@ -13,6 +13,7 @@ import pytest
 
 from configs import base, phi35, tiny, variants
 from mstar_jax import configure, sharding
+from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25")
@@ -99,7 +100,7 @@ def test_methods_are_the_papers(policy):
         e = config.evolve
         assert (e.fraction, e.keep, e.select, e.data) == (1.0, 0, "random", "rollouts")
         assert e.reset_moments and e.reset_schedule and config.prm.queries == config.explore.every == 0
-        assert e.start == ("initial" if variant == "rest_em" else "last")
+        assert e.start == ("warmup" if variant == "rest_em" else "last")
         assert e.iterations == passes and e.iterations * e.steps == continuous.iterations * continuous.steps
     e = get(policy, "mstar").evolve
     assert (e.select, e.keep, e.fraction, e.start) == ("prm", 2, 0.25, "last")
@@ -130,6 +131,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
         ("evolve.data", "rollout", r"evolve.data = 'rollout': choose one of 'rollouts', 'answers', 'warmup'"),
         ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'dots'"),
         ("prm.queries", 0, "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"),
+        ("evolve.start", "warmup", "evolve.start = 'warmup': the warm-up policy has no moments"),
         ("evolve.keep_checkpoints", 1, "evolve.keep_checkpoints = 1: must be at least 2"),
         ("prm.samples", 17, "prm.samples = 17: must be a multiple of prm.completions = 2"),
         ("train.profile", (5, 5), r"train.profile = \(5, 5\): give \(first step, end\)"),
@@ -145,6 +147,7 @@ def test_impossible_values_are_refused(key, value, text):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=text):
         configure.check(config, sharding.make_mesh())
+        evaluation.check(config)
 
 
 def test_a_threshold_needs_rewards():

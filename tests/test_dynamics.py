@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
 from mstar_jax.records import Results
-from mstar_jax.stages.explore import chosen_after, explore, explores
+from mstar_jax.stages.explore import explore, explores, temperature_after
 from mstar_jax.stages.measure import right_steps
 from mstar_jax.stages.policy import Policy
 from mstar_jax.structs import Response, Stage, TrainState
@@ -32,7 +32,7 @@ def test_the_temperature_stays_until_an_exploration_chooses(tmp_path):
     here.results.records.reverse()  # the order of the records does not matter
     temperature, found = 1.0, []
     for stage in (Stage.base, Stage.warmup, *map(Stage.iteration, range(1, 6))):
-        temperature = chosen_after(here, stage, temperature)
+        temperature = temperature_after(here, stage, temperature)
         found.append(temperature)
     assert found == [1.0, 0.6, 0.6, 0.8, 0.8, 0.8, 0.8]
 

@@ -106,7 +106,7 @@ def run(config, workdir, stop=lambda: False):
     head = main.head(config)
     main.claim(workdir, head["config"])
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):  # as main does: layouts are pinned to it
-        return evolve.run(config, workdir, head, stop)
+        return evolve.evolve(config, workdir, head, stop)
 
 
 def first_tokens(found, texts, true=prm.prefixes):
@@ -322,7 +322,7 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
     shutil.copytree(whole, workdir)
     config = small()
     config.benchmarks.update({"names": ("mathv360k",), "root": str(workdir / "figures"), "samples": 1})
-    evolve.run(config, workdir, main.head(config), lambda: False)
+    evolve.evolve(config, workdir, main.head(config), lambda: False)
     found = {path.parent.name: json.loads(path.read_text()) for path in workdir.glob("benchmarks/*/*.json")}
     assert set(found) == {"base", "warmup", FINAL}
     assert all(record["greedy"]["n"] == 8 and "weighted_vote" in record for record in found.values())

@@ -108,7 +108,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     work.mkdir()
     (work / "config.json").write_text(config.to_json_best_effort())
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-        stages = evolve.run(config, work, {}, lambda: False)
+        stages = evolve.evolve(config, work, {}, lambda: False)
     assert [(s["stage"], s["split"]) for s in stages][:2] == [("base", "validation"), ("base", "test")]
     assert all(s["n"] and s.get("length", 1) > 0 for s in stages)
     assert [s["iteration"] for s in stages if s["stage"] == "iteration"] == [1, 1]
@@ -147,7 +147,7 @@ def test_a_reward_model_of_another_family(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "correct", list)
     work.mkdir()
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-        records = evolve.run(config, work, {}, lambda: False)
+        records = evolve.evolve(config, work, {}, lambda: False)
     assert not any(record["stage"] == "prm" for record in records)  # it was trained elsewhere
     assert all("reward_pass_at_2" in record for record in records if record["stage"] != "base")
     lines = (work / "scores" / "iteration_01" / "00000.jsonl").read_text().splitlines()
@@ -158,10 +158,10 @@ def test_a_reward_model_of_another_family(tmp_path, monkeypatch):
 def test_what_has_to_be_given_is_asked_for(tmp_path):
     config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
     with pytest.raises(ValueError, match=r"policy.path is not set: .*--config.policy.path"):
-        evolve.run(config, tmp_path, {}, lambda: False)
+        evolve.evolve(config, tmp_path, {}, lambda: False)
     config.policy.path = str(tmp_path)
     with pytest.raises(ValueError, match=r"data.labelled is not set: .*--config.data.labelled"):
-        evolve.run(config, tmp_path, {}, lambda: False)
+        evolve.evolve(config, tmp_path, {}, lambda: False)
     assert not list(tmp_path.iterdir())
 
 

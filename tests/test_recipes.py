@@ -107,15 +107,15 @@ class Page:
         run = types.SimpleNamespace(
             labelled=labelled, checkpoints=checkpoints, results=results, config=config
         )
-        nothing = ("base", "measure", "rationales", "train_reward_model", "select")
+        nothing = ("base", "measure", "select_rationales", "train_reward_model", "select")
         verbs = {name: lambda *given, **more: None for name in nothing}
-        verbs |= {"start": lambda *given: run, "passed": lambda run, stage: False}
+        verbs |= {"start": lambda *given: run, "superseded": lambda run, stage: False}
         verbs |= {"explore": lambda run, policy, reward, temperature: temperature}
         verbs |= {"generate": self.generate, "improve": self.improve}
         for name, verb in verbs.items():
             assert hasattr(page, name)
             monkeypatch.setattr(page, name, verb)
-        page.run(config, None, {}, lambda: False)
+        page.evolve(config, None, {}, lambda: False)
 
 
 def walk(page, monkeypatch):
@@ -192,7 +192,7 @@ def test_another_objective(monkeypatch):
 
     monkeypatch.setattr(improve, "program", program)
     with pytest.raises(Reached) as reached:
-        improve.improve(run, Stage.iteration(1), None, [], temperature=1.0, loss=step.focal_loss)
+        improve.improve(run, Stage.iteration(1), None, [], sampled_at=1.0, loss=step.focal_loss)
     assert reached.value.args == (step.focal_loss,)
 
 

@@ -25,15 +25,14 @@ from absl import flags
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mstar_jax import cli, configure, models, processes, sharding
+from mstar_jax import cli, configure, finished, models, processes, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import benchmarks
-from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, read, write_table
+from mstar_jax.evaluate.evaluation import Candidate, check, evaluate, identity, read, write_table
 from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer
-from mstar_jax.stages import finished
 from mstar_jax.structs import Processor, Stage
 
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
@@ -144,7 +143,7 @@ def run(
         raise ValueError(f"two checkpoints have the same name ({', '.join(names)}): rename a folder")
     judge = Checkpoint(prm, Stage.reward_model) if prm else None
     mesh = sharding.make_mesh(**config.mesh)
-    configure.check_benchmarks(config)
+    check(config)
     configure.check_sampling(config, mesh)
     dtype = jnp.dtype(config.sampling.dtype)
     crops = config.policy.max_crops

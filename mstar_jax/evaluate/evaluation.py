@@ -21,6 +21,7 @@ import jax
 import ml_collections
 
 from mstar_jax import processes
+from mstar_jax.configure import check_choice
 from mstar_jax.data import prompts
 from mstar_jax.evaluate import benchmarks, scoring
 from mstar_jax.evaluate.summary import Result, Results, line, table
@@ -74,6 +75,17 @@ class Benchmarks(NamedTuple):
     settings: ml_collections.ConfigDict
     templates: Mapping[str, str]
     folder: pathlib.Path
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses unknown benchmarks and prompts.
+
+    Raises:
+      ValueError: with the key, its value and what it may be.
+    """
+    for name in config.benchmarks.names:
+        check_choice("benchmarks.names", name, benchmarks.NAMES)
+    check_choice("benchmarks.prompt", config.benchmarks.prompt, ("official", *config.prompts))
 
 
 def read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Benchmarks:

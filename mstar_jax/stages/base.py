@@ -7,7 +7,7 @@ from mstar_jax import configure, models
 from mstar_jax.inference.generate import Asked, ask, sample
 from mstar_jax.rewards import metrics
 from mstar_jax.stages.improve import train
-from mstar_jax.stages.policy import Policy, builder, frozen_in, outcome
+from mstar_jax.stages.policy import Policy, builder, frozen_in, policy_after
 from mstar_jax.stages.run import Run
 from mstar_jax.stages.select import training_rows
 from mstar_jax.structs import Model, Source, Stage
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def base(run: Run) -> Policy:
     """The policy of a checkpoint; one from scratch is trained here on narrow data until it is good enough."""
     if isinstance(run.source, models.Pretrained):
-        return outcome(run, Stage.base)
+        return policy_after(run, Stage.base)
     build = builder(run, Stage.base)
     return train(
         run,

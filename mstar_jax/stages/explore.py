@@ -48,10 +48,10 @@ def explore(run: Run, policy: Policy, reward: Scorer | None, temperature: float)
         if chosen is not None:
             log.info("%s: temperature %g, chosen by %s (it was %g)", stage, chosen, c.criterion, temperature)
         run.results.extend(stage, "validation", {"grid": grid, "chosen": chosen} | lap(run))
-    return chosen_after(run, stage, temperature)
+    return temperature_after(run, stage, temperature)
 
 
-def chosen_after(run: Run, stage: Stage, temperature: float) -> float:
+def temperature_after(run: Run, stage: Stage, temperature: float) -> float:
     """What a finished exploration after a stage chose, as its record says; else the temperature given."""
     record = run.results.find(stage, "validation") or {}
     chosen = record.get("chosen")

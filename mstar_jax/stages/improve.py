@@ -13,7 +13,7 @@ from mstar_jax.profiling import flops, speed
 from mstar_jax.stages.policy import (
     Policy,
     frozen_in,
-    outcome,
+    policy_after,
     program,
     restore,
     settings_of,
@@ -49,7 +49,7 @@ def improve(
     sources: Sequence[Source],
     *,
     carry: Carry = NOTHING,
-    temperature: float,
+    sampled_at: float,
     loss: Loss = token_loss,
 ) -> Policy:
     """Trains a policy on responses.
@@ -60,14 +60,14 @@ def improve(
       start: the policy to start from; its state is donated.
       sources: what it learns.
       carry: what of the optimizer is carried on.
-      temperature: what the responses were sampled at; written into the checkpoint.
+      sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
       loss: what is minimised.
     """
 
     def begin() -> TrainState:
         return carried(run, stage, start.take(), carry)
 
-    return train(run, stage, begin, sources, temperature=temperature, loss=loss)
+    return train(run, stage, begin, sources, sampled_at=sampled_at, loss=loss)
 
 
 def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainState:
@@ -89,7 +89,7 @@ def train(
     begin: Callable[[], TrainState],
     sources: Sequence[Source],
     *,
-    temperature: float = 0.0,
+    sampled_at: float = 0.0,
     loss: Loss = token_loss,
     until: Callable[[Model, int], bool] | None = None,
 ) -> Policy:
@@ -101,13 +101,13 @@ def train(
       stage: which stage.
       begin: returns the first state; called only if the stage has no checkpoint.
       sources: what is trained on.
-      temperature: what the responses were sampled at; written into the checkpoint.
+      sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
       loss: what is minimised.
       until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
     saved = run.checkpoints.run(stage)
     if saved is not None and saved.done:
-        return outcome(run, stage)
+        return policy_after(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
     step, plain = program(run, stage, loss)
@@ -136,7 +136,7 @@ def train(
             iteration=stage.number,
             cursor=cursor,
             done=done,
-            temperature=temperature,
+            temperature=sampled_at,
             seed=run.seed,
             loader=batches.get_state() if batches else {},
             curve=curve.pending(),
@@ -168,4 +168,4 @@ def train(
                 watch.apart(save, False)
     curve.close()
     save(done=True, wait=True)
-    return outcome(run, stage, state)
+    return policy_after(run, stage, state)

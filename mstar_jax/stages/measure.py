@@ -22,7 +22,8 @@ def measure(
     policy: Policy,
     reward: Scorer | None = None,
     trained_on: Sequence[Source] = (),
-    temperature: float | None = None,
+    *,
+    sampled_at: float | None = None,
 ) -> None:
     """Writes a policy's records on the validation split and, at the ends of the run, on the test split.
 
@@ -33,7 +34,7 @@ def measure(
       policy: what is measured.
       reward: scores the samples.
       trained_on: what the policy was trained on, for the record.
-      temperature: what this was sampled at, for the record.
+      sampled_at: the temperature that this was sampled at; only written into the record.
     """
     stage, c = policy.stage, run.config
     last = stage.number == c.evolve.iterations
@@ -47,7 +48,7 @@ def measure(
         groups = answers(run, policy, reward, queries, split)
         measured = metrics.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate, alpha=c.explore.alpha)
         record: dict[str, object] = {"split": split, "n": len(groups), **measured, "k": c.eval.k}
-        record["temperature"] = temperature
+        record["temperature"] = sampled_at
         record["kept"] = sum(source.responses for source in trained_on) if trained_on else None
         for source in trained_on:
             record |= source.notes

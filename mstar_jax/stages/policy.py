@@ -47,7 +47,7 @@ class Policy:
         self.state = None
 
 
-def outcome(run: Run, stage: Stage, state: TrainState | None = None) -> Policy:
+def policy_after(run: Run, stage: Stage, state: TrainState | None = None) -> Policy:
     """The handle of a finished stage's policy; nothing is read yet."""
     return Policy(stage, lambda: restore(run, stage), state)
 

@@ -78,7 +78,7 @@ def start(
     head: Mapping[str, object],
     stop: Callable[[], bool],
 ) -> Run:
-    """Checks the config, reads (or makes) the data, and opens the workdir; see `evolve.run`.
+    """Checks the config, reads (or makes) the data, and opens the workdir; see `evolve.evolve`.
 
     Raises:
       ValueError: a config value is impossible, before anything is compiled.
@@ -116,7 +116,7 @@ def start(
     )
 
 
-def passed(run: Run, stage: Stage) -> bool:
+def superseded(run: Run, stage: Stage) -> bool:
     """Whether a later stage has begun to train, so that everything about this one is done."""
     last = Stage.iteration(max(run.config.evolve.iterations, 1))
     later = (Stage(place) for place in range(stage.place + 1, last.place + 1))

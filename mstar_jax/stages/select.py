@@ -90,7 +90,7 @@ def keep(
     return selection.top_k(found, rewards, settings.keep)
 
 
-def rationales(run: Run, queries: Sequence[Query], responses: Groups) -> Source:
+def select_rationales(run: Run, queries: Sequence[Query], responses: Groups) -> Source:
     """What the warm-up trains on: for each query, `warmup.keep` different correct responses, drawn uniformly
     at random."""
     chosen = []
