@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on this machine, with all of its GPUs (or on its CPU), and starts again after a preemption.
+# Trains on this machine, with all of its GPUs (or on its CPU), and restarts after a preemption.
 #
 #   launch/gpu_host.sh -- --config=configs/phi35.py --workdir=/data/runs/phi35 --config.policy.path=...
 #
 #   --env=NAME=VALUE      environment variable of the run; repeatable (launch/README.md explains them)
 #   --max_restarts=N      restarts without half an hour of work in between; default 20
-#   --cpu                 do not ask for GPUs
+#   --cpu                 run on the CPU
 #   --dry_run             print the command and do nothing
 #
-# SIGTERM and Ctrl-C are passed on: the run saves and ends, and is not started again. PYTHON names the Python
-# to use; default python. Several hosts without SLURM: start this on each of them, with
+# SIGTERM and Ctrl-C are forwarded: the run saves and exits, and is not restarted. PYTHON is the interpreter to
+# use; default python. For several hosts without SLURM, start this on each of them, with
 #   -- --coordinator=HOST0:8476 --num_processes=2 --process_id=0 ...      (1 on the second host)
 
 set -euo pipefail
@@ -48,7 +48,7 @@ need_program "${PYTHON:-python}" "activate the environment that mstar_jax is ins
 stopping="" child=""
 trap 'stopping=1; kill -TERM $child 2>/dev/null || true' TERM INT
 
-# In the background, since bash runs a trap only between commands, and `wait` is one that a signal ends.
+# In the background: bash runs a trap only between commands, and a signal interrupts `wait`.
 attempt() {
   local code=0
   "${command[@]}" &

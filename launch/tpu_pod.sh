@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice: asks for it as a queued resource, starts the image on every host, follows the run,
-# and asks for another slice when this one is preempted.
+# Trains on a TPU slice: requests it as a queued resource, starts the image on every host, follows the log, and
+# requests another slice when this one is preempted.
 #
 #   launch/tpu_pod.sh --name=phi35 --type=v5litepod-16 --zone=us-west4-a --spot --image=IMAGE \
 #       --prepare='sudo mkdir -p /mnt/runs && (mountpoint -q /mnt/runs || sudo mount -t nfs HOST:/runs /mnt/runs)' \
@@ -9,24 +9,24 @@
 #
 #   --name=NAME           of the queued resource, of its TPU and of the container
 #   --type=TYPE           accelerator type: v5litepod-16, v5p-32, v6e-16, ...
-#   --zone=ZONE           where
+#   --zone=ZONE           of the TPU
 #   --project=PROJECT     default: gcloud's
 #   --spot, --reserved    kind of capacity; default on demand
 #   --runtime=VERSION     of the TPU VM's software; default by the type
-#   --image=IMAGE         built from launch/Dockerfile with BACKEND=tpu, where the TPU's service account may
-#                         pull it; take a new tag for every build
-#   --prepare=COMMAND     run on every host before every start: mounts the storage; must bear repetition
-#   --volume=PATH         folder of the hosts that the run sees under the same path; repeatable. --workdir
-#                         lies in one of them, on storage that every host sees
+#   --image=IMAGE         built from launch/Dockerfile with BACKEND=tpu, in a registry that the TPU's service
+#                         account can pull from; use a new tag for every build
+#   --prepare=COMMAND     run on every host before every start, to mount the storage; must be idempotent
+#   --volume=PATH         folder of the hosts, mounted in the container at the same path; repeatable. --workdir
+#                         is in one of them, on storage that every host sees
 #   --docker=FLAG         a further flag of docker run; repeatable
 #   --gcloud=FLAG         a further flag of the request (--network=..., --service-account=...); repeatable
 #   --env=NAME=VALUE      environment variable of the run; repeatable (launch/README.md explains them)
 #   --max_restarts=N      restarts without half an hour of work in between; default 20
-#   --delete              give the slice back when the run is done
-#   --stop                tell a running one to save and end (SIGTERM), and do nothing else
+#   --delete              delete the slice when the run has finished
+#   --stop                make a running job save and exit (SIGTERM), and do nothing else
 #   --dry_run             print the commands and do nothing
 #
-# Start it where it can stay, for example under tmux on a small VM: it has to be there to ask for the next
+# Start it where it can keep running, for example under tmux on a small VM: it has to be alive to request the next
 # slice. The run itself does not depend on it: the same command again follows what is running.
 
 set -euo pipefail
@@ -64,8 +64,8 @@ tpus=(gcloud compute tpus)
 where=("--zone=$zone")
 if [ -n "$project" ]; then where+=("--project=$project"); fi
 
-# on_all COMMAND: runs it in the shell of every host. Ends with the first host's exit code that is not 0, or
-# with 255 when a host cannot be reached.
+# on_all COMMAND: runs it in a shell on every host. Returns the first exit code that is not 0, or 255 when a host
+# cannot be reached.
 on_all() { run "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"; }
 
 if [ -n "$stop" ]; then
@@ -81,7 +81,7 @@ for volume in "${volumes[@]}"; do
   [[ $volume == /* && $volume != *[,:]* ]] || die "--volume=$volume: expected an absolute path without , and :"
   if [[ $workdir/ == "${volume%/}/"* ]]; then inside=1; fi
 done
-[ -n "$inside" ] || die "--workdir=$workdir lies in no --volume: it would vanish with the container"
+[ -n "$inside" ] || die "--workdir=$workdir lies in no --volume: it would be lost with the container"
 if [ -z "$runtime" ]; then
   case $type in
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -101,8 +101,8 @@ create=("${tpus[@]}" queued-resources create "$name" --node-id="$name" --acceler
 remove=("${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet)
 describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)')
 
-# What every host runs. A container that runs already is left alone, so that this command, and gcloud's own
-# second tries, may come at any time. Root in the container: libtpu opens the host's devices.
+# What every host runs. A container that is already running is left alone, so this command, and gcloud's own
+# retries, can come at any time. Root in the container: libtpu opens the host's devices.
 container=(sudo docker run --detach --name "$name" --privileged --net=host --user=0:0 --ulimit=memlock=-1:-1 \
   --stop-timeout=60 --pull=always)
 for volume in "${volumes[@]}"; do container+=(--mount "type=bind,source=$volume,target=$volume"); done
@@ -133,7 +133,7 @@ state() {
   local answer try
   for try in 1 2 3 4 5; do
     if answer=$("${describe[@]}" 2>&1); then
-      echo "${answer##*$'\n'}"  # gcloud's own remarks, if any, come before it
+      echo "${answer##*$'\n'}"  # gcloud may print remarks before it
       return
     elif [[ $answer == *NOT_FOUND* ]]; then
       echo ABSENT
@@ -146,7 +146,7 @@ state() {
   return 1
 }
 
-# Waits for the slice; asks for it where there is none, and anew where it was taken away.
+# Waits for the slice; requests one if there is none or it was taken away.
 ensure() {
   local now before="" asked=""
   while true; do
@@ -168,7 +168,7 @@ ensure() {
   done
 }
 
-# One stretch of the run, on the slice that there is or on a new one; keep_going calls it.
+# One attempt at the run, on the present slice or a new one; called by keep_going.
 # shellcheck disable=SC2329
 attempt() {
   local code=0
@@ -176,25 +176,25 @@ attempt() {
   on_all "$start" || code=$?
   if ((code == 0)); then on_all "$follow" || code=$?; fi
   if ((code == 0 || code == 2)); then return "$code"; fi
-  # gcloud itself ends with 1 when the slice has gone
+  # gcloud itself exits with 1 when the slice is gone
   if ((code == 255)) || [ "$(state)" != ACTIVE ]; then return 75; fi
   return "$code"
 }
 
 if [ -n "$dry_run" ]; then
-  note "unless it is there already; one that is SUSPENDED or FAILED is deleted first"
+  note "unless it exists; one that is SUSPENDED or FAILED is deleted first"
   run "${create[@]}"
-  note "until it says ACTIVE"
+  note "until it is ACTIVE"
   run "${describe[@]}"
   note "on every host"
   on_all "$start"
-  note "ends as the run ends; after a preemption all of this again, up to $max_restarts times"
+  note "returns the exit code of the run; after a preemption all of this is repeated, up to $max_restarts times"
   on_all "$follow"
   if [ -n "$delete" ]; then
-    note "when the run is done"
+    note "when the run has finished"
     run "${remove[@]}"
   else
-    note "it costs until it is given back: $(quote "${remove[@]}")"
+    note "the slice is billed until it is deleted: $(quote "${remove[@]}")"
   fi
   exit
 fi
@@ -205,6 +205,6 @@ keep_going attempt || code=$?
 if ((code == 0)) && [ -n "$delete" ]; then
   "${remove[@]}"
 else
-  say "the slice is still there, and costs; to give it back: $(quote "${remove[@]}")"
+  say "the slice is still there, and costs; to delete it: $(quote "${remove[@]}")"
 fi
 exit "$code"

@@ -82,7 +82,7 @@ def every(fraction: float) -> Values:
 
 
 def top(select: str) -> Values:
-    """Top-2 by something else than the reward model."""
+    """Top-2 by something other than the reward model."""
     return {"evolve.select": select, "prm.queries": 0}
 
 
@@ -218,7 +218,7 @@ def run(todo: Mapping[str, Values], workdir: pathlib.Path, iterations: int) -> l
                 if code:
                     failed.append(name)
                     print(f"{name}: ended with {code}, see {_log(workdir, name)}", flush=True)
-    finally:  # when this command is told to stop, so are its rows, which save and continue another time
+    finally:  # when this command is stopped, so are its rows; they save and can continue later
         for process in running.values():
             process.terminate()
     return failed

@@ -36,7 +36,7 @@ class Termination:
     """Turns SIGTERM into a flag that the stages read; a second thread ends the process when its time is over.
 
     A compiler or a long device batch cannot be interrupted, so after the grace period the process exits
-    as it is: everything on disk is whole, and a restart ends with the same result.
+    in the middle of it: everything on disk is whole, and a restart ends with the same result.
     """
 
     def __init__(self, grace: float):
@@ -45,7 +45,7 @@ class Termination:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
-        # Python runs a handler between two of its own instructions, and the next one may be long in coming;
+        # Python runs a handler only between two bytecode instructions, which may be far apart;
         # the byte on the pipe is written at once
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()

@@ -82,7 +82,8 @@ def _check_choices(config: ConfigDict) -> None:
     c = config
     check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
     check_choice("evolve.start", c.evolve.start, ("last", "warmup"))
-    check_choice("evolve.select", c.evolve.select, ("prm", "random", "likelihood", "frequency", "oracle"))
+    rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
+    check_choice("evolve.select", c.evolve.select, rules)
     check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
     check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
     check_choice("train.remat", c.train.remat, tuple(step.REMAT))
@@ -176,8 +177,8 @@ def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     """Patterns of the parameters that a stage does not train, from `config.train`.
 
     With LoRA these are all parameters of the policy but its adapters. In the base stage of a policy from
-    scratch they are the adapters alone: there is nothing to adapt yet, so they stay as they are, without
-    effect.
+    scratch they are the adapters alone: there is nothing to adapt yet, so they keep their initial values,
+    which have no effect.
     """
     patterns = list(values.frozen)
     if values.lora.rank:

@@ -15,7 +15,7 @@ from mstar_jax.structs import Query, Response, Stage
 
 
 class Record(TypedDict, total=False):
-    """What results.json says of a stage on a split; what cannot be told is absent.
+    """What results.json says of a stage on a split; what is not known is absent.
 
     Attributes:
       stage, iteration: `Stage.kind` and `Stage.number`.

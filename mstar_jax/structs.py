@@ -198,10 +198,10 @@ class Batch(NamedTuple):
         branch   0 0 0 0 0 0  1 1 1 1   2 2 2  -1  3 3 3 3 3      (0 prefix, -1 padding)
 
     Attributes:
-      tokens: int32[B, T]; 0 where an image feature stands.
+      tokens: int32[B, T]; 0 at the positions of image features.
       branch: int32[B, T]; 0 prefix, 1..K the branches, -1 padding.
       loss_mask: float32[B, T]; weight of *predicting* the token at that position.
-      image_index: int32[B, T]; which row of the query's feature table stands there, -1 for text.
+      image_index: int32[B, T]; the row of the query's feature table at that position, -1 for text.
       pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C. A family whose
         crops have no common shape has a tuple of arrays instead, each with [B, C] in front.
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
@@ -219,7 +219,7 @@ class EncodedPrompt(NamedTuple):
     """One prompt as arrays.
 
     Attributes:
-      tokens: int32[P], 0 where an image feature stands.
+      tokens: int32[P], 0 at the positions of image features.
       image_index: int32[P], -1 for text.
       pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
     """
@@ -347,7 +347,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass
 class EvolveState:
-    """Where the run stands; written next to the TrainState in every checkpoint.
+    """The state of the run; written next to the TrainState in every checkpoint.
 
     Attributes:
       stage: `Stage.kind` of the stage whose training wrote the checkpoint.

@@ -1,7 +1,7 @@
 r"""Hand-checked cases of the answer checker: (gold, what was said, verdict, arguments, why).
 
 The verdict is what a strict human grader says who sees the gold answer and what was said; in doubt wrong.
-In MARKED what was said stands behind `The answer is `, in RESPONSES it is the whole response.
+In MARKED what was said follows `The answer is `, in RESPONSES it is the whole response.
 """
 
 C, W, U, G = "correct", "wrong", "unparsed", "gold-unparsed"
@@ -98,8 +98,8 @@ MARKED = [
     ("7", "less than 7", W, INT, "a bound"),
     ("7", "at least 7", W, INT, "a bound"),
     ("5", "2+3", W, INT, "a sum that was not worked out"),
-    ("1982", "1982 with an income of 5", C, {}, "a remark behind the number"),
-    ("4", "4, since 2+2=4", C, INT, "a reason behind a comma"),
+    ("1982", "1982 with an income of 5", C, {}, "a remark after the number"),
+    ("4", "4, since 2+2=4", C, INT, "a reason after a comma"),
     ("7", "٧", C, INT, "Arabic-Indic digit"),
     ("7", "７", C, INT, "full-width digit"),
     ("5", "5 is wrong", W, INT, "a denial"),
@@ -317,7 +317,7 @@ MARKED = [
     ("x^2+y^2=4", "x+y=4", W, {}, "right-hand sides alone prove nothing"),
     ("x^2+y^2=4", "4", W, {}, "an equation is no number"),
     ("x+y=4", "4", W, {}, "an equation is no number"),
-    ("x > 3", "3 < x", C, {}, "turned round"),
+    ("x > 3", "3 < x", C, {}, "written the other way round"),
     ("x > 3", r"x \geq 3", W, {}, "the bound itself"),
     ("x > 3", "x < 3", W, {}, "the other side"),
     ("a(b+c)", "ab+ac", C, {}, "distributed"),
@@ -622,8 +622,8 @@ RESPONSES = [
     ("3", "3", U, {}, "no marker"),
     ("3", "", U, {}, "empty"),
     ("3", "   \n\n ", U, {}, "empty"),
-    ("3", "The answer is", U, {}, "nothing behind the marker"),
-    ("3", "Answer: **", U, {}, "nothing behind the marker"),
+    ("3", "The answer is", U, {}, "nothing after the marker"),
+    ("3", "Answer: **", U, {}, "nothing after the marker"),
     ("3", r"\boxed{}", U, {}, "an empty box"),
     ("3", r"\boxed{3", U, {}, "an open box"),
     ("3", "This answer, 3, I like", U, {}, "the word alone is no marker"),
@@ -645,7 +645,7 @@ RESPONSES = [
     ("26", "He was 13 in 1990. Therefore he is 26 years old now.", C, LOOSE_INT, "the conclusion"),
     ("13", "He was 13 in 1990. Therefore he is 26 years old now.", W, LOOSE_INT, "not the premise"),
     ("3", "There are **3** groups.\nDo any have 40 bars?", C, LOOSE_INT, "bold type"),
-    ("2", "So there are two cats among the 9 pets.", C, LOOSE_INT, "a number word behind `are`"),
+    ("2", "So there are two cats among the 9 pets.", C, LOOSE_INT, "a number word after `are`"),
     ("9", "So there are two cats among the 9 pets.", W, LOOSE_INT, "not the last number"),
     ("18", "8 + 10 = 18, so she will spend $18.\nI hope this helps.", C, LOOSE_INT, "the conclusion"),
     ("3", "No idea.", W, LOOSE_INT, "the last line is taken for the answer"),

@@ -134,7 +134,7 @@ def poisoned(x, block, size):
 
 
 def test_what_stands_behind_is_not_read(monkeypatch):
-    """Keys and values that are not numbers reach only the block that they stand in."""
+    """Keys and values that are not numbers reach only the block that they are in."""
     monkeypatch.setattr(attention, "CPU_BLOCK", (64, 64))
     branch = jnp.asarray([[0] * 64 + [1] * 64 + [2] * 64])
     mask = layers.row_layout(branch)[2]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mstar_jax.data.images import ImageError, load_image
 from mstar_jax.evaluate import benchmarks, tables
-from mstar_jax.evaluate.benchmarks import Item, parse_options, read
+from mstar_jax.evaluate.benchmarks import Item, read
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -256,7 +256,7 @@ def test_m3cot_jsonl(tmp_path):
     ],
 )
 def test_options_in_the_question(text, question, options):
-    assert parse_options(text) == (question.rstrip(), options)
+    assert tables.parse_options(text) == (question.rstrip(), options)
 
 
 def mmstar(index, category="math", l2="geometry", **more):

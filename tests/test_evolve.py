@@ -417,7 +417,7 @@ def test_unlabelled_queries_join(tmp_path, oracle):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_smoke(tmp_path):
-    """As it stands, with the true reward."""
+    """Unchanged, with the true reward."""
     line = [sys.executable, "-m", "mstar_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={tmp_path}"]
     env = os.environ | {"XLA_FLAGS": ""}
     assert subprocess.run(line, cwd=ROOT, env=env).returncode == 0

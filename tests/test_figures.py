@@ -1,4 +1,4 @@
-"""The embedded data set: deterministic, in MathV360K's format, and right by an independent reckoning."""
+"""The embedded data set: deterministic, in MathV360K's format, and right by an independent computation."""
 
 import collections
 import json
@@ -38,7 +38,7 @@ def question_of(row):
     return re.search(r"\nQuestion: (.*)", row["conversations"][0]["value"]).group(1)
 
 
-def reckon(question, objects):
+def compute(question, objects):
     """The answer, from the question's text and the objects alone."""
     words = question.rstrip("?").split()
     values = [value for _, value in objects]
@@ -206,7 +206,7 @@ def test_answers_and_steps_agree_with_the_objects(folder, truths):
     rows = {row["id"]: row for split in SIZES for row in rows_of(folder, split)}
     assert rows.keys() == truths.keys()
     for name, truth in truths.items():
-        answer = reckon(question_of(rows[name]), truth.objects)
+        answer = compute(question_of(rows[name]), truth.objects)
         assert truth.answer == answer
         assert rows[name]["conversations"][1]["value"] == f"The answer is {answer}"
         assert len(truth.variants) == len(set(truth.variants)) <= 2
@@ -261,7 +261,7 @@ def test_the_base_set(folder):
             objects = [w if not w.isdigit() else int(w) for w in response.split("\n")[0].split()[1:]]
             objects = list(zip(objects[::2], objects[1::2], strict=True))
             assert response.split("\n")[-1] == f"The answer is {query.answer}"
-            assert query.answer == reckon(query.question, objects)
+            assert query.answer == compute(query.question, objects)
             assert (query.options is not None) == (query.answer_type == "choice")
     assert 10 <= readings <= 35
     # Every line of arithmetic that the splits need is taught, once the set is large enough.

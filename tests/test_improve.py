@@ -47,7 +47,7 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     )
     warmup, last = policy(Stage.warmup, 1, 90, tx), policy(Stage.iteration(1), 2, 4, tx)
     monkeypatch.setattr(improve, "restore_params", lambda run, stage: {Stage.warmup: One(1)}[stage])
-    monkeypatch.setattr(improve, "train", lambda run, stage, begin, sources, sampled_at: begin())
+    monkeypatch.setattr(improve, "train", lambda run, stage, begin, sources, **_: begin())
     chosen = warmup if start == "warmup" else last
     carry = improve.Carry(last, moments=moments, schedule=schedule)
     state = improve.improve(run, Stage.iteration(2), chosen, [], carry=carry, sampled_at=1.0)

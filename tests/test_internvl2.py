@@ -41,7 +41,7 @@ CONFIG = internvl2.InternVL2Config(
 
 def make_words(folder):
     """A tokenizer as the released one: its pieces hold `[UNUSED_TOKEN_...]`, whose ids the first six added
-    tokens take over; the other nine stand behind the pieces."""
+    tokens take over; the other nine follow the pieces."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*tiny.TEXTS, "user system assistant\n"]),

@@ -82,7 +82,7 @@ def vit():
         attention_bias=True,
         use_qk_norm=False,
         use_absolute_position_embeddings=True,
-        use_mean_pooling=True,  # no norm behind the last block
+        use_mean_pooling=True,  # no norm after the last block
         attn_implementation="eager",
     )
     return randomise(transformers.InternVLVisionModel(config), 1)
@@ -156,7 +156,7 @@ def policy(folder):
 
 
 def row(length, grids=(), seed=0):
-    """One prompt of random tokens and tiles; the spans of images of these (rows, columns) stand behind its
+    """One prompt of random tokens and tiles; the spans of images of these (rows, columns) follow its
     first two tokens, a newline's width apart."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(12, VOCAB, length).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The launchers, with stand-ins for gcloud, docker, xpk, kubectl and SLURM that note how they were called."""
+"""The launchers, with stand-ins for gcloud, docker, xpk, kubectl and SLURM that record their calls."""
 
 import os
 import pathlib
@@ -201,7 +201,7 @@ def test_host_restarts(place, codes, limit, starts, ends):
 
 
 def test_back_off(tmp_path):
-    """A wait doubles up to 300 s; half an hour of work begins the count and the waits anew."""
+    """A wait doubles up to 300 s; half an hour of work resets the count and the waits."""
     program = f"""
     . {LAUNCH}/common.sh
     backoff=100 max_restarts=3

@@ -100,11 +100,11 @@ def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
         assert len(encoded.pixels) == prompt.crops and not row.pixels[prompt.crops :].any()
 
 
-def test_sizes_are_those_of_the_turned_image(processor, tmp_path):
+def test_sizes_are_those_of_the_rotated_image(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated by a quarter
-    Image.new("RGB", (70, 12)).save(tmp_path / "turned.jpg", exif=exif)
-    query = Query("turned", (str(tmp_path / "turned.jpg"),), "area")
+    Image.new("RGB", (70, 12)).save(tmp_path / "rotated.jpg", exif=exif)
+    query = Query("rotated", (str(tmp_path / "rotated.jpg"),), "area")
     [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
     loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops)
 
@@ -282,7 +282,7 @@ def test_a_source_has_one_shape(processor, prompts):
 
 
 def test_grouped_rows_keep_their_share(processor, prompts):
-    """Every row as often as ever, beside rows of its own bucket; a stream goes on where it was."""
+    """Every row as often as without groups, in batches of its own bucket; a stream continues where it was."""
     short = [Row(p, ((7,) * (i + 1),)) for i, p in enumerate(prompts[:1] * 12)]
     longer = [Row(p, ((8,) * 40, (9,) * (60 + i))) for i, p in enumerate(prompts[:1] * 4)]
     other = [Row(prompts[0], ((6,) * 70,))] * 4

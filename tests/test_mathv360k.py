@@ -247,7 +247,7 @@ def test_content_counts_not_the_name(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    exif[0x0112] = 6  # the camera was rotated: rotate by 270 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "e.jpg", exif=exif)
     assert images.load_image(str(tmp_path / "e.jpg")).size == (10, 20)
 
@@ -355,7 +355,7 @@ def test_split_errors():
         mathv360k.split([Query("a", (), "q")], seed=0, validation=0, test=0)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real data beside the checkout")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data next to the checkout")
 @pytest.mark.parametrize(("name", "kept"), [("PuzzleVQA", 200), ("TabMWP", 450)])
 def test_real_rows(name, kept):
     queries, report = mathv360k.read(str(REAL / name / "train.json"), str(REAL))

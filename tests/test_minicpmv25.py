@@ -231,7 +231,7 @@ def test_our_own_padding_does_not_matter(processor, policy):
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_what_an_image_depends_on(processor, policy, corrected):
-    """Officially on the longest image beside it; with the corrected mask on itself alone."""
+    """Officially on the conversation's longest image; with the corrected mask on itself alone."""
     own = minicpmv25.MiniCPMV25Processor(tiny.config(corrected_mask=corrected), processor.tokenizer)
     short, long = tiny.picture(7, 3), tiny.picture(16, 16)
     alone, pair = (tiny.stacked([own.encode("?", images)]) for images in ([short], [short, long]))
@@ -277,7 +277,7 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
 
 
 def test_gradients_with_missing_images_are_finite(processor, policy):
-    """Also with activations that are computed anew."""
+    """Also with activations that are recomputed."""
     prompts = [processor.encode("?", images) for images in ([tiny.picture(7, 3)], [])]
     pixels, nothing = tiny.stacked(prompts), jax.checkpoint_policies.nothing_saveable
     loss = jax.jit(jax.grad(lambda model: jnp.sum(model.image_features(pixels, nothing) ** 2)))

@@ -99,7 +99,7 @@ def test_feature_layout_equals_a_literal_mosaic():
         assert layout.dtype == np.int32 and layout.tolist() == span
         features = sorted(set(span) - {0, 1})
         assert features == list(range(first, first + (1 + rows * columns) * side**2)), (
-            "each feature stands once"
+            "each feature occurs once"
         )
 
 

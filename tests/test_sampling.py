@@ -603,7 +603,7 @@ def test_continuations(policy, processor, rows, responses):
             assert len(response.tokens) <= limit and response.text == processor.decode(response.tokens)
             added += len(response.tokens) - n
     assert added > 20
-    # what was drawn, each alone behind its prompt in a full forward pass, has the very probabilities
+    # what was drawn, each alone after its prompt in a full forward pass, has the same probabilities
     length = LENGTH + BRANCHES * ROOM
     whole = []
     for row, name, size in zip(rows, NAMES, PREFIXES):

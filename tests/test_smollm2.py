@@ -90,7 +90,7 @@ def weights(file, config):
 
 @pytest.fixture(scope="module")
 def words(file):
-    """The tokenizer, made anew from the file's tokens and merges."""
+    """The tokenizer, rebuilt from the file's tokens and merges."""
     tokens = file.fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(merge.split(" ")) for merge in file.fields["tokenizer.ggml.merges"].contents()]
     made = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))

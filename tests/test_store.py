@@ -69,7 +69,7 @@ def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         one.write(1, records(1, 2))
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.glob("00001.jsonl.part*")]  # what the kill left behind
+    assert [p.name for p in tmp_path.glob("00001.jsonl.part*")]  # left by the kill
     again = store.Store(tmp_path, SETTINGS)
     assert again.missing(2) == [1]
     assert [name for name, _ in again.read(store.read_rollout)] == ["q0"]

@@ -118,7 +118,7 @@ def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
 
 
 def test_logits_that_nothing_asks_for_are_not_made(policy, monkeypatch):
-    """Wherever the tokens that are asked for stand in their rows; the fullest row decides."""
+    """Wherever the tokens that are asked for are in their rows; the fullest row decides."""
     monkeypatch.setattr(vlm, "PIECE", 4)
     rng, width = np.random.default_rng(0), policy.decoder.config.hidden_size
     hidden = jnp.asarray(rng.normal(size=(2, 18, width)), jnp.float32)

@@ -86,7 +86,7 @@ def row(rng, layout: list[tuple[int, int]], length: int, grids=()) -> dict[str, 
       rng: numpy generator.
       layout: (branch number, tokens) runs in order, e.g. [(0, 9), (1, 3), (-1, 2), (2, 4)].
       length: the row is padded to this with branch -1. Padding holds random tokens, which must not matter.
-      grids: (rows, columns) of the images whose spans stand behind the prefix's first two tokens.
+      grids: (rows, columns) of the images whose spans follow the prefix's first two tokens.
     """
     runs = [*layout, (-1, length - sum(n for _, n in layout))]
     branch = np.concatenate([np.full(n, number, np.int32) for number, n in runs])

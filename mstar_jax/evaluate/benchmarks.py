@@ -36,10 +36,9 @@ from mstar_jax.data import mathv360k
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.mathv360k import Report
 from mstar_jax.evaluate import tables
-from mstar_jax.evaluate.tables import Record, cell, texts
+from mstar_jax.evaluate.tables import LETTERS, Record, cell, texts
 from mstar_jax.structs import Query
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROTATION = 1_000_000  # rotation k of question i of MMBench has index i + k * ROTATION
 MMSTAR_R = ("instance reasoning", "logical reasoning", "science & technology", "math")
 MMBENCH_R = ("attribute_reasoning", "logic_reasoning", "relation_reasoning")
@@ -261,33 +260,6 @@ def _m3cot(name: str, row: Record, number: int) -> Item:
 
 # ---- 4. MMStar, MMBench, AI2D: VLMEvalKit's table -----------------------------------------------------
 
-_OPTIONS = re.compile(r"(?:Options|Choices)\s*[:：]\s*(?=\(?A\s?[:：.)])", re.IGNORECASE)
-_FIRST = re.compile(r"(\(?)A\s?([:：.)])")
-
-
-def parse_options(text: str) -> tuple[str, list[str]]:
-    """(question, options) of MMStar's `...?\\nOptions: A: yes, B: no`; the list is empty without options.
-
-    The next option begins where its letter, in the style of the first one, follows a comma, a semicolon or a
-    line break.
-    """
-    starts = list(_OPTIONS.finditer(text))
-    if not starts:
-        return text, []
-    rest = text[starts[-1].end() :]
-    options = list[str]()
-    first = _FIRST.match(rest)
-    assert first is not None  # _OPTIONS looks ahead for it
-    rest = rest[first.end() :]
-    for letter in LETTERS[1:]:
-        label = rf"{re.escape(first[1])}{letter}\s?{re.escape(first[2])}"
-        m = re.search(rf"(?:[,;\n]\s*){label}", rest) or re.search(rf"\s{label}", rest)
-        if not m:
-            break
-        options.append(rest[: m.start()].strip(" \n,;"))
-        rest = rest[m.end() :]
-    return text[: starts[-1].start()].rstrip(), [*options, rest.strip()]
-
 
 def _lettered(name: str, row: Record, number: int) -> Item:
     question = cell(row, "question")
@@ -303,7 +275,7 @@ def _lettered(name: str, row: Record, number: int) -> Item:
         if not all(options):
             raise _Bad("an option is missing before others")
         if not options and name.startswith("mmstar"):
-            question, options = parse_options(question)
+            question, options = tables.parse_options(question)
     letter = _letter(answer, options)
     before = f"Hint: {hint}\n" if hint else ""
     choices = "Options:\n" + _lines(options, "{}. {}\n")

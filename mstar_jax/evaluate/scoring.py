@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from mstar_jax.answers import check
-from mstar_jax.evaluate.benchmarks import LETTERS, NAMES, SIZES, Item
+from mstar_jax.evaluate.benchmarks import NAMES, SIZES, Item
+from mstar_jax.evaluate.tables import LETTERS
 from mstar_jax.rewards import metrics
 
 KINDS = ("strict", "fallback", "official")

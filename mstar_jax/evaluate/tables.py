@@ -1,8 +1,9 @@
 """The file formats of benchmarks: parquet, TSV with images in base64, JSON.
 
-Whatever the format, a record is a dict of its columns; `cell` and `texts` read a column in any of the ways
-that the formats write text, numbers, lists and missing values. Images inside a file are written once to a
-cache folder, named by their content, after a decoding test: every file in the cache is a valid image.
+Whatever the format, a record is a dict of its columns. `cell` and `texts` read a column in any of the ways
+that the formats write text, numbers, lists and missing values; `parse_options` finds options inside a
+question. Images inside a file are written once to a cache folder, named by their content, after a decoding
+test: every file in the cache is a valid image.
 """
 
 import ast
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from mstar_jax.data.images import FORMATS, ImageError, load_image, resolve
 LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's default of 128 KiB is too small for most images
 LONGEST_LIST = 1 << 14  # characters of a list that is written as text
 REFERENCE = 64  # characters; an image cell of a TSV up to this length is the index of the row with the image
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
 IMAGES = ("decoded_image", "image", "image_path")  # columns; the first one that is not empty counts
 
 Record = dict[str, Any]  # by column; a JSON, TSV or parquet value
@@ -162,6 +165,34 @@ def texts(value: object) -> list[str]:
 
 
 # ---- 3. images ----------------------------------------------------------------------------------------
+
+
+_OPTIONS = re.compile(r"(?:Options|Choices)\s*[:：]\s*(?=\(?A\s?[:：.)])", re.IGNORECASE)
+_FIRST = re.compile(r"(\(?)A\s?([:：.)])")
+
+
+def parse_options(text: str) -> tuple[str, list[str]]:
+    """(question, options) of MMStar's `...?\\nOptions: A: yes, B: no`; the list is empty without options.
+
+    The next option begins where its letter, in the style of the first one, follows a comma, a semicolon or a
+    line break.
+    """
+    starts = list(_OPTIONS.finditer(text))
+    if not starts:
+        return text, []
+    rest = text[starts[-1].end() :]
+    options = list[str]()
+    first = _FIRST.match(rest)
+    assert first is not None  # _OPTIONS looks ahead for it
+    rest = rest[first.end() :]
+    for letter in LETTERS[1:]:
+        label = rf"{re.escape(first[1])}{letter}\s?{re.escape(first[2])}"
+        m = re.search(rf"(?:[,;\n]\s*){label}", rest) or re.search(rf"\s{label}", rest)
+        if not m:
+            break
+        options.append(rest[: m.start()].strip(" \n,;"))
+        rest = rest[m.end() :]
+    return text[: starts[-1].start()].rstrip(), [*options, rest.strip()]
 
 
 def unpack(text: str) -> bytes:

@@ -33,7 +33,7 @@ Groups = dict[str, list[Response]]  # by query id
 
 
 class Stopped(Exception):
-    """The run was told to stop and has saved where it stands."""
+    """The run was told to stop, and has saved its state."""
 
 
 class Asked(NamedTuple):

@@ -88,7 +88,7 @@ def rollouts(
             wanted = np.int32((size if pending else count) // parts)
             chunks, before = sampler.chunks(age[~free], clock), clock
             slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
-            for row, host in ended:  # text is made of what has ended while the device works on
+            for row, host in ended:  # finished rows are decoded to text while the device continues
                 answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
             here = slots.done, slots.out, slots.cache.age, slots.cache.clock
             done, out, age, clock = processes.fetch(here)

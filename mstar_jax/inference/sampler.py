@@ -204,7 +204,7 @@ class Sampler:
         return placed._replace(cache=placed.cache._replace(**kept))
 
     def chunks(self, ages: np.ndarray, clock: int) -> int:
-        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 stands for
+        """The fewest chunks of the suffixes that rows of these ages need in the next step; 0 means
         all."""
         count, size = ring(self.config.max_new_tokens)
         missing = int(ages.max(initial=0)) - clock % size

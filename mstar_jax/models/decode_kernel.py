@@ -1,12 +1,12 @@
 """Attention of decoding on NVIDIA's GPUs: a new token per branch, over its own suffix and the prefix.
 
-Two Pallas kernels for Triton. Each reads its keys and values once and writes, in float32, what it mixed with
-the greatest score and the sum of weights that belong to it; the two are then normalised together:
+Two Pallas kernels for Triton. Each reads its keys and values once and writes, in float32, the weighted sum of
+values with its greatest score and its sum of weights; the two are then normalised together:
 
     own      a program per row, branch and group; columns that a branch does not see are not read
     shared   a program per row, group and span of columns, for the queries of all branches at once
 
-Tiles are powers of two: what is behind an array's end is masked. The alphabet is that of models/layers.py.
+Tiles are powers of two: what is past the end of an array is masked. The alphabet is that of models/layers.py.
 """
 
 import functools

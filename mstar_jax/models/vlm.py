@@ -1,7 +1,7 @@
 """What all policies share: a decoder whose prompt contains image features.
 
 A family subclasses `VisionLanguageModel` and defines how pixels become a table of features
-(`image_features`). Where each feature stands in a row is decided on the host (`Batch.image_index`), so HD
+(`image_features`). The position of each feature in a row is decided on the host (`Batch.image_index`), so HD
 layouts, tiles and slices are data, never shapes.
 """
 

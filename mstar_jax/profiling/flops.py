@@ -56,7 +56,7 @@ def count(fn: Callable, *args: object) -> dict[str, float]:
     """FLOPs of one call, by part; `other` is what is in no named scope. Arguments may be shapes.
 
     Loops are multiplied by their length; a loop of unknown length counts once. A kernel counts as the
-    products that it stands for, and a conditional as its most expensive branch.
+    products that it replaces, and a conditional as its most expensive branch.
     """
     out: dict[str, float] = collections.defaultdict(float)
     device = jax.sharding.AbstractDevice(sharding.COUNTED, None, "cpu")

@@ -117,6 +117,11 @@ def frequencies(responses: Sequence[Response]) -> list[float]:
     return [float(count[r.text]) for r in responses]
 
 
+RANKINGS: dict[str, Callable[[Sequence[Response]], list[float]]] = {  # values of `evolve.select`
+    "frequency": frequencies,
+}
+
+
 # ---- 4. votes and pseudo-labels -----------------------------------------------------------------------
 
 

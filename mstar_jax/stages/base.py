@@ -42,8 +42,8 @@ def narrow_data(run: Run) -> list[Source]:
 
 
 def good_enough(run: Run, params: Model, cursor: int) -> bool:
-    """Whether greedy accuracy on the narrow data's validation queries has reached `base.target`: beyond it
-    little would be left to evolve."""
+    """Whether greedy accuracy on the narrow data's validation queries has reached `base.target`: a better
+    base leaves little to evolve."""
     c = run.config.base
     if cursor < c.check_from:
         return False

@@ -21,13 +21,13 @@ def explore(run: Run, policy: Policy, reward: Scorer | None, temperature: float)
     joins the stage's validation record as `grid` and `chosen`.
 
     Where it is not time for this (every `explore.every` iterations, and after the warm-up), or without a
-    reward model, the temperature stays as it is. So it does with `explore.adapt` off, which only measures.
+    reward model, the temperature stays as it is. It also stays with `explore.adapt` off, which only measures.
 
     Args:
       run: see `Run`.
       policy: what is sampled from.
       reward: what scores the samples.
-      temperature: in force until now.
+      temperature: the one sampled at until now.
 
     Returns:
       The temperature to sample at from now on.

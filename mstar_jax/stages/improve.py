@@ -23,7 +23,7 @@ from mstar_jax.stages.policy import (
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
-from mstar_jax.training.step import Metrics, check_finite
+from mstar_jax.training.step import Loss, Metrics, check_finite, token_loss
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def improve(
     *,
     carry: Carry = NOTHING,
     sampled_at: float,
+    loss: Loss = token_loss,
 ) -> Policy:
     """Trains a policy on responses.
 
@@ -65,6 +66,7 @@ def improve(
       sources: what it learns; a weight is that of each of a source's rows.
       carry: what of the optimizer is carried on.
       sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
+      loss: what is minimised.
     """
 
     def begin() -> TrainState:
@@ -75,7 +77,7 @@ def improve(
         state = policy.take()._replace(params=())  # makes room for the other parameters
         return carried(run, stage, state._replace(params=restore_params(run, start.stage)), carry)
 
-    return train(run, stage, begin, shares(sources), sampled_at=sampled_at)
+    return train(run, stage, begin, shares(sources), sampled_at=sampled_at, loss=loss)
 
 
 def shares(sources: Sequence[Source]) -> list[Source]:
@@ -106,6 +108,7 @@ def train(
     sources: Sequence[Source],
     *,
     sampled_at: float = 0.0,
+    loss: Loss = token_loss,
     until: Callable[[Model, int], bool] | None = None,
 ) -> Policy:
     """Trains for the stage's number of steps, or for those that remain after its checkpoint; the policy of a
@@ -117,6 +120,7 @@ def train(
       begin: returns the first state; called only if the stage has no checkpoint.
       sources: what is trained on; a weight is a source's share of the rows drawn, relative to the others.
       sampled_at: the temperature that the responses were sampled at; only written into the checkpoint.
+      loss: what is minimised.
       until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
     saved = run.checkpoints.run(stage)
@@ -124,7 +128,7 @@ def train(
         return policy_after(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
-    step, plain = program(run, stage)
+    step, plain = program(run, stage, loss)
     state = restore(run, stage) if saved else begin()
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
@@ -190,12 +194,12 @@ def train(
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
                 check()
-                loss = curve.write(cursor, float(rate), watch.done)["loss"]
-                bar.set_postfix_str(f"loss {loss:.3f}")
-                first_loss = first_loss or loss
-                if loss > EXPLODED * first_loss:
+                mean = curve.write(cursor, float(rate), watch.done)["loss"]
+                bar.set_postfix_str(f"loss {mean:.3f}")
+                first_loss = first_loss or mean
+                if mean > EXPLODED * first_loss:
                     text = "%s: the loss explodes: %.3g at step %d, %.3g at first; the learning rate is %.3g"
-                    log.warning(text, stage, loss, cursor, first_loss, rate)
+                    log.warning(text, stage, mean, cursor, first_loss, rate)
                     first_loss = float("inf")  # said once
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)

@@ -10,11 +10,10 @@ import ml_collections
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
-from mstar_jax.rewards import prm
 from mstar_jax.stages.run import Program, Run
 from mstar_jax.structs import Model, Stage, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.step import Step, abstract_state, make_train_step, token_loss
+from mstar_jax.training.step import Loss, Step, abstract_state, make_train_step
 
 
 @dataclasses.dataclass
@@ -102,18 +101,17 @@ def settings_of(run: Run, stage: Stage) -> ml_collections.ConfigDict:
     return run.config.evolve if stage.number else run.config[stage.kind]
 
 
-def program(run: Run, stage: Stage) -> Program:
+def program(run: Run, stage: Stage, loss: Loss) -> Program:
     """The training step of a stage: one program for all that train the same parameters by the same loss."""
     train = run.config.train
-    scoring = stage == Stage.reward_model
     frozen = frozen_in(run, stage)
-    if (scoring, frozen) not in run.programs:
+    if (loss, frozen) not in run.programs:
 
         def make(accumulate: int, remat: str) -> Step:
             return make_train_step(
                 run.tx,
                 run.mesh,
-                loss=prm.make_loss(run.config.prm.mc_weight) if scoring else token_loss,
+                loss=loss,
                 frozen=frozen,
                 accumulate=accumulate,
                 dtype=jnp.dtype(train.dtype),
@@ -122,5 +120,5 @@ def program(run: Run, stage: Stage) -> Program:
 
         step = make(train.accumulate, train.remat)
         traced = train.accumulate == 1 and train.remat == "none"  # the step itself is the plain one
-        run.programs[scoring, frozen] = Program(step, step if traced else make(1, "none"))
-    return run.programs[scoring, frozen]
+        run.programs[loss, frozen] = Program(step, step if traced else make(1, "none"))
+    return run.programs[loss, frozen]

@@ -74,7 +74,8 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
         start = TrainState(0, vlm.RewardModel(warmup.take().params), ())
         return carried(run, Stage.reward_model, start, Carry())
 
-    train(run, Stage.reward_model, begin, [Source(rows)], sampled_at=settings.temperature)
+    loss = prm.make_loss(settings.mc_weight)
+    train(run, Stage.reward_model, begin, [Source(rows)], sampled_at=settings.temperature, loss=loss)
 
     record = report(run, reward, ask(held_out, run.template), responses, labels)
     run.results.add(Stage.reward_model, record | lap(run))

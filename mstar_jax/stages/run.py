@@ -17,7 +17,7 @@ from mstar_jax.inference import generate
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
-from mstar_jax.training.step import Step
+from mstar_jax.training.step import Loss, Step
 
 
 class Program(NamedTuple):
@@ -49,7 +49,7 @@ class Run(generate.Inference):
       results: results.json.
       checkpoints: of the stages' training.
       tx: the optimizer of all stages.
-      programs: compiled training steps, by (is it the reward model's, patterns of what is frozen).
+      programs: compiled training steps, by loss and the patterns of what is frozen.
       since: when the last record was written, seconds.
     """
 
@@ -68,7 +68,7 @@ class Run(generate.Inference):
     results: records.Results
     checkpoints: Checkpoints
     tx: optax.GradientTransformation
-    programs: dict[tuple[bool, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
+    programs: dict[tuple[Loss, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
     since: float = dataclasses.field(default_factory=time.time)
 
 

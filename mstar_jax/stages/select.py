@@ -79,8 +79,8 @@ def keep(
         found = selection.distinct(found)
     if settings.select == "random":
         return selection.random_k(found, settings.keep, draw)
-    if settings.select == "frequency":
-        rewards = selection.frequencies(found)
+    if settings.select in selection.RANKINGS:
+        rewards = selection.RANKINGS[settings.select](found)
     elif settings.select == "oracle":  # an upper bound: no method knows this
         rewards = [float(known is not None and truth.all_right(r.text, known)) for r in found]
     else:

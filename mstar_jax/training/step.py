@@ -27,8 +27,8 @@ LearningRate = np.float32 | jax.Array  # float32[]
 class Loss(Protocol):
     """A loss to train with: of a batch, summed over what `tokens` counts.
 
-    Returns the sum, and `tokens` (the weight that the sum is divided by), `counted` (tokens or steps that are
-    predicted, by their weight) and `right` (how many of those are predicted correctly).
+    Returns the sum, and `tokens` (the weight that the sum is divided by), `right` (how much of it was
+    predicted correctly) and, where `right` counts something else than tokens, `counted` (out of how much).
     """
 
     def __call__(self, model: Any, batch: Batch, remat: Remat | None) -> tuple[jax.Array, Metrics]: ...
@@ -50,8 +50,8 @@ def token_loss(model: Any, batch: Batch, remat: Remat | None = None) -> tuple[ja
     It is a sum and not a mean, so that microbatches and devices are averaged over tokens afterwards.
     """
     logprob, right = model.token_logprobs(model(batch, remat), batch.tokens, batch.loss_mask > 0)
-    loss, tokens = -(logprob * batch.loss_mask).sum(), batch.loss_mask.sum()
-    return loss, {"tokens": tokens, "counted": tokens, "right": (right * batch.loss_mask).sum()}
+    loss = -(logprob * batch.loss_mask).sum()
+    return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
 
 
 def check_finite(steps: Sequence[tuple[int, Metrics]]) -> None:
@@ -159,7 +159,7 @@ def make_train_step(
         trained = optax.apply_updates(trained, optax.tree.scale(-learning_rate, updates))
         metrics = {
             "loss": value / tokens,
-            "accuracy": extra["right"] / jnp.maximum(extra["counted"], 1e-6),
+            "accuracy": extra["right"] / jnp.maximum(extra.get("counted", extra["tokens"]), 1e-6),
             "grad_norm": optax.global_norm(grads),
             "tokens": extra["tokens"],
         }
