@@ -56,7 +56,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ValueError: the file is missing or is not a JSON object; the message names it.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):

@@ -256,12 +256,15 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
     Its `slice_config` holds `max_slice_nums` and `scale_resolution`. `corrected_mask` is our own key, which
     official files do not have.
     """
-    c = hf.read_json(folder / "config.json")
+    c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
     v = c["vision_config"]
+    names.only(c, {"version": "2.5", "slice_mode": True, "use_image_id": False}, where)
     slices = c.get("slice_config") or {}
-    decoder = names.decoder_config({"rope_theta": 500000.0} | c)
+    decoder = names.decoder_config({"rope_theta": 500000.0} | c, where)
     vision = names.vision_config(
         {"layer_norm_eps": 1e-6} | v,
+        f"{where} vision_config",
+        "gelu_pytorch_tanh",
         num_layers=v["num_hidden_layers"] - bool(c.get("drop_vision_last_layer", False)),
         activation=tanh_gelu,
         select_layer=-1,
