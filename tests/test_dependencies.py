@@ -65,6 +65,6 @@ def test_pillow_resizes_as_the_released_models_saw_it():
         for size in ((448, 448), (896, 448), (336, 336), (902, 459), (100, 80), (1344, 896)):
             digest.update(np.asarray(Image.fromarray(picture).resize(size, filter)).tobytes())
     assert digest.hexdigest()[:16] == "ae261f51210adc20", (
-        f"Pillow {PIL.__version__} resizes differently from 11 and 12: images are not those that the released "
+        f"Pillow {PIL.__version__} resizes differently from 11 and 12: images are not those the released "
         "models saw; pip install 'pillow>=11,<13'"
     )
