@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import tensorboardX
 
 from mstar_jax import processes
+from mstar_jax.data import prompts
 from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Response, Stage
 
@@ -226,7 +227,8 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 def write_samples(
     path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int
 ) -> None:
-    """A readable Markdown table of the first responses: question, link to the image, responses, verdicts."""
+    """A readable Markdown table of the first responses: question with its options, link to the image,
+    responses, verdicts."""
     if not processes.first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +239,7 @@ def write_samples(
         for r in group[:4]:
             text = r.text.replace("|", "\\|").replace("\n", "<br>")
             question = query.question.replace("|", "\\|").replace("\n", " ")
+            question += prompts.listed(query.options).replace("|", "\\|").replace("\n", "<br>")
             cells = (query.id, image, question, query.answer, f"{r.temperature:g}", r.verdict, text)
             lines.append(f"| {' | '.join(map(str, cells))} |")
     write_text(path, "\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ def options(*texts: str, **more: object) -> dict:
 
 
 CM = options("10 cm", "12 cm", "15 cm", "120 cm")
+AREA = options("10 cm²", "12 cm²", "15 cm²")
 RED = options("red ball", "blue cube", "green cone")
 TALK = options("the answer is option C", "option D in the image is the answer", "both are right")
 POINTS = options("Point B", "Point A", "neither")
@@ -37,6 +38,64 @@ ANGLES = options("30°", "45°", "60°")
 
 # fmt: off
 MARKED = [
+    # what is right, though written in another way
+    ("12", r"$12 \mathrm{~cm}^2$", C, {}, "a unit in LaTeX"),
+    ("12", r"12\,\text{ cm}^{2}", C, {}, "a unit in LaTeX with a braced power"),
+    ("12", "12 units²", C, INT, "square units"),
+    ("B", r"$12 \mathrm{~cm}^2$", C, AREA, "an option with its unit in LaTeX"),
+    ("12", "12 units^3", C, INT, "cubic units"),
+    ("2", r"\sqrt[3]{8}", C, INT, "a perfect cube"),
+    ("2", "∛8", C, {}, "a cube root's own sign"),
+    ("3", "∜81", C, INT, "a fourth root"),
+    ("2", "∛9", W, INT, "no perfect cube"),
+    ("2", r"\sqrt[4]{8}", W, INT, "no perfect fourth power"),
+    (r"\pm 2021", "±2021", C, {}, "a sign or LaTeX"),
+    ("±2021", r"$\pm 2021$", C, {}, "LaTeX or a sign"),
+    (r"\pm 2021", "2021", W, {}, "one of two values"),
+    ("19, 46, 82", "19, 46 and 82", C, {}, "a list in words"),
+    ("19, 46, 82", "19, 46, and 82", C, {}, "a list with the last comma"),
+    ("19, 82", "19 and 82", C, {}, "a list of two"),
+    ("19, 46, 82", "46, 19 and 82", W, {}, "the order of a list"),
+    ("19, 46, 82", "19 and 82", W, {}, "a shorter list"),
+    ("-5", "negative 5", C, INT, "a sign in words"),
+    ("-5", "minus 5 degrees", C, INT, "a sign in words before a unit"),
+    ("5", "negative 5", W, INT, "the sign counts in words too"),
+    ("negative 5", "-5", C, {}, "a gold in words"),
+    ("5.2", "x≈5.2", C, FLOAT, "about, after a name"),
+    ("5.2", r"$x \approx 5.2$", C, FLOAT, "about in LaTeX"),
+    ("5.2", "2x ≈ 5.2", W, FLOAT, "not solved"),
+    ("(3, 4)", "A(3,4)", C, {}, "a point with its name"),
+    ("(3, 4)", "P = (3, 4)", C, {}, "a point after its name"),
+    ("(3, 4)", "A(4,3)", W, {}, "another point"),
+    ("3:4", "3∶4", C, {}, "the sign of ratios, U+2236"),
+    ("45", "45º", C, INT, "an ordinal sign for degrees"),
+    ("45°", "45º", C, {}, "both signs for degrees"),
+    ("1234567", "1 234 567", C, INT, "spaces between thousands"),
+    ("1234567", "1\u202f234\u2009567", C, INT, "thin spaces between thousands"),
+    ("1234567.5", "1 234 567.5 m", C, FLOAT, "spaces, decimals and a unit"),
+    ("123456", "1 23 456", W, INT, "no groups of three"),
+    ("-3/4", "3/-4", C, {}, "a sign below the line"),
+    ("3/4", "-3/-4", C, {}, "two signs"),
+    ("3/4", "3/-4", W, {}, "the sign counts below the line"),
+    ("1/3", "0.333...", C, {}, "recurring decimals"),
+    ("1/6", "0.1666…", C, {}, "recurring decimals after others"),
+    ("1/3", "0.33...", W, {}, "two decimals show no period"),
+    ("1/3", "0.333", W, {}, "rounded to three decimals"),
+    ("1/3", "0.3334...", W, {}, "another decimal"),
+    ("C", "I think it is C", C, CM, "a hedge before a letter"),
+    ("C", "I believe it's (C).", C, CM, "a hedge before a letter in brackets"),
+    ("C", "I do not think it is C", W, CM, "a hedge that denies"),
+    ("5", "I think it is 5", C, INT, "a hedge before a number"),
+    ("b", "B", C, CM, "a small gold letter"),
+    ("(b)", "B", C, CM, "a small gold letter in brackets"),
+    ("B. 12 cm", "B", C, CM, "a gold with its text"),
+    ("(B) 12 cm", "12 cm", C, CM, "a gold with its text in brackets"),
+    ("b) 12 cm", "A", W, CM, "another letter than the gold's"),
+    ("B. 15 cm", "B", G, CM, "a gold whose letter and text contradict"),
+    ("aa", "B", W, GENES, "a gold text comes before a small letter"),
+    ("B", "B. Let me know if this answer is helpful!", C, CM, "a closing offer is no marker"),
+    ("5", "5. I hope my answer is clear.", C, INT, "a closing wish is no marker"),
+    ("B", "B. Let me know if the answer is A!", C, CM, "what is asked about is not said"),
     # numbers: how they are written
     ("-3", "−3", C, INT, "minus sign U+2212"),
     ("-3", "- 3", C, INT, "space after the minus"),

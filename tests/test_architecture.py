@@ -13,13 +13,13 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-FILE_LINES, LIBRARY_LINES = 400, 6760
+FILE_LINES, LIBRARY_LINES = 400, 7000  # 300 of it: what is refused or counted rather than misread
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     850: ("plan", "profiling"),
     1300: ("report",),
-    2600: ("answers", "evaluate"),
+    2700: ("answers", "evaluate"),  # 100 of it: right answers that were missed, such as recurring decimals
 }
 
 COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__", "plan.programs")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mstar_jax.answers.check import grade
 from mstar_jax.data.images import ImageError, load_image
 from mstar_jax.evaluate import benchmarks, tables
 from mstar_jax.evaluate.benchmarks import Item, read
@@ -358,6 +359,23 @@ def test_ai2d_counts_from_zero(tmp_path):
     items, report = read("ai2d", parquet(tmp_path / "data" / "test-0.parquet", rows), tmp_path / "cache")
     check(items, report, 3, {"options without gold": 2})
     assert [(item.query.id, item.query.answer) for item in items] == [("0", "C"), ("1", "A"), ("3", "B")]
+
+
+def test_an_empty_first_option_of_ai2d_is_kept(tmp_path):
+    """As row 83301 of the test set: B to D can be chosen, A is not shown."""
+    tsv(tmp_path / "AI2D_TEST.tsv", [mcq("1", A="", answer="C"), mcq("2", A="", answer="A")])
+    items, report = read("ai2d", tmp_path, tmp_path / "cache")
+    check(items, report, 1, {"options without gold": 1})
+    query = items[0].query
+    assert (query.options[0], query.answer) == ("", "C") and "A. " not in items[0].prompt
+    assert f"B. {query.options[1]}\nC. {query.options[2]}\n" in items[0].prompt
+    for response, verdict in (
+        ("C", "correct"),
+        ("A", "wrong"),
+        (query.options[2], "correct"),
+        ("", "unparsed"),
+    ):
+        assert grade(f"The answer is {response}", "C", options=query.options).verdict == verdict
 
 
 def test_ai2d_tables_are_told_apart(tmp_path):

@@ -117,6 +117,45 @@ def test_every_fault_is_reported_at_once(folder, tmp_path):
         assert part in text
 
 
+def test_a_copy_of_an_embedding_is_no_further_tensor(folder, tmp_path):
+    """Read under any second name, and written again with it; another tensor, or other values, are refused."""
+    extra = "model.vision_embed_tokens.wte.weight"
+
+    def copied(values):
+        values[extra] = values["model.embed_tokens.weight"].copy()
+
+    there = copy(folder, tmp_path / "copied", copied)
+    source = models.Pretrained(there)
+    model = source.load(jnp.float32)
+    model.decoder.embedding[...] += 1.0
+    source.save(model, tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert written[extra].tobytes() == written["model.embed_tokens.weight"].tobytes()
+    assert written[extra].tobytes() != load_file(there / "model.safetensors")[extra].tobytes()
+
+    def other(values):
+        copied(values)
+        values[extra][3, 4] += 1
+        values["model.extra_norm.weight"] = values["model.norm.weight"].copy()  # equal, but an operation more
+
+    with pytest.raises(ValueError, match="2 tensors do not fit") as error:
+        models.load(copy(folder, tmp_path / "other", other))
+    assert f"unexpected: {extra}" in str(error.value) and "unexpected: model.extra_norm" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.self_attn.qkv_proj.weight", "lm_head.weight"]
+)
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, name, value):
+    def change(values):
+        values[name].reshape(-1)[-2:] = value
+
+    broken = copy(folder, tmp_path / "broken", change)
+    with pytest.raises(ValueError, match=f"2 of .* values of {name} are NaN or infinite"):
+        models.load(broken)
+
+
 def test_folders_that_are_no_checkpoint(folder, tmp_path):
     with pytest.raises(ValueError, match="no such folder, and a hub id would be owner/name"):
         models.load(tmp_path / "nothing")
@@ -190,3 +229,7 @@ def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     close(policy.hidden(batch), hidden, POLICY)
     with pytest.raises(ValueError, match="a policy's folder has no head"):
         source.load_reward()
+    reward.bias[...] = jnp.float32(jnp.nan)
+    source.save(reward, tmp_path / "diverged")
+    with pytest.raises(ValueError, match="1 of 1 values of score.bias are NaN"):
+        models.Pretrained(tmp_path / "diverged").load_reward(jnp.float32, mesh=mesh)

@@ -171,6 +171,103 @@ def test_shapes_of_rows(tmp_path):
     assert read_one(tmp_path, {**row("q", "a.png"), "conversations": []}) == "not one question and one answer"
 
 
+@pytest.mark.parametrize(
+    "key", ["images", "Image", "image_path", "image_paths", "img", "IMAGES", "image_file"]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_other_names_of_the_image_field(tmp_path, key, several):
+    path = picture(tmp_path / "a.png")
+    data = row("q", None)
+    del data["image"]
+    assert read_one(tmp_path, data | {key: ["a.png"] if several else "a.png"}).images == (str(path),)
+
+
+def test_images_that_are_not_understood_are_counted(tmp_path):
+    picture(tmp_path / "a.png")
+    bare = row("q", None, mark="")
+    del bare["image"]
+    assert read_one(tmp_path, bare | {"image_url": "http://a/b.png"}) == "image in an unknown field"
+    assert read_one(tmp_path, bare | {"picture": {"bytes": "x"}}) == "image in an unknown field"
+    assert read_one(tmp_path, bare | {"image": "a.png", "images": ["b.png"]}) == "several image fields"
+    assert read_one(tmp_path, bare | {"image": "a.png", "images": ["a.png"]}).images
+    assert read_one(tmp_path, bare | {"image": {"bytes": "x"}}) == "wrong types"
+    assert read_one(tmp_path, bare | {"image": None, "image_id": "7", "image_width": 3}).images == ()
+    assert read_one(tmp_path, bare | {"image_id": "7"}).images == ()
+
+
+@pytest.mark.parametrize(
+    ("choices", "options"),
+    [
+        ("Options:\n(A) 1\n(B) 2", ("1", "2")),
+        ("choices:\n(A) 1\n(B) 2", ("1", "2")),
+        ("Choices: (A) 1 (B) 2 (C) 3", ("1", "2", "3")),
+        ("Options: A. 1 cm, B. 2 cm, C. 3 cm", ("1 cm", "2 cm", "3 cm")),
+        ("OPTIONS:\nA) one\nB) two", ("one", "two")),
+        ("Choices: (A) 1\n(B) 2", ("1", "2")),
+        ("Choices:\n(A) 1 (B) 2\n(C) 3 (D) 4", ("1", "2", "3", "4")),
+        ("Choices:\n(A) both (B) and (C)\n(B) 2\n(C) 3", ("both (B) and (C)", "2", "3")),
+        ("Choices:\n(A) C. elegans\nB. subtilis\n(B) 2", ("C. elegans\nB. subtilis", "2")),
+        ("Choices:\n(A) 1\n(B) 2\nPlease answer with the letter.", ("1", "2")),
+        ("Choices:\n(A) 1\n(B) 2\n\nAnswer with the option's letter from the given choices.", ("1", "2")),
+        ("Options: (A) 1 (B) 2. Select the correct option.", ("1", "2.")),
+        ("Choices:\n(A) 1\n(B) 2\nAnswer:", ("1", "2")),
+        ("Choices:\n(A) 1\n(B) the answer with two parts", ("1", "the answer with two parts")),
+        ("Choices:\n(A)\n(B) 2\n(C) 3", ("", "2", "3")),
+    ],
+)
+def test_lists_of_options(tmp_path, choices, options):
+    picture(tmp_path / "a.png")
+    query = read_one(tmp_path, row("q", "a.png", f"Which?\n{choices}", "The answer is B"))
+    assert (query.question, query.options, query.answer) == ("Which?", options, "B")
+
+
+def test_options_within_a_sentence(tmp_path):
+    picture(tmp_path / "a.png")
+    query = read_one(tmp_path, row("q", "a.png", "Which? Choices: (A) 1 (B) 2", "(B)"))
+    assert (query.question, query.options, query.answer) == ("Which?", ("1", "2"), "B")
+    query = read_one(tmp_path, row("q", "a.png", "Of the options: red, blue?", "blue"))
+    assert (query.question, query.options) == ("Of the options: red, blue?", None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("There are three rows, so 5 + 5 + 5 = 15. The answer is 15", "15"),
+        ("5 + 5 + 5 = 15.\nThe answer is: 15.", "15"),
+        ("First 3, then 4.\n#### 7", "7"),
+        ("So x = 3. The final answer is $3$.", "$3$"),
+        ("Final answer: 3/10", "3/10"),
+        ("We add all of the rows and get 5 + 5 + 5 = 15", "long text answer"),
+        ("It is 5. Therefore nothing else", "long text answer"),
+        ("The answer is St. Louis", "St. Louis"),
+        (r"The answer is $\frac{1}{2} \text{ of all the red balls in it}$", None),
+        (15, "15"),
+        (0.5, "0.5"),
+        (True, "wrong types"),
+        (float("nan"), "wrong types"),
+    ],
+)
+def test_answers_with_a_solution_and_numbers(tmp_path, answer, expected):
+    picture(tmp_path / "a.png")
+    found = read_one(tmp_path, row("q", "a.png", answer=answer, hint=""))
+    assert (found if isinstance(found, str) else found.answer) == (expected or answer[14:])
+
+
+def test_an_id_may_be_null(tmp_path):
+    picture(tmp_path / "a.png")
+    assert read_one(tmp_path, row(None, "a.png")).id == "d_0"
+    assert read_one(tmp_path, row(0, "a.png")).id == "0"
+
+
+def test_an_image_folder_may_be_a_link(tmp_path):
+    picture(tmp_path / "elsewhere/Src/a.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/images").symlink_to(tmp_path / "elsewhere")
+    path = write(tmp_path / "d.json", [row("q", "images/Src/a.png")])
+    queries, _ = mathv360k.read(path, str(tmp_path / "root"))
+    assert queries[0].images == (str(tmp_path / "elsewhere/Src/a.png"),)
+
+
 def test_unlabelled(tmp_path):
     picture(tmp_path / "a.png")
     data = row("q", "a.png", choices=("1", "2"))
@@ -256,6 +353,9 @@ def test_sixteen_bit_and_cmyk(tmp_path):
     Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "g.png")
     pixels = np.asarray(images.load_image(str(tmp_path / "g.png")))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    deep.save(tmp_path / "t.png", transparency=0)  # black stands for transparent
+    assert np.asarray(images.load_image(str(tmp_path / "t.png")))[0, :, 0].tolist() == [255, 128, 255]
     Image.new("CMYK", (4, 4), (0, 0, 0, 0)).save(tmp_path / "c.jpg")
     assert images.load_image(str(tmp_path / "c.jpg")).getpixel((1, 1)) == (255, 255, 255)
 
@@ -285,7 +385,11 @@ def test_resolve(tmp_path):
     (tmp_path / "root_other").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "root_other")
     assert images.resolve(str(tmp_path / "in"), "a/b.png") == str(tmp_path / "in/a/b.png")
-    for relative in ("/etc/passwd", "../in/a.png", "a/../b.png", "link/a.png", "a\0.png", "."):
+    assert images.resolve(str(tmp_path / "in"), "link/a.png") == str(tmp_path / "root_other/a.png")
+    (tmp_path / "in/a.png").symlink_to(tmp_path / "root_other/a.png")
+    (tmp_path / "in/b.png").symlink_to("here/c.png")
+    assert images.resolve(str(tmp_path / "in"), "b.png") == str(tmp_path / "in/here/c.png")
+    for relative in ("/etc/passwd", "../in/a.png", "a/../b.png", "a.png", "a\0.png", ".", "", "./"):
         with pytest.raises(ValueError, match="image"):
             images.resolve(str(tmp_path / "in"), relative)
 
@@ -346,6 +450,18 @@ def test_split_keeps_connected_images_together():
     splits = mathv360k.split(chain + single, seed=0, validation=5, test=5)
     assert len({name for name, part in splits.items() for q in part if q.id.startswith("c")}) == 1
     assert [len(splits[name]) for name in ("validation", "test")] == [5, 5]
+
+
+def test_the_same_picture_under_several_names_is_one_image(tmp_path):
+    queries = []
+    for i in range(60):
+        for copy in range(3):
+            path = tmp_path / f"{copy}/{i}.png"
+            picture(path, (8, 8), (i, copy * 0, 7))
+            queries.append(Query(f"q{i}_{copy}", (str(path),), str(copy), answer="1"))
+    splits = mathv360k.split(queries, seed=0, validation=9, test=18)
+    seen = [{pathlib.Path(q.images[0]).read_bytes() for q in part} for part in splits.values()]
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 60
 
 
 def test_split_errors():

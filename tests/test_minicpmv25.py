@@ -128,6 +128,23 @@ def test_other_special_tokens_of_the_tokenizer_are_control_tokens_too(processor,
     assert not ids & set(wide.encode("a <box> <|reserved_special_token_7|>", []).tokens.tolist())
 
 
+@pytest.mark.parametrize("pad", ["!", " the", "?!"])
+def test_a_padding_token_that_is_text_stays_text(processor, tmp_path, pad):
+    """Officially it is "!", with id 0."""
+    processor.tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": pad}))
+    words = tokenizer.load(tmp_path)
+    assert words.pad_token == pad and pad in words.all_special_tokens
+    decoder = dataclasses.replace(tiny.DECODER, vocab_size=len(words))
+    own = minicpmv25.MiniCPMV25Processor(tiny.config(decoder=decoder), words)
+    text = f"5{pad} = 120{pad}{pad}"
+    ids = own.encode_response(text)
+    assert own.decode(ids) == text and words.convert_tokens_to_ids(pad) in ids
+    assert not set(ids) & set(own.forbidden_ids)
+    assert text in words.decode(own.encode(text, []).tokens.tolist())
+
+
 def test_response_round_trip(processor):
     texts = [
         "",

@@ -16,6 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
+from mstar_jax import records
 from mstar_jax.report import __main__ as report
 from mstar_jax.report import figure2, gallery, markup, page, relativity, runs, tables
 from mstar_jax.rewards import metrics
@@ -379,6 +380,27 @@ def test_gallery_keeps_to_its_budget_and_to_the_run(tmp_path):
     assert [len(stage["queries"]) for stage in shown.stages] == [gallery.QUERIES, 3]
     assert not shown.images and shown.stages[0]["queries"][0]["missing"] == 2
     assert len(shown.stages[0]["queries"][0]["question"]) == gallery.TEXT
+
+
+def test_gallery_shows_the_options_of_a_question(tmp_path):
+    """Without them, a gold answer "B" says nothing. Runs of older versions have none in their rollouts."""
+    run = make_run(tmp_path / "run")
+    store = Store(run / "rollouts" / "warmup_test", {})
+    query = Query("q", (), "Which?", ("red <b>", "blue"), "B", "choice")
+    store.write(0, [rollout(query, groups(False)[0]) | {"options": query.options}])
+    shown = gallery.Gallery()
+    shown.add(runs.read_runs([run])[0], store.folder, "all", 10**6)
+    (found,) = shown.stages[0]["queries"]
+    assert (found["question"], found["gold"]) == ("Which?\nChoices:\n(A) red <b>\n(B) blue", "B")
+    assert "<b>" not in shown.json()
+
+
+def test_samples_show_the_options_of_a_question(tmp_path):
+    query = Query("q", (), "Which?", ("red | pink", "blue"), "B", "choice")
+    records.write_samples(tmp_path / "s.md", [query, Query("r", (), "Sum?", None, "3")], groups(False)[:2], 2)
+    lines = (tmp_path / "s.md").read_text().splitlines()
+    assert any("| Which?<br>Choices:<br>(A) red \\| pink<br>(B) blue | B |" in line for line in lines)
+    assert any("| Sum? | 3 |" in line for line in lines)
 
 
 def test_gallery_chooses_the_ends_of_a_long_run(tmp_path):

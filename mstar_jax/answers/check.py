@@ -87,6 +87,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"\(?[A-Z][).:]")
+_LETTERED = re.compile(r"\(?([A-Za-z])(?:\)|[.):](?=\s))?\s*(.*)")
 _BREAK = re.compile(r"\n+|(?<=[^\s.][.!?])\s+|(?<=[。！？])")
 
 
@@ -155,7 +156,13 @@ def _gold(gold: str, options: tuple[str, ...] | None, answer_type: str | None) -
         known = table(options)
         if (letter := text.strip("()")) in known.texts:
             return letter
-        return next((letter for letter, option in known.texts.items() if option == known.text(text)), None)
+        same_text = [letter for letter, option in known.texts.items() if option == known.text(text) != ""]
+        if same_text:
+            return same_text[0]
+        m = _LETTERED.fullmatch(text)  # `b`, `(b)`, `B. 12 cm`
+        letter = m[1].upper() if m else ""
+        own = m and letter in known.texts and (not m[2] or known.text(m[2]) == known.texts[letter])
+        return letter if own else None
     readable = {
         "choice": lambda: False,
         "integer": lambda: number(text),

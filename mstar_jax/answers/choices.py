@@ -19,6 +19,10 @@ _LETTER = re.compile(
     r"(?P<named>(?i:(?:the\s)?(?:correct\s)?(?:option|choice|answer|letter)\s(?:is\s)?:?\s?)|选项\s?[为是]?\s?)?"
     r"(?:[(\[{]\s?(?P<bracketed>[A-Za-z])\s?[)\]}]|(?P<bare>[A-Za-z])(?![A-Za-z0-9_']))\s?(?P<rest>.*)$"
 )
+_HEDGE = re.compile(  # before a letter only: `I think it is C`
+    r"I(?:'d| would)? (?:think|believe|say|guess|choose|pick)(?: that)?"
+    r"(?: (?:it is|it's|it should be))? (?=\(?[A-Z]\)?\W*$)"
+)
 _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
 _DENIED = re.compile(
     r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
@@ -119,7 +123,7 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     known = table(options)
     texts = known.texts
     numbers = known.numbers
-    text = tidy(sentence(text))
+    text = _HEDGE.sub("", tidy(sentence(text)), count=1)
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
     if not upper:

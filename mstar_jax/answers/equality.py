@@ -15,6 +15,8 @@ from mstar_jax.answers.values import SYMBOLIC, boolean, number, plain, same_numb
 
 _OPENING = re.compile(r"[\[({]")
 _PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
+_LAST = re.compile(r"(?<=[\d)%]),? and (?=[-$(\d])")  # before the last element
+_POINT = re.compile(r"[A-Z]'?\s?(?:=\s?)?(?=\()")  # the name of a point
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNIT_LIKE = re.compile(r"[A-Za-z]+\^?[23]?|°")
 _NAMED = re.compile(r"\s*\\?([A-Za-zα-ω](?:_?\w)?|[A-Z]{2}|[fg]\(x\))\s?=")
@@ -55,6 +57,7 @@ def _elements(text: str) -> tuple[str, list[str]]:
     ends = text[:1] + text[-1:]
     brackets = ends if ends in ("[]", "()", "{}", "[)", "(]") else ""
     inner = text[1:-1] if brackets else text
+    inner = _LAST.sub(", ", inner)
     if "," not in inner:
         return brackets, [inner.strip()] if brackets == "[]" else []
     spaced = ", " in inner
@@ -99,6 +102,8 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
         return m is not None and len(names) < 2 and same_number(n, m, answer_type, precision)
     if "∪" in gold:  # of intervals, in any order
         return _paired(gold.split("∪"), other.split("∪"), precision)
+    if gold[:1] == "(" and (point := _POINT.match(other)):
+        other = other[point.end() :]
     parts = _elements(gold)[1] if len(_OPENING.findall(gold)) <= 20 else []
     if (gold[:1] in "[({\\" and len(parts) > (gold[:1] != "[")) or (
         len(parts) > 1 and all(map(number, parts))

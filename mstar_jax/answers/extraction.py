@@ -94,13 +94,22 @@ def ending(response: str) -> str:
     return _END_TOKEN.sub("", end) if ">" in end[-24:] else end
 
 
+_ASKS = re.compile(  # `Let me know if this answer is helpful!`
+    r"(?:\b(?:let me know|tell me|hope|feel free|wonder)\b[^.!?,;:\n]*"
+    r"|\b(?:if|whether|that) (?:my|this|that|your) )$",
+    re.IGNORECASE,
+)
+_PRAISE = re.compile(r"(?:helpful|clear|useful|understandable|satisfactory|what you)\b", re.IGNORECASE)
+
+
 def _after_marker(text: str) -> int:
     """Where the last marker ends, -1 without one. Searches from the end, so most of a response is skipped."""
     last = {key: text.rfind(key) for key in _KEYS}
     while (at := max(last.values())) >= 0:
         key = next(k for k in last if last[k] == at)
         m = _MARKER.match(text, at - 1) if at else None
-        if m and (not m["heading"] or _heads(text[: at - 1][-24:])):
+        asks = m and (_ASKS.search(text[max(0, at - 81) : at - 1]) or _PRAISE.match(text, m.end()))
+        if m and not asks and (not m["heading"] or _heads(text[: at - 1][-24:])):
             return m.end()
         last[key] = text.rfind(key, 0, at + len(key) - 1)
     return -1

@@ -23,7 +23,7 @@ LINE = 400  # longest answer that is read, in characters
 # ---- 1. plain text ------------------------------------------------------------------------------------
 
 _SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴-⁹]+")
-_PLAIN_CHARS = str.maketrans("−‐‑‒–—⁄“”‘’′", "------/\"\"'''", "\u200b\ufeff")
+_PLAIN_CHARS = str.maketrans("−‐‑‒–—⁄“”‘’′∶", "------/\"\"''':", "\u200b\ufeff")
 _NUMERIC = re.compile(r"-?[\d.,]+")
 
 
@@ -53,6 +53,7 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\cdot"), "·"),
     (re.compile(r"\\pi(?![A-Za-z])"), "π"),
     (re.compile(r"\\approx"), "≈"),
+    (re.compile(r"\\pm(?![A-Za-z])\s?"), "±"),
     (re.compile(r"\\cup(?![A-Za-z])"), "∪"),
     (re.compile(r"\\infty(?![A-Za-z])"), "∞"),
     (re.compile(r"\\angle\s?"), "∠"),
@@ -72,6 +73,7 @@ _RELATIONS = [
     (re.compile(r"==+"), "="),
 ]
 
+_RECURRING = re.compile(r"(?<=\d)\.\.\.+")  # 0.333...
 _SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
 
@@ -81,15 +83,15 @@ def tidy(text: str) -> str:
 
     `$\text{B}$.` -> `B`, `1\frac{1}{2}` -> `1 1/2`, `10⁴` -> `10^4`, `\$13.00` -> `$13.00`.
     """
-    if _SIMPLE.fullmatch(text):
+    if _SIMPLE.fullmatch(text) and ".." not in text:
         text = " ".join(text[:LINE].split())
         return text[:-1].rstrip() if text.endswith(".") else text
     text = text[:LINE].replace("\x0crac", r"\frac").replace("\times", r"\times")  # escapes lost in golds
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
         text = "".join(" " + c if c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" else c for c in text)
-        text = unicodedata.normalize("NFKC", text).translate(_PLAIN_CHARS)
-    text = text.replace("**", "").replace("__", "")
+        text = unicodedata.normalize("NFKC", text.replace("º", "°")).translate(_PLAIN_CHARS)
+    text = _RECURRING.sub("⋯", text).replace("**", "").replace("__", "")
     if text.count("$") - text.count("\\$") >= 2:  # $...$ is math, a single $ is money
         text = re.sub(r"(?<!\\)\$", "", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
@@ -103,7 +105,7 @@ def tidy(text: str) -> str:
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
 
-_SENTENCE_END = re.compile(r"(?:\.|(?<!\d)!)(?=[\"')\]*$]*(?:\s|$))|[。！]")  # 5! is a factorial
+_SENTENCE_END = re.compile(r"(?:(?<!\d\.\.)\.|(?<!\d)!)(?=[\"')\]*$]*(?:\s|$))|[。！]")  # 5! is a factorial
 _ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
 
 
@@ -141,10 +143,10 @@ class Number(NamedTuple):
     places: int | None
 
 
-_N = r"(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+_N = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3}){2,})(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s?(?P<money>[$€£¥]?)\s?(?P<sign2>[-+]?)\s?"
-    rf"(?:(?P<whole>\d+)\s(?P<top>\d+)\s?/\s?(?P<bottom>\d+)|(?P<a>{_N})(?:\s?/\s?(?P<b>{_N})"
+    rf"(?:(?P<whole>\d+)\s(?P<top>\d+)\s?/\s?(?P<bottom>\d+)|(?P<a>{_N})(?:\s?/\s?(?P<b>-?{_N})"
     r"|(?P<ten>\s?[×x*·]\s?10)?\s?\^\s?[({]?(?P<pow>[-+]?\d{1,3})[)}]?|e(?P<exp>[-+]?\d{1,3})(?!\w))?)",
     re.IGNORECASE,
 )
@@ -152,14 +154,19 @@ NUMBER_WORDS = (  # the index of each is its value
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
     *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
+_SIGN_WORD = re.compile(r"(?:negative|minus)\s(?=[$€£¥]?[\d.])")
+_PERIODIC = re.compile(r"(-?)(\d*)\.(\d*?)(\d{1,6}?)\4{2,}⋯")  # the period three times at least
+_PERFECT = re.compile(r"(?:(∛|∜)|\\sqrt\s?\[([2-9])\])\s?([({]?)(\d{1,18})[)}]?")
 _WORD = re.compile(
     rf"(?P<sign>minus |negative )?(?P<word>{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})\b(?!-)"
 )
 _LEAD = re.compile(
     r"(?:(?:is|equals?|equal to|approximately|approx\.?|about|around|roughly|nearly|exactly|only|just"
-    r"|(?:a )?total of|there (?:is|are)|it is)(?![a-z])\s?|[≈=:]\s?)+"
+    r"|(?:a )?total of|there (?:is|are)|(?:i (?:think|believe) )?it(?:'s| is))(?![a-z])"
+    r"\s?|(?:\b[a-z]\s?)?≈\s?|[=:]\s?)+"
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_NAMED_VALUE = re.compile(r"[A-Za-z]\s?[≈=]\s?|[≈=]\s?")
 _OPERATOR = re.compile(r"[-+*/^×·√!]|\d\s?[A-Za-z]")
 _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
 _MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
@@ -188,8 +195,11 @@ def number(text: str) -> Number | None:
         return _right_side(*(side.strip() for side in text.split("=")))
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
         return None
+    if "⋯" in text or "∛" in text or "∜" in text or "\\sqrt" in text:
+        return _exact(_NAMED_VALUE.sub("", text, count=1))
     text = text.lower()
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    text = _SIGN_WORD.sub("-", text, count=1) if _SIGN_WORD.match(text) else text
     if text[:1] in "({" and text[-1:] in ")}" and "," not in text:
         text = text[1:-1].strip()
     places = None
@@ -212,6 +222,20 @@ def number(text: str) -> Number | None:
         places = None
     name = unit(tail, one=value == 1)
     return None if name is None else Number(-value if negative else value, name or money, places)
+
+
+def _exact(text: str) -> Number | None:
+    """`0.1666⋯` with its period, `∛8` and `\\sqrt[3]{8}` where the root is a whole number."""
+    if m := _PERIODIC.fullmatch(text):
+        sign, whole, before, period = m.groups()
+        repeated = Fraction(int(period), 10 ** len(before) * (10 ** len(period) - 1))
+        value = Fraction(int(whole + before or "0"), 10 ** len(before)) + repeated
+        return Number(-value if sign else value, "", None)
+    if m := _PERFECT.fullmatch(text):
+        degree, radicand = int(m[2] or {"∛": 3, "∜": 4}[m[1]]), int(m[4])
+        root = round(radicand ** (1 / degree))
+        return Number(Fraction(root), "", 0) if root**degree == radicand else None
+    return None
 
 
 def _right_side(*sides: str) -> Number | None:
@@ -240,10 +264,10 @@ def _rounded(exact: Number, written: Number) -> bool:
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
     if m["whole"]:
         return int(m["whole"]) + Fraction(int(m["top"]), int(m["bottom"])), None
-    written = m["a"].replace(",", "")
+    written = m["a"].replace(",", "").replace(" ", "")
     value = Fraction(written)
     if m["b"]:
-        return value / Fraction(m["b"].replace(",", "")), None
+        return value / Fraction(m["b"].replace(",", "").replace(" ", "")), None
     power = int(m["pow"] or m["exp"] or 0)
     if abs(power) * len(written) > 300:
         raise OverflowError

@@ -4,6 +4,8 @@ Figures are often RGBA or palette PNGs with a transparent background; on black, 
 File extensions are unreliable (JPEG files named .png are common), so the content decides the format.
 """
 
+import functools
+import hashlib
 import os
 import re
 
@@ -25,17 +27,38 @@ class ImageError(ValueError):
 def resolve(root: str, relative: str) -> str:
     """The absolute path of `relative` inside `root`, with symbolic links resolved.
 
+    A folder inside the root may be a link to anywhere, as image folders often are; a link in place of the
+    file itself may not lead out of them.
+
     Raises:
-      ValueError: `relative` is absolute, contains `..`, or leads out of `root` through a link.
+      ValueError: `relative` is absolute, contains `..`, names no file, or is a link that leads out.
     """
     parts = relative.replace("\\", "/").split("/")
-    if os.path.isabs(relative) or ".." in parts or "\0" in relative:
+    if os.path.isabs(relative) or ".." in parts or "\0" in relative or not set(parts) - {"", "."}:
         raise ValueError(f"image path {relative!r} must be relative to the image root {root}, without '..'")
-    base = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(base, relative))
-    if not path.startswith(os.path.join(base, "")):
-        raise ValueError(f"image path {relative!r} leads to {path}, outside of the image root {base}")
+    folder = os.path.realpath(os.path.join(root, os.path.dirname(relative)))
+    path = os.path.realpath(os.path.join(root, relative))
+    if not any(path.startswith(os.path.join(base, "")) for base in (os.path.realpath(root), folder)):
+        raise ValueError(f"image path {relative!r} leads to {path}, outside of the image root {root}")
     return path
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _digest(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content(path: str) -> str:
+    """What tells one picture from another: the digest of the file's bytes; its path if it cannot be read.
+
+    A picture that was scaled or encoded again is another one.
+    """
+    try:
+        there = os.stat(path)
+        return _digest(path, there.st_size, there.st_mtime_ns)
+    except OSError:
+        return path
 
 
 def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -83,8 +106,10 @@ def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
+        clear = values == image.info.get("transparency", -1)  # the gray value that stands for it
         if image.mode != "I" or values.max() > 255:  # mode "I" is used for 16-bit data too
             values = (values.clip(0, 65535) + 128) // 257
+        values[clear] = 255
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

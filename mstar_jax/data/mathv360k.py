@@ -16,8 +16,10 @@ A file is a JSON list of rows, or JSON lines (.jsonl, .jsonl.gz). One row:
       ]
     }
 
-`id`, the hint, the `Question:` mark and the choices may be absent, and `image` may be a list. The first
-component of the image path is the source. About nine rows share an image.
+`id`, the hint, the `Question:` mark and the choices may be absent, and `image` may be a list, or be called
+`images`, `image_path` and the like. Choices may be called options, or stand on one line, and an instruction
+may follow them. An answer may be a number, or a solution that ends in `The answer is`. The first component of
+the image path is the source. About nine rows share an image.
 
 The reader keeps the rows that can be trained on and counts all others by cause; an invalid row never stops
 it.
@@ -27,6 +29,7 @@ import concurrent.futures
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -138,23 +141,42 @@ def _turns(row: object) -> tuple[str, str]:
         raise _Bad("not one question and one answer")
     human = _string(turns[0].get("value"))
     answer = turns[1].get("value") if len(turns) == 2 else ""
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+        answer = str(answer)
     return human, "" if answer is None else _string(answer)
 
 
 def _image_paths(row: dict) -> list[str]:
-    image = row.get("image")
-    if not image:
-        return []
-    return [_string(path) for path in (image if isinstance(image, list) else [image])]
+    named = [value for key, value in row.items() if _IMAGE_FIELD.fullmatch(key)]
+    found = [value if isinstance(value, list) else [value] for value in named if value]
+    if any(paths != found[0] for paths in found):
+        raise _Bad("several image fields")
+    if not named and any(_IMAGE_LIKE.search(k) and isinstance(v, str | list | dict) for k, v in row.items()):
+        raise _Bad("image in an unknown field")
+    return [_string(path) for path in found[0]] if found else []
 
 
 # ---- 2. question and answer ---------------------------------------------------------------------------
 
+_IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?names?))?", re.IGNORECASE)
+_IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
 _MARK = "<image>"
 _HINT = re.compile(r"\s*Hint:[^\n]*?(?=\n|Question:|$)")
 _QUESTION = re.compile(r"\s*Question:\s*")
-_CHOICES = re.compile(r"^[ \t]*Choices:[ \t]*$", re.MULTILINE)
-_OPTION = re.compile(r"\(([A-Z])\)\s*(.*)")
+_CHOICES = re.compile(
+    r"^[ \t]*(?:answer )?(?:choices|options)[ \t]*:[ \t]*(?=$|\(?[A-Z][).:])"  # at the beginning of a line
+    r"|(?<=[.?!:\s])(?:choices|options)[ \t]*:[ \t]*(?=\(?A[).:]\s)",  # or within it, before the first option
+    re.MULTILINE | re.IGNORECASE,
+)
+_INSTRUCTION = re.compile(
+    r"(?:^|(?<=[.;])\s+|\n)(?:please\b|answer(?::|\s+(?:with|the|in|using|by)\b)|(?:select|choose|pick|give|"
+    r"write|provide|return|respond|reply|output)\b[^\n]*\b(?:answers?|options?|choices?|letters?)\b)",
+    re.IGNORECASE,
+)
+_SAID = re.compile(r"\b(?:the|final) (?:final |correct )?answer(?: is\b|(?=\s*:))\s*:?|####", re.IGNORECASE)
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}(?!\w)")  # of a language, not a command of LaTeX
+_PLAIN_TEX = re.compile(r"\\(?:text|mathrm|begin|end)\s*\{[^{}]*\}")
+_SENTENCE = re.compile(r"(?:[\d)\]}$]|[^\W\d_]{4})[.!?]\s+[A-Z][a-z]")  # one ends and another begins
 _ANSWER = re.compile(r"\s*(?:(?:the )?answer\b(?: is\b)?\s*:?)?\s*", re.IGNORECASE)
 
 
@@ -172,18 +194,34 @@ def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
         text = text[m.end() :]
     question, options = text, list[str]()
     if m := _CHOICES.search(text):
-        question = text[: m.start()]
-        for line in text[m.end() :].strip().split("\n"):
-            option = _OPTION.fullmatch(line.strip())
-            if option and option[1] == chr(ord("A") + len(options)):
-                options.append(option[2].strip())
-            elif options and not option:  # an option with several lines
-                options[-1] = f"{options[-1]}\n{line.strip()}".strip()
-            else:
-                raise _Bad("options not lettered (A), (B), ...")
+        question, options = text[: m.start()], _options(text[m.end() :].strip())
     if not question.strip():
         raise _Bad("no question")
     return question.strip(), tuple(options) if options else None, hint
+
+
+def _options(text: str) -> list[str]:
+    """The options of a list, one a line or several, without an instruction that follows the last one."""
+    options = list[str]()
+    style = r"\(({})\)\s*" if text.startswith("(") else r"({})[).:](?:\s+|$)"
+    lines = [line.strip() for line in text.split("\n")]
+    for number, line in enumerate(lines, 1):
+        mark = re.match(style.format("[A-Z]"), line)
+        if mark and mark[1] == chr(ord("A") + len(options)):
+            options.append(line[mark.end() :])
+            while len(options) < 26:  # the next option stands on this line if no further line begins with it
+                following = style.format(chr(ord("A") + len(options)))
+                mark = re.search(rf"(?<=[\s,;]){following}", options[-1])
+                if not mark or any(re.match(following, line) for line in lines[number:]):
+                    break
+                options[-1:] = [options[-1][: mark.start()].rstrip(" ,;"), options[-1][mark.end() :]]
+        elif options and not mark:  # an option with several lines
+            options[-1] = f"{options[-1]}\n{line}".strip()
+        else:
+            raise _Bad("options not lettered (A), (B), ...")
+    if found := _INSTRUCTION.search(options[-1]):
+        options[-1] = options[-1][: found.start()].rstrip()
+    return options
 
 
 def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") -> tuple[str, str]:
@@ -192,6 +230,8 @@ def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") ->
     Raises:
       _Bad: there is no answer, no option equals it, or it is a text of more than LONGEST_TEXT words.
     """
+    if said := [m.end() for m in _SAID.finditer(value)]:  # a solution that ends in its answer
+        value = value[said[-1] :]
     gold = _ANSWER.sub("", value, count=1).strip()  # all parts are optional, so it matches at the start
     gold = gold[:-1].rstrip() if gold.endswith((".", "。")) else gold
     if not gold:
@@ -208,7 +248,8 @@ def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") ->
     answer_type = kind(gold)
     if answer_type == "integer" and "floating-point" in hint:
         answer_type = "float"
-    if answer_type == "text" and len(gold.split()) > LONGEST_TEXT:
+    words = gold.split() if answer_type == "text" else _WORD.findall(_PLAIN_TEX.sub("", gold))
+    if len(words) > LONGEST_TEXT or _SENTENCE.search(gold):
         raise _Bad("long text answer")
     return gold, answer_type
 
@@ -219,7 +260,7 @@ def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: d
     if human.count(_MARK) not in (0, len(paths)):
         raise _Bad("image marks do not match images")
     question, options, hint = parse_question(human)
-    name = row.get("id", fallback_id)
+    name = fallback_id if row.get("id") is None else row["id"]
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
     asked_type = "choice" if options else _cue(hint)
     gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint)

@@ -1,6 +1,7 @@
 """Prompts: templates from the config with the fields `{question}`, `{choices}` and `{answer}`."""
 
 import string
+from collections.abc import Sequence
 
 from mstar_jax.structs import Query
 
@@ -16,14 +17,17 @@ def render(template: str, query: Query) -> str:
     Raises:
       ValueError: the template has an unknown field, or shows the answer of an unlabelled query.
     """
-    choices = ""
-    if query.options:
-        lines = [f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, query.options)]
-        choices = "\nChoices:\n" + "\n".join(lines)
+    choices = listed(query.options)
     if "{answer}" in template and query.answer is None:
         raise ValueError(f"the prompt template {template!r} shows the answer, but query {query.id} has none")
     check(template)
     return template.format(question=query.question, choices=choices, answer=query.answer)
+
+
+def listed(options: Sequence[str] | None) -> str:
+    """What `{choices}` stands for."""
+    lines = [f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, options or ())]
+    return "\nChoices:\n" + "\n".join(lines) if lines else ""
 
 
 def check(template: str) -> None:

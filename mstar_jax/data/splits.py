@@ -1,5 +1,6 @@
 """Splits of a data set by image, and the share of it that an iteration uses."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import math
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mstar_jax.data.images import content
 from mstar_jax.structs import Query
 
 
@@ -19,6 +21,9 @@ def split(
     test: int = 750,
 ) -> dict[str, list[Query]]:
     """Splits by image: no two splits share an image, so test images are never trained on.
+
+    An image is what its file holds (`images.content`), whatever its name. Near copies, such as the same
+    picture scaled or encoded again, count as different ones.
 
     As in M-STaR (section 4), half of MathV360K is labelled and the other half counts as unlabelled;
     validation and test queries come from the unlabelled half. Queries that share an image, directly or
@@ -83,6 +88,9 @@ def unlabelled(query: Query) -> Query:
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
     """Connected components of queries that share images, each sorted by id."""
+    paths = sorted({image for query in queries for image in query.images})
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        contents = dict(zip(paths, pool.map(content, paths), strict=True))
     parent: dict[str, str] = {}
 
     def find(node: str) -> str:
@@ -91,7 +99,9 @@ def _groups(queries: Sequence[Query]) -> list[list[Query]]:
             parent[node] = node = parent[parent[node]]
         return node
 
-    nodes = [[f"image:{image}" for image in query.images] or [f"id:{query.id}"] for query in queries]
+    nodes = [
+        [f"image:{contents[image]}" for image in query.images] or [f"id:{query.id}"] for query in queries
+    ]
     for first, *others in nodes:
         for other in others:
             parent[find(other)] = find(first)

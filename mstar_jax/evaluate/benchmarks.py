@@ -97,7 +97,7 @@ def _letter(answer: str, options: Sequence[str]) -> str:
         raise _Bad("no options" if not options else "too many options")
     if not answer:
         raise _Bad("no answer")
-    if answer in list(LETTERS[: len(options)]):
+    if answer in [letter for letter, text in zip(LETTERS, options) if text]:
         return answer
     if answer not in options:
         raise _Bad("options without gold")
@@ -272,13 +272,13 @@ def _lettered(name: str, row: Record, number: int) -> Item:
         options = [cell(row, letter) for letter in LETTERS if letter in row]
         while options and not options[-1]:
             options.pop()
-        if not all(options):
+        if not all(options[name.startswith("ai2d") :]):  # a row of AI2D has an empty option A
             raise _Bad("an option is missing before others")
         if not options and name.startswith("mmstar"):
             question, options = tables.parse_options(question)
     letter = _letter(answer, options)
     before = f"Hint: {hint}\n" if hint else ""
-    choices = "Options:\n" + _lines(options, "{}. {}\n")
+    choices = "Options:\n" + "".join(f"{x}. {text}\n" for x, text in zip(LETTERS, options) if text)
     ask = "Please select the correct answer from the options above. \n"
     index = cell(row, "index").strip() or str(number)
     base = index

@@ -25,6 +25,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 HEAD = "reward_head.safetensors"  # a reward model's head, in the same folder as its trunk
 HEAD_NAMES = ("weight", "bias", "likelihood")
+EMBEDDINGS = ("decoder.embedding", "decoder.head")  # what tools save a second time
 SHARD = 5 * 10**9  # bytes; the size limit of a file that is written
 
 
@@ -56,7 +57,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ValueError: the file is missing or is not a JSON object; the message names it.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
@@ -95,14 +96,25 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     return found
 
 
-def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pathlib.Path) -> None:
+def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pathlib.Path) -> dict[str, str]:
     """Checks that the folder holds exactly the tensors that the model needs.
+
+    Returns:
+      {name of a further tensor: the embedding or head that it equals}: some tools save tied or shared
+      embeddings twice.
 
     Raises:
       ValueError: lists all tensors that are missing, unexpected, of a wrong shape or of an unknown dtype.
     """
     faults = [f"missing: {name}" for name in named if name not in stored]
-    faults += [f"unexpected: {name}" for name in stored if name not in named]
+    tables = [name for name, entry in named.items() if entry.parts[0].ours in EMBEDDINGS and name in stored]
+    copies: dict[str, str] = {}
+    for name in (name for name in stored if name not in named):
+        same = (other for other in tables if _equal(folder, stored[name], name, stored[other], other))
+        if (other := next(same, None)) is not None:
+            copies[name] = other
+        else:
+            faults.append(f"unexpected: {name}")
     for name, entry in named.items():
         there = stored.get(name)
         if there is not None and there.shape != entry.shape:
@@ -113,6 +125,33 @@ def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pat
         shown = "\n  ".join(faults[:50])
         more = f"\n  ... and {len(faults) - 50} more" if len(faults) > 50 else ""
         raise ValueError(f"{folder}: {len(faults)} tensors do not fit the model\n  {shown}{more}")
+    return copies
+
+
+def _equal(folder: pathlib.Path, one: Stored, name: str, two: Stored, other: str) -> bool:
+    if one[1:] != two[1:]:
+        return False
+    return np.array_equal(_tensor(folder, one, name), _tensor(folder, two, other))
+
+
+def _tensor(folder: pathlib.Path, there: Stored, name: str) -> np.ndarray:
+    # the file is opened for every tensor, so that only this tensor stays mapped into memory
+    with safetensors.safe_open(folder / there.file, framework="numpy") as file:
+        return file.get_tensor(name)
+
+
+def check_finite(value: np.ndarray, name: str, folder: pathlib.Path) -> np.ndarray:
+    """Returns the value.
+
+    Raises:
+      ValueError: it holds NaN or infinite numbers.
+    """
+    if bad := value.size - np.count_nonzero(np.isfinite(value)):
+        raise ValueError(
+            f"{folder}: {bad} of {value.size} values of {name} are NaN or infinite; the checkpoint was "
+            "damaged, or saved from a diverged run or with too narrow a dtype"
+        )
+    return value
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -137,7 +176,7 @@ def load_params(
       dtype: of the parameters.
 
     Raises:
-      ValueError: the names or shapes do not fit, see `check_names`.
+      ValueError: the names or shapes do not fit, see `check_names`, or a value is NaN or infinite.
     """
     stored, named = stored_tensors(folder), tensors(table, abstract)
     check_names(named, stored, folder)
@@ -146,10 +185,8 @@ def load_params(
         for part in entry.parts:
             sources.setdefault(part.ours, []).append((name, part))
 
-    def read(name: str) -> np.ndarray:
-        # opened again for every tensor, so that only this tensor stays mapped into memory
-        with safetensors.safe_open(folder / stored[name].file, framework="numpy") as file:
-            return file.get_tensor(name)
+    def read(name: str, part: Part, shape: tuple[int, ...]) -> np.ndarray:
+        return check_finite(part.extract(_tensor(folder, stored[name], name), shape), name, folder)
 
     def place(path, leaf: jax.ShapeDtypeStruct, target: jax.sharding.Sharding) -> jax.Array:
         name = sharding.parameter_name(path)
@@ -158,7 +195,7 @@ def load_params(
         found = sources[name]
         stacked = layer_of(named[found[0][0]], found[0][0]) is not None
         shape = leaf.shape[1:] if stacked else leaf.shape
-        values = (part.extract(read(name), shape) for name, part in found)
+        values = (read(name, part, shape) for name, part in found)
         return _scatter(values, leaf.shape, stacked, dtype, target)
 
     if layout is None:
@@ -215,7 +252,7 @@ def save_params(
     named = tensors(table, model)
     if like is not None:
         stored = stored_tensors(like)
-        check_names(named, stored, like)
+        named |= {name: named[other] for name, other in check_names(named, stored, like).items()}
         dtypes = {name: jax.numpy.dtype(DTYPES[there.dtype]) for name, there in stored.items()}
         files: dict[str, list[str]] = {}
         for name, there in stored.items():
@@ -259,7 +296,7 @@ def load_head(folder: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(folder / HEAD, framework="numpy") as file:
             values = {name: file.get_tensor(f"score.{name}") for name in HEAD_NAMES}
-            return {name: value[0] for name, value in values.items()}
+            return {name: check_finite(value[0], f"score.{name}", folder) for name, value in values.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder / HEAD}: {error}; a policy's folder has no head") from error
 

@@ -260,16 +260,15 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
     """
     c = hf.read_json(folder / "config.json")
     v, llm = c["vision_config"], c["llm_config"]
+    where = f"{folder}/config.json:"
     for there, part in ((c, ""), (v, "vision_config"), (llm, "llm_config")):
         wanted = FIXED[part] | ({} if part else {"force_image_size": v["image_size"]})
-        for key, value in wanted.items():
-            if there.get(key, value) != value:
-                raise ValueError(
-                    f"{folder}/config.json: {part} {key} is {there[key]!r}, only {value!r} is supported"
-                )
-    decoder = names.decoder_config(llm)
+        names.only(there, wanted, f"{where} {part}".rstrip())
+    decoder = names.decoder_config(llm, f"{where} llm_config", ("default", "dynamic"))
     vision = names.vision_config(
         v,
+        f"{where} vision_config",
+        "gelu",
         activation=gelu,
         select_layer=c["select_layer"],
         patch_bias=True,

@@ -7,6 +7,7 @@ into slices is in `slicing`. Every dimension comes from the config, so a tiny po
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -29,6 +30,8 @@ HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 UNK, IMAGE, IMAGE_END, SLICE, SLICE_END = "<unk>", "<image>", "</image>", "<slice>", "</slice>"
 MARKERS = (HEADER, HEADER_END, UNK, IMAGE, IMAGE_END, SLICE, SLICE_END)
 SPECIAL = (BOS, EOS, END, *MARKERS)
+# A special token that controls something, and not text: the official padding token is "!", the piece of id 0.
+CONTROL = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 HEAD = 128  # width of the resampler's heads
 EPS = 1e-6  # of the resampler's norms
 LENGTH = 128  # the number of patches is padded to a multiple of this
@@ -169,9 +172,10 @@ class MiniCPMV25Processor:
         known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
         self.stop_ids: tuple[int, ...] = (known[END], known[EOS])
         self.unk_id = known[UNK]
-        added = tokenizer.added_tokens_decoder
-        self.control = tuple(dict.fromkeys([*SPECIAL, *(t.content for t in added.values() if t.special)]))
-        control_ids = sorted({known[token] for token in self.control} - set(self.stop_ids))
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.control = tuple(dict.fromkeys([*SPECIAL, *filter(CONTROL.fullmatch, added)]))
+        self._control_ids = frozenset(known[token] for token in self.control)
+        control_ids = sorted(self._control_ids - set(self.stop_ids))
         self.forbidden_ids = (*control_ids, *range(len(tokenizer), self.vocab_size))
 
     def _without_control(self, text: str) -> str:
@@ -233,9 +237,9 @@ class MiniCPMV25Processor:
         return [*ids, self.stop_ids[0]]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text without special tokens; spaces are not cleaned up."""
-        ids = list(map(int, tokens))
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Text without control tokens; spaces are not cleaned up."""
+        ids = [token for token in map(int, tokens) if token not in self._control_ids]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def length_limit(self, prefix_tokens: int) -> int:
         """The longest sequence: the decoder's context."""
@@ -256,12 +260,15 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
     Its `slice_config` holds `max_slice_nums` and `scale_resolution`. `corrected_mask` is our own key, which
     official files do not have.
     """
-    c = hf.read_json(folder / "config.json")
+    c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
     v = c["vision_config"]
+    names.only(c, {"version": "2.5", "slice_mode": True, "use_image_id": False}, where)
     slices = c.get("slice_config") or {}
-    decoder = names.decoder_config({"rope_theta": 500000.0} | c)
+    decoder = names.decoder_config({"rope_theta": 500000.0} | c, where)
     vision = names.vision_config(
         {"layer_norm_eps": 1e-6} | v,
+        f"{where} vision_config",
+        "gelu_pytorch_tanh",
         num_layers=v["num_hidden_layers"] - bool(c.get("drop_vision_last_layer", False)),
         activation=tanh_gelu,
         select_layer=-1,

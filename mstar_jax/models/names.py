@@ -10,6 +10,7 @@ the parameters in it as views:
 shape. Each of these can be inverted, so one table serves both reading and writing.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,17 +36,100 @@ DECODER |= {"original_max_position": "original_max_position_embeddings"}
 JSON = dict[str, Any]  # values of a JSON object
 
 
-def decoder_config(values: JSON, **ours: object) -> DecoderConfig:
-    """A decoder's dimensions from config.json's values; `ours` are fields that have no key there."""
+ROPES = {  # our types of RoPE: what config.json may say about each besides its type
+    "default": (),
+    "dynamic": ("factor",),  # does nothing within max_position_embeddings, and nothing longer is read
+    "longrope": ("short_factor", "long_factor", "factor"),
+}
+ROPES["su"] = ROPES["longrope"]  # its older name
+ATTENTION = re.compile(r"attn|attention|rope|rotary|alibi|window|softcap|qk_|layer_types|activation|_act$")
+KNOWN = {  # keys of this kind that are read, or that change no result
+    *("num_attention_heads", "attention_dropout", "output_attentions", "use_flash_attn", "hidden_act"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("_attn_implementation_autoset", "_flash_attn_2_enabled", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("partial_rotary_factor", "qkv_bias"),
+}
+
+
+def only(values: JSON, wanted: JSON, where: str) -> None:
+    """Checks keys of which only one value is supported; a key that is missing or null has that value.
+
+    Raises:
+      ValueError: names `where` (the file and the part of it), the key and both values.
+    """
+    for key, value in wanted.items():
+        if (found := values.get(key)) is not None and found != value:
+            raise ValueError(f"{where} {key} is {found!r}, only {value!r} is supported")
+
+
+def known_attention(values: JSON, where: str) -> None:
+    """Refuses settings of attention, positions and activations that the models do not have."""
+    for key, value in values.items():
+        if ATTENTION.search(key) and key not in KNOWN and value:
+            raise ValueError(f"{where} {key} is {value!r}, a setting that this model does not have")
+
+
+def rope(values: JSON, where: str, types: Sequence[str]) -> JSON:
+    """What a decoder's config.json says about RoPE, as its older keys: transformers 5 writes
+    `rope_parameters` instead of `rope_scaling`, with `rope_theta` inside.
+
+    Raises:
+      ValueError: its type is none of `types`, or it has a key that this type does not read.
+    """
+    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    found = {k: v for k, v in (values.get(key) or {}).items() if v is not None}
+    kind = found.pop("rope_type", None) or found.get("type", "default")
+    found.pop("type", None)
+    if kind not in types:
+        raise ValueError(f"{where} {key}: type {kind!r} is not supported, only {', '.join(types)}")
+    shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    if unknown := [name for name in found if name not in (*shared, *ROPES[kind])]:
+        raise ValueError(f"{where} {key}: {', '.join(unknown)} is not read for type {kind!r}")
+    merged = {k: v for k, v in values.items() if v is not None} | found
+    only(merged, {"partial_rotary_factor": 1}, where)
+    if ROPES[kind] is ROPES["longrope"]:
+        factor = merged["max_position_embeddings"] / merged["original_max_position_embeddings"]
+        only(found, {"factor": factor}, f"{where} {key}")
+        merged |= {name: tuple(found[name]) for name in ("short_factor", "long_factor")}
+    return merged
+
+
+def decoder_config(values: JSON, where: str, ropes: Sequence[str] = ("default",)) -> DecoderConfig:
+    """A decoder's dimensions from config.json's values.
+
+    Args:
+      values: the values.
+      where: the file, and the part of it, for messages.
+      ropes: the types of RoPE that the family has.
+
+    Raises:
+      ValueError: a setting that the decoder does not have, see `only`, `known_attention` and `rope`.
+    """
+    known_attention(values, where)
+    values = rope(values, where, ropes)
+    longest = values["max_position_embeddings"]
+    only(values, {"hidden_act": "silu"}, where)
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    if window is not None and window < longest:
+        raise ValueError(f"{where} sliding_window is {window}, less than the context of {longest}")
+    if other := set(values.get("layer_types", ())) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{where} layer_types has {', '.join(sorted(other))}, which is not supported")
     defaults = {
         "tie_word_embeddings": False,
-        "original_max_position_embeddings": values["max_position_embeddings"],
+        "original_max_position_embeddings": longest,
         "rms_norm_eps": 1e-5,
         "num_key_value_heads": values["num_attention_heads"],
     }
     fields: JSON = {field: (defaults | values)[key] for field, key in DECODER.items()}
-    fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
-    return DecoderConfig(**(fields | ours))
+    fields["head_dim"] = values.get("head_dim", fields["hidden_size"] // fields["num_heads"])
+    for name in ("short_factor", "long_factor"):
+        fields[name] = values.get(name)
+        if fields[name] is not None and 2 * len(fields[name]) != fields["head_dim"]:
+            raise ValueError(
+                f"{where} {name} has {len(fields[name])} entries, not half of {fields['head_dim']}"
+            )
+    return DecoderConfig(**fields)
 
 
 def decoder_values(config: DecoderConfig) -> JSON:
@@ -53,9 +137,15 @@ def decoder_values(config: DecoderConfig) -> JSON:
     return {key: getattr(config, field) for field, key in DECODER.items()} | {"hidden_act": "silu"}
 
 
-def vision_config(values: JSON, **ours: object) -> VitConfig:
+def vision_config(values: JSON, where: str, hidden_act: str, **ours: object) -> VitConfig:
     """A vision transformer's dimensions from config.json's values; `ours` are fields that have no key there,
-    or replace its value."""
+    or replace its value.
+
+    Raises:
+      ValueError: another activation, or a setting that it does not have; the message begins with `where`.
+    """
+    known_attention(values, where)
+    only(values, {"hidden_act": hidden_act}, where)
     fields: JSON = {field: values[key] for field, key in VISION.items() if key in values}
     return VitConfig(**(fields | ours))
 

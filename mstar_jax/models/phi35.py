@@ -260,6 +260,16 @@ IMAGE = "model.vision_embed_tokens."
 CLIP = VitConfig(
     hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size=336, patch_size=14
 )  # fixed in the official code, not in config.json
+FIXED: dict[str, names.JSON] = {  # the only values of these keys in config.json that the model supports
+    "embd_layer": {
+        "embedding_cls": "image",
+        "hd_transform_order": "sub_glb",
+        "projection_cls": "mlp",
+        "use_hd_transform": True,
+        "with_learnable_separator": True,
+    },
+    "img_processor": {"name": "clip_vision_model"},
+}
 
 
 def read_config(folder: pathlib.Path) -> Phi35Config:
@@ -267,11 +277,13 @@ def read_config(folder: pathlib.Path) -> Phi35Config:
 
     A policy of other sizes has a `vision_config` with CLIP's own keys in its config.json.
     """
-    c = hf.read_json(folder / "config.json")
-    scaling = c.get("rope_scaling") or {}
-    short, long = (tuple(scaling[k]) if k in scaling else None for k in ("short_factor", "long_factor"))
-    decoder = names.decoder_config({"rope_theta": 10000.0} | c, short_factor=short, long_factor=long)
-    vision = names.vision_config(c["vision_config"]) if "vision_config" in c else CLIP
+    c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
+    for part, wanted in FIXED.items():
+        names.only(c.get(part) or {}, wanted, f"{where} {part}")
+    decoder = names.decoder_config({"rope_theta": 10000.0} | c, where, ("default", "longrope", "su"))
+    vision = CLIP
+    if "vision_config" in c:
+        vision = names.vision_config(c["vision_config"], f"{where} vision_config", "quick_gelu")
     path = folder / "preprocessor_config.json"
     return Phi35Config(decoder, vision, hf.read_json(path).get("num_crops", 4) if path.exists() else 4)
 
@@ -289,15 +301,9 @@ def config_files(config: Phi35Config, dtype: str) -> dict[str, names.JSON]:
             **names.decoder_values(c),
             "rope_scaling": scaling if c.short_factor else None,
             "sliding_window": None,
-            "embd_layer": {
-                "embedding_cls": "image",
-                "hd_transform_order": "sub_glb",
-                "projection_cls": "mlp",
-                "use_hd_transform": True,
-                "with_learnable_separator": True,
-            },
+            "embd_layer": dict(FIXED["embd_layer"]),
             "img_processor": {
-                "name": "clip_vision_model",
+                **FIXED["img_processor"],
                 "image_dim_out": v.hidden_size,
                 "num_img_tokens": (v.side // 2) ** 2,
             },

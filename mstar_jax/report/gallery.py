@@ -6,6 +6,8 @@
     "responses": [{"sample": 0, "temperature": 0, "verdict": "correct", "answer": "22", "truncated": false,
                    "reward": 0.91, "steps": ["Bars red 4", "..."], "scores": [0.97, 0.91],
                    "right": [true]}]}]}]}
+
+A question is followed by its options where the rollouts hold them.
 """
 
 import base64
@@ -18,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from mstar_jax.data import images, truth
+from mstar_jax.data import images, prompts, truth
 from mstar_jax.report.runs import Missing, Record, RunRecord, lines, truths
 from mstar_jax.rewards import selection, steps
 
@@ -115,7 +117,8 @@ class Gallery:
         few = _spread(responses, RESPONSES) if mixed else responses[:RESPONSES]
         return {
             "id": str(record["query"]),
-            "question": str(record.get("question", ""))[:TEXT],
+            "question": str(record.get("question", ""))[:TEXT]
+            + prompts.listed([str(text) for text in record.get("options") or ()])[:TEXT],
             "gold": None if gold is None else str(gold),
             "images": shown,
             "missing": len(paths) - len(shown),
