@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, cli, configure, evolve, processes, records, sharding
+from mstar_jax import __version__, cli, configure, evolve, processes, ranges, records, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import evaluation
 from mstar_jax.profiling import speed
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
         top = head(config)
         mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(mesh)
-        configure.check(config, mesh)  # before the workdir is claimed
-        evaluation.check(config)
+        # before the workdir is claimed
+        ranges.refuse([*configure.problems(config, mesh), *evaluation.problems(config)])
         with processes.first_alone("claim"):
             claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)

@@ -37,6 +37,7 @@ SMALL = {
     "data.figures.instruct": 16,
     "data.validation": 8,
     "data.test": 8,
+    "data.max_prompt": 160,
     "data.buckets": (160,),
     "policy.decoder.num_layers": 1,
     "policy.decoder.unroll": 1,

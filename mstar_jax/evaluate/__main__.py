@@ -25,10 +25,10 @@ from absl import flags
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mstar_jax import cli, configure, finished, models, processes, sharding
+from mstar_jax import cli, configure, finished, models, processes, ranges, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import benchmarks
-from mstar_jax.evaluate.evaluation import Candidate, check, evaluate, identity, read, write_table
+from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, problems, read, write_table
 from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
@@ -143,8 +143,7 @@ def run(
         raise ValueError(f"two checkpoints have the same name ({', '.join(names)}): rename a folder")
     judge = Checkpoint(prm, Stage.reward_model) if prm else None
     mesh = sharding.make_mesh(**config.mesh)
-    check(config)
-    configure.check_sampling(config, mesh)
+    ranges.refuse([*problems(config), *configure.sampling_problems(config, mesh)])
     dtype = jnp.dtype(config.sampling.dtype)
     crops = config.policy.max_crops
     scorer = scorer_of(judge, mesh, dtype, crops) if judge else None

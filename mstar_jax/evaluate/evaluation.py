@@ -21,12 +21,12 @@ import jax
 import ml_collections
 
 from mstar_jax import processes
-from mstar_jax.configure import check_choice
 from mstar_jax.data import prompts
 from mstar_jax.evaluate import benchmarks, scoring
 from mstar_jax.evaluate.summary import Result, Results, line, table
 from mstar_jax.inference.generate import Asked, Groups, Inference, sample
 from mstar_jax.inference.score import Scorer, score
+from mstar_jax.ranges import not_among
 from mstar_jax.records import speeds
 from mstar_jax.rewards import metrics, selection
 from mstar_jax.store import write_text
@@ -77,15 +77,11 @@ class Benchmarks(NamedTuple):
     folder: pathlib.Path
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses unknown benchmarks and prompts.
-
-    Raises:
-      ValueError: with the key, its value and what it may be.
-    """
-    for name in config.benchmarks.names:
-        check_choice("benchmarks.names", name, benchmarks.NAMES)
-    check_choice("benchmarks.prompt", config.benchmarks.prompt, ("official", *config.prompts))
+def problems(config: ml_collections.ConfigDict) -> list[str]:
+    """Unknown benchmarks and prompts: each key, its value and what it may be."""
+    b = config.benchmarks
+    found = [text for name in b.names for text in not_among("benchmarks.names", name, benchmarks.NAMES)]
+    return found + not_among("benchmarks.prompt", b.prompt, ("official", *config.prompts))
 
 
 def read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Benchmarks:
