@@ -1,7 +1,6 @@
 """From the values of a config to what a run works with: checks, policy, optimizer and data."""
 
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -20,7 +19,6 @@ from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import selection
-from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
 from mstar_jax.training.optimizer import make_optimizer, make_schedule
@@ -349,10 +347,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
         validation=min(c.validation, len(queries) // 8),
         test=min(c.test, len(queries) // 4),
     )
-    ids = {name: [q.id for q in part] for name, part in splits.items()}
-    write_text(workdir / "splits.json", json.dumps(ids, indent=1))
     for name, part in splits.items():
         log.info("%s: %d queries", name, len(part))
+    if few := [name for name in ("labelled", "validation", "test") if not splits[name]]:
+        raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
     answers = {q.id: q.answer for q in queries}
     return Data(
         labelled=splits["labelled"],
@@ -371,7 +369,10 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
     Raises:
       ValueError: none is usable.
     """
-    queries, report = mathv360k.read(path, root)
+    try:
+        queries, report = mathv360k.read(path, root)
+    except OSError as error:
+        raise ValueError(f"data.labelled = {path}: cannot be read ({error})") from error
     (log.warning if report.dropped else log.info)("%s", report)
     if not queries:
         raise ValueError(f"{path}: no usable row; images are looked for under {root} (data.root)")

@@ -34,6 +34,7 @@ from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer
 from mstar_jax.structs import Processor, Stage
+from mstar_jax.workdir import lock
 
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or "runs/benchmarks")
     with cli.explained():
         cli.begin()
+        lock(workdir)
         results = run(config, workdir, CHECKPOINTS.value or [], PRM.value, stop)
     if processes.first():
         folder = (workdir / "benchmarks").absolute()
