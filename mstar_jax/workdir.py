@@ -176,6 +176,12 @@ def of_checkpoint(folder: pathlib.Path) -> dict[str, object]:
     return {path.name: fingerprint(path) for path in found}
 
 
+def of_folder(folder: pathlib.Path, blocks: int = 64) -> str:
+    """What tells a folder of many files from others: a digest of their names and contents."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _digest((str(path.relative_to(folder)), fingerprint(path, blocks)) for path in found)
+
+
 def fingerprint(path: pathlib.Path, blocks: int = 64) -> str:
     """A digest of a file's size and of so many blocks, evenly spread; of a small file, of all its bytes.
     Times do not count: a copy is the same."""

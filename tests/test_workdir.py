@@ -12,8 +12,9 @@ import sys
 
 import pytest
 
-from mstar_jax import workdir
-from mstar_jax.structs import Query
+from mstar_jax import records, workdir
+from mstar_jax.structs import Query, Stage
+from mstar_jax.training import curves
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOLD = """
@@ -154,3 +155,18 @@ def test_a_checkpoint_that_was_replaced_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(bytes([1]) * 10_000_000)
     with pytest.raises(ValueError, match="its start: policy.path: model.safetensors[.]"):
         workdir.check_inputs(tmp_path, {"policy.path": workdir.of_checkpoint(folder)})
+
+
+def test_cut_results_are_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"config": {')
+    with pytest.raises(ValueError, match=r"results\.json: damaged, not valid JSON"):
+        records.Results(tmp_path, {})
+
+
+def test_curves_lose_doubled_rows(tmp_path):
+    """As two runs in one workdir left them."""
+    (tmp_path / "metrics").mkdir()
+    path = tmp_path / "metrics" / "base.csv"
+    path.write_text("step,loss\n10,1.5\n20,1.2\n10,1.5\n30,1.1\n20,1.2\n40,1.0\n")
+    curves.StageLog(tmp_path, Stage.base, 30).close()
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "10", "20", "30"]

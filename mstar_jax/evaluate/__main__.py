@@ -12,7 +12,6 @@ run's, or a folder that `export --stage=prm` wrote. Started again, the command a
 """
 
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer
+from mstar_jax.store import read_json
 from mstar_jax.structs import Processor, Stage
 from mstar_jax.workdir import lock
 
@@ -69,7 +69,7 @@ class Checkpoint:
         folder, _, named = text.rpartition(":") if not pathlib.Path(text).exists() else (text, "", "")
         self.path = pathlib.Path(folder or text)
         config = self.path / "config.json"
-        values = json.loads(config.read_text()) if config.exists() else {}
+        values = read_json(config) if config.exists() else {}
         self.run = "model_type" not in values and "evolve" in values
         if not self.run and "model_type" not in values:
             raise ValueError(f"{text} is neither a run nor a checkpoint's folder: no such config.json in it")

@@ -31,6 +31,7 @@ from mstar_jax.records import speeds
 from mstar_jax.rewards import metrics, selection
 from mstar_jax.store import write_text
 from mstar_jax.structs import Model, Response, Stage
+from mstar_jax.workdir import of_checkpoint, of_folder
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +312,6 @@ def write_vlmevalkit(stem: pathlib.Path, answered: Sequence[tuple[Mapping[str, s
 
 
 def identity(path: pathlib.Path, stage: Stage | None = None) -> dict[str, object]:
-    """What tells a checkpoint's weights from others in the same place: path, stage, files, sizes, times."""
-    found = sorted(path.glob("*.safetensors")) if stage is None else []
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]
+    """What tells a policy, or a reward model, from others in the same place: path, stage, contents."""
+    files = of_checkpoint(path) if stage is None else of_folder(path / "checkpoints" / stage.name)
     return {"policy": str(path.absolute()), "stage": stage.name if stage else "", "files": files}
