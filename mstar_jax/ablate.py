@@ -169,7 +169,8 @@ def fork(shared: pathlib.Path, folder: pathlib.Path) -> None:
         except OSError:  # another file system
             shutil.copy2(source, target)
 
-    shutil.copytree(shared, part, copy_function=link, ignore=shutil.ignore_patterns("config.json", "report"))
+    own = shutil.ignore_patterns("config.json", "lock", "report")
+    shutil.copytree(shared, part, copy_function=link, ignore=own)
     part.rename(folder)
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -27,13 +29,18 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where it is not detected.")
 COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are, where it is not detected.")
 INDEX = flags.DEFINE_integer("process_id", None, "Which process this is, where it is not detected.")
-GRACE = flags.DEFINE_float("grace", 8.0, "Seconds from SIGTERM until the process exits, saved or not.")
+GRACE = flags.DEFINE_float(
+    "grace", 8.0, "Seconds from SIGTERM, Ctrl-C or SIGHUP until the process exits, saved or not."
+)
 
 log = logging.getLogger("mstar_jax")
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Termination:
-    """Turns SIGTERM into a flag that the stages read; a second thread ends the process when its time is over.
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) into a flag that the stages read.
+
+    A second thread ends the process when its time is over, or at a second Ctrl-C.
 
     A compiler or a long device batch cannot be interrupted, so after the grace period the process exits
     in the middle of it: everything on disk is whole, and a restart ends with the same result.
@@ -44,22 +51,36 @@ class Termination:
         self.grace = grace
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, lambda *_: self.asked.set())
         # Python runs a handler only between two bytecode instructions, which may be far apart;
         # the byte on the pipe is written at once
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        # A terminal sends these two to the child processes as well, which leave with this one. They inherit
+        # what is blocked here; the other thread takes the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
 
     def _watch(self, reader: int) -> None:
-        while signal.SIGTERM not in os.read(reader, 64):
-            pass
-        self.asked.set()
-        time.sleep(self.grace)
-        os._exit(143)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        came: list[int] = []
+        end = math.inf
+        while True:
+            left = end - time.monotonic()
+            ready, _, _ = select.select([reader], [], [], None if math.isinf(end) else max(left, 0))
+            if not ready:
+                os._exit(143)
+            came += [number for number in os.read(reader, 64) if number in STOPS]
+            if came.count(signal.SIGINT) > 1:
+                os._exit(130)
+            if came and math.isinf(end):
+                self.asked.set()
+                end = time.monotonic() + self.grace
 
 
 def start(argv: Sequence[str]) -> Callable[[], bool]:
-    """Sets up the log and SIGTERM; returns a function that says whether the command was told to stop.
+    """Sets up the log and the signals; returns a function that says whether the command was told to stop.
 
     Raises:
       UsageError: the command line has an argument that is not a flag.
@@ -92,15 +113,18 @@ def main(command: Callable[[list[str]], None]) -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Ends the process with exit code 143 if the block was stopped, and with 2 and one line if a value is
-    wrong; with MSTAR_TRACEBACK set in the environment, the traceback is shown."""
+    """Ends the process with exit code 143 if the block was stopped, and with one line and 2 if a value is
+    wrong, 1 if the system refused something (a workdir in use or read-only, a full disk).
+
+    With MSTAR_TRACEBACK set in the environment, the traceback is shown.
+    """
     try:
         yield
     except Stopped as stopped:
         log.warning("%s. Start the same command again to continue.", stopped)
         sys.exit(143)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("MSTAR_TRACEBACK"):
             raise
         log.error("error: %s", error)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -1,10 +1,11 @@
 """From the values of a config to what a run works with: checks, policy, optimizer and data."""
 
 import dataclasses
-import json
 import logging
+import math
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,13 +13,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mstar_jax import models, sharding
+from mstar_jax import models, ranges, sharding
 from mstar_jax.data import mathv360k, prompts, splits, toy
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import selection
-from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
 from mstar_jax.training.optimizer import make_optimizer, make_schedule
@@ -32,112 +32,128 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     """Refuses impossible values before anything is compiled or written.
 
     Raises:
-      ValueError: with the key, its value and what it may be.
+      ValueError: with every such key, its value and what it may be.
     """
-    _check_sources(config)
-    _check_choices(config)
-    _check_batches(config, mesh)
-    check_sampling(config, mesh)
+    ranges.refuse(problems(config, mesh))
+
+
+def problems(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """What is impossible: each key, its value and what it may be."""
+    found = [*_sources(config), *_words(config), *_numbers(config), *_batches(config, mesh)]
+    found += sampling_problems(config, mesh)
     for template in config.prompts.values():
-        prompts.check(template)
-    _check_method(config)
-    _check_numbers(config)
+        found += ranges.refusal(prompts.check, template)
+    longest = {"data.max_prompt": config.data.max_prompt}
+    longest |= {"sampling.max_new_tokens": config.sampling.max_new_tokens}
+    found += ranges.lengths(config.data.buckets, longest)
+    return [*found, *_schedules(config), *_method(config)]
 
 
-def check_sampling(config: ConfigDict, mesh: Mesh) -> None:
-    """Refuses sampling settings with which nothing can be sampled.
-
-    Raises:
-      ValueError: with the key, its value and what it may be.
-    """
+def sampling_problems(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """Sampling settings with which nothing can be sampled."""
     s = config.sampling
-    sharding.check_divides("sampling.batch", s.batch, mesh)
+    found = [*ranges.outside(ranges.flat(config), ranges.SAMPLING)]
+    found += ranges.refusal(sharding.check_divides, "sampling.batch", s.batch, mesh)
     if not 0 < s.refill <= 1:
-        raise ValueError(f"sampling.refill = {s.refill}: must be a fraction of the batch, above 0, at most 1")
-    if s.shard < 1:
-        raise ValueError(f"sampling.shard = {s.shard}: a file of rollouts must hold at least 1 batch")
-    check_choice("sampling.cache", s.cache, ("", "float32", "bfloat16", "float16", "int8"))
+        found.append(f"sampling.refill = {s.refill}: must be a fraction of the batch, above 0, at most 1")
+    if "" in s.stop_strings:
+        found.append(f"sampling.stop_strings = {s.stop_strings!r}: an empty one would end every response")
+    found += ranges.not_among("sampling.cache", s.cache, ("", *ranges.FLOATS, "int8"))
+    return found + ranges.not_among("sampling.dtype", s.dtype, ranges.FLOATS)
 
 
-def check_choice(key: str, value: str, known: Collection[str]) -> None:
-    """Refuses a value that is none of the known ones.
-
-    Raises:
-      ValueError: with the key, its value and what it may be.
-    """
-    if value not in known:
-        raise ValueError(f"{key} = {value!r}: choose one of {', '.join(map(repr, known))}")
-
-
-def _check_sources(config: ConfigDict) -> None:
+def _sources(config: ConfigDict) -> Iterator[str]:
     """There is a policy and data."""
     if not config.policy.path and not _has_dimensions(config):
-        raise ValueError("policy.path is not set: give a checkpoint's folder, --config.policy.path=/...")
+        yield "policy.path is not set: give a checkpoint's folder, --config.policy.path=/..."
     if not config.data.labelled and not _has_figures(config):
-        raise ValueError("data.labelled is not set: give a MathV360K file, --config.data.labelled=/...")
+        yield "data.labelled is not set: give a MathV360K file, --config.data.labelled=/..."
 
 
-def _check_choices(config: ConfigDict) -> None:
+def _words(config: ConfigDict) -> Iterator[str]:
     """Values that are words."""
-    c = config
-    check_choice("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
-    check_choice("evolve.start", c.evolve.start, ("last", "warmup"))
+    c, choose = config, ranges.not_among
+    yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
+    yield from choose("evolve.start", c.evolve.start, ("last", "warmup"))
     rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
-    check_choice("evolve.select", c.evolve.select, rules)
-    check_choice("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
-    check_choice("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
-    check_choice("train.remat", c.train.remat, tuple(step.REMAT))
-    check_choice("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
+    yield from choose("evolve.select", c.evolve.select, rules)
+    yield from choose("prm.aggregate", c.prm.aggregate, tuple(selection.AGGREGATES))
+    yield from choose("explore.criterion", c.explore.criterion, ("reward_pass_at_2", "balance_score"))
+    yield from choose("train.remat", c.train.remat, tuple(step.REMAT))
+    yield from choose("train.dtype", c.train.dtype, ranges.FLOATS)
+    yield from choose("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
+    for kind in c.eval.test_at:
+        yield from choose("eval.test_at", kind, ("base", "warmup", "iteration"))
+    for pattern in c.train.frozen:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"train.frozen = {pattern!r}: no regular expression ({error})"
 
 
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+def _numbers(config: ConfigDict) -> Iterator[str]:
+    """Values that are numbers."""
+    c, values = config, ranges.flat(config)
+    yield from ranges.outside(values, ranges.ALWAYS)
+    if not c.policy.path and _has_dimensions(c):
+        yield from ranges.outside(values, ranges.FROM_SCRATCH)
+        if not any(share > 0 for share in c.base.mix.values()):
+            yield "base.mix: one of its shares must be above 0"
+    if not c.data.labelled and _has_figures(c):
+        yield from ranges.outside(values, ranges.FIGURES)
+    profile = c.train.profile
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
+        yield f"train.profile = {profile}: give (first step, end), as in (10, 13), or ()"
+    if c.prm.completions > 0 and c.prm.samples % c.prm.completions:
+        yield f"prm.samples = {c.prm.samples}: must be a multiple of prm.completions = {c.prm.completions}"
+    if 0 < c.eval.samples < c.eval.k:
+        yield f"eval.k = {c.eval.k}: Pass@k needs k samples, and eval.samples = {c.eval.samples}"
+    temperatures = c.explore.temperatures
+    if c.explore.every and not (temperatures and all(0 < t < math.inf for t in temperatures)):
+        yield f"explore.temperatures = {temperatures}: give some, each above 0"
+
+
+def _schedules(config: ConfigDict) -> Iterator[str]:
+    """No warm-up of a learning rate is longer than its stage."""
+    stages = ["warmup"]
+    stages += [] if config.policy.path or not _has_dimensions(config) else ["base"]
+    stages += ["prm"] if config.prm.queries and not config.prm.path else []
+    stages += ["evolve"] if config.evolve.iterations > 0 else []
+    for name in stages:
+        values = config[name]
+        if min(values.steps, values.warmup_steps) >= 0:
+            for problem in ranges.refusal(schedule, values):
+                yield f"{name}.warmup_steps = {values.warmup_steps}, {name}.steps = {values.steps}: {problem}"
+
+
+def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
     """Global batches can be divided among the devices."""
     c = config
-    accumulate = c.train.accumulate
-    if not c.policy.path:
-        sharding.check_divides("base.batch", c.base.batch, mesh, accumulate)
-    sharding.check_divides("warmup.batch", c.warmup.batch, mesh, accumulate)
-    sharding.check_divides("evolve.batch", c.evolve.batch, mesh, accumulate)
-    sharding.check_divides("prm.batch", c.prm.batch, mesh, accumulate if c.prm.queries else 1)
-    sharding.check_divides("prm.rows", c.prm.rows, mesh)
-    sharding.check_divides("explore.batch", c.explore.batch, mesh)
+    accumulate = max(c.train.accumulate, 1)
+    sizes = [] if c.policy.path or not _has_dimensions(c) else [("base.batch", c.base.batch, accumulate)]
+    sizes += [
+        ("warmup.batch", c.warmup.batch, accumulate),
+        ("evolve.batch", c.evolve.batch, accumulate),
+        ("prm.batch", c.prm.batch, accumulate if c.prm.queries else 1),
+        ("prm.rows", c.prm.rows, 1),
+        ("explore.batch", c.explore.batch, 1),
+    ]
+    for key, size, parts in sizes:
+        yield from ranges.refusal(sharding.check_divides, key, size, mesh, parts)
 
 
-def _check_method(config: ConfigDict) -> None:
+def _method(config: ConfigDict) -> Iterator[str]:
     """The parts of the method fit together."""
     c = config
     has_reward_model = bool(c.prm.queries or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
-        raise ValueError("evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path")
+        yield "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
-        raise ValueError("evolve.select = 'oracle': needs the embedded data set, whose true steps are known")
+        yield "evolve.select = 'oracle': needs the embedded data set, whose true steps are known"
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
-        raise ValueError(
+        yield (
             f"evolve.threshold = {c.evolve.threshold}: must be None, for evolve.select = {c.evolve.select!r} "
             "has no rewards"
-        )
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    """Values that are numbers."""
-    c = config
-    if c.train.lora.rank < 0:
-        raise ValueError(f"train.lora.rank = {c.train.lora.rank}: must be 0 (no LoRA) or more")
-    if c.train.lora.alpha <= 0:
-        raise ValueError(f"train.lora.alpha = {c.train.lora.alpha}: must be above 0")
-    profile = c.train.profile
-    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1]):
-        raise ValueError(f"train.profile = {profile}: give (first step, end), as in (10, 13), or ()")
-    if c.prm.samples % c.prm.completions:
-        raise ValueError(
-            f"prm.samples = {c.prm.samples}: must be a multiple of prm.completions = {c.prm.completions}"
-        )
-    if 0 < c.eval.samples < c.eval.k:
-        raise ValueError(f"eval.k = {c.eval.k}: Pass@k needs k samples, and eval.samples = {c.eval.samples}")
-    if c.evolve.keep_checkpoints < 2:
-        raise ValueError(
-            f"evolve.keep_checkpoints = {c.evolve.keep_checkpoints}: must be at least 2, since an iteration "
-            "starts from the checkpoint of the one before"
         )
 
 
@@ -324,10 +340,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
         validation=min(c.validation, len(queries) // 8),
         test=min(c.test, len(queries) // 4),
     )
-    ids = {name: [q.id for q in part] for name, part in parts.items()}
-    write_text(workdir / "splits.json", json.dumps(ids, indent=1))
     for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
+    if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
+        raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
     answers = {q.id: q.answer for q in queries}
     return Data(
         labelled=parts["labelled"],
@@ -346,7 +362,10 @@ def read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
     Raises:
       ValueError: none is usable.
     """
-    queries, report = mathv360k.read(path, root)
+    try:
+        queries, report = mathv360k.read(path, root)
+    except OSError as error:
+        raise ValueError(f"data.labelled = {path}: cannot be read ({error})") from error
     (log.warning if report.dropped else log.info)("%s", report)
     if not queries:
         raise ValueError(f"{path}: no usable row; images are looked for under {root} (data.root)")

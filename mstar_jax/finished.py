@@ -1,6 +1,5 @@
 """The finished stages of a run's workdir, read back by commands other than the run itself."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
+from mstar_jax.store import read_json
 from mstar_jax.structs import Stage
 from mstar_jax.training.checkpoint import Checkpoints
 
@@ -55,7 +55,7 @@ def policy_of(workdir: pathlib.Path) -> Policy:
     """
     if not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} is no run: it holds no config.json")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
     try:
         return configure.make_policy(config, workdir)
     except (AttributeError, KeyError) as error:

@@ -6,7 +6,6 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,12 +13,12 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mstar_jax import __version__, cli, configure, evolve, processes, records, sharding
+from mstar_jax import __version__, cli, configure, evolve, processes, ranges, records, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import evaluation
 from mstar_jax.profiling import speed
 from mstar_jax.report import page
-from mstar_jax.store import write_text
+from mstar_jax.workdir import claim, lock, unclaim
 
 flags.adopt_module_key_flags(cli)
 log = logging.getLogger("mstar_jax")
@@ -47,39 +46,9 @@ def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
-def claim(workdir: pathlib.Path, config: dict[str, object]) -> None:
-    """Writes the config into a new workdir; refuses a workdir that holds a run with other values.
-
-    Raises:
-      ValueError: with every value that differs.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    if path.exists():
-        changed = [
-            f"{k}: {a} there, {b} now" for k, a, b in _differences(json.loads(path.read_text()), config)
-        ]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run with other values ({'; '.join(changed)}). "
-                "Name another --workdir, or remove that one."
-            )
-    else:
-        write_text(path, json.dumps(config, indent=1))
-
-
-def _differences(there: object, now: object, name: str = "") -> Iterator[tuple[str, object, object]]:
-    """(dotted key, value there, value now) of every value that differs."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        for key in there | now:
-            yield from _differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif there != now:
-        yield name, there, now
-
-
 def main(argv: list[str]) -> None:
     stop = cli.start(argv)
-    started = time.time()
+    started = time.monotonic()
     compiled = speed.compiled()
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or _default_workdir())
@@ -88,13 +57,19 @@ def main(argv: list[str]) -> None:
         top = head(config)
         mesh = sharding.make_mesh(**config.mesh)
         jax.set_mesh(mesh)
-        configure.check(config, mesh)  # before the workdir is claimed
-        evaluation.check(config)
+        # before the workdir is claimed
+        ranges.refuse([*configure.problems(config, mesh), *evaluation.problems(config)])
+        lock(workdir)
         with processes.first_alone("claim"):
-            claim(workdir, top["config"])
+            new = claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        found = evolve.evolve(config, workdir, top, stop)
-    spent = time.time() - started
+        try:
+            found = evolve.evolve(config, workdir, top, stop)
+        except ValueError:
+            if new:
+                unclaim(workdir)
+            raise
+    spent = time.monotonic() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     if not processes.first():
         return

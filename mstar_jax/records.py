@@ -11,7 +11,7 @@ import tensorboardX
 
 from mstar_jax import processes
 from mstar_jax.data import prompts
-from mstar_jax.store import write_text
+from mstar_jax.store import read_json, write_text
 from mstar_jax.structs import Query, Response, Stage
 
 
@@ -87,7 +87,7 @@ class Results:
         if processes.first():
             (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.records = json.loads(self.path.read_text())["stages"]
+            self.records = read_json(self.path)["stages"]
         processes.barrier("results")  # read by all processes before one adds to them
 
     def find(self, stage: Stage, split: str) -> Record | None:

@@ -2,6 +2,7 @@
 
     <workdir>/rollouts/<name>/settings.json    what the samples depend on
     <workdir>/rollouts/<name>/00012.jsonl      one shard per device batch, renamed into place when whole
+    <workdir>/rollouts/<name>/00012.sum        how many records it holds, and their digest
     <workdir>/labels/<name>/...                Monte-Carlo labels of steps, in the same layout
     <workdir>/scores/<name>/...                responses with the reward model's step scores
 
@@ -12,7 +13,9 @@ A line of a shard of rollouts or scores is one query with its responses:
 """
 
 import dataclasses
+import hashlib
 import json
+import logging
 import os
 import pathlib
 import uuid
@@ -25,6 +28,7 @@ from mstar_jax import processes
 from mstar_jax.structs import Query, Response
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -37,8 +41,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(part, path)
 
 
+def read_json(path: pathlib.Path) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+      ValueError: it is not whole, naming the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, not valid JSON ({error}); restore it from a copy") from error
+
+
 class Store:
-    """Records in shards; a shard is complete or absent."""
+    """Records in shards; a shard is complete or absent, and one that was damaged later counts as absent."""
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping[str, object]):
         """Opens or creates a store.
@@ -52,11 +68,14 @@ class Store:
         if processes.first():
             self.folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            there = json.loads(path.read_text())
+            there = read_json(path)
             if there != now:
                 pairs = {k: (there.get(k), now.get(k)) for k in there | now}
                 changed = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
-                raise ValueError(f"{self.folder} was made with other settings (there, now): {changed}")
+                raise ValueError(
+                    f"{self.folder} was made with other settings (there, now): {changed}. "
+                    "Remove this folder to make it again, or name another --workdir."
+                )
         elif processes.first():
             write_text(path, json.dumps(now, indent=1))
 
@@ -64,15 +83,36 @@ class Store:
         return self.folder / f"{number:05d}.jsonl"
 
     def missing(self, shards: int) -> list[int]:
-        """Which of the shards 0..shards-1 do not exist yet, as process 0 sees it."""
-        there = np.array([self._shard(number).exists() for number in range(shards)])
+        """Which of the shards 0..shards-1 do not exist yet or are damaged, as process 0 sees it; those that
+        are damaged are named in the log."""
+        there = np.array([self._is_whole(number) for number in range(shards)])
         return np.flatnonzero(~processes.from_first(there)).tolist() if shards else []
+
+    def _is_whole(self, number: int) -> bool:
+        path = self._shard(number)
+        if not path.exists():
+            return False
+        try:
+            noted = json.loads(path.with_suffix(".sum").read_text())
+            records = noted["records"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            log.warning("%s: how much it should hold is not known, so it is made again", path)
+            return False
+        data = path.read_bytes()
+        if noted == _sum(data):
+            return True
+        lines = data.count(b"\n")
+        log.warning("%s: damaged (%d of %d whole lines), so it is made again", path, lines, records)
+        return False
 
     def write(self, number: int, records: Iterable[Mapping[str, object]]) -> None:
         """Writes shard `number`, a record a line, if this is process 0."""
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if processes.first():
-            write_text(self._shard(number), "".join(lines))
+            path = self._shard(number)
+            path.unlink(missing_ok=True)  # a damaged one; the sum below is not its own
+            write_text(path.with_suffix(".sum"), json.dumps(_sum(text.encode())))
+            write_text(path, text)
 
     def complete(self, shards: int) -> None:
         """Waits until all shards can be read here.
@@ -101,6 +141,11 @@ class Store:
                         f"{where}: not what this store holds ({error}); remove the file to redo it"
                     ) from error
                 yield found
+
+
+def _sum(data: bytes) -> dict[str, object]:
+    """What a shard's `.sum` says of it."""
+    return {"records": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:

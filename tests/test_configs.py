@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tokenize
@@ -12,7 +13,7 @@ import tokenize
 import pytest
 
 from configs import base, phi35, tiny, variants
-from mstar_jax import configure, sharding
+from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -146,7 +147,84 @@ def test_impossible_values_are_refused(key, value, text):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=text):
         configure.check(config, sharding.make_mesh())
-        evaluation.check(config)
+        ranges.refuse(evaluation.problems(config))
+
+
+IMPOSSIBLE = {
+    "evolve.steps": (0, -1),
+    "evolve.warmup_steps": (13,),  # of 2 iterations of 6 steps
+    "warmup.warmup_steps": (6, -1),
+    "prm.warmup_steps": (7,),
+    "base.warmup_steps": (60,),
+    "eval.every": (0,),
+    "eval.k": (0,),
+    "eval.show": (-1,),
+    "eval.test_at": (("end",),),
+    "evolve.k": (0,),
+    "evolve.fraction": (0.0, 1.5, float("nan")),
+    "evolve.keep": (-1,),
+    "evolve.iterations": (-1,),
+    "evolve.learning_rate": (-1e-3, float("inf")),
+    "evolve.unlabelled.mixin": (1.5,),
+    "sampling.dtype": ("bf16",),
+    "sampling.top_p": (0.0, 1.1),
+    "sampling.top_k": (-1,),
+    "sampling.max_new_tokens": (0, 641),
+    "sampling.stop_strings": (("",),),
+    "train.dtype": ("half",),
+    "train.frozen": (("(",),),
+    "train.log_every": (0,),
+    "train.save_every": (0, -5),
+    "train.accumulate": (0, -2),
+    "train.b2": (1.0,),
+    "train.clip": (-1.0,),
+    "data.validation": (0,),
+    "data.test": (0,),
+    "data.max_prompt": (641, 0),
+    "data.buckets": ((), (0, 640), (640, 448)),
+    "data.workers": (-1,),
+    "data.figures.test": (0,),
+    "prm.completions": (0,),
+    "prm.k": (0,),
+    "prm.chunk": (0,),
+    "explore.temperatures": ((), (0.0, 1.0)),
+    "explore.samples": (0,),
+    "base.check_every": (0,),
+    "base.batch": (0,),
+    "policy.decoder.num_heads": (0,),
+    "seed": (-1, 2**31),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in IMPOSSIBLE for value in IMPOSSIBLE[key]])
+def test_every_impossible_value_is_named(key, value):
+    config = tiny.get_config("smoke")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}( = |: )"):
+        configure.check(config, sharding.make_mesh())
+
+
+def test_all_problems_are_said_at_once():
+    config = tiny.get_config("smoke")
+    config.update_from_flattened_dict({"eval.every": 0, "sampling.dtype": "bf16", "evolve.batch": 3})
+    with pytest.raises(ValueError) as error:
+        configure.check(config, sharding.make_mesh())
+    for part in (
+        "eval.every = 0: must be at least 1",
+        "sampling.dtype = 'bf16': choose one of 'float32', 'bfloat16', 'float16'",
+        "evolve.batch = 3 is impossible",
+    ):
+        assert part in str(error.value)
+
+
+def test_every_number_has_a_range():
+    """But for those that are checked by a rule of their own."""
+    ruled = ranges.ALWAYS | ranges.SAMPLING | ranges.FROM_SCRATCH | ranges.FIGURES
+    own = {"evolve.threshold", "sampling.refill", "policy.decoder.num_layers"}
+    own |= {"data.figures.train"}
+    numbers = {key for key, value in flat(base.get_config()).items() if type(value) in (int, float)}
+    left = {key for key in numbers - set(ruled) - own if not key.endswith((".batch", ".rows"))}
+    assert left == {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the mesh refuses them itself
 
 
 def test_a_threshold_needs_rewards():

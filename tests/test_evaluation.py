@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import openpyxl
@@ -18,7 +19,7 @@ from mstar_jax.inference import generate
 from mstar_jax.inference.score import Scorer
 from mstar_jax.models import vlm
 from mstar_jax.profiling import speed
-from mstar_jax.structs import Query, Response
+from mstar_jax.structs import Query, Response, Stage
 
 OPTIONS = ("red", "blue", "green")
 SETTINGS = {
@@ -257,6 +258,41 @@ def test_other_weights_of_the_same_name_are_refused(place, tmp_path):
     shutil.copytree(folder / "second", tmp_path / "first")
     with pytest.raises(ValueError, match="made with other settings"):
         evaluate.run(config, tmp_path / "work", [str(tmp_path / "first")], None, lambda: False)
+
+
+@pytest.mark.parametrize("which", ["policy", "reward"])
+def test_other_weights_in_the_same_place_are_refused(place, tmp_path, which):
+    """Whatever their times say."""
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    config.benchmarks.samples = 1
+    shutil.copytree(folder / "first", tmp_path / "policy")
+    shutil.copytree(folder / "reward", tmp_path / "reward")
+    names, prm = [str(tmp_path / "policy")], str(tmp_path / "reward")
+    evaluate.run(config, tmp_path / "work", names, prm, lambda: False)
+    weights = tmp_path / which / "model.safetensors"
+    if not weights.exists():
+        weights = sorted((tmp_path / which).glob("*.safetensors"))[0]
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-4:] = bytes([1, 2, 3, 4])
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="made with other settings"):
+        evaluate.run(config, tmp_path / "work", names, prm, lambda: False)
+
+
+def test_a_run_that_was_trained_again_is_another_policy(tmp_path):
+    """In the same folder, of the same stage, after as many steps; so is its reward model."""
+    for stage in (Stage.iteration(2), Stage.reward_model):
+        state = tmp_path / "run" / "checkpoints" / stage.name / "6" / "state"
+        state.mkdir(parents=True)
+        (state / "d").write_bytes(b"first")
+        before = evaluation.identity(tmp_path / "run", stage)
+        os.utime(state / "d", (0, 0))
+        assert evaluation.identity(tmp_path / "run", stage) == before
+        (state / "d").write_bytes(b"other")
+        assert evaluation.identity(tmp_path / "run", stage) != before
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from mstar_jax import evolve, main, sharding
 from mstar_jax.inference import generate
 from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
+from mstar_jax.workdir import claim
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {
@@ -37,6 +38,7 @@ SMALL = {
     "data.figures.instruct": 16,
     "data.validation": 8,
     "data.test": 8,
+    "data.max_prompt": 160,
     "data.buckets": (160,),
     "policy.decoder.num_layers": 1,
     "policy.decoder.unroll": 1,
@@ -104,7 +106,7 @@ def small(variant="smoke"):
 
 def run(config, workdir, stop=lambda: False):
     head = main.head(config)
-    main.claim(workdir, head["config"])
+    claim(workdir, head["config"])
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):  # as main does: layouts are pinned to it
         return evolve.evolve(config, workdir, head, stop)
 

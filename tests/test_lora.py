@@ -459,7 +459,7 @@ def test_plans():
 def test_values_are_checked():
     mesh = sharding.make_mesh()
     for change, text in (
-        ({"rank": -1}, r"train.lora.rank = -1: must be 0 \(no LoRA\) or more"),
+        ({"rank": -1}, r"train.lora.rank = -1: must be at least 0"),
         ({"rank": 8, "alpha": 0.0}, "train.lora.alpha = 0.0: must be above 0"),
         ({"base_dtype": "int8"}, "train.lora.base_dtype = 'int8': choose one of"),
     ):

@@ -10,7 +10,9 @@ import pytest
 
 from configs import tiny as tiny_config
 from mstar_jax import configure, main, sharding
+from mstar_jax.workdir import claim
 
+ANSWER = {"from": "gpt", "value": "The answer is 2"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -22,20 +24,6 @@ def start(*flags, devices=1):
     )
 
 
-def test_claim(tmp_path):
-    config = {"seed": 0, "base": {"steps": 10, "mix": [1, 2]}, "old": 1}
-    main.claim(tmp_path / "runs" / "one", config)
-    main.claim(tmp_path / "runs" / "one", config)  # the same values are accepted
-    assert json.loads((tmp_path / "runs" / "one" / "config.json").read_text()) == config
-    changed = {"seed": 0, "base": {"steps": 12, "mix": [1, 3]}, "new": "x"}
-    with pytest.raises(ValueError) as error:
-        main.claim(tmp_path / "runs" / "one", changed)
-    text = str(error.value)
-    for part in ("base.steps: 10 there, 12 now", "base.mix: [1, 2] there, [1, 3] now"):
-        assert part in text
-    assert "old: 1 there, None now" in text and "new: None there, x now" in text and "seed" not in text
-
-
 @pytest.mark.parametrize("variant", ["mstar", "continuous", "rest_em", "smoke"])
 def test_head(variant, tmp_path):
     config = tiny_config.get_config(variant)
@@ -44,8 +32,8 @@ def test_head(variant, tmp_path):
     assert {"mstar_jax", "python", "jax", "flax", "optax", "orbax"} <= set(head["versions"])
     assert head["device"] == {"kind": "cpu", "platform": "cpu", "count": 8}
     assert json.loads(json.dumps(head)) == head  # tuples would differ from what is read back
-    main.claim(tmp_path, head["config"])
-    main.claim(tmp_path, main.head(tiny_config.get_config(variant))["config"])
+    claim(tmp_path, head["config"])
+    claim(tmp_path, main.head(tiny_config.get_config(variant))["config"])
 
 
 def test_unknown_key_is_refused(tmp_path):
@@ -69,10 +57,10 @@ def test_impossible_batch_is_refused(tmp_path):
 def test_impossible_sampling_is_refused(key, value):
     config = tiny_config.get_config("smoke")
     mesh = sharding.make_mesh(**config.mesh)
-    configure.check_sampling(config, mesh)
+    assert configure.sampling_problems(config, mesh) == []
     config.sampling[key] = value
-    with pytest.raises(ValueError, match=rf"sampling\.{key} = "):
-        configure.check_sampling(config, mesh)
+    [problem] = configure.sampling_problems(config, mesh)
+    assert problem.startswith(f"sampling.{key} = ")
 
 
 def test_more_passes_than_samples_are_refused():
@@ -81,3 +69,28 @@ def test_more_passes_than_samples_are_refused():
     config.eval.k = 1 + config.eval.samples
     with pytest.raises(ValueError, match="eval.k = 5: Pass@k needs k samples, and eval.samples = 4"):
         configure.check(config, sharding.make_mesh(**config.mesh))
+
+
+def test_data_that_cannot_be_leaves_the_workdir_free(tmp_path):
+    """The corrected command may have it."""
+    (tmp_path / "few.json").write_text(
+        json.dumps(
+            [
+                {"id": i, "conversations": [{"from": "human", "value": f"Question: {i} + 1?"}, ANSWER]}
+                for i in "123"
+            ]
+        )
+    )
+    flags = ["--config=configs/tiny.py:smoke", f"--workdir={tmp_path / 'run'}", "--config.base.batch=8"]
+    for name, said in (("few.json", "3 usable rows are too few"), ("none.json", "cannot be read")):
+        done = start(*flags, f"--config.data.labelled={tmp_path / name}")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert said in done.stderr.splitlines()[-1] and name in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = start("--config=configs/tiny.py:smoke", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(tmp_path / "file") in done.stderr.splitlines()[-1]

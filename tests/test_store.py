@@ -69,7 +69,7 @@ def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         one.write(1, records(1, 2))
     monkeypatch.undo()
-    assert [p.name for p in tmp_path.glob("00001.jsonl.part*")]  # left by the kill
+    assert [p.name for p in tmp_path.glob("00001.*.part*")]  # left by the kill
     again = store.Store(tmp_path, SETTINGS)
     assert again.missing(2) == [1]
     assert [name for name, _ in again.read(store.read_rollout)] == ["q0"]
@@ -99,3 +99,50 @@ def test_broken_line_is_named(tmp_path, broken):
         ValueError, match=r"00003\.jsonl, line 2: not what this store holds .*remove the file"
     ):
         list(one.read(store.read_rollout))
+
+
+def cut_at_a_line(data):
+    return data[: data.index(b"\n") + 1]
+
+
+def cut_within_a_line(data):
+    return data[:-7]
+
+
+def swapped(data):
+    return data.replace(b"How many?", b"How much?")
+
+
+@pytest.mark.parametrize("damage", [cut_at_a_line, cut_within_a_line, swapped, lambda data: b""])
+def test_a_damaged_shard_is_made_again_and_named(tmp_path, caplog, damage):
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(0, records(0, 2))
+    one.write(1, records(2, 2))
+    path = tmp_path / "00001.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    again = store.Store(tmp_path, SETTINGS)
+    assert again.missing(3) == [1, 2]
+    [line] = caplog.messages
+    assert str(path) in line and "of 2 whole lines), so it is made again" in line
+    again.write(1, records(2, 2))
+    assert again.missing(2) == []
+    assert [name for name, _ in again.read(store.read_rollout)] == ["q0", "q1", "q2", "q3"]
+
+
+def test_an_empty_shard_that_was_meant_is_whole(tmp_path):
+    store.Store(tmp_path, SETTINGS).write(0, [])
+    assert store.Store(tmp_path, SETTINGS).missing(1) == []
+
+
+def test_a_shard_without_its_sum_is_made_again(tmp_path, caplog):
+    store.Store(tmp_path, SETTINGS).write(0, records(0, 2))
+    (tmp_path / "00000.sum").unlink()
+    assert store.Store(tmp_path, SETTINGS).missing(1) == [0]
+    assert "00000.jsonl: how much it should hold is not known" in caplog.text
+
+
+def test_damaged_settings_are_named(tmp_path):
+    store.Store(tmp_path, SETTINGS)
+    (tmp_path / "settings.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"settings\.json: damaged, not valid JSON"):
+        store.Store(tmp_path, SETTINGS)

@@ -12,7 +12,6 @@ run's, or a folder that `export --stage=prm` wrote. Started again, the command a
 """
 
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,15 +24,17 @@ from absl import flags
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mstar_jax import cli, configure, finished, models, processes, sharding
+from mstar_jax import cli, configure, finished, models, processes, ranges, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import benchmarks
-from mstar_jax.evaluate.evaluation import Candidate, check, evaluate, identity, read, write_table
+from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, problems, read, write_table
 from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer
+from mstar_jax.store import read_json
 from mstar_jax.structs import Processor, Stage
+from mstar_jax.workdir import lock
 
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
@@ -68,7 +69,7 @@ class Checkpoint:
         folder, _, named = text.rpartition(":") if not pathlib.Path(text).exists() else (text, "", "")
         self.path = pathlib.Path(folder or text)
         config = self.path / "config.json"
-        values = json.loads(config.read_text()) if config.exists() else {}
+        values = read_json(config) if config.exists() else {}
         self.run = "model_type" not in values and "evolve" in values
         if not self.run and "model_type" not in values:
             raise ValueError(f"{text} is neither a run nor a checkpoint's folder: no such config.json in it")
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(WORKDIR.value or "runs/benchmarks")
     with cli.explained():
         cli.begin()
+        lock(workdir)
         results = run(config, workdir, CHECKPOINTS.value or [], PRM.value, stop)
     if processes.first():
         folder = (workdir / "benchmarks").absolute()
@@ -143,8 +145,7 @@ def run(
         raise ValueError(f"two checkpoints have the same name ({', '.join(names)}): rename a folder")
     judge = Checkpoint(prm, Stage.reward_model) if prm else None
     mesh = sharding.make_mesh(**config.mesh)
-    check(config)
-    configure.check_sampling(config, mesh)
+    ranges.refuse([*problems(config), *configure.sampling_problems(config, mesh)])
     dtype = jnp.dtype(config.sampling.dtype)
     crops = config.policy.max_crops
     scorer = scorer_of(judge, mesh, dtype, crops) if judge else None

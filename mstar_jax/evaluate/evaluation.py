@@ -21,16 +21,17 @@ import jax
 import ml_collections
 
 from mstar_jax import processes
-from mstar_jax.configure import check_choice
 from mstar_jax.data import prompts
 from mstar_jax.evaluate import benchmarks, scoring
 from mstar_jax.evaluate.summary import Result, Results, line, table
 from mstar_jax.inference.generate import Asked, Groups, Inference, sample
 from mstar_jax.inference.score import Scorer, score
+from mstar_jax.ranges import not_among
 from mstar_jax.records import speeds
 from mstar_jax.rewards import metrics, selection
 from mstar_jax.store import write_text
 from mstar_jax.structs import Model, Response, Stage
+from mstar_jax.workdir import of_checkpoint, of_folder
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,11 @@ class Benchmarks(NamedTuple):
     folder: pathlib.Path
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses unknown benchmarks and prompts.
-
-    Raises:
-      ValueError: with the key, its value and what it may be.
-    """
-    for name in config.benchmarks.names:
-        check_choice("benchmarks.names", name, benchmarks.NAMES)
-    check_choice("benchmarks.prompt", config.benchmarks.prompt, ("official", *config.prompts))
+def problems(config: ml_collections.ConfigDict) -> list[str]:
+    """Unknown benchmarks and prompts: each key, its value and what it may be."""
+    b = config.benchmarks
+    found = [text for name in b.names for text in not_among("benchmarks.names", name, benchmarks.NAMES)]
+    return found + not_among("benchmarks.prompt", b.prompt, ("official", *config.prompts))
 
 
 def read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Benchmarks:
@@ -315,7 +312,6 @@ def write_vlmevalkit(stem: pathlib.Path, answered: Sequence[tuple[Mapping[str, s
 
 
 def identity(path: pathlib.Path, stage: Stage | None = None) -> dict[str, object]:
-    """What tells a checkpoint's weights from others in the same place: path, stage, files, sizes, times."""
-    found = sorted(path.glob("*.safetensors")) if stage is None else []
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]
+    """What tells a policy, or a reward model, from others in the same place: path, stage, contents."""
+    files = of_checkpoint(path) if stage is None else of_folder(path / "checkpoints" / stage.name)
     return {"policy": str(path.absolute()), "stage": stage.name if stage else "", "files": files}

@@ -1,6 +1,7 @@
 """What the verbs of the algorithm share: a run's values, opened once, without the algorithm's state."""
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,12 @@ from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import splits, toy, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
+from mstar_jax.store import write_text
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import Loss, Step
+from mstar_jax.workdir import check_inputs, of_checkpoint, of_queries
 
 
 class Program(NamedTuple):
@@ -50,7 +53,7 @@ class Run(generate.Inference):
       checkpoints: of the stages' training.
       tx: the optimizer of all stages.
       programs: compiled training steps, by loss and the patterns of what is frozen.
-      since: when the last record was written, seconds.
+      since: when the last record was written, seconds of the monotonic clock.
     """
 
     config: ml_collections.ConfigDict
@@ -69,7 +72,7 @@ class Run(generate.Inference):
     checkpoints: Checkpoints
     tx: optax.GradientTransformation
     programs: dict[tuple[Loss, tuple[str, ...]], Program] = dataclasses.field(default_factory=dict)
-    since: float = dataclasses.field(default_factory=time.time)
+    since: float = dataclasses.field(default_factory=time.monotonic)
 
 
 def start(
@@ -94,6 +97,12 @@ def start(
     optimizer.check_frozen(jax.eval_shape(source.build), config.train.frozen)
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
+    with processes.first_alone("inputs"):
+        check_inputs(workdir, inputs(config, data, workdir))
+        if config.data.labelled and processes.first():
+            names = ("labelled", "validation", "test", "unlabelled")
+            ids = {name: [query.id for query in getattr(data, name)] for name in names}
+            write_text(workdir / "splits.json", json.dumps(ids, indent=1))
     known = workdir / "figures" / "truth.jsonl"
     host = generate.inference(config, workdir, source.processor(), stop)
     return Run(
@@ -116,6 +125,20 @@ def start(
     )
 
 
+def inputs(
+    config: ml_collections.ConfigDict, data: configure.Data, workdir: pathlib.Path
+) -> dict[str, Mapping[str, object]]:
+    """What a run reads, for `workdir.check_inputs`."""
+    names = ("labelled", "unlabelled", "validation", "test")
+    found: dict[str, Mapping[str, object]] = {
+        f"data, {name}": of_queries(getattr(data, name), workdir) for name in names
+    }
+    for key, path in (("policy.path", config.policy.path), ("prm.path", config.prm.path)):
+        if path:
+            found[key] = of_checkpoint(models.Pretrained(path).folder)
+    return found
+
+
 def superseded(run: Run, stage: Stage) -> bool:
     """Whether a later stage has begun to train, so that everything about this one is done."""
     last = Stage.iteration(max(run.config.evolve.iterations, 1))
@@ -125,5 +148,5 @@ def superseded(run: Run, stage: Stage) -> bool:
 
 def lap(run: Run) -> dict[str, Any]:
     """Seconds since the last record, or since the start, and the speeds of the passes in them."""
-    before, run.since = run.since, time.time()
+    before, run.since = run.since, time.monotonic()
     return {"seconds": round(run.since - before, 2), "speed": run.speeds.lap()}

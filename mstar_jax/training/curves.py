@@ -48,7 +48,10 @@ class StageLog:
         if self.path.exists():
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
-            kept = [row for row in rows if int(row[0]) <= start]
+            # one a step, in their order, whatever two runs at once have left there
+            kept = [
+                row for _, row in sorted({int(row[0]): row for row in rows}.items()) if int(row[0]) <= start
+            ]
         write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
         self.events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage.name), purge_step=start, write_to_disk=True

@@ -1,0 +1,89 @@
+"""How commands are stopped: by a signal, by two, and by their time."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# a stage that saves between two batches, or a compiler that does not return
+COMMAND = """
+import logging, sys, time
+from mstar_jax import cli
+from mstar_jax.inference.generate import Stopped, check_stop
+cli.show_log()
+stop = cli.Termination(float(sys.argv[1])).asked.is_set
+with cli.explained():
+    import subprocess
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+    time.sleep(0.5)
+    print("begun", flush=True)
+    if sys.argv[2] == "polls":
+        while True:
+            check_stop(stop, "warmup")
+            time.sleep(0.01)
+    time.sleep(600)
+"""
+
+
+def begin(grace, kind, **settings):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(grace), kind],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_ends_with_one_line(sent):
+    process = begin(60, "polls")
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert said == "warmup: stopped. Start the same command again to continue.\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_process_is_gone_within_its_time(sent):
+    process = begin(0.5, "compiles")
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in said
+
+
+def test_ctrl_c_at_a_terminal_leaves_child_processes_alone():
+    """It goes to all of them; one that loads data, or compares answers, is still needed to save."""
+    process = begin(60, "polls", start_new_session=True)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert said == "warmup: stopped. Start the same command again to continue.\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    process = begin(600, "compiles")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in said
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    process = begin(60, "polls", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143

@@ -1,0 +1,172 @@
+"""Whose a workdir is: other values, other inputs and a second process are refused."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mstar_jax import records, workdir
+from mstar_jax.structs import Query, Stage
+from mstar_jax.training import curves
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HOLD = """
+import pathlib, sys, time
+from mstar_jax import workdir
+workdir.lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_claim(tmp_path):
+    config = {"seed": 0, "base": {"steps": 10, "mix": [1, 2]}, "old": 1}
+    assert workdir.claim(tmp_path / "runs" / "one", config)
+    assert not workdir.claim(tmp_path / "runs" / "one", config)  # the same values are accepted
+    assert json.loads((tmp_path / "runs" / "one" / "config.json").read_text()) == config
+    changed = {"seed": 0, "base": {"steps": 12, "mix": [1, 3]}, "new": "x"}
+    with pytest.raises(ValueError) as error:
+        workdir.claim(tmp_path / "runs" / "one", changed)
+    text = str(error.value)
+    for part in ("base.steps: 10 there, 12 now", "base.mix: [1, 2] there, [1, 3] now"):
+        assert part in text
+    assert "old: 1 there, None now" in text and "new: None there, x now" in text and "seed" not in text
+
+
+def test_values_that_cannot_change_results_may_differ(tmp_path):
+    config = {"seed": 0, "train": {"accumulate": 1, "remat": "full"}, "eval": {"show": 5}}
+    workdir.claim(tmp_path, config)
+    config = {"seed": 0, "train": {"accumulate": 2, "remat": "none"}, "eval": {"show": 0}}
+    workdir.claim(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text()) == config
+    with pytest.raises(ValueError, match=r"other values \(seed: 0 there, 1 now\)"):
+        workdir.claim(tmp_path, config | {"seed": 1, "eval": {"show": 9}})
+
+
+def test_a_cut_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0, "ba')
+    with pytest.raises(ValueError, match=r"config\.json: damaged, not valid JSON"):
+        workdir.claim(tmp_path, {"seed": 0})
+
+
+def holder(folder):
+    """Another process that holds a workdir."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_process_at_a_time(tmp_path):
+    """The second is told who holds it; a process that was killed holds nothing."""
+    process = holder(tmp_path)
+    try:
+        owner = f"in use by process {process.pid} on {socket.gethostname()}: "
+        for _ in range(2):
+            with pytest.raises(OSError, match=owner):
+                workdir.lock(tmp_path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    workdir.lock(tmp_path)
+    assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+# ---- inputs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Queries with images of their own."""
+    found = []
+    for i in range(6):
+        path = tmp_path / "run" / "figures" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([i]) * 200_000)
+        found.append(Query(f"q{i}", (str(path),), f"Question {i}?", answer=str(i)))
+    return found
+
+
+def check(folder, queries):
+    workdir.check_inputs(folder, {"data, labelled": workdir.of_queries(queries, folder)})
+
+
+def replaced(queries, at, **values):
+    return [dataclasses.replace(q, **values) if i == at else q for i, q in enumerate(queries)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q: q[:4], r"queries \(6 there, 4 now\), ids or their order"),
+        (lambda q: q[::-1], "labelled: ids or their order"),
+        (lambda q: replaced(q, 2, answer="7"), "labelled: gold answers[.]"),
+        (lambda q: replaced(q, 2, question="Else?"), "labelled: questions[.]"),
+        (lambda q: replaced(q, 2, options=("a", "b")), "labelled: questions[.]"),
+        (lambda q: replaced(q, 2, images=q[1].images), "labelled: which images, contents of images"),
+    ],
+)
+def test_other_data_is_refused_by_what_changed(tmp_path, data, change, said):
+    folder = tmp_path / "run"
+    check(folder, data)
+    check(folder, data)
+    before = (folder / "inputs.json").read_bytes()
+    with pytest.raises(ValueError, match=said):
+        check(folder, change(data))
+    assert (folder / "inputs.json").read_bytes() == before
+    (folder / "inputs.json").unlink()  # as the message says
+    check(folder, change(data))
+
+
+def test_another_picture_of_the_same_name_is_refused(tmp_path, data):
+    check(tmp_path / "run", data)
+    pathlib.Path(data[3].images[0]).write_bytes(b"\1" * 200_000)
+    with pytest.raises(ValueError, match="labelled: contents of images[.]"):
+        check(tmp_path / "run", data)
+
+
+def test_a_copied_run_has_the_same_inputs(tmp_path, data):
+    check(tmp_path / "run", data)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=shutil.copyfile)
+    moved = [
+        dataclasses.replace(q, images=tuple(i.replace("/run/", "/copy/") for i in q.images)) for q in data
+    ]
+    check(tmp_path / "copy", moved)
+
+
+def test_a_checkpoint_that_was_replaced_is_refused(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(10_000_000))
+    inputs = {"policy.path": workdir.of_checkpoint(folder)}
+    workdir.check_inputs(tmp_path, inputs)
+    os.utime(folder / "model.safetensors", (0, 0))  # fetched again, it is the same
+    workdir.check_inputs(tmp_path, {"policy.path": workdir.of_checkpoint(folder)})
+    (folder / "model.safetensors").write_bytes(bytes([1]) * 10_000_000)
+    with pytest.raises(ValueError, match="its start: policy.path: model.safetensors[.]"):
+        workdir.check_inputs(tmp_path, {"policy.path": workdir.of_checkpoint(folder)})
+
+
+def test_cut_results_are_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"config": {')
+    with pytest.raises(ValueError, match=r"results\.json: damaged, not valid JSON"):
+        records.Results(tmp_path, {})
+
+
+def test_curves_lose_doubled_rows(tmp_path):
+    """As two runs in one workdir left them."""
+    (tmp_path / "metrics").mkdir()
+    path = tmp_path / "metrics" / "base.csv"
+    path.write_text("step,loss\n10,1.5\n20,1.2\n10,1.5\n30,1.1\n20,1.2\n40,1.0\n")
+    curves.StageLog(tmp_path, Stage.base, 30).close()
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "10", "20", "30"]
