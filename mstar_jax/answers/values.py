@@ -54,6 +54,7 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\pi(?![A-Za-z])"), "π"),
     (re.compile(r"\\approx"), "≈"),
     (re.compile(r"\\pm(?![A-Za-z])\s?"), "±"),
+    (re.compile(r"(\d\.\d*)\\(?:overline|bar|dot)\s?\{(\d{1,6})\}"), r"\1\2\2\2⋯"),
     (re.compile(r"\\cup(?![A-Za-z])"), "∪"),
     (re.compile(r"\\infty(?![A-Za-z])"), "∞"),
     (re.compile(r"\\angle\s?"), "∠"),
@@ -73,7 +74,7 @@ _RELATIONS = [
     (re.compile(r"==+"), "="),
 ]
 
-_RECURRING = re.compile(r"(?<=\d)\.\.\.+")  # 0.333...
+_RECURRING = re.compile(r"(?<=\d)(?:\.\.\.+|\s?\\l?dots(?![A-Za-z]))")  # 0.333...
 _SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
 
@@ -156,7 +157,7 @@ NUMBER_WORDS = (  # the index of each is its value
 )
 _SIGN_WORD = re.compile(r"(?:negative|minus)\s(?=[$€£¥]?[\d.])")
 _PERIODIC = re.compile(r"(-?)(\d*)\.(\d*?)(\d{1,6}?)\4{2,}⋯")  # the period three times at least
-_PERFECT = re.compile(r"(?:(∛|∜)|\\sqrt\s?\[([2-9])\])\s?([({]?)(\d{1,18})[)}]?")
+_PERFECT = re.compile(r"-?(?:(∛|∜)|\\sqrt\s?\[([2-9])\])\s?([({]?)(\d{1,18})[)}]?")
 _WORD = re.compile(
     rf"(?P<sign>minus |negative )?(?P<word>{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})\b(?!-)"
 )
@@ -234,7 +235,8 @@ def _exact(text: str) -> Number | None:
     if m := _PERFECT.fullmatch(text):
         degree, radicand = int(m[2] or {"∛": 3, "∜": 4}[m[1]]), int(m[4])
         root = round(radicand ** (1 / degree))
-        return Number(Fraction(root), "", 0) if root**degree == radicand else None
+        signed = Fraction(-root if text[0] == "-" else root)
+        return Number(signed, "", 0) if root**degree == radicand else None
     return None
 
 
