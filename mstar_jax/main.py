@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import evaluation
 from mstar_jax.profiling import speed
 from mstar_jax.report import page
+from mstar_jax.training.checkpoint import Damaged
 from mstar_jax.workdir import claim, lock, unclaim
 
 flags.adopt_module_key_flags(cli)
@@ -46,6 +48,19 @@ def head(config: ml_collections.ConfigDict) -> dict[str, Any]:
     }
 
 
+def run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, top: dict[str, Any], stop: Callable[[], bool]
+) -> list[records.Record]:
+    """Runs all stages, again where a checkpoint was damaged: every step is idempotent."""
+    while True:
+        try:
+            return evolve.evolve(config, workdir, top, stop)
+        except Damaged as error:  # each time one checkpoint is set aside, so this ends
+            if jax.process_count() > 1:  # the others may have read theirs
+                raise
+            log.warning("%s", error)
+
+
 def main(argv: list[str]) -> None:
     stop = cli.start(argv)
     started = time.monotonic()
@@ -64,7 +79,7 @@ def main(argv: list[str]) -> None:
             new = claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
         try:
-            found = evolve.evolve(config, workdir, top, stop)
+            found = run(config, workdir, top, stop)
         except ValueError:
             if new:
                 unclaim(workdir)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from mstar_jax import sharding
 from mstar_jax.data import loader
 from mstar_jax.structs import EvolveState, Query, Row, Stage, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.checkpoint import Checkpoints, Damaged
 from mstar_jax.training.step import abstract_state, make_train_step
 from tests import tiny
 
@@ -84,7 +85,9 @@ def test_latest_wins_and_old_ones_go(tmp_path, state, tx, mesh):
     fresh = Checkpoints(tmp_path)
     assert fresh.run(Stage.base).cursor == 10
     assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), later)
-    assert [p.name for p in (tmp_path / "base").iterdir() if p.name.isdigit()] == ["10"]
+    assert sorted(p.name for p in (tmp_path / "base").iterdir() if p.name.isdigit()) == ["10", "5"]
+    checkpoints.save(Stage.base, later, where(15, done=True))
+    assert [p.name for p in (tmp_path / "base").iterdir() if p.name.isdigit()] == ["15"]
 
 
 def test_done_mark(tmp_path, state):
@@ -128,6 +131,63 @@ def test_misfit(tmp_path, state, tx, mesh):
     for change in ({"intermediate_size": 64}, {"tie_word_embeddings": True}):
         with pytest.raises(ValueError, match="base/5 does not fit this model"):
             Checkpoints(tmp_path).restore(Stage.base, abstract(tx, mesh, **change))
+
+
+def cut(step):
+    path = max((step / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeros(step):
+    """Orbax reads them as numbers."""
+    path = max((step / "state").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(1000) + data[len(data) // 2 + 1000 :])
+
+
+def without_where(step):
+    shutil.rmtree(step / "run")
+
+
+def without_manifest(step):
+    shutil.rmtree(step / "state" / "d")
+
+
+@pytest.mark.parametrize("damage", [cut, zeros, without_where, without_manifest])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, state, tx, mesh, caplog, damage, done):
+    checkpoints = Checkpoints(tmp_path)
+    later = state._replace(step=state.step + 1)
+    checkpoints.save(Stage.base, state, where(5))
+    checkpoints.save(Stage.base, later, where(10, done=done), wait=True)
+    damage(tmp_path / "base" / "10")
+    fresh = Checkpoints(tmp_path)
+    found = fresh.run(Stage.base)
+    if done:  # nothing was kept before a finished one: the stage begins again
+        assert found is None and not fresh.has(Stage.base)
+    else:
+        assert (found.cursor, found.done) == (5, False)
+        assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), state)
+    [line] = caplog.messages
+    assert "base/10: damaged, so it is set aside" in line
+    assert (tmp_path / "base" / "damaged_10").exists()
+    fresh.save(Stage.base, later, where(10, done=True))
+    assert Checkpoints(tmp_path).run(Stage.base).done
+    assert_same(Checkpoints(tmp_path).restore(Stage.base, abstract(tx, mesh)), later)
+
+
+def test_what_cannot_be_read_is_set_aside(tmp_path, state, tx, mesh):
+    """Where a kill came before the digest was noted."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(Stage.base, state, where(5), wait=True)
+    checkpoints.save(Stage.base, state, where(10), wait=True)
+    (tmp_path / "base" / "10.sum").unlink()
+    cut(tmp_path / "base" / "10")
+    fresh = Checkpoints(tmp_path)
+    with pytest.raises(Damaged, match="base/10: damaged"):
+        fresh.restore(Stage.base, abstract(tx, mesh))
+    assert fresh.run(Stage.base).cursor == 5  # what `main` goes on with
+    assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), state)
 
 
 def test_two_and_two_steps_are_four(tmp_path, tx, mesh):

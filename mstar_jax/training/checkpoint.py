@@ -7,26 +7,39 @@ How a killed run is resumed, in this order:
   3. The stage's own latest checkpoint, if there is one, holds the TrainState and the loader's state. Training
      continues from there; later metric rows are dropped and written again.
   4. A stage without a checkpoint starts from the stage before.
-Orbax writes to a temporary folder and renames it, so a checkpoint that exists is complete.
+Orbax writes to a temporary folder and renames it, so a checkpoint that exists is complete. One that was
+damaged later is set aside; the one before it, or the stage's beginning, takes its place and ends the same.
 
     <workdir>/checkpoints/<stage>/<step>/{state,run}, and done.json once the stage is finished
+    <workdir>/checkpoints/<stage>/<step>.sum           a digest of its files
+    <workdir>/checkpoints/<stage>/damaged_<step>       what was set aside
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from mstar_jax import processes, sharding
-from mstar_jax.store import write_text
+from mstar_jax.store import read_json, write_text
 from mstar_jax.structs import EvolveState, Stage, TrainState
+from mstar_jax.workdir import of_folder
+
+BLOCKS = 1024  # of 64 KiB, of each file, that the digest is of: all bytes of a file up to 64 MiB
+log = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A checkpoint could not be read and was set aside; at the next start the one before takes its place."""
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
@@ -49,12 +62,17 @@ class Checkpoints:
         """Saves at `run.cursor`; returns once the arrays are copied or, if `wait` or `run.done`, written."""
         manager = self._manager(stage)
         if manager.latest_step() != run.cursor:
+            self._note(stage)
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(dataclasses.asdict(run))
             )
             manager.save(run.cursor, args=args, force=True)
         if wait or run.done:
-            manager.wait_until_finished()
+            self._note(stage)
+        if run.done:
+            for step in manager.all_steps():
+                if step != run.cursor:
+                    manager.delete(step)
         if run.done and processes.first():  # a separate mark: this step may be saved already
             write_text(self.folder / stage.name / "done.json", json.dumps(dataclasses.asdict(run)))
 
@@ -68,7 +86,7 @@ class Checkpoints:
             return None
         done = self.folder / stage.name / "done.json"
         if done.exists():
-            return EvolveState(**json.loads(done.read_text()))
+            return EvolveState(**read_json(done))
         manager = self._manager(stage)
         found = manager.restore(manager.latest_step(), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return EvolveState(**found["run"])
@@ -81,7 +99,7 @@ class Checkpoints:
         """
         wanted = _named(abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        with self._read(stage) as step:
+        with self._read(stage, wanted) as step:
             found = self._manager(stage).restore(step, args=args)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
@@ -102,7 +120,7 @@ class Checkpoints:
             partial_restore=True,
         )
         # not by the manager: once it has saved a state, it restores whole states only
-        with self._read(stage) as step, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._read(stage, wanted) as step, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             found = reader.restore(self.folder / stage.name / str(step) / "state", args=args)
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
@@ -121,23 +139,78 @@ class Checkpoints:
 
     def _manager(self, stage: Stage) -> ocp.CheckpointManager:
         if stage not in self._managers:
+            with processes.first_alone(f"{stage}: checkpoints"):
+                if processes.first():
+                    self._set_damaged_aside(stage)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=1, create=True, enable_async_checkpointing=True
+                max_to_keep=2, create=True, enable_async_checkpointing=True
             )
             self._managers[stage] = ocp.CheckpointManager(self.folder / stage.name, options=options)
         return self._managers[stage]
 
+    def _note(self, stage: Stage) -> None:
+        """Waits until the stage's checkpoints are written, and notes their digests."""
+        manager, folder = self._manager(stage), self.folder / stage.name
+        manager.wait_until_finished()
+        if not processes.first():
+            return
+        steps = set(manager.all_steps())
+        for path in folder.glob("*.sum"):
+            if int(path.stem) not in steps:
+                path.unlink()
+        for step in steps:
+            if not (folder / f"{step}.sum").exists():
+                write_text(folder / f"{step}.sum", of_folder(folder / str(step), BLOCKS))
+
+    def _set_damaged_aside(self, stage: Stage) -> None:
+        """Sets newest checkpoints aside until one is as it was written."""
+        folder = self.folder / stage.name
+        for step in sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True):
+            noted = folder / f"{step}.sum"
+            same = not noted.exists() or noted.read_text() == of_folder(folder / str(step), BLOCKS)
+            if same and (folder / str(step) / "run").exists():
+                return
+            self._set_aside(stage, step)
+            log.warning("%s/%d: damaged, so it is set aside and made again from the one before", folder, step)
+
+    def _set_aside(self, stage: Stage, step: int) -> None:
+        folder = self.folder / stage.name
+        (folder / "done.json").unlink(missing_ok=True)
+        (folder / f"{step}.sum").unlink(missing_ok=True)
+        shutil.rmtree(folder / f"damaged_{step}", ignore_errors=True)
+        (folder / str(step)).rename(folder / f"damaged_{step}")
+
+    def _fits(self, path: pathlib.Path, wanted: dict[str, Any]) -> bool:
+        """Whether a state has the names and shapes that are wanted, as far as that can be read."""
+        try:
+            found: Any = ocp.PyTreeCheckpointHandler().metadata(path)
+            there = {name: tuple(leaf.shape) for name, leaf in getattr(found, "tree", found).items()}
+            own = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+            names = {name for name in there if name.startswith("params.")}
+            return names <= own.keys() and own.items() <= there.items()
+        except Exception:  # not even that
+            return True
+
     @contextlib.contextmanager
-    def _read(self, stage: Stage) -> Iterator[int]:
+    def _read(self, stage: Stage, wanted: dict[str, Any]) -> Iterator[int]:
         """Gives the latest step to read, and explains what does not fit.
 
         Raises:
           ValueError: there is no checkpoint, or it does not fit the model.
+          Damaged: it cannot be read.
         """
         step = self._manager(stage).latest_step()
         if step is None:
             raise ValueError(f"{self.folder / stage.name} holds no checkpoint")
         try:
             yield step
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder / stage.name}/{step} does not fit this model: {error}") from error
+        except Exception as error:  # Orbax raises what its storage raises
+            path = self.folder / stage.name / str(step)
+            if not self._fits(path / "state", wanted):
+                raise ValueError(f"{path} does not fit this model: {error}") from error
+            if processes.first():
+                self._set_aside(stage, step)
+            self._managers.pop(stage).close()
+            raise Damaged(
+                f"{path}: damaged, so it is set aside and made again from the one before"
+            ) from error
