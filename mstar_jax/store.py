@@ -154,6 +154,7 @@ def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:
     return {
         "query": query.id,
         "question": query.question,
+        "options": query.options,
         "images": query.images,
         "gold": query.answer,
         "responses": shown,
