@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import grain
+
 from mstar_jax import configure, progress, sharding
 from mstar_jax.data import loader
 from mstar_jax.inference.generate import Stopped, stopping
@@ -134,36 +136,14 @@ def train(
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
     if not steps:
         log.warning("%s: no response was kept, so nothing is trained", stage)
-    batches: Any = steps and loader.train_batches(
-        [(source.rows, source.weight) for source in sources],
-        run.processor,
-        settings.batch,
-        run.data.buckets,
-        seed=(run.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31,
-        grouped=run.data.grouped,
-        workers=run.data.workers,
-        share=sharding.share_of(run.mesh),
-        state=saved.loader if saved else None,
-    )
+    batches: Any = steps and batches_of(run, stage, sources, saved.loader if saved else None)
     rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
     curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
     unread: list[tuple[int, Metrics]] = []  # steps whose loss and gradient have not been looked at
     first_loss = 0.0  # in the curve
 
-    def check() -> None:
-        try:
-            check_finite(unread)
-        except ValueError as error:
-            section = "evolve" if stage.number else stage.kind
-            raise ValueError(
-                f"{stage}: {error}; it is not saved, and the checkpoints before it stay. Start another "
-                f"workdir with a lower {section}.learning_rate than {settings.learning_rate:g}, or clip "
-                f"gradients at less (train.clip = {train.clip:g}; 0 is no limit)"
-            ) from error
-        unread.clear()
-
     def save(done: bool, wait: bool = False) -> None:
-        check()
+        check_losses(run, stage, unread)
         where = EvolveState(
             stage=stage.kind,
             iteration=stage.number,
@@ -193,7 +173,7 @@ def train(
             curve.add(values)
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
-                check()
+                check_losses(run, stage, unread)
                 mean = curve.write(cursor, float(rate), watch.done)["loss"]
                 bar.set_postfix_str(f"loss {mean:.3f}")
                 first_loss = first_loss or mean
@@ -209,3 +189,39 @@ def train(
     curve.close()
     save(done=True, wait=True)
     return policy_after(run, stage, state)
+
+
+def batches_of(
+    run: Run, stage: Stage, sources: Sequence[Source], state: dict[str, Any] | None
+) -> grain.DatasetIterator:
+    """The endless batches of a stage's rows, from where a checkpoint's `state` of them stands."""
+    return loader.train_batches(
+        [(source.rows, source.weight) for source in sources],
+        run.processor,
+        settings_of(run, stage).batch,
+        run.data.buckets,
+        seed=(run.seed * 1_000_003 + zlib.crc32(stage.name.encode())) % 2**31,
+        grouped=run.data.grouped,
+        workers=run.data.workers,
+        share=sharding.share_of(run.mesh),
+        state=state,
+    )
+
+
+def check_losses(run: Run, stage: Stage, unread: list[tuple[int, Metrics]]) -> None:
+    """Looks at the losses and gradients of (step, metrics) pairs, and empties their list.
+
+    Raises:
+      ValueError: one is not finite; says what to change.
+    """
+    try:
+        check_finite(unread)
+    except ValueError as error:
+        section = "evolve" if stage.number else stage.kind
+        rate, clip = settings_of(run, stage).learning_rate, run.config.train.clip
+        raise ValueError(
+            f"{stage}: {error}; it is not saved, and the checkpoints before it stay. Start another workdir "
+            f"with a lower {section}.learning_rate than {rate:g}, or clip gradients at less "
+            f"(train.clip = {clip:g}; 0 is no limit)"
+        ) from error
+    unread.clear()
