@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_minicpm as tiny
-from close import POLICY, REFERENCE, close
+from close import REFERENCE, close
 from PIL import Image
 
 from mstar_jax import models, sharding
@@ -240,7 +240,7 @@ def test_our_own_padding_does_not_matter(processor, policy):
     for i, seen in enumerate(pixels.attended[0]):
         wide.patches[0, i, seen:] = rng.normal(size=wide.patches[0, i, seen:].shape)
         wide.positions[0, i, seen:] = rng.integers(0, 49, 256 - seen)
-    close(features(policy, wide), base, POLICY)
+    close(features(policy, wide), base, REFERENCE)
     inner = pixels._replace(patches=pixels.patches.copy())
     inner.patches[0, :, pixels.attended[0].max() - 1] += 1.0  # the last attended one does matter
     assert np.abs(features(policy, inner) - base).max() > 1e-2
@@ -255,7 +255,7 @@ def test_what_an_image_depends_on(processor, policy, corrected):
     assert alone.grid.prod(axis=2).tolist() == [[12]] and pair.grid.prod(axis=2).tolist() == [[12, 16]]
     there, here = (np.asarray(features(policy, pixels))[0, :3] for pixels in (alone, pair))
     if corrected:
-        close(here, there, POLICY)
+        close(here, there, REFERENCE)
     else:
         assert np.abs(here - there).max() > 0.1
 
@@ -287,10 +287,10 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
         one = loader.encode_row(row, processor, 160, row.prompt.crops)
         own_hidden, own_table = run(policy, jax.tree.map(lambda x: x[None], one))
         there = one.branch >= 0
-        close(hidden[i][there], np.asarray(own_hidden)[0][there], POLICY)
+        close(hidden[i][there], np.asarray(own_hidden)[0][there], REFERENCE)
         if row.prompt.crops:
             assert own_table.shape[1] == 3 * row.prompt.crops
-            close(table[i, : own_table.shape[1]], np.asarray(own_table)[0], POLICY)
+            close(table[i, : own_table.shape[1]], np.asarray(own_table)[0], REFERENCE)
 
 
 def test_gradients_with_missing_images_are_finite(processor, policy):
