@@ -12,7 +12,12 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # a stage that saves between two batches, or a compiler that does not return
 COMMAND = """
-import logging, sys, time
+import logging, signal, sys, time
+# as at a terminal, however the tests were started
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+if "nohup" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from mstar_jax import cli
 from mstar_jax.inference.generate import Stopped, check_stop
 cli.show_log()
@@ -30,10 +35,10 @@ with cli.explained():
 """
 
 
-def begin(grace, kind, **settings):
+def begin(grace, kind, *more, **settings):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(grace), kind],
+        [sys.executable, "-c", COMMAND, str(grace), kind, *more],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -80,7 +85,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing():
-    process = begin(60, "polls", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = begin(60, "polls", "nohup")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
