@@ -250,6 +250,9 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches of a train step")
     parser.add_argument("--remat", choices=tuple(REMAT), default="full")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="of the decoder, fewer than it has: room for activations"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny policy, to see that it runs")
     parser.add_argument("--out", default="", help="a JSON file")
     args = parser.parse_args()
@@ -258,6 +261,9 @@ def main() -> None:
     if args.smoke:
         vars(args).update(SMOKE)
     config, device = TINY if args.smoke else official.PHI35, jax.devices()[0]
+    if args.layers:
+        decoder = dataclasses.replace(config.decoder, num_layers=args.layers)
+        config = dataclasses.replace(config, decoder=decoder)
     mesh, chip = sharding.make_mesh(devices=[device]), flops.chip_of(device.device_kind)
     bench = Bench(config, Host(config, args.prompt), mesh, chip, args)
     record: dict[str, Any] = {"machine": machine(), "versions": versions("jax", "jaxlib", "flax", "optax")}

@@ -130,7 +130,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
     ("key", "value", "text"),
     [
         ("evolve.data", "rollout", r"evolve.data = 'rollout': choose one of 'rollouts', 'answers', 'warmup'"),
-        ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'dots'"),
+        ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'attention', 'dots'"),
         ("prm.queries", 0, "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"),
         ("evolve.keep_checkpoints", 1, "evolve.keep_checkpoints = 1: must be at least 2"),
         ("prm.samples", 17, "prm.samples = 17: must be a multiple of prm.completions = 2"),

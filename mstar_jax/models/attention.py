@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 
@@ -28,6 +29,7 @@ from mstar_jax.structs import Int8
 BLOCK = (512, 512)
 CPU_BLOCK = (256, 64)
 NEVER = -1e30  # a masked score: its weight is 0
+KEPT = "attention"  # what a kernel leaves for its backward pass, by the name that training/step.py saves
 BLOCKS = (512, 256, 128)  # splash's block sizes in tokens: the largest that divides the row, for speed
 
 
@@ -129,7 +131,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
             save_residuals=False,
             mask_value=kernels.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
-            residual_checkpoint_name=None,
+            residual_checkpoint_name=KEPT,
             mask_function=None,
             interpret=interpret,
         )
@@ -201,7 +203,7 @@ def _forward(q, k, v, mask, size):
 
 
 def _remember(q, k, v, mask, size, back):
-    out, norm = _forward(q, k, v, mask, size)
+    out, norm = checkpoint_name(_forward(q, k, v, mask, size), KEPT)
     return out, (q, k, v, mask, out, norm)
 
 

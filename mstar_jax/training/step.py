@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,10 +16,22 @@ from mstar_jax.structs import Batch, TrainState
 from mstar_jax.training.optimizer import Parts, join, new_state, split
 
 Remat = Callable[..., bool]  # a policy of `jax.checkpoint`: which values the forward pass saves
+
+
+def _attention(primitive: jax.extend.core.Primitive, *args: Any, **params: Any) -> bool:
+    """Saves the attention of rows: the results of cuDNN's kernel, and what the others name `attention`."""
+    named = jax.checkpoint_policies.save_only_these_names("attention")
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or named(primitive, *args, **params)
+
+
 REMAT: dict[str, Remat | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _attention
+    ),
 }
 Metrics = dict[str, jax.Array]
 LearningRate = np.float32 | jax.Array  # float32[]
@@ -121,7 +134,7 @@ def make_train_step(
       accumulate: microbatches of a step. Their gradients are summed and divided by the tokens of all of
         them, so that the result is that of one large batch, however its tokens are distributed.
       dtype: of the computation; trained parameters and the optimizer state stay float32.
-      remat: `none`, `full` or `dots`: what the backward pass recomputes.
+      remat: what the backward pass recomputes, see `REMAT`.
 
     Metrics: loss (nats per token), accuracy (share of the tokens, or of the reward model's steps, that are
     predicted correctly), grad_norm (of the trained parameters, before clipping) and tokens.
