@@ -177,8 +177,8 @@ def get_config() -> ConfigDict:
     train.clip = 1.0  # global norm of the gradients, at most; 0: no limit
     train.accumulate = 1  # microbatches of a step
     train.dtype = "bfloat16"  # of the computation; trained parameters and optimizer state are float32
-    # what the backward pass recomputes: full (everything), attention (all but the attention of rows), dots (all
-    # but that and the matrix products) or none; from least to most memory
+    # what the backward pass recomputes: full (everything), attention (all but the attention of rows),
+    # dots (all but that and the matrix products) or none; from least to most memory
     train.remat = "full"
     train.frozen = ()  # regular expressions of parameter names, e.g. ("^tower",) for the vision tower
     train.lora = lora = ConfigDict()  # adapters of the decoder's projections; nothing else is trained then
