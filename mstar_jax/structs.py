@@ -191,6 +191,11 @@ class Source(NamedTuple):
         return sum(len(row.responses) for row in self.rows)
 
 
+Array = Any  # numpy's on the host, JAX's on a device, a ShapeDtypeStruct in `plan`; a union would need casts
+Pixels = Any  # such an array, or a family's own tuple of them
+Remat = Callable[..., bool]  # a policy of `jax.checkpoint`: which values the forward pass saves
+
+
 class Batch(NamedTuple):
     """Rows for the device; a row is one query: a shared prefix (image + prompt) and its branches.
 
@@ -207,12 +212,12 @@ class Batch(NamedTuple):
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
     """
 
-    tokens: Any
-    branch: Any
-    loss_mask: Any
-    image_index: Any
-    pixels: Any
-    labels: Any = None
+    tokens: Array
+    branch: Array
+    loss_mask: Array
+    image_index: Array
+    pixels: Pixels
+    labels: Array = None
 
 
 class EncodedPrompt(NamedTuple):
@@ -226,7 +231,7 @@ class EncodedPrompt(NamedTuple):
 
     tokens: np.ndarray
     image_index: np.ndarray
-    pixels: Any
+    pixels: Pixels
 
 
 class Processor(Protocol):
@@ -256,7 +261,7 @@ class Processor(Protocol):
 class Model(Protocol):
     """The device side of a model family, a policy; the module is its own parameter pytree."""
 
-    def __call__(self, batch: Batch, remat: Callable[..., Any] | None = None) -> jax.Array:
+    def __call__(self, batch: Batch, remat: Remat | None = None) -> jax.Array:
         """hidden [B, T, D] that predicts each token of the rows."""
 
     def token_logprobs(
@@ -264,17 +269,17 @@ class Model(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """Log probabilities (nats) of tokens [B, T], and whether each is the likeliest one."""
 
-    def merged(self, dtype: Any = None) -> "Model":
+    def merged(self, dtype: jax.typing.DTypeLike | None = None) -> "Model":
         """The plain policy that is equal to this one: adapters are added into their weights."""
 
 
 class ScoringModel(Protocol):
     """A process reward model; the module is its own parameter pytree."""
 
-    def __call__(self, batch: Batch, remat: Callable[..., Any] | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, batch: Batch, remat: Remat | None = None) -> tuple[jax.Array, jax.Array]:
         """The score (a logit) after each token of the rows and the token's log probability, [B, T] each."""
 
-    def merged(self, dtype: Any = None) -> "ScoringModel":
+    def merged(self, dtype: jax.typing.DTypeLike | None = None) -> "ScoringModel":
         """The same on the plain policy as its trunk."""
 
 
@@ -283,6 +288,9 @@ class Int8(NamedTuple):
 
     values: jax.Array
     scale: jax.Array
+
+
+Cached = jax.Array | Int8  # keys or values in a cache
 
 
 def ring(room: int) -> tuple[int, int]:
@@ -315,13 +323,13 @@ class KVCache(NamedTuple):
     Keys and values may be `Int8`.
     """
 
-    prefix_k: Any
-    prefix_v: Any
+    prefix_k: Sequence[Cached]
+    prefix_v: Sequence[Cached]
     visible: jax.Array
     start: jax.Array
     long: jax.Array
-    suffix_k: Any
-    suffix_v: Any
+    suffix_k: Sequence[Sequence[Cached]]
+    suffix_v: Sequence[Sequence[Cached]]
     age: jax.Array
     clock: jax.Array
 
@@ -340,7 +348,7 @@ class TrainState(NamedTuple):
       opt_state: optax state.
     """
 
-    step: Any
+    step: Array
     params: Any
     opt_state: Any
 

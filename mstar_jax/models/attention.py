@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from mstar_jax import sharding
 from mstar_jax.models import decode_kernel
-from mstar_jax.structs import Int8
+from mstar_jax.structs import Cached, Int8
 
 # block sizes of `blockwise` in tokens: (forward, backward)
 BLOCK = (512, 512)
@@ -297,9 +297,6 @@ def row_attention(mask: jax.Array, keep: bool) -> Callable[..., Any]:
         return out, (k, v) if keep else None
 
     return attend
-
-
-Cached = jax.Array | Int8  # keys or values in a cache
 
 
 def stored(x: jax.Array, dtype: str) -> Cached:

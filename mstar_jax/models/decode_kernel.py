@@ -23,15 +23,18 @@ try:
 except ImportError:  # JAX has announced that it will go; the einsums of models/attention.py stay
     triton = None  # type: ignore[assignment]
 
-from mstar_jax.structs import Int8
+from mstar_jax.structs import Cached, Int8
 
 COLUMNS = 64  # that a program reads at once: of keys [N, P] in bfloat16 these are whole lines of 128 bytes
 PROGRAMS = 512  # about as many as an H100 (132 multiprocessors) holds at once; fewer leave it idle
 QUERIES, WIDTH = 128, 128  # the most that registers hold
 NEVER = -1e30  # a score that weighs nothing
+State = tuple[jax.Array, jax.Array, jax.Array]  # weighted sum of values, greatest score, sum of weights
+Index = tuple[pl.Slice | slice, pl.Slice | slice]
+Ref = Any  # of Pallas; its types are private
 
 
-def takes(kind: str, q: jax.Array, cached: Any) -> bool:
+def takes(kind: str, q: jax.Array, cached: Sequence[object]) -> bool:
     """Whether a kind of device has a kernel for q [B, K, G, H/G, N] and a cache's keys and values."""
     _, branches, _, heads, width = q.shape
     dtypes = {
@@ -49,9 +52,9 @@ def takes(kind: str, q: jax.Array, cached: Any) -> bool:
 
 def attend(
     q: jax.Array,
-    suffix: Sequence[tuple[Any, Any]],
+    suffix: Sequence[tuple[Cached, Cached]],
     own_visible: Sequence[jax.Array],
-    prefix: tuple[Any, Any],
+    prefix: tuple[Cached, Cached],
     visible: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
@@ -84,11 +87,13 @@ def _queries(branches: int, heads: int) -> tuple[int, int]:
     return max(pl.next_power_of_2(branches), 16 // heads), heads
 
 
-def _load(ref: Any, mask: Any) -> jax.Array:
+def _load(ref: Ref, mask: jax.Array) -> jax.Array:
     return triton.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _tensors(cached: Any, at: Any, columns: Any, mask: Any, seen: Any, dtype: Any) -> tuple[Any, Any]:
+def _tensors(
+    cached: Ref | Int8, at: Index, columns: pl.Slice, mask: jax.Array, seen: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array | float]:
     """A tile of keys or values, and the scale of its columns or 1."""
     if not isinstance(cached, Int8):
         return _load(cached.at[at], mask).astype(dtype), 1.0
@@ -100,7 +105,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return triton.dot(a, b, precision=precision)
 
 
-def _renewed(state: Any, scores: jax.Array, mix: Callable[[jax.Array], jax.Array]) -> Any:
+def _renewed(state: State, scores: jax.Array, mix: Callable[[jax.Array], jax.Array]) -> State:
     """The online softmax (arXiv 1805.02867): out [..., N], top and total [..., 1] with further scores."""
     out, top, total = state
     most = jnp.maximum(top, scores.max(-1, keepdims=True))
@@ -108,7 +113,7 @@ def _renewed(state: Any, scores: jax.Array, mix: Callable[[jax.Array], jax.Array
     return out * fade + mix(weights), most, total * fade + weights.sum(-1, keepdims=True)
 
 
-def _start(rows: tuple[int, ...], width: int) -> Any:
+def _start(rows: tuple[int, ...], width: int) -> State:
     once = (*rows, 1)
     return (
         jnp.zeros((*rows, width), jnp.float32),
@@ -117,7 +122,7 @@ def _start(rows: tuple[int, ...], width: int) -> Any:
     )
 
 
-def _finish(refs: Any, state: Any, inside: Sequence[int]) -> None:
+def _finish(refs: Sequence[Ref], state: State, inside: Sequence[int]) -> None:
     """Writes out, top and total of a tile to arrays of which `inside` is there, [..., N]."""
     for ref, x, size in zip(refs, state, (inside[-1], 1, 1)):
         triton.store(ref, x.reshape(ref.shape), mask=_within(ref.shape, (*inside[:-1], size)))
@@ -162,7 +167,10 @@ def _own_kernel(q, suffix, own_visible, *refs, heads, width, sizes):
 
 
 def own(
-    q: jax.Array, suffix: Sequence[tuple[Any, Any]], own_visible: Sequence[jax.Array], interpret: bool = False
+    q: jax.Array,
+    suffix: Sequence[tuple[Cached, Cached]],
+    own_visible: Sequence[jax.Array],
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of the branches' own suffixes (see `attend`): mixed values float32[B, K, G, H/G, N], greatest score and
     sum of weights float32[B, K, G, H/G, 1]."""
@@ -222,7 +230,7 @@ def _shared_kernel(q, k, v, visible, *refs, inside, length, span):
 
 
 def shared(
-    q: jax.Array, prefix: tuple[Any, Any], visible: jax.Array, interpret: bool = False
+    q: jax.Array, prefix: tuple[Cached, Cached], visible: jax.Array, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of the prefix (see `attend`), by spans of columns: as `own`, with [S, ...] in front."""
     rows, branches, groups, heads, width = q.shape

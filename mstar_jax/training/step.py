@@ -12,10 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mstar_jax import sharding
-from mstar_jax.structs import Batch, TrainState
+from mstar_jax.structs import Batch, Remat, TrainState
 from mstar_jax.training.optimizer import Parts, join, new_state, split
-
-Remat = Callable[..., bool]  # a policy of `jax.checkpoint`: which values the forward pass saves
 
 
 def _attention(primitive: jax.extend.core.Primitive, *args: Any, **params: Any) -> bool:
