@@ -177,9 +177,7 @@ def get_config() -> ConfigDict:
     train.clip = 1.0  # global norm of the gradients, at most; 0: no limit
     train.accumulate = 1  # microbatches of a step
     train.dtype = "bfloat16"  # of the computation; trained parameters and optimizer state are float32
-    # what the backward pass recomputes: full (everything), attention (all but the attention of rows),
-    # dots (all but that and the matrix products) or none; from least to most memory
-    train.remat = "full"
+    train.remat = "full"  # recomputed: full (all), attention (all but it), dots (nor matrix products), none
     train.frozen = ()  # regular expressions of parameter names, e.g. ("^tower",) for the vision tower
     train.lora = lora = ConfigDict()  # adapters of the decoder's projections; nothing else is trained then
     lora.rank = 0  # 0 trains all parameters; LoRA needs learning rates of 1e-5 to 1e-4
