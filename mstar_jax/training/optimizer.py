@@ -62,9 +62,13 @@ def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: fl
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
+BLOCK = 512  # rates that are computed together: stages of any length then share the compiled programs
+
+
 def learning_rates(schedule: optax.Schedule, first: int, steps: int) -> np.ndarray:
     """float32[steps], on the host: the rates of optimizer steps `first`, `first + 1`, ..."""
-    return np.asarray(schedule(np.arange(first, first + steps)), np.float32)
+    padded = -(-steps // BLOCK) * BLOCK
+    return np.asarray(schedule(np.arange(first, first + padded)), np.float32)[:steps]
 
 
 class Parts(NamedTuple):
