@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
     prm.steps = 3000  # optimizer steps, about one pass
     prm.batch = 64  # rows of a step, and of a scoring batch
     prm.longest = 3072  # tokens of a training row, at most; longer ones are split by responses
-    prm.chunk = 256  # queries in a file of scores: what is scored again after a kill
+    prm.chunk = 2048  # queries in a file of scores: what is scored again after a kill; less is more padding
     prm.learning_rate = 1e-6  # at its peak
     prm.warmup_steps = 20  # optimizer steps of linear learning rate warm-up
     prm.final_fraction = 0.1  # learning rate at the end, as a fraction of the peak

@@ -162,6 +162,24 @@ def test_plan_batches_groups_by_shape(prompts):
         assert [row for part in parts for row in part] == expected
 
 
+def test_full_batches_leave_one_short_batch(processor, prompts):
+    buckets = (32, 64, 96, 128, 256)
+    rows = [Row(p, ((7,),) * i) for i, p in enumerate(prompts * 3)][1:]
+    plans = loader.full_batches(rows, 4, buckets)
+    assert sorted(id(row) for _, group in plans for row in group) == sorted(map(id, rows))
+    assert [len(group) for _, group in plans[:-1]] == [4] * (len(rows) // 4)
+    lengths = [loader.bucket(row.length, buckets) for _, group in plans for row in group]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
+    assert [length for length, _ in plans] == lengths[::4]
+    mixed = [group for _, group in plans if len({row.prompt.crops for row in group}) > 1]
+    assert mixed
+    for (length, group), (found, batch) in zip(plans, loader.row_batches(plans, processor, 4), strict=True):
+        crops = max(row.prompt.crops for row in group)
+        assert list(found) == group
+        assert batch.tokens.shape == (4, length) and batch.pixels.shape[:2] == (4, crops)
+    assert loader.full_batches([], 4, buckets) == []
+
+
 def test_row_batches(processor, prompts):
     labels = (((0, 0.25), (2, 1.0)), ((1, 0.0),))
     rows = [

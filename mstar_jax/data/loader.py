@@ -165,6 +165,22 @@ def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list
     ]
 
 
+def full_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
+    """Groups rows into the fewest batches, where shapes may be mixed: the longest rows first, and in a bucket
+    those with the most crops. A batch has the shape of its largest row.
+
+    Returns:
+      (bucket, `size` rows); only the last batch, of the shortest rows, may have fewer.
+    """
+
+    def shape(row: Row) -> tuple[int, int]:
+        return bucket(row.length, buckets), row.prompt.crops
+
+    ordered = sorted(rows, key=shape, reverse=True)
+    parts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+    return [(bucket(part[0].length, buckets), part) for part in parts]
+
+
 def row_batches(
     plans: Sequence[tuple[int, list[Row]]],
     processor: Processor,
@@ -176,7 +192,7 @@ def row_batches(
     """Encodes planned rows in order, ahead of their use.
 
     Args:
-      plans: from `plan_batches`.
+      plans: from `plan_batches` or `full_batches`.
       processor: the policy's processor.
       size: rows of a batch. A longer plan is split into several batches; a shorter one is padded with empty
         rows.

@@ -101,7 +101,7 @@ def score_with(
         odd += len(group) - len(plain)
         if plain:
             rows += loader.split_rows([prm.row(prompt, plain, encode, scorer.texts)], max(buckets))
-    plans = loader.plan_batches(rows, host.prm.batch, buckets)
+    plans = loader.full_batches(rows, host.prm.batch, buckets)
     batches = loader.row_batches(
         plans,
         scorer.processor,
