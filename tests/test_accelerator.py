@@ -136,10 +136,13 @@ def test_attention_of_new_tokens(dtype, within, heads, groups, width, cache):
     visible = jnp.asarray(rng.random((rows, BRANCHES, length)) < 0.6)
     seen = [jnp.asarray(rng.random((rows, size)) < 0.6).at[:, 3].set(True) for _ in range(2)]
 
-    def run(new, prefix, visible, suffix, seen):
-        return attention.branch_attention(prefix, visible, suffix, seen, jnp.asarray(3))(*new)[0]
+    live = jnp.ones((rows, BRANCHES), bool).at[1, 2].set(False)
 
-    close(*both(run, new, (keys, prefix[1]), visible, suffix, seen), within)
+    def run(new, prefix, visible, suffix, seen, live):
+        out = attention.branch_attention(prefix, visible, suffix, seen, jnp.asarray(3), live)(*new)[0]
+        return jnp.where(live[..., None, None], out, 0)  # what ended branches attend to is not defined
+
+    close(*both(run, new, (keys, prefix[1]), visible, suffix, seen, live), within)
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.05)])

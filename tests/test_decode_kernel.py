@@ -37,7 +37,8 @@ def inputs(heads, groups, width, length=100, sizes=(20, 20), each=False, dtype=j
     own_visible = [seen(rows, n) for n in sizes]
     own_visible[0] = own_visible[0].at[:, 3].set(True)
     own_visible[-1] = own_visible[-1].at[1].set(len(sizes) == 1)
-    return new, (prefix, visible, suffix, own_visible, jnp.asarray(3))
+    live = jnp.ones((rows, branches), bool).at[-1, 1].set(False)
+    return new, (prefix, visible, suffix, own_visible, jnp.asarray(3), live)
 
 
 def both(monkeypatch, new, given):
@@ -53,7 +54,23 @@ def both(monkeypatch, new, given):
         assert "pallas_call" in str(jax.make_jaxpr(run)(*new))
         found = jax.jit(lambda *new: run(*new))(*new)
     jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
-    return [np.asarray(x[0], np.float32) for x in (found, expected)]
+    assert np.isfinite(found[0]).all()  # of branches that have ended, too
+    live = np.asarray(given[-1])
+    return [np.asarray(x[0], np.float32)[live] for x in (found, expected)]
+
+
+def test_nothing_of_an_ended_branch_is_read(monkeypatch):
+    """With keys and values that are not numbers."""
+    new, (prefix, visible, suffix, *rest, live) = inputs(4, 2, 16)
+
+    def poisoned(x):
+        return jnp.where(live[:, :, None, None, None], x, jnp.nan)
+
+    spoiled = [tuple(poisoned(x) for x in chunk) for chunk in suffix]
+    new = [jnp.where(live[:, :, None, None], x, 1.0) for x in new]
+    found, _ = both(monkeypatch, new, (prefix, visible, spoiled, *rest, live))
+    clean, _ = both(monkeypatch, new, (prefix, visible, suffix, *rest, live))
+    np.testing.assert_array_equal(found, clean)
 
 
 @pytest.mark.parametrize("heads", [2, 8])  # of two groups

@@ -199,7 +199,7 @@ def test_cached_decode_equals_full_forward(policy):
             for k in range(3):
                 want = full[r][one["branch"] == k + 1][index]
                 close(logits[r, k], want, POLICY, err_msg=f"row {r} branch {k} at {index}")
-        hidden, cache = decode(policy, tokens[:, :, index], cache)
+        hidden, cache = decode(policy, tokens[:, :, index], np.ones((4, 3), bool), cache)
 
 
 def test_grouped_query_attention_is_attention_with_repeated_keys(policy, rows, shared):

@@ -241,7 +241,7 @@ class Sampler:
                 stopped=out.stopped | (stop & ~done),
             )
             ended = done | stop | (cache.age[:, None] + 1 >= limits)
-            hidden, cache = decode(jnp.where(done, 0, token), cache, chunks)
+            hidden, cache = decode(jnp.where(done, 0, token), ~ended, cache, chunks)
             return Slots(hidden, cache, keys, limits, ended, states, out)
 
         count, size = ring(c.max_new_tokens)

@@ -321,6 +321,7 @@ def branch_attention(
     suffix: Sequence[tuple[Cached, Cached]],
     own_visible: Sequence[jax.Array],
     column: jax.Array,
+    live: jax.Array,
 ) -> Callable[..., Any]:
     """Attention of one new token per branch, over the shared prefix and the branch's own suffix.
 
@@ -334,6 +335,7 @@ def branch_attention(
       suffix: the chunks that are read, keys and values [B, K, G, C, N]; the first one is written to.
       own_visible: for each chunk bool[B, C], the columns that a branch sees, including the new token's.
       column: int32[], the new token's column in the first chunk.
+      live: bool[B, K], the branches that have not ended. What others attend to is not defined.
     """
 
     def attend(q, k, v):
@@ -353,7 +355,14 @@ def branch_attention(
         each = queries.transpose(0, 3, 1, 2, 4)
         if decode_kernel.takes(device_kind(), each, (prefix, suffix)):
             out = _every_device_its_own(
-                decode_kernel.attend, (2, 2, 0, 1, 0), each, read, tuple(own_visible), prefix, visible
+                decode_kernel.attend,
+                (2, 2, 0, 1, 0, 0),
+                each,
+                read,
+                tuple(own_visible),
+                prefix,
+                visible,
+                live,
             )
             if out is not None:
                 return out.astype(q.dtype).reshape(q.shape), first

@@ -3,7 +3,8 @@
 Two Pallas kernels for Triton. Each reads its keys and values once and writes, in float32, the weighted sum of
 values with its greatest score and its sum of weights; the two are then normalised together:
 
-    own      a program per row, branch and group; columns that a branch does not see are not read
+    own      a program per row, branch and group; columns that a branch does not see are not read, and nothing
+             of a branch that has ended
     shared   a program per row, group and span of columns, for the queries of all branches at once
 
 Tiles are powers of two: what is past the end of an array is masked. The alphabet is that of models/layers.py.
@@ -56,6 +57,7 @@ def attend(
     own_visible: Sequence[jax.Array],
     prefix: tuple[Cached, Cached],
     visible: jax.Array,
+    live: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention over both (see `attention.branch_attention`). `interpret` runs the kernels without a GPU.
@@ -66,11 +68,12 @@ def attend(
       own_visible: of each chunk bool[B, C].
       prefix: keys [B, G, N, P] and values [B, G, P, N].
       visible: bool[B, K or 1, P].
+      live: bool[B, K]; results of other branches mean nothing.
 
     Returns:
       float32[B, K, G, H/G, N].
     """
-    out, top, total = own(q, suffix, own_visible, interpret)
+    out, top, total = own(q, suffix, own_visible, live, interpret)
     others, tops, totals = shared(q, prefix, visible, interpret)  # [S, ...]
     most = jnp.maximum(top, tops.max(0))
     part, parts = jnp.exp(top - most), jnp.exp(tops - most)
@@ -137,8 +140,9 @@ def _within(tile: Sequence[int], inside: Sequence[int]) -> jax.Array:
     return functools.reduce(jnp.logical_and, masks)
 
 
-def _own_kernel(q, suffix, own_visible, *refs, heads, width, sizes):
-    """q [H/G, N], for one head [N]; of every chunk keys and values [C, N] and seen int8[C]."""
+def _own_kernel(q, suffix, own_visible, live, *refs, heads, width, sizes):
+    """q [H/G, N], for one head [N]; of every chunk keys and values [C, N] and seen int8[C]; live int8[1]."""
+    live = triton.load(live) != 0
     inside = jnp.arange(q.shape[-1]) < width
     there = (heads, width)[-len(q.shape) :]
     query = _load(q, _within(q.shape, there))
@@ -150,7 +154,7 @@ def _own_kernel(q, suffix, own_visible, *refs, heads, width, sizes):
 
         def visit(i, state, k=k, v=v, visible=visible, size=size, block=block):
             columns = pl.ds(i * block, block)
-            seen = _load(visible.at[columns], i * block + jnp.arange(block) < size) != 0
+            seen = _load(visible.at[columns], (i * block + jnp.arange(block) < size) & live) != 0
             mask = seen[:, None] & inside[None]
             key, scale_k = _tensors(k, (columns, slice(None)), columns, mask, seen, dtype)
             value, scale_v = _tensors(v, (columns, slice(None)), columns, mask, seen, dtype)
@@ -170,6 +174,7 @@ def own(
     q: jax.Array,
     suffix: Sequence[tuple[Cached, Cached]],
     own_visible: Sequence[jax.Array],
+    live: jax.Array,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of the branches' own suffixes (see `attend`): mixed values float32[B, K, G, H/G, N], greatest score and
@@ -194,13 +199,14 @@ def own(
             spec(head, tile),
             [tuple(cached(x, length) for x in chunk) for chunk, length in zip(suffix, lengths)],
             [pl.BlockSpec((None, length), lambda b, k, g: (b, 0)) for length in lengths],
+            pl.BlockSpec((None, 1), lambda b, k, g: (b, k)),
         ],
         out_specs=[spec(head, tile), spec(head, 1), spec(head, 1)],
         out_shape=shapes,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_own",
-    )(q, list(map(tuple, suffix)), [seen.astype(jnp.int8) for seen in own_visible])
+    )(q, list(map(tuple, suffix)), [seen.astype(jnp.int8) for seen in own_visible], live.astype(jnp.int8))
 
 
 def _shared_kernel(q, k, v, visible, *refs, inside, length, span):

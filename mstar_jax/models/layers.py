@@ -298,7 +298,12 @@ def layers_of(decoder: Decoder) -> Callable[[int], Blocks]:
 
 @jax.named_scope("language")
 def decode_hidden(
-    decoder: Decoder, layer: Callable[[int], Blocks], x: jax.Array, cache: KVCache, chunks: int = 0
+    decoder: Decoder,
+    layer: Callable[[int], Blocks],
+    x: jax.Array,
+    live: jax.Array,
+    cache: KVCache,
+    chunks: int = 0,
 ) -> tuple[jax.Array, KVCache]:
     """One decoding step.
 
@@ -306,6 +311,7 @@ def decode_hidden(
       decoder: the language model.
       layer: its blocks, see `layers_of`.
       x: [B, K, D], the embedding of each branch's next token.
+      live: bool[B, K], the branches that have not ended; hidden states of others are not defined.
       cache: the keys and values of the tokens before it.
       chunks: how many chunks of the suffixes are read, 0 for all. Results are wrong for rows that have tokens
         in other chunks.
@@ -325,7 +331,7 @@ def decode_hidden(
     for i in range(c.num_layers):
         prefix = (cache.prefix_k[i], cache.prefix_v[i])
         suffix = [(cache.suffix_k[at][i], cache.suffix_v[at][i]) for at in range(len(seen))]
-        attend = attention.branch_attention(prefix, cache.visible, suffix, seen, column)
+        attend = attention.branch_attention(prefix, cache.visible, suffix, seen, column, live)
         x = sharding.constrain(x, ("batch", None, None))
         x, kept = layer(i)(x, rope, attend)
         written.append(kept)

@@ -231,14 +231,16 @@ class VisionLanguageModel(nnx.Module):
         `layers.layers_of`).
 
         Returns:
-          A function of tokens int32[B, K], the cache and `chunks` (see `layers.decode_hidden`). It returns
-          hidden [B, K, D] and the cache with these tokens.
+          A function of tokens int32[B, K], `live` bool[B, K], the cache and `chunks` (see
+          `layers.decode_hidden`). It returns hidden [B, K, D] and the cache with these tokens.
         """
         layer = layers.layers_of(self.decoder)
         embedding = self.decoder.embedding[...]
 
-        def decode(tokens: jax.Array, cache: KVCache, chunks: int = 0) -> tuple[jax.Array, KVCache]:
-            return layers.decode_hidden(self.decoder, layer, embedding[tokens], cache, chunks)
+        def decode(
+            tokens: jax.Array, live: jax.Array, cache: KVCache, chunks: int = 0
+        ) -> tuple[jax.Array, KVCache]:
+            return layers.decode_hidden(self.decoder, layer, embedding[tokens], live, cache, chunks)
 
         return decode
 
