@@ -29,7 +29,6 @@ from mstar_jax.structs import Cached, Int8
 BLOCK = (512, 512)
 CPU_BLOCK = (256, 64)
 NEVER = -1e30  # a masked score: its weight is 0
-KEPT = "attention"  # what a kernel leaves for its backward pass, by the name that training/step.py saves
 BLOCKS = (512, 256, 128)  # splash's block sizes in tokens: the largest that divides the row, for speed
 
 
@@ -131,7 +130,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret:
             save_residuals=False,
             mask_value=kernels.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
-            residual_checkpoint_name=KEPT,
+            residual_checkpoint_name="attention",
             mask_function=None,
             interpret=interpret,
         )
@@ -203,7 +202,7 @@ def _forward(q, k, v, mask, size):
 
 
 def _remember(q, k, v, mask, size, back):
-    out, norm = checkpoint_name(_forward(q, k, v, mask, size), KEPT)
+    out, norm = checkpoint_name(_forward(q, k, v, mask, size), "attention")  # see step.REMAT
     return out, (q, k, v, mask, out, norm)
 
 
@@ -384,10 +383,8 @@ def branch_attention(
             parts.append(part)
         top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
         top = functools.reduce(jnp.maximum, [top, *(part.max(-1, keepdims=True) for part in parts)])
-        shared, parts = (
-            jnp.exp(shared - top.transpose(0, 2, 3, 1, 4)),
-            [jnp.exp(part - top) for part in parts],
-        )
+        shared = jnp.exp(shared - top.transpose(0, 2, 3, 1, 4))
+        parts = [jnp.exp(part - top) for part in parts]
         total = shared.sum(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
         total = sum((part.sum(-1, keepdims=True) for part in parts), start=total)
         out = jnp.zeros(each.shape, jnp.float32)
