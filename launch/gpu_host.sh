@@ -31,7 +31,6 @@ check_flags "$@"
 inherit JAX_PLATFORMS "$platforms"
 inherit TOKENIZERS_PARALLELISM false
 inherit PYTHONUNBUFFERED 1
-inherit JAX_COMPILATION_CACHE_DIR "${XDG_CACHE_HOME:-$HOME/.cache}/mstar_jax/compiled"
 if [ "$platforms" != cpu ]; then
   inherit XLA_PYTHON_CLIENT_MEM_FRACTION 0.9
   inherit XLA_FLAGS --xla_gpu_enable_latency_hiding_scheduler=true

@@ -226,15 +226,14 @@ def run(todo: Mapping[str, Values], workdir: pathlib.Path, iterations: int) -> l
 
 
 def _start(workdir: pathlib.Path, name: str, values: Values) -> subprocess.Popen[bytes]:
-    """Starts the main job of a row; all rows share a compilation cache."""
+    """Starts the main job of a row."""
     command = [sys.executable, "-m", "mstar_jax.main", *_config_flags(sys.argv[1:])]
     command += [f"--config.{key}={value}" for key, value in values.items()]
     command += [f"--workdir={workdir / name}"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").absolute())}
     with open(_log(workdir, name), "ab") as file:
         file.write((" ".join(command) + "\n").encode())
         file.flush()
-        return subprocess.Popen(command, env=cache | os.environ, stdout=file, stderr=file)
+        return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def _config_flags(arguments: Sequence[str]) -> list[str]:

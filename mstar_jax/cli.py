@@ -1,9 +1,12 @@
 """What commands share: their flags, how they start, how they are stopped, how they fail."""
 
 import contextlib
+import hashlib
 import logging
 import math
 import os
+import pathlib
+import platform
 import select
 import signal
 import sys
@@ -99,10 +102,31 @@ def show_log() -> None:
 
 
 def begin() -> None:
-    """Joins the other processes, if there are any; only process 0 logs progress."""
+    """Joins the other processes, if there are any. Only process 0 logs progress. Keeps compiled programs."""
     if DISTRIBUTED.value or COORDINATOR.value:
         processes.start(COORDINATOR.value, COUNT.value, INDEX.value)
+    keep_programs()
     log.setLevel(logging.INFO if processes.first() else logging.WARNING)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's cache, so that the next start loads them.
+
+    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR or --jax_compilation_cache_dir name another
+    folder, and --jax_enable_compilation_cache=false turns it off. A program for a CPU may use everything that
+    this kind of CPU has, so each kind has its own folder.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        cpu = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        flags = [line for line in cpu if line.startswith(("model name", "flags", "Features"))]
+    except OSError:  # not Linux
+        flags = [platform.machine(), platform.processor()]
+    kind = hashlib.sha256("\n".join(flags).encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder / "mstar_jax" / "compiled" / kind))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def main(command: Callable[[list[str]], None]) -> None:

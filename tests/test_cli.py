@@ -92,3 +92,37 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 143
+
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from mstar_jax import cli
+hits = []
+def listen(event, **_):
+    hits.extend([event] if event.endswith("cache_hits") else [])
+jax.monitoring.register_event_listener(listen)
+cli.keep_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # this program is small
+print(jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((64, 64)))[0, 0], jax.config.jax_compilation_cache_dir)
+print(len(hits))
+"""
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
+    def run(**settings):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "user")} | settings
+        found = subprocess.run([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
+        assert found.returncode == 0
+        (value, folder), (hits,) = (line.split() for line in found.stdout.splitlines())
+        return value, folder, int(hits)
+
+    on = {"JAX_ENABLE_COMPILATION_CACHE": "true"}
+    value, folder, hits = run(**on)
+    assert folder.startswith(str(tmp_path / "user" / "mstar_jax")) and hits == 0
+    assert run(**on)[::2] == (value, len([*pathlib.Path(folder).glob("*-cache")])) and any(
+        pathlib.Path(folder).iterdir()
+    )
+    assert run()[2] == 0  # turned off, as in all other tests
+    own = str(tmp_path / "own")
+    assert run(JAX_COMPILATION_CACHE_DIR=own, **on)[1:] == (own, 0)
