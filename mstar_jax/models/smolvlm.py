@@ -275,8 +275,7 @@ LLAMA |= {"max_position_embeddings": 2048}
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}
 SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
 # The only values of these keys that the model supports.
-TEXT = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "use_resampler": False}
-VISION: names.JSON = {"num_channels": 3, "hidden_act": "gelu_pytorch_tanh"}
+TEXT = {"model_type": "llama", "mlp_bias": False, "use_resampler": False}
 IMAGES: names.JSON = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
 IMAGES |= {"resample": int(Image.Resampling.LANCZOS), "rescale_factor": 1 / 255}
 IMAGES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -309,8 +308,8 @@ def read_config(folder: pathlib.Path) -> SmolVLMConfig:
     """
     c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
     text, v = LLAMA | c["text_config"], SIGLIP | c["vision_config"]
-    for values, wanted, part in ((text, TEXT, "text_config"), (v, VISION, "vision_config")):
-        names.only(values, wanted, f"{where} {part}")
+    names.only(text, TEXT, f"{where} text_config")
+    names.only(v, {"num_channels": 3}, f"{where} vision_config")
     if "tie_word_embeddings" in c:  # what text_config says is then not read
         text |= {"tie_word_embeddings": c["tie_word_embeddings"]}
     images = read_images(folder, v)
@@ -355,7 +354,6 @@ def config_files(config: SmolVLMConfig, dtype: str) -> dict[str, names.JSON]:
             "vision_config": {
                 "model_type": "smolvlm_vision",
                 **names.vision_values(config.vision),
-                **VISION,
             },
         },
         "preprocessor_config.json": {
