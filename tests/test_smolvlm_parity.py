@@ -19,7 +19,7 @@ from tiny import generate
 
 from mstar_jax import models
 from mstar_jax.inference.draw import SamplingConfig
-from mstar_jax.models import names, smolvlm
+from mstar_jax.models import hf, names, smolvlm
 from mstar_jax.plan import official
 
 torch = pytest.importorskip("torch")
@@ -350,3 +350,19 @@ def test_the_whole_processor(reference, processor):
         ours = processor.encode(text, pictures(sizes))
         tokens = np.where(ours.image_index < 0, ours.tokens, CONFIG.image_token_id)
         assert np.asarray(ids).reshape(-1).tolist() == tokens.tolist()
+
+
+def test_idefics3_is_the_same_model(reference, tmp_path):
+    """Under its own model_type, with its own class's tensors."""
+    values = {**reference.config.to_dict(), "model_type": "idefics3"}
+    theirs = transformers.Idefics3ForConditionalGeneration(transformers.Idefics3Config(**values)).eval()
+    theirs.load_state_dict(reference.model.state_dict())
+    hf.copy_files(reference.folder, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    assert hf.read_json(tmp_path / "config.json")["model_type"] == "idefics3"
+    policy, processor = models.load(tmp_path, jnp.float32)
+    inputs = reference.inputs([("Why?", pictures([(104, 50)]))])
+    with torch.no_grad():
+        want = theirs(**inputs).logits[0]
+    rows = batch([processor.encode("Why?", pictures([(104, 50)]))])
+    close(jax.jit(lambda m, b: m.logits(m.hidden(b)))(policy, rows)[0], want, REFERENCE)
