@@ -1,8 +1,8 @@
 """Every key of a config, once, with its meaning and unit; the values are the paper's (arXiv 2412.17451).
 
 Where the paper gives no value, it is ours. One file for each policy overrides what differs (`phi35.py`,
-`internvl2.py`, `minicpmv25.py`, `tiny.py`), `variants.py` holds the training methods, and the command line
-overrides both: `--config.evolve.k=8`. A config of your own:
+`internvl2.py`, `minicpmv25.py`, `smolvlm.py`, `tiny.py`), `variants.py` holds the training methods, and the
+command line overrides both: `--config.evolve.k=8`. A config of your own:
 
     from configs import base
 
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     # ---- policy: a checkpoint, or (configs/tiny.py) a small Phi-3.5-vision with random parameters ----
     c.policy = policy = ConfigDict()
     policy.path = ""  # folder or hub id of a checkpoint; empty for a policy from scratch
-    policy.family = ""  # phi3_v, internvl_chat or minicpmv: what `plan` assumes without a path
+    policy.family = ""  # a key of `plan.official.OFFICIAL`, such as phi3_v: for `plan` without a path
     policy.max_crops = placeholder(int)  # crops, tiles or slices of an image, at most; None: the checkpoint's
     policy.vocab_size = 0  # tokens; from scratch only, like all that follows
     policy.num_crops = 0  # high-resolution crops of an image, at most

@@ -242,7 +242,7 @@ def make_policy(
     The tokenizer of the latter is trained once, on the text of the narrow set, and kept in the workdir.
 
     Raises:
-      ValueError: the checkpoint is of none of the three families.
+      ValueError: the checkpoint is of no family of `models`.
     """
     values = config.policy
     if values.path:

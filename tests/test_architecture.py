@@ -13,11 +13,11 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-FILE_LINES, LIBRARY_LINES = 400, 7500  # much of it refuses or counts what would be misread
+FILE_LINES, LIBRARY_LINES = 400, 7770  # much of it refuses or counts what would be misread
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
-    850: ("plan", "profiling"),
+    880: ("plan", "profiling"),  # 110 of it: the dimensions of the released models
     1300: ("report",),
     2700: ("answers", "evaluate"),  # 100 of it: right answers that were missed, such as recurring decimals
 }

@@ -4,16 +4,18 @@ import json
 
 import pytest
 import test_internvl2
+import test_smolvlm
 import tiny
 import tiny_minicpm
 
 from mstar_jax import models
-from mstar_jax.models import hf, internvl2, minicpmv25, phi35
+from mstar_jax.models import hf, internvl2, minicpmv25, phi35, smolvlm
 
 FAMILIES = {
     "phi": (phi35, tiny.config()),
     "internvl": (internvl2, test_internvl2.CONFIG),
     "minicpm": (minicpmv25, tiny_minicpm.config()),
+    "smolvlm": (smolvlm, test_smolvlm.CONFIG),
 }
 
 
@@ -27,11 +29,16 @@ def read(name, folder, change=lambda values: None):
     return models.Pretrained(folder).config
 
 
+def decoder_of(values):
+    """The part of config.json that describes the decoder."""
+    return next((values[part] for part in ("llm_config", "text_config") if part in values), values)
+
+
 def saved_by_transformers_5(values):
     """`rope_parameters` with all of it instead of `rope_scaling` and `rope_theta`."""
-    part = values.get("llm_config", values)
-    scaling = {k: v for k, v in (part.pop("rope_scaling") or {}).items() if k != "type"}
-    kind = {"phi3_v": "longrope", "internvl_chat": "dynamic", "minicpmv": "default"}[values["model_type"]]
+    part = decoder_of(values)
+    scaling = {k: v for k, v in (part.pop("rope_scaling", None) or {}).items() if k != "type"}
+    kind = {"phi3_v": "longrope", "internvl_chat": "dynamic"}.get(values["model_type"], "default")
     part["rope_parameters"] = scaling | {
         "rope_type": kind,
         "rope_theta": part.pop("rope_theta"),
@@ -74,7 +81,7 @@ def test_longrope_of_transformers_5_has_its_factors(tmp_path):
 )
 def test_other_decoders_are_refused_by_name(name, key, value, message, tmp_path):
     def change(values):
-        values.get("llm_config", values)[key] = value
+        decoder_of(values)[key] = value
 
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         read(name, tmp_path, change)

@@ -24,7 +24,12 @@ def small():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("phi35", 4_146_621_440), ("internvl2", 2_205_754_368), ("minicpmv25", 8_537_092_336)],
+    [
+        ("phi35", 4_146_621_440),
+        ("internvl2", 2_205_754_368),
+        ("minicpmv25", 8_537_092_336),
+        ("smolvlm", 256_484_928 + 4_884_480),  # with its adapters
+    ],
 )
 def test_released_models_need_no_checkpoint(name, parameters):
     config = importlib.import_module(f"configs.{name}").get_config()

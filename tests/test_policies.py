@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_internvl2
+import test_smolvlm
 import tiny
 import tiny_minicpm
 from safetensors.numpy import load_file
 
 from mstar_jax import evolve, export, finished, main, models, records, sharding
 from mstar_jax.data import toy
-from mstar_jax.models import internvl2, minicpmv25, phi35, vlm
+from mstar_jax.models import internvl2, minicpmv25, phi35, smolvlm, vlm
 from mstar_jax.report import page
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Stage
@@ -57,6 +58,8 @@ SMALL = {
     "eval.samples": 1,  # with the greedy one two branches, as in sampling: one program less
     "eval.k": 1,
     "train.save_every": 1,
+    "train.accumulate": 1,
+    "train.lora.rank": 0,
 }
 
 
@@ -81,14 +84,24 @@ def minicpmv25_policy(words):
     return models.FromScratch(minicpmv25.FAMILY, roomy(tiny_minicpm.config()), words)
 
 
-FAMILIES = {"phi35": phi35_policy, "internvl2": internvl2_policy, "minicpmv25": minicpmv25_policy}
+def smolvlm_policy(words):
+    test_smolvlm.make_words(words)
+    return models.FromScratch(smolvlm.FAMILY, roomy(test_smolvlm.CONFIG), words)
+
+
+FAMILIES = {
+    "phi35": phi35_policy,
+    "internvl2": internvl2_policy,
+    "minicpmv25": minicpmv25_policy,
+    "smolvlm": smolvlm_policy,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "reward_model"),
     [
         ("minicpmv25", False),  # its pixels are a tuple of arrays
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("phi35", "internvl2", "minicpmv25")),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in FAMILIES),
     ],
 )
 def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
         --checkpoint=/checkpoints/Phi-3.5-vision-instruct,runs/phi35:warmup,runs/phi35 \
         --benchmarks=mathvista,m3cot,mmstar_r,mmbench_r,ai2d [--prm=runs/phi35 --samples=16]
 
-A checkpoint is a folder in the official format of one of the three families, or a run of mstar_jax.main:
+A checkpoint is a folder in the official format of a family of `models`, or a run of mstar_jax.main:
 its last policy, or that of `:stage`. The first is what the others are compared with. A reward model is a
 run's, or a folder that `export --stage=prm` wrote. Started again, the command asks nothing twice.
 

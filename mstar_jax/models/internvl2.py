@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, gelu, merge_2x2, patchify
+from mstar_jax.models.vision import Vit, gelu, merge, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
@@ -76,7 +76,7 @@ class InternVL2(VisionLanguageModel):
         """pixels [B, C, S, S, 3] -> [B, C * (M/2)**2, D]: the tiles in order, each line by line."""
         rows, tiles = pixels.shape[:2]
         patches = patchify(pixels.reshape(rows * tiles, *pixels.shape[2:]), self.config.vision.patch_size)
-        x = merge_2x2(self.tower(patches, remat))
+        x = merge(self.tower(patches, remat), 2)
         x = layer_norm(x, self.project_norm[...], self.project_norm_bias[...], PROJECTOR_EPS)
         x = gelu(x @ self.project_up[...] + self.project_up_bias[...])
         x = x @ self.project_out[...] + self.project_out_bias[...]

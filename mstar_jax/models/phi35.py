@@ -21,7 +21,7 @@ from PIL import Image
 from mstar_jax.models import hf, names, tokenizer
 from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, VitConfig, gelu, merge_2x2, patchify
+from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
@@ -63,7 +63,7 @@ class Phi35Vision(VisionLanguageModel):
         """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: the two separators, then the crops in order."""
         rows, crops = pixels.shape[:2]
         patches = patchify(pixels.reshape(rows * crops, *pixels.shape[2:]), self.config.vision.patch_size)
-        features = merge_2x2(self.tower(patches, remat))
+        features = merge(self.tower(patches, remat), 2)
         features = features.reshape(rows, -1, features.shape[-1])
         separators = jnp.stack([self.row_separator[...], self.view_separator[...]])
         separators = jnp.broadcast_to(separators, (rows, *separators.shape))

@@ -185,8 +185,9 @@ def patchify(pixels: jax.Array, size: int) -> jax.Array:
     return x.reshape(-1, side**2, 3 * size**2)
 
 
-def merge_2x2(features: jax.Array) -> jax.Array:
-    """[B, M*M, D] -> [B, (M/2)*(M/2), 4D]; the channels of a merged token are in the order (dy, dx, c)."""
-    side = int(features.shape[1] ** 0.5)
-    x = features.reshape(-1, side // 2, 2, side // 2, 2, features.shape[-1])
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(features.shape[0], -1, 4 * features.shape[-1])
+def merge(features: jax.Array, size: int) -> jax.Array:
+    """Squares of size x size patches become one token, as in a pixel shuffle: [B, M*M, D] ->
+    [B, (M/size)**2, size**2 * D]; the channels of a merged token are in the order (dy, dx, c)."""
+    side, width = int(features.shape[1] ** 0.5), features.shape[-1]
+    x = features.reshape(-1, side // size, size, side // size, size, width)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(features.shape[0], -1, size**2 * width)

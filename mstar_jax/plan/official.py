@@ -1,9 +1,12 @@
 """Dimensions of the released models, by `model_type` of their config.json, for plans without a checkpoint."""
 
+import dataclasses
+
 from mstar_jax.models.internvl2 import InternVL2Config
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.minicpmv25 import MiniCPMV25Config
 from mstar_jax.models.phi35 import CLIP, Phi35Config
+from mstar_jax.models.smolvlm import SmolVLMConfig
 from mstar_jax.models.vision import VitConfig, gelu, tanh_gelu
 
 PHI35 = Phi35Config(
@@ -79,6 +82,35 @@ MINICPMV25 = MiniCPMV25Config(
         pre_norm=False,
     ),
 )
+SMOLVLM2_256M = SmolVLMConfig(
+    DecoderConfig(
+        vocab_size=49280,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        max_position=8192,
+        original_max_position=8192,
+    ),
+    dataclasses.replace(
+        MINICPMV25.vision,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_layers=12,
+        num_heads=12,
+        image_size=512,
+        patch_size=16,
+    ),
+    num_crops=16,
+)
 
-Dimensions = Phi35Config | InternVL2Config | MiniCPMV25Config
-OFFICIAL: dict[str, Dimensions] = {"phi3_v": PHI35, "internvl_chat": INTERNVL2, "minicpmv": MINICPMV25}
+Dimensions = Phi35Config | InternVL2Config | MiniCPMV25Config | SmolVLMConfig
+OFFICIAL: dict[str, Dimensions] = {
+    "phi3_v": PHI35,
+    "internvl_chat": INTERNVL2,
+    "minicpmv": MINICPMV25,
+    "smolvlm": SMOLVLM2_256M,
+}

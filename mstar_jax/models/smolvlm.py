@@ -1,0 +1,395 @@
+"""SmolVLM2, and SmolVLM and Idefics3, which are the same architecture: config, tiles, prompt layout, model.
+
+Source: HuggingFaceTB/SmolVLM2-256M-Video-Instruct, transformers' SmolVLMForConditionalGeneration. SigLIP on
+the tiles of an image and on the whole of it, a pixel shuffle and one projection, and Llama. Every dimension
+comes from the config, so a tiny policy runs the same code. Videos are not read.
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from mstar_jax.models import hf, names, tokenizer
+from mstar_jax.models.layers import Decoder, param
+from mstar_jax.models.tokenizer import vocabulary
+from mstar_jax.models.vision import Vit, merge, patchify, tanh_gelu
+from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
+from mstar_jax.structs import EncodedPrompt
+
+IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+END = "<end_of_utterance>"
+OTHER_STOPS = ("<|im_end|>", "<|endoftext|>")  # SmolLM2's; Idefics3's Llama 3 has none of them
+SPECIAL = (IMAGE, AROUND, END)  # Idefics3 spells the other marks in pieces
+MARKS = r"<row_\d+_col_\d+>|" + re.escape(GLOBAL)
+TEMPLATE = (  # the official chat template
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+LARGEST = 4096  # pixels; officially, no image is resized to more
+
+
+@dataclasses.dataclass(frozen=True)
+class SmolVLMConfig(PolicyConfig):
+    """Dimensions of the policy.
+
+    Attributes:
+      decoder, vision: the two transformers.
+      num_crops: the most tiles of an image, in addition to the whole image (officially 16).
+      scale_factor: patches along a side of the square that is merged into one feature.
+      longest_edge: pixels; an image is first resized to this length of its longer side.
+      split: whether images are cut into tiles; without, an image is the whole image alone.
+      image_token_id: what stands for a feature in official prompts.
+    """
+
+    scale_factor: int = 4
+    longest_edge: int = 2048
+    split: bool = True
+    image_token_id: int = 49190
+
+    def __post_init__(self):
+        if self.vision.side % self.scale_factor:
+            raise ValueError(
+                f"scale_factor = {self.scale_factor} does not divide the {self.vision.side} patches along a "
+                f"side of an image (image_size {self.vision.image_size}, patch_size {self.vision.patch_size})"
+            )
+        if self.longest_edge > LARGEST:
+            raise ValueError(f"longest_edge = {self.longest_edge}: at most {LARGEST} pixels are supported")
+
+    @property
+    def features(self) -> int:
+        """Features of a tile: 64 for the smaller released models."""
+        return (self.vision.side // self.scale_factor) ** 2
+
+
+class SmolVLM(VisionLanguageModel):
+    """The policy's parameters and forward pass.
+
+    Patches have the tower's positions in their order. Officially these are rounded fractions of an image's
+    side, which is the same for the 26, 27 or 32 patches a side of the released models. For some other numbers
+    (19, 25, 29, ...) transformers' rounding gives two patches one position.
+    """
+
+    def __init__(self, config: SmolVLMConfig, rngs: nnx.Rngs):
+        merged, width = config.scale_factor**2 * config.vision.hidden_size, config.decoder.hidden_size
+        self.config = config
+        self.tower = Vit(config.vision, rngs)
+        self.project = param(rngs, (merged, width), ("patch", "embed"), merged**-0.5)
+        self.decoder = Decoder(config.decoder, rngs)
+
+    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
+        """pixels [B, C, S, S, 3] -> [B, C * features, D]: the crops in order, each line by line."""
+        c = self.config
+        used = c.vision.side * c.vision.patch_size  # 378 of the 384 pixels of a tile of the 2.2B model
+
+        def one(crop):  # one crop of every row at a time, since the attention scores of all C would be large
+            patches = patchify(crop[:, :used, :used], c.vision.patch_size)
+            return merge(self.tower(patches, remat), c.scale_factor) @ self.project[...]
+
+        features = jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(pixels, 1, 0)), 0, 1)
+        return features.reshape(features.shape[0], -1, features.shape[-1])
+
+
+# ---------------------------------------------------------------------------------------- the tiles
+Size = tuple[int, int]  # (width, height)
+
+
+def resized(size: Size, longest: int) -> Size:
+    """The size with this longer side, in pixels; the shorter one is rounded down, then up to be even."""
+    aspect = size[0] / size[1]
+    short = int(longest / aspect) if aspect >= 1 else int(longest * aspect)
+    short = max(short + short % 2, 1)
+    return (longest, short) if aspect >= 1 else (short, longest)
+
+
+def tile_grid(size: Size, side: int) -> tuple[int, int]:
+    """(rows, columns) of tiles that an image is stretched to: the longer side to the next multiple of a
+    tile's `side`, the shorter one in proportion and then to its next multiple."""
+    aspect = size[0] / size[1]
+    long = math.ceil(max(size) / side)
+    short = math.ceil(int(long * side / aspect if aspect >= 1 else long * side * aspect) / side)
+    return (short, long) if aspect >= 1 else (long, short)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an image is cut: resized to `size` (width, height) and cut into a grid of tiles, which is 0 x 0
+    where the whole image is all there is."""
+
+    size: Size
+    rows: int = 0
+    columns: int = 0
+
+    @property
+    def crops(self) -> int:
+        """Tiles, and the whole image."""
+        return self.rows * self.columns + 1
+
+
+def layout(config: SmolVLMConfig, size: Size) -> Layout:
+    """The layout of an image of this (width, height).
+
+    If the official one has more than `num_crops` tiles, the image is resized to the most tiles along its
+    longer side that are allowed.
+    """
+    if not config.split:
+        return Layout(resized(size, config.longest_edge))
+    side = config.vision.image_size
+    shorter = range(math.ceil(config.longest_edge / side) - 1, 0, -1)
+    for longest in (config.longest_edge, *(side * tiles for tiles in shorter)):
+        first = resized(size, longest)
+        rows, columns = tile_grid(first, side)
+        if rows * columns <= max(config.num_crops, 1):
+            break
+    return Layout(first, rows, columns) if rows * columns > 1 else Layout(first)
+
+
+def crop_image(image: Image.Image, cut: Layout, side: int) -> np.ndarray:
+    """The crops of an RGB image.
+
+    Returns:
+      float32[C, side, side, 3] in [-1, 1]: the tiles row by row, then the whole image.
+    """
+    lanczos = Image.Resampling.LANCZOS
+    image, crops = image.resize(cut.size, lanczos), np.zeros((0, side, side, 3), np.uint8)
+    if cut.crops > 1:
+        image = image.resize((side * cut.columns, side * cut.rows), lanczos)
+        cells = np.asarray(image).reshape(cut.rows, side, cut.columns, side, 3).swapaxes(1, 2)
+        crops = cells.reshape(-1, side, side, 3)
+    whole = np.asarray(image.resize((side, side), lanczos))
+    return (np.concatenate([crops, whole[None]]).astype(np.float32) / 255.0 - 0.5) / 0.5
+
+
+# --------------------------------------------------------------------------------------- the prompt
+def placeholder(cut: Layout, features: int) -> str:
+    """The text that stands for an image in a prompt: the tiles with their places, one line per row, then the
+    whole image."""
+    span = IMAGE * features
+    lines = [
+        "".join(f"{AROUND}<row_{row}_col_{column}>{span}" for column in range(1, cut.columns + 1)) + "\n"
+        for row in range(1, cut.rows + 1)
+    ]
+    return "".join([*lines, "\n" if lines else "", AROUND, GLOBAL, span, AROUND])
+
+
+class SmolVLMProcessor:
+    """Text and images to arrays, see `structs.Processor`."""
+
+    def __init__(self, config: SmolVLMConfig, tokenizer: PreTrainedTokenizerFast):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = config.decoder.vocab_size
+        known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
+        if (found := known[IMAGE]) != config.image_token_id:
+            raise ValueError(f"{IMAGE} is {found}, config.json's image_token_id {config.image_token_id}")
+        self.stop_ids = tuple(known[token] for token in (END, *OTHER_STOPS) if token in known)
+        added = tokenizer.added_tokens_decoder
+        special = {known[token] for token in SPECIAL} | {i for i, t in added.items() if t.special}
+        marks = {i for token, i in known.items() if re.fullmatch(MARKS, token)}
+        self._control_ids = frozenset(special | marks)
+        control = sorted(self._control_ids - set(self.stop_ids))
+        self.forbidden_ids = (*control, *range(len(tokenizer), self.vocab_size))
+        texts = [*SPECIAL, *(t.content for t in added.values() if t.special)]
+        self._control = re.compile("|".join([*map(re.escape, texts), MARKS]))
+
+    def _without_control(self, text: str) -> str:
+        """The text with a space in everything that the tokenizer, or the official prompt, would read as a
+        control token."""
+        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    def _prompt(self, text: str, cuts: list[Layout]) -> list[int]:
+        """Token ids of the chat template's prompt; `<image>` stands for each image feature."""
+        content = [*({"type": "image"} for _ in cuts), {"type": "text", "text": self._without_control(text)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parts = str(prompt).split(IMAGE)
+        if len(parts) != len(cuts) + 1:
+            raise ValueError(
+                f"the chat template writes {IMAGE} {len(parts) - 1} times for {len(cuts)} images; is it this "
+                f"policy's? {prompt!r}"
+            )
+        images = (placeholder(cut, self.config.features) for cut in cuts)
+        whole = "".join(itertools.chain(*itertools.zip_longest(parts, images, fillvalue="")))
+        return self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+    def prefix_shape(self, text: str, sizes: list[Size]) -> tuple[int, int]:
+        """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
+        cuts = [layout(self.config, size) for size in sizes]
+        return len(self._prompt(text, cuts)), sum(cut.crops for cut in cuts)
+
+    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+        """The official chat prompt, with images before the text and complete image spans."""
+        side = self.config.vision.image_size
+        cuts = [layout(self.config, image.size) for image in images]
+        tokens = np.array(self._prompt(text, cuts), np.int32)
+        places = tokens == self.config.image_token_id
+        index = np.where(places, np.cumsum(places) - 1, -1)
+        crops = [crop_image(image, cut, side) for image, cut in zip(images, cuts, strict=True)]
+        pixels = np.concatenate([np.zeros((0, side, side, 3), np.float32), *crops])
+        return EncodedPrompt(np.where(places, 0, tokens), index.astype(np.int32), pixels)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of a response, ending in `<end_of_utterance>`. A space follows the prompt's `Assistant:`."""
+        text = self._without_control(text)
+        spaced = text if not text or text[0].isspace() else f" {text}"
+        return [*self.tokenizer(spaced, add_special_tokens=False)["input_ids"], self.stop_ids[0]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without control tokens; spaces are not cleaned up."""
+        ids = [token for token in map(int, tokens) if token not in self._control_ids]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def length_limit(self, prefix_tokens: int) -> int:
+        """The longest sequence: the decoder's context."""
+        return self.config.decoder.max_position
+
+
+def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer with its chat template, which may be in chat_template.json; without one, with
+    the official template."""
+    found = tokenizer.load(folder)
+    path = folder / "chat_template.json"
+    if found.chat_template is None:
+        found.chat_template = hf.read_json(path)["chat_template"] if path.exists() else TEMPLATE
+    return found
+
+
+# ----------------------------------------------------------------------------------- the checkpoint
+# What the released files leave out: defaults of transformers' LlamaConfig and SmolVLMVisionConfig.
+LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "rope_theta": 10000.0}
+LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6}
+LLAMA |= {"max_position_embeddings": 2048}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}
+SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
+# The only values of these keys that the model supports.
+TEXT = {"model_type": "llama", "mlp_bias": False, "use_resampler": False}
+IMAGES: names.JSON = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+IMAGES |= {"resample": int(Image.Resampling.LANCZOS), "rescale_factor": 1 / 255}
+IMAGES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def read_images(folder: pathlib.Path, vision: names.JSON) -> names.JSON:
+    """How images are processed: the values of preprocessor_config.json or, as transformers 5 writes it, of
+    `image_processor` in processor_config.json; without either, what config.json's `vision_config` says.
+
+    Raises:
+      ValueError: a value that is not supported; the message names the file and the key.
+    """
+    side = vision["image_size"]
+    wanted = IMAGES | {"max_image_size": {"longest_edge": side}}
+    found = {"size": {"longest_edge": 4 * side}, "do_image_splitting": True} | vision
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
+        if (folder / name).exists():
+            values = hf.read_json(folder / name)
+            values = (values.get(part) or {}) if part else values
+            names.only(values, wanted, f"{folder}/{name}:")
+            found |= values
+    return found
+
+
+def read_config(folder: pathlib.Path) -> SmolVLMConfig:
+    """The config in config.json and, for the tiles, the image processor's file (see `read_images`).
+
+    Raises:
+      ValueError: it describes another architecture.
+    """
+    c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
+    text, v = LLAMA | c["text_config"], SIGLIP | c["vision_config"]
+    names.only(text, TEXT, f"{where} text_config")
+    names.only(v, {"num_channels": 3}, f"{where} vision_config")
+    if "tie_word_embeddings" in c:  # what text_config says is then not read
+        text |= {"tie_word_embeddings": c["tie_word_embeddings"]}
+    images = read_images(folder, v)
+    longest, split = images["size"]["longest_edge"], images["do_image_splitting"]
+    return SmolVLMConfig(
+        names.decoder_config(text, f"{where} text_config"),
+        names.vision_config(
+            v,
+            f"{where} vision_config",
+            "gelu_pytorch_tanh",
+            activation=tanh_gelu,
+            select_layer=-1,
+            patch_bias=True,
+            class_token=False,
+            pre_norm=False,
+        ),
+        num_crops=math.ceil(longest / v["image_size"]) ** 2 if split else 0,
+        scale_factor=c.get("scale_factor", 2),
+        longest_edge=longest,
+        split=split,
+        image_token_id=c.get("image_token_id", 128257),
+    )
+
+
+def config_files(config: SmolVLMConfig, dtype: str) -> dict[str, names.JSON]:
+    """config.json and the processor's files for a policy of these dimensions, as `read_config` and
+    transformers read them."""
+    tied = {"tie_word_embeddings": config.decoder.tie_word_embeddings}
+    return {
+        "config.json": {
+            "architectures": ["SmolVLMForConditionalGeneration"],
+            "model_type": "smolvlm",
+            "torch_dtype": dtype,
+            "image_token_id": config.image_token_id,
+            "scale_factor": config.scale_factor,
+            **tied,
+            "text_config": {
+                **names.decoder_values(config.decoder),
+                "head_dim": config.decoder.head_dim,
+                **TEXT,
+            },
+            "vision_config": {
+                "model_type": "smolvlm_vision",
+                **names.vision_values(config.vision),
+            },
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "processor_class": "SmolVLMProcessor",
+            "do_convert_rgb": True,
+            "do_image_splitting": config.split,
+            "do_pad": True,
+            "size": {"longest_edge": config.longest_edge},
+            "max_image_size": {"longest_edge": config.vision.image_size},
+            **IMAGES,
+        },
+        "processor_config.json": {"processor_class": "SmolVLMProcessor", "image_seq_len": config.features},
+    }
+
+
+def table(config: SmolVLMConfig) -> list[names.Tensor]:
+    """The checkpoint's tensors."""
+    v, at = config.vision, "model.vision_model."
+    merged = config.scale_factor**2 * v.hidden_size
+    position = f"{at}embeddings.position_embedding.weight"
+    return [
+        *names.llama(config.decoder, "model.text_model."),
+        *names.patch_embedding(v, f"{at}embeddings.patch_embedding", "tower"),
+        names.plain(position, (v.side**2, v.hidden_size), "tower.position"),
+        *names.vit_blocks(v, at + "encoder.layers.{}.", "tower.blocks."),
+        *names.norm(f"{at}post_layernorm", v.hidden_size, "tower.post_norm", bias=True),
+        *names.linear(
+            "model.connector.modality_projection.proj", merged, config.decoder.hidden_size, "project"
+        ),
+    ]
+
+
+def pixels(config: SmolVLMConfig, crops: int) -> jax.ShapeDtypeStruct:
+    """The pixels' shape for a prompt with this many crops, whole images included."""
+    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
+
+
+FAMILY = hf.Family(read_config, config_files, table, SmolVLM, SmolVLMProcessor, load_tokenizer, pixels)
