@@ -219,7 +219,7 @@ def test_all_problems_are_said_at_once():
 
 def test_every_number_has_a_range():
     """But for those that are checked by a rule of their own."""
-    ruled = ranges.ALWAYS | ranges.SAMPLING | ranges.FROM_SCRATCH | ranges.FIGURES
+    ruled = ranges.ALWAYS | ranges.SAMPLING | ranges.FROM_SCRATCH | ranges.BASE | ranges.FIGURES
     own = {"evolve.threshold", "sampling.refill", "policy.decoder.num_layers"}
     own |= {"data.figures.train"}
     numbers = {key for key, value in flat(base.get_config()).items() if type(value) in (int, float)}
