@@ -17,7 +17,7 @@ from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25", "smolvlm")
+POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25", "smolvlm", "smollm2")
 
 
 def get(policy, variant="mstar"):
@@ -88,6 +88,17 @@ def test_every_method_fits_every_policy(policy, variant):
     config = get(policy, variant)
     configure.check(config, sharding.make_mesh())
     json.loads(config.to_json_best_effort())
+
+
+@pytest.mark.parametrize("variant", ["mstar", "continuous", "cpu", "smoke"])
+def test_smollm2_on_its_own_data(variant):
+    config = get("smollm2", variant)
+    config.data.labelled = ""
+    configure.check(config, sharding.make_mesh())
+    assert config.data.embedded == "figures" and configure.trains_base(config)
+    config.align.learning_rate, config.base.check_every = -1.0, 0
+    with pytest.raises(ValueError, match=r"base\.check_every = 0.*align\.learning_rate = -1"):
+        configure.check(config, sharding.make_mesh())
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -66,7 +66,7 @@ def draw_objects(rng: np.random.Generator) -> tuple[str, Pairs]:
         chosen = sorted(rng.permutation(len(pairs))[:3].tolist())  # in one order, so that captions have one
         names = [" ".join(pairs[i]) for i in chosen]
         return kind, tuple((name, int(rng.integers(1, MOST + 1))) for name in names)
-    count = int(rng.integers(3, 5 if kind == "bars" else 6))
+    count = int(rng.integers(3, 5))
     names = rng.permutation(list(COLOURS if kind == "bars" else SHAPES))[:count].tolist()
     shares = rng.dirichlet([2.0] * count) * rng.uniform(40, LARGEST - 2 * count)
     return kind, tuple((name, 2 + int(share)) for name, share in zip(names, shares, strict=True))
