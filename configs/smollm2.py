@@ -125,7 +125,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     data.figures.unlabelled = 16
     data.figures.validation = 256
     data.figures.test = 900
-    data.figures.captions = 24_000
+    data.figures.captions = 40_000
     data.figures.arithmetic = 8000
     data.figures.instruct = 4000
 
