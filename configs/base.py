@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
     data.buckets = (1024, 1280, 1536, 2048, 2560, 3072)  # tokens, the lengths that rows are padded to
     data.grouped = True  # a training batch has rows of one bucket: less padding, one program for each bucket
     data.workers = 8  # processes that decode images; 0 uses threads
-    data.figures = figures = ConfigDict()  # sizes of the embedded data set
+    data.embedded = "toy"  # the embedded data set: toy, images of 64 px; or figures, 128 px and more steps
+    data.figures = figures = ConfigDict()  # its sizes
     figures.train = 0  # labelled queries; 0: there is no embedded data set
     figures.unlabelled = 0  # queries
     figures.validation = 0  # queries
@@ -80,8 +81,15 @@ def get_config() -> ConfigDict:
         "follows from the image and the question. Close with a last line: The answer is {answer}"
     )
 
-    # ---- base: pre-training of a policy from scratch; a checkpoint is the base as it is --------------
+    # ---- align, base: training of a policy from scratch, or of a checkpoint that cannot see yet -------
+    c.align = align = ConfigDict()  # before `base`: a checkpoint's decoder is frozen, captions teach the rest
+    align.steps = 0  # optimizer steps; 0: the base stage begins with the checkpoint
+    align.batch = 0  # rows of a step
+    align.learning_rate = 0.0  # at its peak
+    align.warmup_steps = 0  # optimizer steps of linear warm-up
+    align.final_fraction = 1.0  # learning rate at the end, as a fraction of the peak
     c.base = base = ConfigDict()
+    base.tune = False  # whether a checkpoint is trained here too; otherwise it is the base as it is
     base.steps = 0  # optimizer steps, at most
     base.batch = 0  # rows of a step
     base.learning_rate = 0.0  # at its peak

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mstar_jax import models, ranges, sharding
-from mstar_jax.data import mathv360k, prompts, splits, toy
+from mstar_jax.data import embedded, figures, mathv360k, prompts, splits, toy, truth
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -74,6 +74,7 @@ def _words(config: ConfigDict) -> Iterator[str]:
     """Values that are words."""
     c, choose = config, ranges.not_among
     yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
+    yield from choose("data.embedded", c.data.embedded, tuple(EMBEDDED))
     yield from choose("evolve.start", c.evolve.start, ("last", "warmup"))
     rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
     yield from choose("evolve.select", c.evolve.select, rules)
@@ -97,6 +98,8 @@ def _numbers(config: ConfigDict) -> Iterator[str]:
     yield from ranges.outside(values, ranges.ALWAYS)
     if not c.policy.path and _has_dimensions(c):
         yield from ranges.outside(values, ranges.FROM_SCRATCH)
+    if trains_base(c):
+        yield from ranges.outside(values, ranges.BASE)
         if not any(share > 0 for share in c.base.mix.values()):
             yield "base.mix: one of its shares must be above 0"
     if not c.data.labelled and _has_figures(c):
@@ -116,7 +119,8 @@ def _numbers(config: ConfigDict) -> Iterator[str]:
 def _schedules(config: ConfigDict) -> Iterator[str]:
     """No warm-up of a learning rate is longer than its stage."""
     stages = ["warmup"]
-    stages += [] if config.policy.path or not _has_dimensions(config) else ["base"]
+    stages += ["base"] if trains_base(config) else []
+    stages += ["align"] if trains_base(config) and config.align.steps > 0 else []
     stages += ["prm"] if config.prm.queries and not config.prm.path else []
     stages += ["evolve"] if config.evolve.iterations > 0 else []
     for name in stages:
@@ -130,7 +134,8 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
     """Global batches can be divided among the devices."""
     c = config
     accumulate = max(c.train.accumulate, 1)
-    sizes = [] if c.policy.path or not _has_dimensions(c) else [("base.batch", c.base.batch, accumulate)]
+    sizes = [("base.batch", c.base.batch, accumulate)] if trains_base(c) else []
+    sizes += [("align.batch", c.align.batch, accumulate)] if trains_base(c) and c.align.steps > 0 else []
     sizes += [
         ("warmup.batch", c.warmup.batch, accumulate),
         ("evolve.batch", c.evolve.batch, accumulate),
@@ -155,6 +160,12 @@ def _method(config: ConfigDict) -> Iterator[str]:
             f"evolve.threshold = {c.evolve.threshold}: must be None, for evolve.select = {c.evolve.select!r} "
             "has no rewards"
         )
+
+
+def trains_base(config: ConfigDict) -> bool:
+    """Whether the base policy is trained on the narrow set first: one from scratch is, a checkpoint where the
+    config says so."""
+    return bool(config.base.tune if config.policy.path else _has_dimensions(config))
 
 
 def _has_dimensions(config: ConfigDict) -> bool:
@@ -192,13 +203,15 @@ def schedule(settings: ConfigDict) -> optax.Schedule:
 def frozen(values: ConfigDict, stage: Stage | None = None) -> tuple[str, ...]:
     """Patterns of the parameters that a stage does not train, from `config.train`.
 
-    With LoRA these are all parameters of the policy but its adapters. In the base stage of a policy from
-    scratch they are the adapters alone: there is nothing to adapt yet, so they keep their initial values,
-    which have no effect.
+    With LoRA these are all parameters of the policy but its adapters. Until the base stage is done they are
+    the adapters alone: there is nothing to adapt yet, so they keep their initial values, which have no
+    effect. While a vision tower is aligned, the decoder is frozen.
     """
     patterns = list(values.frozen)
+    if stage == Stage.align:
+        patterns.append("^decoder")
     if values.lora.rank:
-        patterns.append(f"^{ADAPTERS}" if stage == Stage.base else f"^(?!{ADAPTERS})")
+        patterns.append(f"^{ADAPTERS}" if stage in (Stage.align, Stage.base) else f"^(?!{ADAPTERS})")
     return tuple(patterns)
 
 
@@ -235,7 +248,7 @@ def adapted(dimensions: Any, values: ConfigDict) -> Any:
 
 
 def make_policy(
-    config: ConfigDict, workdir: pathlib.Path, base: Sequence[toy.BaseExample] = ()
+    config: ConfigDict, workdir: pathlib.Path, base: Sequence[embedded.BaseExample] = ()
 ) -> models.Pretrained | models.FromScratch:
     """The policy to start from: the checkpoint of `policy.path`, or one with the config's dimensions.
 
@@ -260,13 +273,16 @@ def make_policy(
 # ---- 4. data ------------------------------------------------------------------------------------------
 
 
+EMBEDDED = {"toy": toy.make, "figures": figures.make}
+
+
 class Data(NamedTuple):
     """The queries of a run.
 
     Attributes:
       labelled, unlabelled, validation, test: the four splits; those of `unlabelled` have no answer.
       hidden: the true answers of the unlabelled queries, by query id, to measure with.
-      base: the narrow set, for a policy from scratch.
+      base: the narrow set, where a base stage is trained.
       base_validation: the queries that its base stage is measured on.
     """
 
@@ -275,7 +291,7 @@ class Data(NamedTuple):
     validation: Sequence[Query]
     test: Sequence[Query]
     hidden: dict[str, str | None]
-    base: Sequence[toy.BaseExample] = ()
+    base: Sequence[embedded.BaseExample] = ()
     base_validation: Sequence[Query] = ()
 
 
@@ -288,7 +304,7 @@ class Example(NamedTuple):
 
 
 def base_examples(
-    config: ConfigDict, base: Sequence[toy.BaseExample], encode: Callable[[str], list[int]]
+    config: ConfigDict, base: Sequence[embedded.BaseExample], encode: Callable[[str], list[int]]
 ) -> dict[str, list[Example]]:
     """The narrow set by mode: captions, arithmetic, and examples that are asked in three ways (reason,
     rationalise a given answer, answer at once)."""
@@ -299,7 +315,7 @@ def base_examples(
         if example.mode != "cot":
             modes[example.mode].append(Example(query, query.question, (response,)))
             continue
-        answer = tuple(encode(f"{toy.ANSWER} {query.answer}"))
+        answer = tuple(encode(f"{truth.ANSWER} {query.answer}"))
         for mode, target in (("cot", response), ("hint", response), ("direct", answer)):
             prompt = prompts.render(config.prompts[mode], query)
             modes[mode].append(Example(query, prompt, (target,)))
@@ -313,13 +329,14 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
       ValueError: a file has no usable row.
     """
     c = config.data
-    base: Sequence[toy.BaseExample] = ()
+    base: Sequence[embedded.BaseExample] = ()
     base_validation: Sequence[Query] = ()
-    if not (c.labelled and config.policy.path):
-        folder = toy.make(workdir / "figures", seed=c.seed, **c.figures)
+    narrow = trains_base(config)
+    if not c.labelled or narrow:
+        folder = EMBEDDED[c.embedded](workdir / "figures", seed=c.seed, **c.figures)
         validation = read(folder / "validation.json", folder)
-        if not config.policy.path:
-            base = toy.read_base(folder)
+        if narrow:
+            base = embedded.read_base(folder)
             base_validation = validation[: config.base.check_queries]
     if not c.labelled:
         answered = read(folder / "unlabelled.json", folder)

@@ -1,6 +1,7 @@
 """Self-evolving training (M-STaR, arXiv 2412.17451), from a base policy to an evolved one.
 
-    base       a checkpoint; or a small policy, trained here from scratch on narrow data
+    base       a checkpoint; or a small policy, trained here from scratch on narrow data; or a checkpoint
+               that is taught to see first (`base.tune`)
     warm-up    shown the gold answers, the base policy writes rationales; SFT on correct ones gives pi_1
     reward     R_p, a process reward model, trained once: on Monte-Carlo labels of steps of pi_1's responses
     iteration  generate   y_1..y_K ~ pi_t( . | x, o; T)    for a share of labelled queries x with images o

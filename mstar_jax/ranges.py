@@ -99,6 +99,8 @@ FROM_SCRATCH = {
     "policy.vision.num_heads": COUNT,
     "policy.vision.image_size": COUNT,
     "policy.vision.patch_size": COUNT,
+}
+BASE = {
     "base.steps": COUNT,
     "base.learning_rate": SOME,
     "base.warmup_steps": SOME,
@@ -112,6 +114,10 @@ FROM_SCRATCH = {
     "base.check_from": SOME,
     "base.check_every": COUNT,
     "base.check_queries": COUNT,
+    "align.steps": SOME,
+    "align.learning_rate": SOME,
+    "align.warmup_steps": SOME,
+    "align.final_fraction": SHARE,
 }
 FIGURES = {
     "data.figures.unlabelled": COUNT,

@@ -28,6 +28,7 @@ class Record(TypedDict, total=False):
       dropped: where none was kept, how many there were by cause; see `stages.select.dropped`.
       greedy_accuracy, ..., length: see `rewards.metrics.dynamics`.
       all_right, unfaithful: of the embedded data's greedy responses, see `stages.measure.right_steps`.
+      parts: on the parts of the embedded data, see `stages.measure.by_part`.
       pseudo_coverage, pseudo_precision: of unlabelled queries that joined, see `stages.select.pseudo_label`.
       grid, chosen: the dynamics at several temperatures, and the temperature that was chosen by them.
       responses, ..., truth: of the reward model, see `stages.reward_model.report`.
@@ -56,6 +57,7 @@ class Record(TypedDict, total=False):
     length: float
     all_right: float
     unfaithful: float
+    parts: dict[str, dict[str, float]]
     pseudo_coverage: float
     pseudo_precision: float
     grid: list[dict[str, float]]

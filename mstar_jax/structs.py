@@ -17,7 +17,7 @@ from PIL import Image
 class Stage:
     """A stage of a run; stages are ordered as they run.
 
-        base < warmup < reward_model < iteration(1) < iteration(2) < ...
+        align < base < warmup < reward_model < iteration(1) < iteration(2) < ...
 
     Attributes:
       place: its number in this order.
@@ -25,6 +25,7 @@ class Stage:
 
     place: int
 
+    align: ClassVar["Stage"]
     base: ClassVar["Stage"]
     warmup: ClassVar["Stage"]
     reward_model: ClassVar["Stage"]
@@ -48,13 +49,13 @@ class Stage:
         kind, _, number = name.partition("_")
         if kind != KINDS[-1] or not number.isdigit() or int(number) < 1:
             raise ValueError(
-                f"no stage is called {name!r}; stages are base, warmup, prm and iteration_01, ..."
+                f"no stage is called {name!r}; stages are align, base, warmup, prm and iteration_01, ..."
             )
         return cls.iteration(int(number))
 
     @property
     def kind(self) -> str:
-        """`base`, `warmup`, `prm` or `iteration`: what results.json calls it."""
+        """`align`, `base`, `warmup`, `prm` or `iteration`: what results.json calls it."""
         return KINDS[min(self.place, len(KINDS) - 1)]
 
     @property
@@ -71,10 +72,11 @@ class Stage:
         return self.name
 
 
-KINDS = ("base", "warmup", "prm", "iteration")
-Stage.base = Stage(0)
-Stage.warmup = Stage(1)
-Stage.reward_model = Stage(2)
+KINDS = ("align", "base", "warmup", "prm", "iteration")
+Stage.align = Stage(0)
+Stage.base = Stage(1)
+Stage.warmup = Stage(2)
+Stage.reward_model = Stage(3)
 
 
 @dataclasses.dataclass(frozen=True)

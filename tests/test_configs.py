@@ -17,7 +17,7 @@ from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25", "smolvlm")
+POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25", "smolvlm", "smollm2")
 
 
 def get(policy, variant="mstar"):
@@ -88,6 +88,17 @@ def test_every_method_fits_every_policy(policy, variant):
     config = get(policy, variant)
     configure.check(config, sharding.make_mesh())
     json.loads(config.to_json_best_effort())
+
+
+@pytest.mark.parametrize("variant", ["mstar", "continuous", "cpu", "smoke"])
+def test_smollm2_on_its_own_data(variant):
+    config = get("smollm2", variant)
+    config.data.labelled = ""
+    configure.check(config, sharding.make_mesh())
+    assert config.data.embedded == "figures" and configure.trains_base(config)
+    config.align.learning_rate, config.base.check_every = -1.0, 0
+    with pytest.raises(ValueError, match=r"base\.check_every = 0.*align\.learning_rate = -1"):
+        configure.check(config, sharding.make_mesh())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -219,7 +230,7 @@ def test_all_problems_are_said_at_once():
 
 def test_every_number_has_a_range():
     """But for those that are checked by a rule of their own."""
-    ruled = ranges.ALWAYS | ranges.SAMPLING | ranges.FROM_SCRATCH | ranges.FIGURES
+    ruled = ranges.ALWAYS | ranges.SAMPLING | ranges.FROM_SCRATCH | ranges.BASE | ranges.FIGURES
     own = {"evolve.threshold", "sampling.refill", "policy.decoder.num_layers"}
     own |= {"data.figures.train"}
     numbers = {key for key, value in flat(base.get_config()).items() if type(value) in (int, float)}

@@ -1,5 +1,6 @@
 """What the dynamics say, and which temperature is in force."""
 
+import dataclasses
 import types
 
 import pytest
@@ -8,7 +9,7 @@ from ml_collections import ConfigDict
 from mstar_jax.data.truth import Truth
 from mstar_jax.records import Results
 from mstar_jax.stages.explore import explore, explores, temperature_after
-from mstar_jax.stages.measure import right_steps
+from mstar_jax.stages.measure import by_part, right_steps
 from mstar_jax.stages.policy import Policy
 from mstar_jax.structs import Response, Stage, TrainState
 
@@ -74,13 +75,15 @@ def test_a_policy_is_restored_when_it_is_asked_for():
 
 
 def test_stages_are_ordered_as_they_run():
-    stages = [Stage.base, Stage.warmup, Stage.reward_model, *map(Stage.iteration, (1, 2, 10, 100))]
+    first = [Stage.align, Stage.base, Stage.warmup, Stage.reward_model]
+    stages = [*first, *map(Stage.iteration, (1, 2, 10, 100))]
     backwards = list(reversed(stages))
     assert sorted(backwards) == stages
-    names = ["base", "warmup", "prm", "iteration_01", "iteration_02", "iteration_10", "iteration_100"]
+    names = ["align", "base", "warmup", "prm"]
+    names += ["iteration_01", "iteration_02", "iteration_10", "iteration_100"]
     assert [stage.name for stage in stages] == names == [str(stage) for stage in stages]
     assert [Stage.parse(name) for name in names] == stages
-    assert [(stage.kind, stage.number) for stage in stages[1:4]] == [
+    assert [(stage.kind, stage.number) for stage in stages[2:5]] == [
         ("warmup", 0),
         ("prm", 0),
         ("iteration", 1),
@@ -108,4 +111,38 @@ def test_steps_by_the_generators_truth():
     ]
     expected = {"all_right": 1 / 4, "unfaithful": pytest.approx(2 / 3)}
     assert right_steps(groups, {truth.id: truth}) == expected
+
+
+def test_parts_of_a_split_are_measured_apart():
+    lines = ("The red bar is at 4 and the blue bar at 2.", "4 + 2 = 6")
+    parts = {"a": "new figures", "b": "new figures", "c": "both"}
+    known = {
+        name: Truth(name, "test", "pair", (("red", 4), ("blue", 2)), (lines,), "6", part=part, free=True)
+        for name, part in parts.items()
+    }
+    right, lucky, wrong = (
+        "Red 4, blue 2.\n2 + 4 = 6.",
+        "Red 5, blue 1.\n5 + 1 = 6",
+        "Red 4, blue 2.\n4 + 2 = 7",
+    )
+
+    def group(name, *texts):
+        return [
+            Response(name, i, text, (), 0.0, False, verdict="wrong" if text == wrong else "correct",
+                     temperature=float(i > 0)) for i, text in enumerate(texts)
+        ]  # fmt: skip
+
+    groups = [
+        group("a", right, wrong, wrong),
+        group("b", lucky, right, wrong),
+        group("c", wrong, wrong, right),
+    ]
+    assert by_part(groups, known, 2) == {
+        "parts": {
+            "new figures": {"n": 2, "greedy_accuracy": 1.0, "pass_at_k": 0.5, "all_right": 0.5},
+            "both": {"n": 1, "greedy_accuracy": 0.0, "pass_at_k": 1.0, "all_right": 0.0},
+        }
+    }
+    assert by_part(groups, {name: dataclasses.replace(t, part="") for name, t in known.items()}, 2) == {}
+    assert by_part(groups, {}, 2) == {}
     assert right_steps(groups, {}) == {}  # no embedded data

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import tiny as tiny_config
 from mstar_jax import configure
-from mstar_jax.data import toy
+from mstar_jax.data import embedded, toy
 from mstar_jax.evaluate import __main__ as evaluate
 from mstar_jax.evaluate import evaluation, summary
 from mstar_jax.evaluate.benchmarks import Item
@@ -215,7 +215,7 @@ def place(tmp_path_factory):
     config.update_from_flattened_dict(changes | {"benchmarks.names": ("mathv360k",)})
     config.benchmarks.root = str(data)
     (folder / "tokenizer").mkdir()
-    policy = configure.make_policy(config, folder, toy.read_base(data))
+    policy = configure.make_policy(config, folder, embedded.read_base(data))
     for name, seed in (("first", 0), ("second", 1)):
         policy.save(policy.build(seed), folder / name)
     policy.save(vlm.RewardModel(policy.build(2)), folder / "reward")

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mstar_jax.data import toy
+from mstar_jax.data import embedded, toy
 from mstar_jax.data import truth as truth_module
 
 SIZES = {"train": 240, "unlabelled": 61, "validation": 40, "test": 300}
@@ -146,7 +146,7 @@ def test_rows_read_without_a_drop(folder, truths):
 def test_images_decode_and_belong_to_one_split(folder):
     used = {split: {row["image"] for row in rows_of(folder, split)} for split in SIZES}
     used["base"] = {
-        e.query.images[0].split("/figures/images/")[1] for e in toy.read_base(folder) if e.query.images
+        e.query.images[0].split("/figures/images/")[1] for e in embedded.read_base(folder) if e.query.images
     }
     used["base"] = {f"figures/images/{name}" for name in used["base"]}
     assert sum(map(len, used.values())) == len(set.union(*used.values()))
@@ -238,7 +238,7 @@ def test_families_follow_the_weights_and_no_answer_dominates(tmp_path):
 
 
 def test_the_base_set(folder):
-    base = toy.read_base(folder)
+    base = embedded.read_base(folder)
     counts = collections.Counter(example.mode for example in base)
     assert counts == {"caption": 60, "arithmetic": 1100, "cot": 50}
     assert len({example.query.id for example in base}) == len(base)

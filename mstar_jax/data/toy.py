@@ -15,7 +15,8 @@ A record of `truth.jsonl` (the variants are the valid orders of the steps) and o
     {"id": "train_000002_0", "split": "train", "family": "total",
      "objects": [["red", 9], ["blue", 7], ["green", 6]],
      "variants": [["Bars red 9 blue 7 green 6", "Sum 9 + 7 = 16", "Sum 16 + 6 = 22"],
-                  ["Bars red 9 blue 7 green 6", "Sum 6 + 7 = 13", "Sum 13 + 9 = 22"]], "answer": "22"}
+                  ["Bars red 9 blue 7 green 6", "Sum 6 + 7 = 13", "Sum 13 + 9 = 22"]], "answer": "22",
+     "part": "", "free": false}
     {"id": "base_004096", "image": null, "mode": "arithmetic", "question": "Compute 13 + 9.", "options": null,
      "answer": null, "response": "Sum 13 + 9 = 22"}
 """
@@ -23,15 +24,12 @@ A record of `truth.jsonl` (the variants are the valid orders of the steps) and o
 import dataclasses
 import itertools
 import json
-import os
-import pathlib
-import tempfile
 
 import numpy as np
 import PIL.Image
 
-from mstar_jax.data.truth import ANSWER, Truth
-from mstar_jax.structs import Query
+from mstar_jax.data import embedded
+from mstar_jax.data.truth import ANSWER, COLOURS, Truth
 
 FORMAT = 2  # incremented whenever the same parameters give different data
 SPLITS = {"train": 2, "unlabelled": 2, "validation": 1, "test": 1}  # questions per image
@@ -58,18 +56,13 @@ SLOT = 16  # px
 UNIT = 8  # px of height per unit of a bar
 BASELINE = 60  # px; bars end above this row
 TALLEST = 7  # units; the largest value of a bar
-COLOURS = {"red": (212, 48, 52), "green": (50, 160, 72), "blue": (50, 98, 204)}
-COLOURS |= {"yellow": (238, 200, 40), "purple": (142, 68, 182), "orange": (240, 128, 30)}
 KINDS = ("circle", "ring", "cross")
 BACKGROUND = (238, 238, 234)
 AXIS = (70, 70, 76)
 COLOUR_SD = 7.0  # of 255, per object and channel
 NOISE_SD = 10.0  # of 255, per pixel
 
-HINT = "Hint: Please answer the question "
-INTEGER_HINT = HINT + "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end."
-LETTER_HINT = HINT + "and provide the correct option letter, e.g., A, B, C, D, at the end."
-OURS = {"figures.json", "figures", "truth.jsonl", "base.jsonl", *(f"{split}.json" for split in SPLITS)}
+LETTER_HINT = f"{embedded.HINT}and provide the correct option letter, e.g., A, B, C, D, at the end."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +74,6 @@ class Problem:
     options: tuple[str, ...] | None
     answer: str  # the letter if there are options
     variants: tuple[tuple[str, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseExample:
-    """An example of the base set; `mode` is `caption`, `arithmetic` (without an image) or `cot`."""
-
-    query: Query
-    mode: str
-    response: str
 
 
 # ---- figures ----
@@ -271,45 +255,14 @@ def make(
     sizes = {"train": train, "unlabelled": unlabelled, "validation": validation, "test": test}
     base = {"captions": captions, "arithmetic": arithmetic, "instruct": instruct}
     manifest = {"format": FORMAT, "seed": seed, **sizes, **base}
-    folder = pathlib.Path(folder).absolute()
-    if _manifest(folder) == manifest:
-        return folder
-    foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []
-    if foreign:
-        raise FileExistsError(f"{folder} is for the figures data set, but holds other files: {foreign[:5]}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new = pathlib.Path(temporary) / "new"
-        (new / "figures" / "images").mkdir(parents=True)
+
+    def write(new):
         rngs = {name: np.random.default_rng([seed, stream]) for stream, name in enumerate(STREAMS)}
         truths = [t for split in SPLITS for t in _write_split(new, split, sizes[split], rngs[split])]
-        _write_lines(new / "truth.jsonl", map(dataclasses.asdict, truths))
-        _write_lines(new / "base.jsonl", _base_records(new, rngs, **base))
-        (new / "figures.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():
-            os.rename(folder, pathlib.Path(temporary) / "old")
-        try:
-            os.rename(new, folder)
-        except OSError:  # another process may have written the same set
-            if _manifest(folder) != manifest:
-                raise
-    return folder
+        embedded.write_lines(new / "truth.jsonl", map(dataclasses.asdict, truths))
+        embedded.write_lines(new / "base.jsonl", _base_records(new, rngs, **base))
 
-
-def _manifest(folder):
-    try:
-        return json.loads((folder / "figures.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def _write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def _save(root, name, image):
-    PIL.Image.fromarray(image).save(root / f"figures/images/{name}.png", compress_level=1)
-    return f"figures/images/{name}.png"
+    return embedded.publish(folder, manifest, write)
 
 
 def _draw(rng, k):
@@ -328,10 +281,10 @@ def _write_split(root, split, size, rng):
     rows, truths = [], []
     for n in range(-(-size // SPLITS[split])):
         objects, problems = _draw(rng, SPLITS[split])
-        image = _save(root, f"{split}_{n:06d}", render(rng, objects))
+        image = embedded.save(root, f"{split}_{n:06d}", PIL.Image.fromarray(render(rng, objects)))
         for i, p in enumerate(problems[: size - len(rows)]):
             query_id = f"{split}_{n:06d}_{i}"
-            text = f"<image>\n{LETTER_HINT if p.options else INTEGER_HINT}\nQuestion: {p.question}"
+            text = f"<image>\n{LETTER_HINT if p.options else embedded.INTEGER_HINT}\nQuestion: {p.question}"
             if p.options:
                 text += "\nChoices:\n(A) {}\n(B) {}".format(*p.options)
             turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"{ANSWER} {p.answer}"}]
@@ -347,7 +300,11 @@ def _base_records(root, rngs, captions, arithmetic, instruct):
     rng = rngs["captions"]
     for _ in range(captions):
         objects, name = draw_objects(rng, scene=rng.random() < SCENE_CAPTIONS), next(ids)
-        record = {"id": name, "image": _save(root, name, render(rng, objects)), "mode": "caption"}
+        record = {
+            "id": name,
+            "image": embedded.save(root, name, PIL.Image.fromarray(render(rng, objects))),
+            "mode": "caption",
+        }
         question, lines = "Describe the image.", [describe(objects)]
         if objects[0][1] not in KINDS and rng.random() < READ_CAPTIONS:
             colour, value = objects[rng.integers(len(objects))]
@@ -360,22 +317,10 @@ def _base_records(root, rngs, captions, arithmetic, instruct):
     for _ in range(instruct):
         (objects, (p,)), name = _draw(rng, 1), next(ids)
         steps = p.variants[rng.integers(len(p.variants))]
-        record = {"id": name, "image": _save(root, name, render(rng, objects)), "mode": "cot"}
+        record = {
+            "id": name,
+            "image": embedded.save(root, name, PIL.Image.fromarray(render(rng, objects))),
+            "mode": "cot",
+        }
         record |= {"question": p.question, "options": p.options, "answer": p.answer}
         yield record | {"response": "\n".join([*steps, f"{ANSWER} {p.answer}"])}
-
-
-# ---- reading ----
-
-
-def read_base(folder):
-    """Reads the base set of a folder that `make` wrote, with absolute image paths."""
-    root = pathlib.Path(folder).absolute()
-    examples = []
-    for r in map(json.loads, (root / "base.jsonl").read_text().splitlines()):
-        images = (str(root / r["image"]),) if r["image"] else ()
-        options = tuple(r["options"]) if r["options"] else None
-        kind = "choice" if options else "integer" if r["answer"] else "text"
-        query = Query(r["id"], images, r["question"], options, r["answer"], kind, "figures")
-        examples.append(BaseExample(query, r["mode"], r["response"]))
-    return examples

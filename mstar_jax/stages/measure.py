@@ -52,7 +52,7 @@ def measure(
         record["kept"] = sum(source.responses for source in trained_on) if trained_on else None
         for source in trained_on:
             record |= source.notes
-        record |= right_steps(groups, run.truth) | lap(run)
+        record |= right_steps(groups, run.truth) | by_part(groups, run.truth, c.eval.k) | lap(run)
         by_id = {query.id: query for query in queries}
         asked = [by_id[group[0].query_id] for group in groups]
         name = pass_name(stage, split)
@@ -73,6 +73,23 @@ def answers(
     if reward is not None:
         found = scores(run, reward, pass_name(stage, split), queries, found)
     return [found[query.id] for query in queries if query.id in found]
+
+
+def by_part(
+    groups: Sequence[Sequence[Response]], known: Mapping[str, truth.Truth], k: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Where the embedded data's queries belong to parts, such as held-out figures, of each part: n queries,
+    greedy accuracy, Pass@k, and the share of greedy responses with all steps right."""
+    parts: dict[str, list[Sequence[Response]]] = {}
+    for group in groups:
+        if part := known[group[0].query_id].part if known else "":
+            parts.setdefault(part, []).append(group)
+    found: dict[str, dict[str, float]] = {}
+    for part, some in parts.items():
+        measured = metrics.dynamics(some, k) | right_steps(some, known)
+        shown = ("greedy_accuracy", "pass_at_k", "all_right")
+        found[part] = {"n": len(some)} | {key: measured[key] for key in shown if key in measured}
+    return {"parts": found} if found else {}
 
 
 def right_steps(groups: Sequence[Sequence[Response]], known: Mapping[str, truth.Truth]) -> dict[str, float]:

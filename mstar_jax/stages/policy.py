@@ -54,12 +54,16 @@ def policy_after(run: Run, stage: Stage, state: TrainState | None = None) -> Pol
 
 def restore(run: Run, stage: Stage) -> TrainState:
     """The newest state of a stage, from its checkpoint; of a pretrained base, from the files it came in."""
-    if stage == Stage.base and isinstance(run.source, models.Pretrained):
-        dtype = configure.base_dtype(run.config.train)
-        params = run.source.load(dtype, mesh=run.mesh, seed=run.seed)
-        return TrainState(0, params, ())  # no optimizer yet
+    if stage == Stage.base and not configure.trains_base(run.config):
+        return given(run, configure.base_dtype(run.config.train))
     abstract = abstract_state(builder(run, stage), run.tx, run.mesh, frozen=frozen_in(run, stage))
     return run.checkpoints.restore(stage, abstract)
+
+
+def given(run: Run, dtype: jnp.dtype) -> TrainState:
+    """A checkpoint's policy, as it came; there is no optimizer yet."""
+    assert isinstance(run.source, models.Pretrained)
+    return TrainState(0, run.source.load(dtype, mesh=run.mesh, seed=run.seed), ())
 
 
 def restore_params(run: Run, stage: Stage) -> Any:
@@ -84,9 +88,9 @@ def builder(run: Run, stage: Stage) -> Callable[[], Any]:
 
 
 def with_frozen_dtype(run: Run, stage: Stage, params: Any) -> Any:
-    """With LoRA, the frozen parameters in their own dtype; the base stage has nothing to adapt yet."""
+    """With LoRA, the frozen parameters in their own dtype; up to the base stage nothing is adapted yet."""
     train = run.config.train
-    if stage == Stage.base or not train.lora.rank:
+    if stage <= Stage.base or not train.lora.rank:
         return params
     return optimizer.cast_frozen(params, frozen_in(run, stage), configure.base_dtype(train))
 

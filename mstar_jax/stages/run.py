@@ -12,7 +12,7 @@ import ml_collections
 import optax
 
 from mstar_jax import configure, models, processes, records, sharding
-from mstar_jax.data import splits, toy, truth
+from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
 from mstar_jax.store import write_text
@@ -64,7 +64,7 @@ class Run(generate.Inference):
     validation: Sequence[Query]
     test: Sequence[Query]
     hidden: Mapping[str, str | None]
-    base_set: Sequence[toy.BaseExample]
+    base_set: Sequence[embedded.BaseExample]
     base_validation: Sequence[Query]
     truth: Mapping[str, truth.Truth]
     benchmarks: evaluation.Benchmarks

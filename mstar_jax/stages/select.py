@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-from mstar_jax.data import toy, truth
+from mstar_jax.data import truth
 from mstar_jax.inference.generate import Asked, Groups, ask, plan
 from mstar_jax.inference.score import Scorer, score
 from mstar_jax.rewards import selection
@@ -105,7 +105,7 @@ def select_rationales(run: Run, queries: Sequence[Query], responses: Groups) -> 
 def gold_answers(run: Run, queries: Sequence[Query]) -> Source:
     """SFT's data: the gold answer itself as the response."""
     asked = ask(queries, run.config.prompts.direct)
-    golds = [(tuple(run.processor.encode_response(f"{toy.ANSWER} {query.answer}")),) for query in queries]
+    golds = [(tuple(run.processor.encode_response(f"{truth.ANSWER} {query.answer}")),) for query in queries]
     return Source(training_rows(run, asked, golds))
 
 
