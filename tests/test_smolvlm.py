@@ -245,10 +245,14 @@ def test_a_tokenizer_of_another_policy(words, processor, tmp_path):
     with pytest.raises(ValueError, match="<image> is 21, config.json's image_token_id 7"):
         smolvlm.SmolVLMProcessor(dataclasses.replace(CONFIG, image_token_id=7), processor.tokenizer)
     hf.copy_files(words, tmp_path)
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ messages[0][\'role\'] }}"}')
-    found = smolvlm.SmolVLMProcessor(CONFIG, smolvlm.load_tokenizer(tmp_path))
-    with pytest.raises(ValueError, match="the chat template writes <image> 0 times for 1 images.* 'user'"):
-        found.encode("?", [picture(30, 30)])
+    for template, made in (
+        ("{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}", "TypeError"),  # SmolLM2's
+        ("{{ messages[0]['content'] }}", "'type': 'image'"),
+        ("{{ messages.upper() }}", "has no attribute 'upper'"),
+    ):
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(ValueError, match=f"the chat template is not this policy's: .* it makes .*{made}"):
+            smolvlm.SmolVLMProcessor(CONFIG, smolvlm.load_tokenizer(tmp_path))
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------

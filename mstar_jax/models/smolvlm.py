@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -27,16 +28,14 @@ from mstar_jax.models.vision import Vit, merge, patchify, tanh_gelu
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
 from mstar_jax.structs import EncodedPrompt
 
-IMAGE, AROUND, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-END = "<end_of_utterance>"
+IMAGE, AROUND, GLOBAL, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
 OTHER_STOPS = ("<|im_end|>", "<|endoftext|>")  # SmolLM2's; Idefics3's Llama 3 has none of them
 SPECIAL = (IMAGE, AROUND, END)  # Idefics3 spells the other marks in pieces
 MARKS = r"<row_\d+_col_\d+>|" + re.escape(GLOBAL)
 TEMPLATE = (  # the official chat template
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ ' ' if loop.first }}{{ part['text'] }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 LARGEST = 4096  # pixels; officially, no image is resized to more
@@ -196,45 +195,51 @@ class SmolVLMProcessor:
         if (found := known[IMAGE]) != config.image_token_id:
             raise ValueError(f"{IMAGE} is {found}, config.json's image_token_id {config.image_token_id}")
         self.stop_ids = tuple(known[token] for token in (END, *OTHER_STOPS) if token in known)
-        added = tokenizer.added_tokens_decoder
-        special = {known[token] for token in SPECIAL} | {i for i, t in added.items() if t.special}
-        marks = {i for token, i in known.items() if re.fullmatch(MARKS, token)}
-        self._control_ids = frozenset(special | marks)
-        control = sorted(self._control_ids - set(self.stop_ids))
-        self.forbidden_ids = (*control, *range(len(tokenizer), self.vocab_size))
-        texts = [*SPECIAL, *(t.content for t in added.values() if t.special)]
-        self._control = re.compile("|".join([*map(re.escape, texts), MARKS]))
+        special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        control = sorted({*SPECIAL, *special, *(token for token in known if re.fullmatch(MARKS, token))})
+        self._control = re.compile("|".join([*map(re.escape, control), MARKS]))
+        self._control_ids = frozenset(known[token] for token in control)
+        forbidden = sorted(self._control_ids - set(self.stop_ids))
+        self.forbidden_ids = (*forbidden, *range(len(tokenizer), self.vocab_size))
+        try:
+            written = self._rendered("?", 2)
+        except (TypeError, jinja2.TemplateError) as error:  # it expects a text, not a list of parts
+            written = repr(error)
+        if written.count(IMAGE) != 2 or f"{IMAGE}?" not in written:
+            raise ValueError(
+                f"the chat template is not this policy's: of two images and '?' it makes {written}"
+            )
 
     def _without_control(self, text: str) -> str:
         """The text with a space in everything that the tokenizer, or the official prompt, would read as a
         control token."""
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
-    def _prompt(self, text: str, cuts: list[Layout]) -> list[int]:
-        """Token ids of the chat template's prompt; `<image>` stands for each image feature."""
-        content = [*({"type": "image"} for _ in cuts), {"type": "text", "text": self._without_control(text)}]
+    def _rendered(self, text: str, images: int) -> str:
+        """What the chat template writes, with `<image>` for each image."""
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = str(prompt).split(IMAGE)
-        if len(parts) != len(cuts) + 1:
-            raise ValueError(
-                f"the chat template writes {IMAGE} {len(parts) - 1} times for {len(cuts)} images; is it this "
-                f"policy's? {prompt!r}"
-            )
-        images = (placeholder(cut, self.config.features) for cut in cuts)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _prompt(self, text: str, cuts: list[Layout], features: int) -> list[int]:
+        """Token ids of the chat template's prompt; `<image>` stands for each feature of a crop."""
+        parts = self._rendered(self._without_control(text), len(cuts)).split(IMAGE)
+        images = (placeholder(cut, features) for cut in cuts)
         whole = "".join(itertools.chain(*itertools.zip_longest(parts, images, fillvalue="")))
         return self.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
     def prefix_shape(self, text: str, sizes: list[Size]) -> tuple[int, int]:
         """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
         cuts = [layout(self.config, size) for size in sizes]
-        return len(self._prompt(text, cuts)), sum(cut.crops for cut in cuts)
+        crops = sum(cut.crops for cut in cuts)
+        marks = len(self._prompt(text, cuts, 0))  # no feature's token joins another
+        return marks + crops * self.config.features, crops
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
         """The official chat prompt, with images before the text and complete image spans."""
         side = self.config.vision.image_size
         cuts = [layout(self.config, image.size) for image in images]
-        tokens = np.array(self._prompt(text, cuts), np.int32)
+        tokens = np.array(self._prompt(text, cuts, self.config.features), np.int32)
         places = tokens == self.config.image_token_id
         index = np.where(places, np.cumsum(places) - 1, -1)
         crops = [crop_image(image, cut, side) for image, cut in zip(images, cuts, strict=True)]
@@ -269,9 +274,9 @@ def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
 
 # ----------------------------------------------------------------------------------- the checkpoint
 # What the released files leave out: defaults of transformers' LlamaConfig and SmolVLMVisionConfig.
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "rope_theta": 10000.0}
-LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6}
-LLAMA |= {"max_position_embeddings": 2048}
+LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "rms_norm_eps": 1e-6}
+LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
+LLAMA["rope_theta"] = 10000.0
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}
 SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
 # The only values of these keys that the model supports.
@@ -337,7 +342,6 @@ def read_config(folder: pathlib.Path) -> SmolVLMConfig:
 def config_files(config: SmolVLMConfig, dtype: str) -> dict[str, names.JSON]:
     """config.json and the processor's files for a policy of these dimensions, as `read_config` and
     transformers read them."""
-    tied = {"tie_word_embeddings": config.decoder.tie_word_embeddings}
     return {
         "config.json": {
             "architectures": ["SmolVLMForConditionalGeneration"],
@@ -345,7 +349,7 @@ def config_files(config: SmolVLMConfig, dtype: str) -> dict[str, names.JSON]:
             "torch_dtype": dtype,
             "image_token_id": config.image_token_id,
             "scale_factor": config.scale_factor,
-            **tied,
+            "tie_word_embeddings": config.decoder.tie_word_embeddings,
             "text_config": {
                 **names.decoder_values(config.decoder),
                 "head_dim": config.decoder.head_dim,
