@@ -134,7 +134,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     c.align.learning_rate = 1e-3
     c.align.warmup_steps = 50
     c.base.tune = True
-    c.base.steps = 3000
+    c.base.steps = 4000
     c.base.batch = 64
     c.base.learning_rate = 3e-4
     c.base.warmup_steps = 100
@@ -144,7 +144,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     c.base.mix.hint = 0.1
     c.base.mix.direct = 0.05
     c.base.target = 0.45  # a better base leaves little to evolve
-    c.base.check_from = 1000
+    c.base.check_from = 1500
     c.base.check_every = 250
     c.base.check_queries = 256
 
