@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 from mstar_jax import configure, sharding
-from mstar_jax.data import toy, truth
+from mstar_jax.data import truth
 from mstar_jax.inference.generate import ask, inference, sample
 from mstar_jax.inference.score import score_with
 from mstar_jax.stages.policy import policy_after
@@ -29,8 +29,11 @@ from mstar_jax.stages.run import start
 from mstar_jax.structs import Stage
 
 
-def measure(workdir: pathlib.Path, folder: pathlib.Path, count: int) -> dict[str, float]:
+def measure(workdir: pathlib.Path, fresh: pathlib.Path, count: int) -> dict[str, float]:
     config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    none = {"train": 2, "unlabelled": 2, "validation": 2, "captions": 2, "arithmetic": 2, "instruct": 2}
+    make = configure.EMBEDDED[config.data.embedded]
+    folder = make(fresh / config.data.embedded, seed=1_000_003, test=count, **none)
     run = start(config, workdir, {}, lambda: False)
     known = truth.read_truth(folder / "truth.jsonl")
     asked = ask(configure.read(folder / "test.json", folder)[:count], run.template)
@@ -56,13 +59,13 @@ def main() -> None:
     args = parser.parse_args()
     absl.logging.set_verbosity(absl.logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:
-        none = {"train": 2, "unlabelled": 2, "validation": 2, "captions": 2, "arithmetic": 2, "instruct": 2}
-        folder = toy.make(pathlib.Path(scratch) / "fresh", seed=1_000_003, test=args.queries, **none)
         for workdir in args.workdirs:
             jax.set_mesh(sharding.make_mesh())
             print(
                 workdir,
-                json.dumps({k: round(v, 4) for k, v in measure(workdir, folder, args.queries).items()}),
+                json.dumps(
+                    {k: round(v, 4) for k, v in measure(workdir, pathlib.Path(scratch), args.queries).items()}
+                ),
             )
 
 

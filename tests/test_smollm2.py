@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import POLICY, close
+from close import POLICY, close, likeliest
 from flax import nnx
 from tiny import generate
 
-from mstar_jax import sharding
+from mstar_jax import models, sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import layers, names
 from mstar_jax.models.vlm import VisionLanguageModel
@@ -184,3 +184,15 @@ def test_assembled_answers_as_smollm2(tmp_path):
         assert answers[0] == answers[1]
         said.append(tokenizer.decode(answers[1]))
     assert said[0] == "A dog has 4 legs.<|im_end|>"
+
+    policy, processor = models.load(tmp_path, jnp.float32)  # in SmolVLM's own chat template
+    prompt = processor.encode("What is the capital of France?", [])
+    tokens = prompt.tokens[None]
+    nothing = np.zeros(tokens.shape, np.float32)
+    batch = Batch(tokens, np.zeros_like(tokens), nothing, prompt.image_index[None], prompt.pixels[None])
+    out = generate(processor, SamplingConfig(branches=1, max_new_tokens=STEPS), policy, batch)
+    answer = np.asarray(out.tokens)[0, 0, : int(out.length[0, 0])]
+    with torch.no_grad():
+        logits = ours(input_ids=torch.tensor(np.append(tokens[0], answer)[None])).logits[0]
+    likeliest(answer, logits[tokens.shape[1] - 1 : -1])
+    assert processor.decode(answer) == " The capital of France is Paris."
