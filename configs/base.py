@@ -180,6 +180,7 @@ def get_config() -> ConfigDict:
     # what the backward pass recomputes: full (everything), attention (all but the attention of rows),
     # dots (all but that and the matrix products) or none; from least to most memory
     train.remat = "full"
+    train.offload_optimizer = False  # Adam's moments are in the host's memory except while a policy trains
     train.frozen = ()  # regular expressions of parameter names, e.g. ("^tower",) for the vision tower
     train.lora = lora = ConfigDict()  # adapters of the decoder's projections; nothing else is trained then
     lora.rank = 0  # 0 trains all parameters; LoRA needs learning rates of 1e-5 to 1e-4
