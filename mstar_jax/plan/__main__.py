@@ -49,8 +49,10 @@ QUERIES = flags.DEFINE_integer("queries", 180_000, "Labelled queries, if the con
 PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; default data.max_prompt.")
 RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
 SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
-RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right.")
-STEPS = flags.DEFINE_float("steps", 6, "Mean steps (lines) of a response.")
+RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
+PREFIXES = flags.DEFINE_float(
+    "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
+)
 
 GB = 1e9
 TERA = 1e12
@@ -259,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
             response=RESPONSE.value,
             spread=SPREAD.value,
             right=RIGHT.value,
-            steps=STEPS.value,
+            prefixes=PREFIXES.value,
         )
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
         _, dimensions = policy_of(config)

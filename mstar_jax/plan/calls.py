@@ -20,8 +20,9 @@ class Assumed:
       queries: labelled ones.
       prompt: tokens of a prompt.
       response, spread: mean and standard deviation of the tokens of a response.
-      right: share of the responses that are right.
-      steps: mean steps of a response.
+      right: share of the responses that are right; a copy of another one's text counts as wrong.
+      prefixes: steps of a response, on average, that a label is sampled for: all but the last, and but those
+        that begin another response as well.
     """
 
     queries: int
@@ -29,7 +30,7 @@ class Assumed:
     response: float
     spread: float
     right: float
-    steps: float
+    prefixes: float
 
 
 class Calls(NamedTuple):

@@ -196,8 +196,9 @@ class Programs:
 
     def _train_reward(self) -> Program:
         c = self.config.prm
-        least = self.config.data.max_prompt + self.config.sampling.max_new_tokens
         buckets = self.config.data.buckets
+        whole = c.labelled < c.queries  # the right responses to a query without labels are one row
+        least = self.config.data.max_prompt + (c.k if whole else 1) * self.config.sampling.max_new_tokens
         length = loader.bucket(min(max(c.longest, least), max(buckets)), buckets)
         loss = prm.make_loss(c.mc_weight)
         title = "train step of the reward model"

@@ -178,14 +178,17 @@ class Estimate:
     ) -> Use:
         """A stage's training, on `samples` responses a query."""
         [program], data = self.made[kind], self.config.data
-        longest = settings.longest if kind == "train prm" else max(data.buckets)
+        most, prompt = max(data.buckets), self.assumed.prompt
         rows: list[int] = []
         while len(rows) < 50 * settings.batch:
+            longest = most
+            if kind == "train prm" and self.rng.random() < settings.labelled / settings.queries:
+                longest = min(settings.longest, most)
             some = lengths_of(self.rng, (max(samples, 1),), self.assumed, self.config.sampling.max_new_tokens)
-            longest = max(longest, self.assumed.prompt + int(some.max()))
-            rows += [loader.bucket(row, data.buckets) for row in packed(some, self.assumed.prompt, longest)]
-        batches = np.array(rows[: 50 * settings.batch]).reshape(50, -1)
-        length = float(batches.mean() if data.grouped else batches.max(axis=1).mean())
+            longest = max(longest, prompt + int(some.max()))
+            rows += [min(row, most) for row in packed(some, prompt, longest)]
+        lengths = [loader.bucket(row, data.buckets) for row in rows]
+        length = float(np.mean(lengths)) if data.grouped else max(lengths)  # of a stage, or of each batch
         calls = settings.steps * settings.batch / program.rows * self._scale(kind, 0, round(length))
         flops = calls * sum(self.flops[kind][0].values())
         read = settings.steps * settings.batch * length
@@ -210,8 +213,11 @@ def estimate(
         if scores and scored:
             out.append(e.score(f"{stage}: scores", queries, samples, 1.0, times))
 
+    embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
+    test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
+
     def tests(stage: str) -> int:
-        return c.data.validation + (c.data.test if stage in c.eval.test_at else 0)
+        return c.data.validation + (test if stage in c.eval.test_at else 0)
 
     measure("base, measure", tests("base"), scored=False)
     queries = min(c.warmup.queries, assumed.queries)
@@ -222,9 +228,9 @@ def estimate(
         queries = min(c.prm.queries, assumed.queries - held_out)
         labelled = min(c.prm.labelled, queries) + held_out
         out.append(e.sample("reward model, responses", "rollouts", queries + held_out, c.prm.k))
-        prefixes, each = c.prm.k * max(assumed.steps - 1, 0), c.prm.samples // c.prm.completions
-        rows = math.ceil(labelled * math.ceil(prefixes / each))
-        whole = math.ceil(each / max(assumed.steps - 1, 1)) * assumed.response
+        each = c.prm.samples // c.prm.completions  # prefixes in a row
+        rows = labelled * math.ceil(c.prm.k * assumed.prefixes / each)
+        whole = math.ceil(each / max(assumed.prefixes, 1)) * assumed.response
         length = min(round(assumed.prompt + whole), made["labels"][0].length)
         length = loader.bucket(length, c.data.buckets)
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
@@ -243,6 +249,8 @@ def estimate(
         mixin = c.evolve.unlabelled.mixin
         more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
         out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
+        if scores and more:
+            out.append(e.score("iterations, votes", queries, c.evolve.k, 1.0, more))
         if scores and c.evolve.select in ("prm", "likelihood"):
             out.append(e.score("iterations, select", queries, c.evolve.k, assumed.right, count + more))
     if count:
@@ -251,7 +259,7 @@ def estimate(
         if c.explore.every and scores:
             measured |= set(range(c.explore.every, count + 1, c.explore.every))
         measure("iterations, measure", c.data.validation, len(measured))
-        measure("last, test", c.data.test)
+        measure("last, test", test)
     return out
 
 
@@ -276,8 +284,8 @@ def describe(
     total = sum(use.seconds for use in uses)
     lines = [
         f"the run, assuming {assumed.queries:,} labelled queries, prompts of {assumed.prompt} tokens, "
-        f"responses of {assumed.response:g} +- {assumed.spread:g} tokens in {assumed.steps:g} steps, "
-        f"{100 * assumed.right:g} % of them right:",
+        f"responses of {assumed.response:g} +- {assumed.spread:g} tokens, {100 * assumed.right:g} % of them "
+        f"right, {assumed.prefixes:g} labelled steps in each:",
         "",
         "| stage | times | M tokens read | sampled | PFLOP of the model | hours | share |",
         "|---|---:|---:|---:|---:|---:|---:|",
