@@ -186,6 +186,7 @@ def get_config() -> ConfigDict:
     train.accumulate = 1  # microbatches of a step
     train.dtype = "bfloat16"  # of the computation; trained parameters and optimizer state are float32
     train.remat = "full"  # recomputed: full (all), attention (all but it), dots (nor matrix products), none
+    train.offload_optimizer = False  # Adam's moments are in the host's memory except while a policy trains
     train.frozen = ()  # regular expressions of parameter names, e.g. ("^tower",) for the vision tower
     train.lora = lora = ConfigDict()  # adapters of the decoder's projections; nothing else is trained then
     lora.rank = 0  # 0 trains all parameters; LoRA needs learning rates of 1e-5 to 1e-4

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # cannot change what a run ends with, so they may differ from start to start
 FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
+FREE += ("train.offload_optimizer",)
 BLOCK = 1 << 16  # bytes
 held: list[IO[str]] = []  # until the process ends, and with it the locks
 

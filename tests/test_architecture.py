@@ -17,13 +17,15 @@ FILE_LINES, LIBRARY_LINES = 400, 7500  # much of it refuses or counts what would
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
-    880: ("plan", "profiling"),  # 110 of it: the dimensions of the released models
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
+    300: ("profiling",),
+    1500: ("plan",),  # reads three compilers' programs, and plays a whole run through
     1300: ("report",),
     2700: ("answers", "evaluate"),  # 100 of it: right answers that were missed, such as recurring decimals
 }
 
-COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__", "plan.programs")
+COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__")
+COMMANDS += tuple(f"plan.{name}" for name in ("programs", "residency", "measure", "whole"))
 REPORT = ("report.__main__", "report.page")
 ORDER = ("configure", "inference.generate", "inference.score", "evaluate.evaluation")
 VERBS = ("generate", "improve", "select", "base", "reward_model", "explore", "measure", "benchmark")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mstar_jax import sharding
-from mstar_jax.plan import hlo
+from mstar_jax.plan import hlo, products
 
 
 def work(fn, *shapes, **how):
@@ -67,7 +67,7 @@ def test_convolutions_do_not_count_padding(size, kernel, stride, padding, base, 
         there[at + k * dilation] for at in range(0, len(there) - reach, stride) for k in range(kernel)
     )
     out = (len(there) - reach - 1) // stride + 1
-    assert hlo._pairs(size, kernel, out, stride, padding, base, dilation) == pairs
+    assert products.pairs(size, kernel, out, stride, padding, base, dilation) == pairs
     text = jax.jit(fn).lower(jnp.zeros((2, 3, size)), jnp.zeros((5, 3, kernel))).compile().as_text()
     if "convolution(" in text:  # a backend may call a library instead
         assert hlo.work(text).flops == 2 * 2 * 3 * 5 * pairs
@@ -196,3 +196,162 @@ ENTRY %main () -> bf16[4,1024,96] {
     text += "".join(kernel.replace("NAME", name) for name in ("fwd", "dq", "dkv"))
     found = hlo.work(text + "\n}\n")
     assert found.flops == (2 + 3 + 4) * 2 * 4 * 1024 * 1024 * 96 * 10 / 16
+
+
+# ---- what is read and written -------------------------------------------------------------------------
+
+SLICED = """
+HloModule jit_f
+
+%inner (a: bf16[32,64,128], i: s32[]) -> bf16[64,128] {
+  %a = bf16[32,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = bf16[1,64,128]{2,1,0} dynamic-slice(%a, %i, %z, %z), dynamic_slice_sizes={1,64,128}
+  ROOT %b = bf16[64,128]{1,0} bitcast(%s)
+}
+
+%outer (w: bf16[32,64,128], j: s32[], x: bf16[8,64]) -> bf16[8,128] {
+  %w = bf16[32,64,128]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[8,64]{1,0} parameter(2)
+  %layer = bf16[64,128]{1,0} fusion(%w, %j), kind=kLoop, calls=%inner
+  ROOT %d = bf16[8,128]{1,0} dot(%x, %layer), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%put (c: bf16[16,512,64], new: bf16[16,1,64], at: s32[]) -> bf16[16,512,64] {
+  %c = bf16[16,512,64]{2,1,0} parameter(0)
+  %new = f32[16,1,64]{2,1,0} parameter(1)
+  %half = bf16[16,1,64]{2,1,0} convert(%new)
+  %at = s32[] parameter(2)
+  %o = s32[] constant(0)
+  ROOT %u = bf16[16,512,64]{2,1,0} dynamic-update-slice(%c, %half, %o, %at, %o)
+}
+
+%fresh (new: bf16[16,1,64], at: s32[]) -> bf16[16,512,64] {
+  %new = bf16[16,1,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %o = bf16[] constant(0)
+  %c = bf16[16,512,64]{2,1,0} broadcast(%o), dimensions={}
+  ROOT %u = bf16[16,512,64]{2,1,0} dynamic-update-slice(%c, %new, %at, %at, %at)
+}
+
+ENTRY %main (w: bf16[32,64,128], x: bf16[8,64]) -> bf16[8,128] {
+  %w = bf16[32,64,128]{2,1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %c = bf16[16,512,64]{2,1,0} parameter(2)
+  %n = f32[16,1,64]{2,1,0} parameter(3)
+  %h = bf16[16,1,64]{2,1,0} parameter(4)
+  %k = s32[] parameter(5)
+  %near = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} parameter(6)
+  ROOT %f = SHAPE WHAT
+}
+"""
+LAYER, ROWS, OUT = 2 * 64 * 128, 2 * 8 * 64, 2 * 8 * 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "what", "moved"),
+    [
+        # of a stack of 32 layers one is read, though the slice is two fusions deep
+        ("bf16[8,128]{1,0}", "fusion(%w, %k, %x), kind=kOutput, calls=%outer", LAYER + 4 + ROWS + OUT),
+        ("bf16[8,128]{1,0}", "fusion(%w, %k, %near), kind=kOutput, calls=%outer", LAYER + 4 + OUT),
+        ("bf16[1,64,128]", "dynamic-slice(%w, %k, %k, %k), dynamic_slice_sizes={1,64,128}", 2 * LAYER + 12),
+        ("bf16[1,64,128]", "slice(%w), slice={[3:4], [0:64], [0:128]}", 2 * LAYER),
+        # a token is written into a cache of 512: it is read in float32 and written in bfloat16
+        ("bf16[16,512,64]", "fusion(%c, %n, %k), kind=kLoop, calls=%put", (4 + 2) * 16 * 64 + 4),
+        ("bf16[16,512,64]", "dynamic-update-slice(%c, %h, %k, %k, %k)", (2 + 2) * 16 * 64 + 12),
+        # a cache that did not exist is written as a whole
+        ("bf16[16,512,64]", "fusion(%h, %k), kind=kLoop, calls=%fresh", 2 * 16 * 64 * (512 + 1) + 4),
+        ("bf16[16,512,64]", "copy(%c)", 2 * 2 * 16 * 512 * 64),
+        (
+            "(bf16[8,64]{1,0:S(1)}, bf16[8,64]{1,0}, u32[]{:S(2)})",
+            "copy-start(%x)",
+            ROWS,
+        ),  # to the near memory
+        ("(bf16[8,64]{1,0}, bf16[64,64]{1,0})", "all-gather-start(%x), replica_groups=[1,8]<=[8]", 9 * ROWS),
+    ],
+)
+def test_bytes_of_an_operation(shape, what, moved):
+    text = SLICED.replace("SHAPE", shape).replace("WHAT", what)
+    assert hlo.work(text).bytes == moved
+
+
+def test_a_compiled_scan_reads_each_layer_once():
+    """Of a stack of L layers, whether XLA slices it inside or outside of a fusion."""
+
+    def blocks(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    layers, d = 32, 256
+    found = work(blocks, (8, d), (layers, d, d))
+    weights = 4 * layers * d * d
+    assert weights <= found.bytes < 4 * weights  # read once; or copied out first, and then read
+
+
+def test_a_loop_that_ends_when_it_likes_counts_a_step():
+    def decode(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ w, x @ w)
+
+    compiled = jax.jit(decode).lower(jnp.ones((8, 32)), jnp.ones((32, 32))).compile()
+    step, once = hlo.step_of(compiled.as_text())
+    assert step.flops == once.flops == 2 * 8 * 32 * 32
+    assert hlo.work(compiled.as_text(), 5).flops == 6 * 2 * 8 * 32 * 32
+    assert step.bytes > 4 * 32 * 32
+
+
+# ---- libraries and kernels ----------------------------------------------------------------------------
+
+
+def called(operands, result, target, config="{}", name="x"):
+    """A program with one custom call."""
+    given = "".join(f"  %p{i} = {shape} parameter({i})\n" for i, shape in enumerate(operands))
+    names = ", ".join(f"%p{i}" for i in range(len(operands)))
+    call = f'  ROOT %c = {result} custom-call({names}), custom_call_target="{target}"'
+    meta = f', metadata={{op_name="{name}"}}, backend_config={config}'
+    return hlo.work("HloModule m\n\nENTRY %main () -> f32[] {\n" + given + call + meta + "\n}\n")
+
+
+def test_cublas():
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    shapes = ("bf16[64,32]{1,0}", "bf16[32,128]{1,0}")
+    result = "(bf16[64,128]{1,0}, s8[4194304]{0})"
+    found = called(shapes, result, "__cublas$lt$matmul", config)
+    assert found.flops == 2 * 64 * 32 * 128
+    assert found.bytes == 2 * (64 * 32 + 32 * 128 + 64 * 128)  # not the room it works in
+
+
+@pytest.mark.parametrize(("mask", "seen"), [("CAUSAL", (512 + 1) / (2 * 512)), ("PADDING", 1.0)])
+def test_cudnn_attention(mask, seen):
+    square = '"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "512", "512"]}'
+    config = f'{{"cudnn_fmha_backend_config": {{{square}, "mask_type": "{mask}"}}}}'
+    q, out = "bf16[2,512,4,64]{3,2,1,0}", "bf16[2,4,512,64]{3,1,2,0}"
+    forward = called((q, q, q), f"({out}, f32[2,4,512], u8[0]{{0}})", "__cudnn$fmhaSoftmax", config)
+    scores = 2 * 2 * 4 * 512 * 512 * 64
+    assert forward.flops == 2 * scores * seen
+    assert forward.bytes == 4 * 2 * 2 * 512 * 4 * 64 + 4 * 2 * 4 * 512
+    back = called((q, q, q, q), f"({out}, {out}, {out}, u8[64]{{0}})", "__cudnn$fmhaSoftmaxBackward", config)
+    assert back.flops == 5 * scores * seen
+
+
+def test_kernels_of_decoding():
+    """A group's queries meet its own cache; those of all branches the prompt's."""
+    b, k, g, h, n, c, p = 2, 16, 4, 3, 64, 128, 1024
+    q, own = f"bf16[{b},{k},{g},{h},{n}]", f"bf16[{b},{k},{g},{c},{n}]"
+    out = f"f32[{b},{k},{g},{h},{n}]"
+    kernel = "__gpu$xla.gpu.triton"
+    code = '{debug = false, ir = "ML(to_apply=%x, calls=%y{"}'
+    name = "jit(_advance)/while/body/decode_own/pallas_call"
+    found = called((q, own, own, own, own, f"s8[{b},{c}]", f"s8[{b},{c}]"), out, kernel, code, name)
+    assert found.flops == 2 * 2 * b * k * g * h * n * 2 * c  # two chunks, two products
+    name = "jit(_advance)/while/body/decode_shared/pallas_call"
+    keys, values = f"bf16[{b},{g},{n},{p}]", f"bf16[{b},{g},{p},{n}]"
+    found = called((q, keys, values, f"s8[{b},1,{p}]"), out, kernel, code, name)
+    assert found.flops == 2 * 2 * b * k * g * h * n * p
+    assert not found.unknown
+
+
+def test_unknown_calls_are_named():
+    found = called(("f32[8,8]",), "f32[8,8]", "somebody_elses_kernel")
+    assert found.unknown == ("somebody_elses_kernel",) and found.flops == 0
+    assert found.bytes == 2 * 4 * 64

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.stages import improve
-from mstar_jax.stages.policy import Policy
+from mstar_jax.stages.policy import Policy, at_rest, policy_after
 from mstar_jax.structs import Prompt, Query, Row, Source, Stage
 from mstar_jax.training import optimizer
 
@@ -43,7 +43,9 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     """The parameters are those of `start`; moments and schedule are those of the iteration before."""
     tx, mesh = optimizer.make_optimizer(), sharding.make_mesh(devices=jax.devices()[:1])
     run = types.SimpleNamespace(
-        tx=tx, mesh=mesh, config=ConfigDict({"train": {"frozen": (), "lora": {"rank": 0}}})
+        tx=tx,
+        mesh=mesh,
+        config=ConfigDict({"train": {"frozen": (), "lora": {"rank": 0}, "offload_optimizer": False}}),
     )
     warmup, last = policy(Stage.warmup, 1, 90, tx), policy(Stage.iteration(1), 2, 4, tx)
     monkeypatch.setattr(improve, "restore_params", lambda run, stage: {Stage.warmup: One(1)}[stage])
@@ -59,6 +61,41 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     whole = optimizer.make_schedule(1e-3, 12 if schedule else 4, 0, 0.1)
     first = 4 if schedule else 0
     np.testing.assert_allclose(rates, [whole(s) for s in range(first, first + 4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_moments_rest_in_the_hosts_memory(offload):
+    """Between two trainings, if asked; the next one has them on the devices, unchanged to the last bit."""
+    tx, mesh = optimizer.make_optimizer(), sharding.make_mesh(devices=jax.devices()[:1])
+    train = {"frozen": (), "lora": {"rank": 0}, "offload_optimizer": offload}
+    run = types.SimpleNamespace(tx=tx, mesh=mesh, config=ConfigDict({"train": train}))
+    state = policy(Stage.warmup, 1, 3, tx).take()
+    layout = sharding.shardings(state, sharding.TRAIN, mesh)
+    state = jax.device_put(state, layout)
+    before = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+    handle = policy_after(run, Stage.iteration(1), state)
+    del state
+
+    def memories(tree):
+        return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+
+    resting = memories(handle.state.opt_state)
+    assert resting == ({"pinned_host"} if offload else {"device"})
+    assert memories(handle.params) == {"device"}
+    state = improve.carried(
+        run, Stage.iteration(2), handle.take(), improve.Carry(moments=True, schedule=True)
+    )
+    assert memories(state) == {"device"}
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(state)] == before
+    again = policy_after(run, Stage.iteration(1))
+    again.restore = lambda: at_rest(run, state)  # as after a restart
+    assert memories(again.take().opt_state) == resting
+
+
+def test_moments_stay_where_there_is_no_other_memory():
+    state = policy(Stage.warmup, 1, 3, optimizer.make_optimizer()).take()
+    moved = optimizer.moments_in(state, "no_such_memory")
+    assert all(a is b for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True))
 
 
 def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3):
@@ -77,6 +114,7 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
     )
     section = SETTINGS | {"steps": len(losses), "batch": 1, "reset_schedule": True, "learning_rate": 1e6}
     train = {"profile": (), "log_every": log_every, "save_every": save_every, "clip": 1.0}
+    train["offload_optimizer"] = False
     run = types.SimpleNamespace(
         checkpoints=types.SimpleNamespace(
             run=lambda stage: None, save=lambda stage, state, where, wait: saved.append(where.cursor)

@@ -1,6 +1,7 @@
 """Plans: which programs are compiled, what is printed about them, what is tried if they do not fit."""
 
 import importlib
+import importlib.util
 
 import jax
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from configs import tiny as tiny_config
 from mstar_jax import sharding
 from mstar_jax.plan import __main__ as plan
-from mstar_jax.plan import hlo
-from mstar_jax.plan.programs import Programs, policy_of
+from mstar_jax.plan import cost, hlo, residency, topology
+from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
 from mstar_jax.profiling import flops
 
 
@@ -46,41 +47,101 @@ def test_no_family():
         policy_of(config)
 
 
+def compiled(config, kind):
+    """The programs of a kind on the local devices, and their costs."""
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        programs = Programs(config, mesh)
+        return programs, list(plan.costs_of(programs, kind, None))
+
+
 def test_programs_of_the_local_devices():
     config, devices = small(), jax.devices()
-    lines = {name: list(plan.plan(config, name, devices, advise=False)) for name in ("train", "score")}
+    lines = {name: list(plan.plan(config, name, devices, False, {})) for name in ("train", "score")}
     [train], [score] = lines["train"], lines["score"]
     assert train.startswith("train step, 8 rows of 128\n  memory") and "all-gather" not in score
     assert score.startswith("score, 8 rows of 160") and "at peak" not in score  # nothing is known about a CPU
-    mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        [(_, lowered, own)] = Programs(config, mesh).lower("score")
-        cost = plan.compile_cost(lowered)
-    assert 0.8 * cost.work.flops < sum(own.values()) / 8 < 1.2 * cost.work.flops
+    _, [(program, found)] = compiled(config, "score")
+    assert 0.8 * found.work.flops < sum(program.own().values()) / 8 < 1.2 * found.work.flops
     d, heads, width, f, v = 96, 4, 24, 256, 512  # one row of 160 tokens on each of the eight devices
     block = 2 * 160 * (d * width * (2 * heads + 2 * 2) + 3 * d * f)
     block += 2 * 2 * heads * width * 54**2  # one block of attention; how many there are depends on the mask
-    assert cost.work.flops > block + 2 * 160 * d * v  # and the tower
-    assert cost.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
-    assert cost.peak > 4 * 160 * v  # a row's logits
+    assert found.work.flops > block + 2 * 160 * d * v  # and the tower
+    assert found.work.flops < 3 * (block + 2 * 160 * d * v) + 2e8
+    assert found.peak > 4 * 160 * v  # a row's logits
 
 
 def test_rollouts_are_two_programs():
     config = small()
     config.sampling.batch, config.sampling.refill = 16, 0.5
-    mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        found = {title: lowered for title, lowered, _ in Programs(config, mesh).lower("rollouts")}
-    first, second = found
-    assert (
-        first == "prefill, 8 rows of 128 into 16"
-        and second == "decoding step, 16 rows of 4 samples, 8 tokens"
-    )
-    prefill, step = (plan.compile_cost(lowered) for lowered in found.values())
+    programs, found = compiled(config, "rollouts")
+    (first, prefill), (second, step) = found
+    assert first.title == "rollouts: prefill, 8 rows of 128 into 16"
+    assert second.title == "rollouts: decoding step, 16 rows of 4 samples, 8 tokens"
     cache = 16 * 2 * 4 * 2 * 24 * (128 + 4 * 8)  # of all rows: 2 groups, keys and values in 4 bytes
-    for cost in (prefill, step):  # a device has its own rows and updates them in place
-        assert cache / 8 <= cost.memory["shared"] < 1.1 * cache / 8
-        assert sum(cost.work.moved().values()) < 100, "rows enter the slots of their own device"
+    for each in (prefill, step):  # a device has its own rows and updates them in place
+        assert cache / 8 <= each.memory["shared"] < 1.1 * cache / 8
+        assert sum(each.work.moved().values()) < 100, "rows enter the slots of their own device"
+    assert second.least["prompts"] + second.least["responses"] == cache / 8
+    block = 96 * 24 * (4 + 2 + 2 + 4) + 3 * 96 * 256 + 2 * 96  # of the decoder; its embedding is its head too
+    assert second.least["weights"] == 4 * (block + 512 * 96 + 96)
+    assert step.work.bytes >= sum(second.least.values())
+    assert first.least["weights"] == residency.own_bytes(programs.weights())
+
+
+@pytest.mark.parametrize(
+    ("kind", "titles"),
+    [
+        ("exploration", ["prefill, 8 rows of 128 into 16", "decoding step, 16 rows of 5 samples, 8 tokens"]),
+        ("labels", ["prefill, 8 rows of 160 into 16", "decoding step, 16 rows of 16 samples, 8 tokens"]),
+    ],
+)
+def test_passes_with_many_samples_are_planned(kind, titles):
+    """Temperatures, each with its samples and a greedy one; completions that continue responses in a row."""
+    mesh = sharding.make_mesh(**small().mesh)
+    with jax.set_mesh(mesh):
+        made = Programs(small(), mesh).make(kind)
+    assert [each.title for each in made] == [f"{kind}: {title}" for title in titles]
+    assert (made[0].args[3].starts is not None) == (kind == "labels")
+
+
+def test_the_reward_models_step_is_planned():
+    mesh = sharding.make_mesh(**small().mesh)
+    with jax.set_mesh(mesh):
+        [made] = Programs(small(), mesh).make("train prm")
+    assert made.title == "train step of the reward model, 8 rows of 160"
+    assert made.args[0].params.weight.value.shape == (96,)  # the head
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({}, set()),
+        ({"prm.queries": 0}, {"train prm", "labels", "score", "exploration"}),
+        ({"prm.path": "elsewhere"}, {"train prm", "labels"}),
+        ({"evolve.select": "likelihood"}, {"train prm", "labels"}),
+        ({"explore.every": 0}, {"exploration"}),
+    ],
+)
+def test_only_what_a_run_has_is_planned(changes, absent):
+    config = small()
+    config.update_from_flattened_dict(changes)
+    programs = Programs(config, sharding.make_mesh(**config.mesh))
+    assert programs.kinds() == [kind for kind in KINDS if kind not in absent]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_lies_beside_a_program(offload):
+    """The policy's TrainState: parameters in float32, and twice as much for Adam's moments."""
+    config = small()
+    config.train.offload_optimizer = offload
+    config.mesh.data, config.mesh.fsdp = 1, 8
+    programs = Programs(config, sharding.make_mesh(**config.mesh))
+    parameters, moments = residency.beside(programs, "score")
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(programs.build)))
+    assert 4 * size / 8 <= parameters < 4 * size / 4  # some are too small to be sharded
+    assert moments == (0 if offload else 2 * parameters + 4)  # and a count
+    assert residency.beside(programs, "train") == (0, 0)
 
 
 def test_what_is_tried():
@@ -95,43 +156,102 @@ def test_what_is_tried():
         {"mesh.tensor": 8},
     ]
     config.sampling.batch = 32
-    assert list(plan.smaller_settings("rollouts", config, mesh))[:2] == [
+    assert list(plan.smaller_settings("rollouts", config, mesh))[:3] == [
+        {"train.offload_optimizer": True},
         {"sampling.batch": 16},
         {"sampling.batch": 8},
     ]
 
 
+def made_up(title="a program", flops=8 * 98.5e12):
+    return Program(title, None, (), lambda: {"language": flops}, {"weights": 10**9}, 8, 128)
+
+
+MEMORY = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
+
+
 def test_what_does_not_fit_is_tried_again(monkeypatch):
     tries = []
 
-    def compile_cost(lowered):
-        tries.append(lowered)
+    def compile_cost(*args, loop):
+        tries.append(args)
         if len(tries) < 3:
-            raise plan.TooLarge("needs 2G of 1G")
-        memory = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
+            raise cost.TooLarge("needs 2G of 1G")
         gathered = hlo.Collective("all-gather", 16 * 10**8, 16, 2)
-        return plan.Cost(memory, hlo.Work(197e12, 819e9, (gathered,)))
+        return cost.Cost(MEMORY, hlo.Work(197e12, 819e9, (gathered,)))
 
     monkeypatch.setattr(plan, "compile_cost", compile_cost)
     monkeypatch.setattr(plan, "chip_of", lambda kind: flops.CHIPS["TPU v5 lite"])
-    monkeypatch.setattr(
-        Programs,
-        "lower",
-        lambda self, name: iter([("a program", "lowered", {"language": 8 * 98.5e12})]),
-    )
+    monkeypatch.setattr(Programs, "make", lambda self, kind: [made_up()])
     config = small()
     config.evolve.batch = 32
-    lines = list(plan.plan(config, "train", jax.devices(), advise=True))
+    found = {}
+    lines = list(plan.plan(config, "train", jax.devices(), True, found))
     assert lines[0] == lines[2] == "a program\n  does not fit: needs 2G of 1G"
     assert lines[3] == "with --config.train.remat=full --config.train.accumulate=2"
-    assert "memory    5.00 of 16 GB" in lines[4]  # the output aliases the arguments
+    assert "memory    5.00 of 17 GB" in lines[4]  # the output aliases the arguments
     assert "network   3.000 GB received: all-gather 3.000" in lines[4]
     assert "compute 1000.0, memory 1000.0, network 15.0 ms" in lines[4] and "MFU at most 50 %" in lines[4]
-    assert len(list(plan.plan(config, "train", jax.devices(), advise=False))) == 1
+    assert "819.00 GB read and written, 819.00 times the 1.00 that have to be: weights 1.00" in lines[4]
+    assert found["train"].programs.config.train.accumulate == 2  # what is printed later is of these settings
+    tries.clear()
+    assert len(list(plan.plan(config, "train", jax.devices(), False, {}))) == 1
+
+
+def test_a_program_may_fit_alone_and_not_in_its_stage(monkeypatch):
+    """The policy's state lies beside what samples; without its moments there is room."""
+    chip = flops.Chip(12e9, 1e12, 1e12, 1e12)
+    monkeypatch.setattr(plan, "chip_of", lambda kind: chip)
+    monkeypatch.setattr(plan, "compile_cost", lambda *_, loop: cost.Cost(MEMORY, hlo.Work(1e9, 1e9, ())))
+    monkeypatch.setattr(Programs, "make", lambda self, kind: [made_up()])
+    moments = {False: 6 * 10**9, True: 0}
+    beside = lambda programs, kind: (3 * 10**9, moments[programs.config.train.offload_optimizer])  # noqa: E731
+    monkeypatch.setattr(residency, "beside", beside)
+    found = {}
+    lines = list(plan.plan(small(), "score", jax.devices(), True, found))
+    assert lines[0] == "a program\n  does not fit: needs 5.00 GB, and 9.00 beside them, of 12"
+    assert lines[1] == "with --config.train.offload_optimizer=True" and len(lines) == 3
+    assert "| score | a program | 3.0 + 0.0 + 5.0 = 8.0 | 1.0 GB | 1.0 GB | 1.00 |" in plan.stages_table(
+        found, chip
+    )
 
 
 def test_a_program_that_is_not_shown():
-    memory = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
-    text = plan.describe("a program", plan.Cost(memory, None, {"language": 8e12}), None, 8)
+    text = plan.describe(made_up(), cost.Cost(MEMORY, None), None, 8, 8e12)
     assert "memory    5.00 GB" in text and "1.000 TFLOP of its own" in text
-    assert text.endswith("work      not known: the compiler does not show this program")
+    assert text.endswith("not known, the compiler does not show it; 1.00 GB have to be moved")
+
+
+# ---- chips that are not here --------------------------------------------------------------------------
+
+
+def test_topologies_that_are_not_known():
+    with pytest.raises(ValueError, match="h100:9: expected the GPUs of one host, at most 8, e.g. h100:8"):
+        topology.devices_of("h100:9")
+    with pytest.raises(ValueError, match="b200:8: .*or one of h100:8, h200:8, a100:8"):
+        topology.devices_of("b200:8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is not None, reason="it is installed")
+def test_without_the_plugin():
+    with pytest.raises(ValueError, match="plan-gpu"):
+        topology.devices_of("h100:8")
+
+
+@pytest.mark.parametrize("name", topology.GPUS)
+def test_programs_of_absent_gpus(name):
+    """Attention through cuDNN, decoding through the kernels, every layer of the stack read once a step."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    devices = topology.devices_of(f"{name}:8")
+    assert len(devices) == 8 and flops.chip_of(devices[0].device_kind) is not None
+    config = small()
+    config.sampling.dtype = config.train.dtype = "bfloat16"
+    mesh = sharding.make_mesh(data=1, fsdp=8, devices=devices)
+    with topology.without_driver(devices[0]), jax.set_mesh(mesh):
+        programs = Programs(config, mesh)
+        [(score, scored)] = plan.costs_of(programs, "score", flops.chip_of(devices[0].device_kind))
+        _, (step, stepped) = plan.costs_of(programs, "rollouts", None)
+    assert 0.7 * scored.work.flops < sum(score.own().values()) / 8 < 1.4 * scored.work.flops
+    least = sum(step.least.values())
+    assert least <= stepped.work.bytes < 3 * least  # at this size, activations weigh as much as weights
+    assert not scored.work.unknown and not stepped.work.unknown

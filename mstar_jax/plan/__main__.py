@@ -1,20 +1,24 @@
-"""What the programs of a config would cost on a machine, before it is rented.
+"""What a run of a config would need and cost on a machine, before it is rented.
 
-    python -m mstar_jax.plan --config=configs/phi35.py --topology=v5e:4x4
-    python -m mstar_jax.plan --config=configs/tiny.py                      # the local devices
+    python -m mstar_jax.plan --config=configs/phi35.py --topology=h100:8      # or h200:8, a100:8
+    python -m mstar_jax.plan --config=configs/phi35.py --topology=v5e:4x4 --price=1.2
+    python -m mstar_jax.plan --config=configs/tiny.py --measure               # the local devices
 
-Compiles the actual programs of the full-size model, without weights and, for a TPU topology, without a TPU
-(`pip install libtpu`): the train step, prefill and one decoding step of the rollouts, and the reward model's
-scoring. For each it prints, per chip: memory by kind against what the chip has, FLOPs, bytes, collectives,
-and the time that compute, memory and network would take at their peak rates. The largest of these is a lower
-bound, not a forecast. A program that does not fit is tried again with other settings until it does.
+Compiles the actual programs of the full-size model, without weights and, for a topology, without a chip
+(`pip install 'mstar_jax[plan-gpu]'` or `'mstar_jax[plan-tpu]'`): the train steps of the policy and of the
+reward model, prefill and a decoding step of every pass that samples, and the reward model's scores. It prints
 
-Without `policy.path` the dimensions are those of the released model of `policy.family`.
+    each program  memory by kind, FLOPs, bytes moved and bytes that have to be, collectives, and the time that
+                  compute, memory and network would take at their peak rates: a bound, not a forecast
+    each stage    what lies on a chip: the programs, and what stays beside them
+    the run       tokens, FLOPs and time of every stage, chip-hours, disk and, with --price, what it costs
+
+What does not fit is tried again with other settings until it does. Without `policy.path` the dimensions are
+those of the released model of `policy.family`.
 """
 
-import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -22,112 +26,85 @@ from absl import app, flags
 
 from mstar_jax import cli, sharding
 from mstar_jax.cli import CONFIG
-from mstar_jax.plan import hlo
-from mstar_jax.plan.programs import Programs, devices_of, policy_of
+from mstar_jax.plan import measure, residency, whole
+from mstar_jax.plan.calls import Assumed
+from mstar_jax.plan.cost import Cost, TooLarge, compile_cost, peak_times
+from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
+from mstar_jax.plan.topology import devices_of, without_driver
 from mstar_jax.profiling.flops import Chip, chip_of
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU topology, e.g. v5e:4x4; default the local devices.")
-PROGRAMS = flags.DEFINE_list("programs", ["train", "rollouts", "score"], "Which programs to compile.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "A host with GPUs, e.g. h100:8, or a TPU slice, e.g. v5e:4x4; default the local devices.",
+)
+PROGRAMS = flags.DEFINE_list("programs", list(KINDS), "Which programs to compile.")
 ADVISE = flags.DEFINE_bool("advise", True, "Look for settings with which a program fits.")
+MEASURE = flags.DEFINE_bool(
+    "measure", False, "Run the programs on the local devices, for their actual times."
+)
+PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency.")
+REACH = flags.DEFINE_float("reach", 0.5, "Share of the bounds' rates that a run reaches, for the forecast.")
+QUERIES = flags.DEFINE_integer("queries", 180_000, "Labelled queries, if the config does not say it.")
+PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; default data.max_prompt.")
+RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
+SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
+RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
+PREFIXES = flags.DEFINE_float(
+    "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
+)
 
 GB = 1e9
 TERA = 1e12
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """The cost of one program on one device.
+class Fitting(NamedTuple):
+    """Programs that fit, with the settings that they fit with."""
 
-    Attributes:
-      memory: bytes by kind: arguments, outputs, temporary, code; `shared` outputs alias arguments.
-      work: FLOPs, bytes and collectives of one run; None if the compiler does not show the program.
-      model: FLOPs of the model itself on all devices, by part, without recomputation.
-    """
-
-    memory: dict[str, float]
-    work: hlo.Work | None
-    model: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def peak(self) -> float:
-        """Bytes that are needed at the same time."""
-        return sum(self.memory.values()) - 2 * self.memory["shared"]
+    programs: Programs
+    costs: list[tuple[Program, Cost]]
 
 
-# ---- 1. what a program costs -------------------------------------------------------------------------------
+# ---- 1. a program -------------------------------------------------------------------------------------
 
 
-class TooLarge(Exception):
-    """A program that does not fit into the memory of the device; the message says how much it needs."""
-
-
-def compile_cost(lowered: jax.stages.Lowered) -> Cost:
-    """Compiles a program and reads off its cost.
-
-    Raises:
-      TooLarge: the program does not fit.
-    """
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if found := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error)):
-            raise TooLarge(f"needs {found[1]} of {found[2]}") from error
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise TooLarge(str(error).splitlines()[0]) from error
-        raise
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        raise ValueError(f"the {jax.default_backend()} backend does not report the memory of programs")
-    memory = {
-        "arguments": sizes.argument_size_in_bytes,
-        "outputs": sizes.output_size_in_bytes,
-        "temporary": sizes.temp_size_in_bytes,
-        "code": sizes.generated_code_size_in_bytes,
-        "shared": sizes.alias_size_in_bytes,
-    }
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # seen for TPU v5p: the compiler cannot parse its own output
-        text = None
-    return Cost(memory, hlo.work(text) if text else None)
-
-
-def peak_times(work: hlo.Work, chip: Chip) -> dict[str, float]:
-    """Seconds that compute, memory and network take at their peak rates."""
-    moved = sum(work.moved().values())
-    found = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.bandwidth}
-    return found | {"network": moved / chip.network}
-
-
-# ---- 2. the table -------------------------------------------------------------------------------------
-
-
-def describe(name: str, cost: Cost, chip: Chip | None, count: int) -> str:
-    """The lines of output about a program that runs on `count` devices."""
+def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: float = 0.0) -> str:
+    """The lines of output about a program of `own` FLOPs of the model, on `count` devices."""
     kinds = {kind: size for kind, size in cost.memory.items() if kind != "shared"}
     parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds.items())
     of = f" of {chip.memory / GB:.0f}" if chip else ""
     lines = [
-        name,
+        program.title,
         f"  memory    {cost.peak / GB:.2f}{of} GB: {parts}, in place {cost.memory['shared'] / GB:.2f}",
     ]
-    whole = sum(cost.model.values())
-    if whole:
-        each = ", ".join(f"{part} {100 * size / whole:.0f} %" for part, size in cost.model.items())
-        lines.append(f"  model     {whole / count / TERA:.3f} TFLOP of its own: {each}")
+    if cost.note:
+        lines.append(f"  compiled  with {cost.note}, for the device to choose tiles on is not here")
+    if own:
+        lines.append(f"  model     {own / count / TERA:.3f} TFLOP of its own")
+    least = sum(program.least.values())
     if cost.work is None:
-        return "\n".join([*lines, "  work      not known: the compiler does not show this program"])
+        lines.append(
+            f"  work      not known, the compiler does not show it; {least / GB:.2f} GB have to be moved"
+        )
+        return "\n".join(lines)
     moved = {kind: size for kind, size in cost.work.moved().items() if size}
     text = ", ".join(f"{kind} {size / GB:.3f}" for kind, size in sorted(moved.items())) or "none"
-    lines.append(
-        f"  work      {cost.work.flops / TERA:.3f} TFLOP, {cost.work.bytes / GB:.2f} GB read and written"
-    )
+    parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in program.least.items())
+    lines += [
+        f"  work      {cost.work.flops / TERA:.3f} TFLOP",
+        f"  moved     {cost.work.bytes / GB:.2f} GB read and written, {cost.work.bytes / least:.2f} times "
+        f"the {least / GB:.2f} that have to be: {parts}",
+    ]
+    if cost.once:
+        lines.append(f"  a call    of any number of steps moves {cost.once.bytes / GB:.2f} GB besides")
+    if cost.work.unknown:
+        lines.append(f"  left out  the FLOPs of {', '.join(cost.work.unknown)}")
     lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
     if chip:
         found = peak_times(cost.work, chip)
         slowest = max(found, key=found.__getitem__)
         each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
-        best = whole / count / chip.flops / max(found.values())
+        best = min(own / count, cost.work.flops) / chip.flops / max(found.values())
         lines.append(f"  at peak   {each} ms: bound by {slowest}; MFU at most {100 * best:.0f} %")
     return "\n".join(lines)
 
@@ -136,58 +113,136 @@ Settings = dict[str, str | int]  # by dotted name
 
 
 def smaller_settings(
-    name: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+    kind: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> Iterator[Settings]:
-    """Settings to try one after the other if a program does not fit; each is added to those before it."""
+    """Settings to try one after the other if a stage does not fit; each is added to those before it."""
     shards = sharding.batch_shards(mesh)
-    if name == "train":
+    if kind.startswith("train"):
         if config.train.remat != "full":
             yield {"train.remat": "full"}
+        rows = config.evolve.batch if kind == "train" else config.prm.batch
         accumulate = 2 * config.train.accumulate
-        while config.evolve.batch % (accumulate * shards) == 0:
+        while rows % (accumulate * shards) == 0:
             yield {"train.accumulate": accumulate}
             accumulate *= 2
     else:
-        key = {"rollouts": "sampling.batch", "score": "prm.batch"}[name]
-        size = (config.sampling if name == "rollouts" else config.prm).batch // 2
+        if not config.train.offload_optimizer:
+            yield {"train.offload_optimizer": True}
+        key = {"exploration": "explore.batch", "labels": "prm.rows", "score": "prm.batch"}
+        name = key.get(kind, "sampling.batch")
+        section, field = name.split(".")
+        size = config[section][field] // 2
         while size >= shards and size % shards == 0:
-            yield {key: size}
+            yield {name: size}
             size //= 2
     for tensor in (2, 4, 8):
         if mesh.size % tensor == 0:
             yield {"mesh.tensor": tensor}
 
 
+def costs_of(programs: Programs, kind: str, chip: Chip | None) -> Iterator[tuple[Program, Cost]]:
+    """Compiles the programs of a kind.
+
+    Raises:
+      TooLarge: one does not fit beside what else lies on the device.
+    """
+    device = programs.mesh.devices.flat[0]
+    others = sum(residency.beside(programs, kind))
+    for program in programs.make(kind):
+        try:
+            cost = compile_cost(program.call, program.args, device, loop="decoding" in program.title)
+        except TooLarge as error:
+            raise TooLarge(f"{program.title}\n  does not fit: {error}") from error
+        if chip and cost.peak + others > chip.memory:
+            need = f"{cost.peak / GB:.2f} GB, and {others / GB:.2f} beside them, of {chip.memory / GB:.0f}"
+            raise TooLarge(f"{program.title}\n  does not fit: needs {need}")
+        yield program, cost
+
+
 def plan(
-    config: ml_collections.ConfigDict, name: str, devices: list[jax.Device], advise: bool
+    config: ml_collections.ConfigDict,
+    kind: str,
+    devices: Sequence[jax.Device],
+    advise: bool,
+    found: dict[str, Fitting],
 ) -> Iterator[str]:
-    """Output about one of the PROGRAMS and, if it does not fit, about the settings that were tried."""
+    """Output about the programs of a kind and, if they do not fit, about the settings that were tried; those
+    that fit are added to `found`."""
     chip = chip_of(devices[0].device_kind)
-    steps = smaller_settings(name, config, sharding.make_mesh(**config.mesh, devices=devices))
+    steps = smaller_settings(kind, config, sharding.make_mesh(**config.mesh, devices=devices))
     changes: Settings = {}
     while True:
         tried = config.copy_and_resolve_references()
         tried.update_from_flattened_dict(changes)
         mesh = sharding.make_mesh(**tried.mesh, devices=devices)
+        programs = Programs(tried, mesh)
+        costs: list[tuple[Program, Cost]] = []
         try:
             with jax.set_mesh(mesh):
-                for title, lowered, own in Programs(tried, mesh).lower(name):
-                    try:
-                        cost = dataclasses.replace(compile_cost(lowered), model=own)
-                    except TooLarge as error:
-                        yield f"{title}\n  does not fit: {error}"
-                        raise
-                    yield describe(title, cost, chip, len(devices))
-        except TooLarge:
+                for program, cost in costs_of(programs, kind, chip):
+                    costs.append((program, cost))
+                    yield describe(program, cost, chip, len(devices), sum(program.own().values()))
+        except TooLarge as error:
+            yield str(error)
             change = next(steps, None) if advise else None
             if change is None:
                 if advise:
-                    yield f"{name}: no setting that was tried makes it fit; use more chips, or train.lora"
+                    yield f"{kind}: no setting that was tried makes it fit; use more chips, or train.lora"
                 return
             changes |= change
             yield "with " + " ".join(f"--config.{key}={value}" for key, value in changes.items())
             continue
+        found[kind] = Fitting(programs, costs)
         return
+
+
+# ---- 2. the stages and the run ------------------------------------------------------------------------
+
+
+def stages_table(found: Mapping[str, Fitting], chip: Chip | None) -> str:
+    """A Markdown table: of each program what it moves, of each stage what lies on a device."""
+    of = f" of {chip.memory / GB:.0f}" if chip else ""
+    lines = [
+        f"| stage | program | parameters + moments + program, GB a chip{of} | moved | has to be | ratio "
+        "| at peak |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for kind, (programs, costs) in found.items():
+        others = residency.beside(programs, kind)
+        for program, cost in costs:
+            parts = *others, cost.peak
+            memory = " + ".join(f"{part / GB:.1f}" for part in parts) + f" = {sum(parts) / GB:.1f}"
+            least = sum(program.least.values())
+            cells = [kind, program.title.removeprefix(f"{kind}: "), memory]
+            moved, ratio, peak = "not shown", "", {}
+            if cost.work is not None:
+                moved, ratio = f"{cost.work.bytes / GB:.1f} GB", f"{cost.work.bytes / least:.2f}"
+                peak = peak_times(cost.work, chip) if chip else {}
+            slowest = max(peak, key=peak.__getitem__, default="")
+            cells += [moved, f"{least / GB:.1f} GB", ratio]
+            cells.append(f"{1000 * peak[slowest]:.1f} ms, {slowest}" if peak else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, name: str) -> str:
+    """Output about the whole run, or why there is none."""
+    devices = programs.mesh.devices.flat
+    chip = chip_of(devices[0].device_kind)
+    missing = [kind for kind in programs.kinds() if kind not in found]
+    if missing:
+        return f"without an estimate of the whole run: {', '.join(missing)} do not fit or were not asked for"
+    made = {kind: [program for program, _ in costs] for kind, (_, costs) in found.items()}
+    if MEASURE.value:
+        speeds = {kind: measure.speeds(each, programs.mesh) for kind, each in made.items()}
+    elif chip:
+        speeds = {kind: [whole.bound(cost, chip) for _, cost in each.costs] for kind, each in found.items()}
+    else:
+        kind = devices[0].device_kind
+        return f"without an estimate of the whole run: the rates of {kind!r} are not known; try --measure"
+    uses = whole.estimate(programs, assumed, made, speeds)
+    reach = 1.0 if MEASURE.value else REACH.value
+    return whole.describe(uses, programs, assumed, reach, PRICE.value, name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -196,17 +251,34 @@ def main(argv: Sequence[str]) -> None:
     cli.show_log()
     config = CONFIG.value
     with cli.explained():
+        if unknown := set(PROGRAMS.value) - set(KINDS):
+            raise ValueError(f"--programs: there is no {', '.join(unknown)}; choose of {', '.join(KINDS)}")
+        if MEASURE.value and TOPOLOGY.value:
+            raise ValueError("--measure runs programs on local devices, and those of --topology are not here")
+        assumed = Assumed(
+            queries=config.data.figures.train or QUERIES.value,
+            prompt=min(PROMPT.value or config.data.max_prompt, config.data.max_prompt),
+            response=RESPONSE.value,
+            spread=SPREAD.value,
+            right=RIGHT.value,
+            prefixes=PREFIXES.value,
+        )
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
         _, dimensions = policy_of(config)
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        abstract = jax.eval_shape(Programs(config, mesh).build)
-        size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-        what = f"{type(dimensions).__name__.removesuffix('Config')}, {size:,} parameters"
-        print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {what}")
-        for name in PROGRAMS.value:
-            for text in plan(config, name, devices, ADVISE.value):
-                print(f"\n{text}", flush=True)
+        programs = Programs(config, mesh)
+        size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(programs.build)))
+        name = type(dimensions).__name__.removesuffix("Config")
+        print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {name}, {size:,} parameters")
+        found: dict[str, Fitting] = {}
+        with without_driver(devices[0]), jax.set_mesh(mesh):
+            for kind in programs.kinds():
+                if kind in PROGRAMS.value:
+                    for text in plan(config, kind, devices, ADVISE.value, found):
+                        print(f"\n{text}", flush=True)
+            print(f"\n{stages_table(found, chip_of(devices[0].device_kind))}", flush=True)
+            print(f"\n{run_of(programs, found, assumed, name)}", flush=True)
 
 
 if __name__ == "__main__":

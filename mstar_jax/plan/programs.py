@@ -1,8 +1,9 @@
-"""The programs of a config, lowered from shapes alone for a mesh whose devices need not exist."""
+"""The programs of a config, made from shapes alone for a mesh whose devices need not exist."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.data import loader
@@ -20,34 +20,44 @@ from mstar_jax.models import vlm
 from mstar_jax.plan import official
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm
-from mstar_jax.structs import Batch
+from mstar_jax.structs import Batch, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.step import abstract_state, make_train_step, token_loss
-
-# Without a TPU, libtpu must not query the metadata server or lock the device; a type and a host name end its
-# search for both.
-COMPILE_ONLY = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+from mstar_jax.training.step import Loss, abstract_state, make_train_step, token_loss
 
 Tree = TypeVar("Tree")  # any pytree
+KINDS = ("train", "train prm", "rollouts", "evaluation", "exploration", "labels", "score")
 
 
 class Program(NamedTuple):
-    """A lowered program.
+    """A program that is ready to be lowered.
 
     Attributes:
       title: what it is, with its sizes.
-      lowered: ready to be compiled.
-      flops: of the model, by part, on all devices.
+      call: the jitted function, and its arguments' shapes.
+      args: see `call`.
+      own: FLOPs of the model, by part, on all devices.
+      least: bytes that a device has to move for it, whatever the compiler does, by what they are; of
+        decoding, in a step.
+      rows: of all devices.
+      length: tokens of a row.
     """
 
     title: str
-    lowered: jax.stages.Lowered
-    flops: dict[str, float]
+    call: Any
+    args: tuple[Any, ...]
+    own: Callable[[], dict[str, float]]
+    least: dict[str, int]
+    rows: int
+    length: int
+
+
+class Sampling(NamedTuple):
+    """A pass of sampling: branches of a row, rows together, tokens of a row before its samples."""
+
+    branches: int
+    rows: int
+    length: int
+    stems: bool = False  # samples continue responses
 
 
 def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, official.Dimensions]:
@@ -70,8 +80,17 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, offi
     return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
 
 
+def own_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
 class Programs:
-    """The programs of a config for a mesh, lowered from shapes alone."""
+    """The programs of a config for a mesh."""
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
         self.config = config
@@ -83,20 +102,80 @@ class Programs:
         """The policy with random parameters; meant for `jax.eval_shape`."""
         return self.family.model(self.dimensions, nnx.Rngs(0))
 
-    def lower(self, name: str) -> Iterator[Program]:
-        """The programs of one of train, rollouts and score."""
-        yield from {"train": self._train, "rollouts": self._rollouts, "score": self._score}[name]()
+    def kinds(self) -> list[str]:
+        """Those of KINDS that a run with this config has."""
+        c = self.config
+        absent = set()
+        if c.prm.path or not c.prm.queries or c.evolve.select == "likelihood":
+            absent |= {"train prm", "labels"}
+        if not (c.prm.path or c.prm.queries or c.evolve.select == "likelihood"):
+            absent |= {"score", "exploration"}
+        if not c.explore.every:
+            absent.add("exploration")
+        return [kind for kind in KINDS if kind not in absent]
+
+    def make(self, kind: str) -> list[Program]:
+        """The programs of one of KINDS; sampling has two, prefill and a decoding step.
+
+        Raises:
+          ValueError: the mesh does not divide a batch.
+        """
+        if kind == "train":
+            return [self._train()]
+        if kind == "train prm":
+            return [self._train_reward()]
+        return [self._score()] if kind == "score" else self._sample(kind)
+
+    # ---- what lies on a device ----
+
+    def train_state(self) -> TrainState:
+        """The state of the policy's training, in its layout."""
+        return self._state(self.build)
+
+    def weights(self, reward: bool = False) -> Any:
+        """The parameters as they are sampled from or, those of the reward model, scored with."""
+        dtype = jnp.dtype(self.config.sampling.dtype)
+
+        def build() -> Any:
+            model = self.build()
+            return vlm.RewardModel(model).merged(dtype) if reward else model.merged(dtype)
+
+        abstract = jax.eval_shape(build)
+        return self._placed(abstract, sharding.shardings(abstract, sharding.SAMPLE, self.mesh))
+
+    def sampling(self, kind: str) -> Sampling:
+        """The sizes of a pass of sampling, with the longest prompts."""
+        c = self.config
+        samples = c.sampling.batch
+        longest = c.data.max_prompt
+        found = {
+            "rollouts": Sampling(c.evolve.k, samples, longest),
+            "evaluation": Sampling(1 + c.eval.samples, samples, longest),
+            "exploration": Sampling(
+                1 + len(c.explore.temperatures) * c.explore.samples, c.explore.batch, longest
+            ),
+            "labels": Sampling(c.prm.samples, c.prm.rows, self._stem(), stems=True),
+        }[kind]
+        return found._replace(length=loader.bucket(found.length, c.data.buckets))
+
+    def _stem(self) -> int:
+        """Tokens of a prompt and the responses that a row of labels continues, at most."""
+        c = self.config
+        prefixes = c.prm.samples // max(c.prm.completions, 1)
+        return min(c.data.max_prompt + prefixes * c.sampling.max_new_tokens, max(c.data.buckets))
 
     def _placed(self, tree: Tree, layout: Tree) -> Tree:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
 
-    def _weights(
-        self, build: Callable[[], vlm.VisionLanguageModel | vlm.RewardModel]
-    ) -> vlm.VisionLanguageModel | vlm.RewardModel:
-        """The parameters as the sampler uses them."""
-        dtype = jnp.dtype(self.config.sampling.dtype)
-        abstract = jax.eval_shape(lambda: build().merged(dtype))
-        return self._placed(abstract, sharding.shardings(abstract, sharding.SAMPLE, self.mesh))
+    def _state(self, build: Callable[[], Any]) -> TrainState:
+        c = self.config.train
+        frozen, dtype = configure.frozen(c), configure.base_dtype(c)
+        tx = configure.optimizer(c)
+
+        def cast() -> Any:
+            return optimizer.cast_frozen(build(), frozen, dtype)
+
+        return abstract_state(cast, tx, self.mesh, frozen=frozen)
 
     def _batch(self, rows: int, length: int) -> Batch:
         """A batch of rows, each with an image of the maximum number of crops."""
@@ -107,81 +186,146 @@ class Programs:
         batch = Batch(number, number, value, number, pixels, value)
         return self._placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
 
-    def _train(self) -> Iterator[Program]:
-        c = self.config.train
-        e = self.config.evolve
-        sharding.check_divides("evolve.batch", e.batch, self.mesh, c.accumulate)
-        tx = configure.optimizer(c)
-        frozen = configure.frozen(c)
-        dtype = configure.base_dtype(c)
-        compute = jnp.dtype(c.dtype)
-        state = abstract_state(
-            lambda: optimizer.cast_frozen(self.build(), frozen, dtype), tx, self.mesh, frozen=frozen
-        )
-        step = make_train_step(
-            tx, self.mesh, frozen=frozen, accumulate=c.accumulate, dtype=compute, remat=c.remat
-        )
+    # ---- the programs ----
+
+    def _train(self) -> Program:
+        e, buckets = self.config.evolve, self.config.data.buckets
         kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
-        length = loader.bucket(
-            min(self.config.data.max_prompt + kept, max(self.config.data.buckets)), self.config.data.buckets
+        length = loader.bucket(min(self.config.data.max_prompt + kept, max(buckets)), buckets)
+        return self._step("train step", "evolve.batch", self.build, token_loss, e.batch, length)
+
+    def _train_reward(self) -> Program:
+        c = self.config.prm
+        buckets = self.config.data.buckets
+        whole = c.labelled < c.queries  # the right responses to a query without labels are one row
+        least = self.config.data.max_prompt + (c.k if whole else 1) * self.config.sampling.max_new_tokens
+        length = loader.bucket(min(max(c.longest, least), max(buckets)), buckets)
+        loss = prm.make_loss(c.mc_weight)
+        title = "train step of the reward model"
+
+        def build() -> Any:
+            return vlm.RewardModel(self.build())
+
+        return self._step(title, "prm.batch", build, loss, c.batch, length)
+
+    def _step(
+        self, title: str, key: str, build: Callable[[], Any], loss: Loss, rows: int, length: int
+    ) -> Program:
+        c = self.config.train
+        sharding.check_divides(key, rows, self.mesh, c.accumulate)
+        frozen = configure.frozen(c)
+        compute = jnp.dtype(c.dtype)
+        state = self._state(build)
+        step = make_train_step(
+            configure.optimizer(c),
+            self.mesh,
+            loss=loss,
+            frozen=frozen,
+            accumulate=c.accumulate,
+            dtype=compute,
+            remat=c.remat,
         )
-        batch = self._batch(e.batch, length)
+        batch = self._batch(rows, length)
 
-        def loss(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
+        def value(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
             model = optimizer.join(optimizer.Parts(trained, fixed))
-            return token_loss(sharding.cast(model, compute), batch)[0]
+            return loss(sharding.cast(model, compute), batch, None)[0]
 
-        own = flops.count(jax.grad(loss), *optimizer.split(state.params, frozen), batch)
-        lowered = step.lower(state, batch, np.float32(0))
-        yield Program(f"train step, {e.batch} rows of {length}", lowered, own)
+        parts = optimizer.split(state.params, frozen)
+        count = functools.partial(flops.count, jax.grad(value), *parts, batch)
+        # the state is read and written; every microbatch reads the weights going forward, for the gradient of
+        # what enters a layer and, with recomputation, once more; and writes and reads what enters the layers
+        weights = sum(x.size for x in jax.tree.leaves(state.params)) * compute.itemsize
+        passes = c.accumulate * (2 if c.remat == "none" else 3)
+        d = self.dimensions.decoder
+        saved = rows // sharding.batch_shards(self.mesh) * length * d.hidden_size * compute.itemsize
+        least = {
+            "state": 2 * own_bytes(state),
+            "weights": passes * weights // self.mesh.shape["tensor"],
+            "activations": 2 * saved * d.num_layers,
+        }
+        return Program(
+            f"{title}, {rows} rows of {length}",
+            step,
+            (state, batch, np.float32(0)),
+            count,
+            least,
+            rows,
+            length,
+        )
 
-    def _rollouts(self) -> Iterator[Program]:
+    def _sample(self, kind: str) -> list[Program]:
         c = self.config.sampling
-        k = self.config.evolve.k
-        sharding.check_divides("sampling.batch", c.batch, self.mesh)
-        length = loader.bucket(self.config.data.max_prompt, self.config.data.buckets)
+        k, rows, length, stems = self.sampling(kind)
+        key = {"exploration": "explore.batch", "labels": "prm.rows"}.get(kind, "sampling.batch")
+        sharding.check_divides(key, rows, self.mesh)
         settings = draw.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p, cache=c.cache)
         shards = sharding.batch_shards(self.mesh)
         host: Any = _Host(self.dimensions.decoder.vocab_size)
-        sampler = Sampler(host, settings, c.batch, shards)
-        size = generate.entering(c.batch, c.refill, shards)
+        sampler = Sampler(host, settings, rows, shards)
+        size = generate.entering(rows, c.refill, shards)
         batch = self._batch(size, length)
-        model = self._weights(self.build)
-        rows = sharding.batch_sharding(self.mesh)
+        model = self.weights()
+        layout = sharding.batch_sharding(self.mesh)
 
         def per_row(dtype: jnp.dtype, *shape: int) -> Any:  # a shape in an array's place
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-        slots = jax.eval_shape(sampler.blank, model, batch, None)
+        starts = (per_row(jnp.int32, size, k), per_row(jnp.int32, size, k)) if stems else None
+        slots = jax.eval_shape(sampler.blank, model, batch, starts)
         slots = self._placed(slots, sampler.layout(slots, self.mesh))
-        key = jax.eval_shape(lambda: jax.random.key(0))
         entry = Entry(
             batch,
             per_row(jnp.uint32, size),
             per_row(jnp.int32, size, k),
             per_row(jnp.uint32, size, k),
-            None,
-            per_row(jnp.int32, c.batch),
+            starts,
+            per_row(jnp.int32, rows),
         )
-        entering = (model, slots, key, entry)
-        title = f"prefill, {size} rows of {length} into {c.batch}"
-        own = flops.count(sampler.enter, *entering)
-        yield Program(title, sampler.enter.lower(*entering), own)
+        entering = (model, slots, jax.eval_shape(lambda: jax.random.key(0)), entry)
         temperatures = jax.ShapeDtypeStruct((k,), jnp.float32)
-        iteration = jax.ShapeDtypeStruct((), jnp.int32)
-        decoding = (model, slots, temperatures, iteration)
-        title = f"decoding step, {c.batch} rows of {k} samples, {c.max_new_tokens} tokens"
-        own = flops.count(sampler.advance, *decoding)
-        yield Program(title, sampler.advance.lower(*decoding), own)
+        decoding = (
+            model,
+            slots,
+            temperatures,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )  # the last: slots to free
+        cache = slots.cache
+        prefix = own_bytes((cache.prefix_k, cache.prefix_v))
+        decoder = own_bytes(model.decoder)
+        if not self.dimensions.decoder.tie_word_embeddings:
+            decoder -= own_bytes(model.decoder.embedding)
+        suffix = own_bytes((cache.suffix_k, cache.suffix_v))
+        return [
+            Program(
+                f"{kind}: prefill, {size} rows of {length} into {rows}",
+                sampler.enter,
+                entering,
+                functools.partial(flops.count, sampler.enter, *entering),
+                {"weights": own_bytes(model), "cache": prefix * size // rows},
+                size,
+                length,
+            ),
+            Program(
+                f"{kind}: decoding step, {rows} rows of {k} samples, {c.max_new_tokens} tokens",
+                sampler.advance,
+                decoding,
+                functools.partial(flops.count, sampler.advance, *decoding),
+                {"weights": decoder, "prompts": prefix, "responses": suffix},
+                rows,
+                length,
+            ),
+        ]
 
-    def _score(self) -> Iterator[Program]:
+    def _score(self) -> Program:
         rows = self.config.prm.batch
         sharding.check_divides("prm.batch", rows, self.mesh)
         length = max(self.config.data.buckets)
-        model = self._weights(lambda: vlm.RewardModel(self.build()))
-        batch = self._batch(rows, length)
-        own = flops.count(prm.token_scores, model, batch)
-        yield Program(f"score, {rows} rows of {length}", prm.token_scores.lower(model, batch), own)
+        model = self.weights(reward=True)
+        args = model, self._batch(rows, length)
+        count = functools.partial(flops.count, prm.token_scores, *args)
+        title = f"score, {rows} rows of {length}"
+        return Program(title, prm.token_scores, args, count, {"weights": own_bytes(model)}, rows, length)
 
 
 class _Host:
@@ -192,22 +336,3 @@ class _Host:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-
-
-def devices_of(topology: str) -> list[jax.Device]:
-    """The devices of a TPU topology, which need not be present.
-
-    Raises:
-      ValueError: libtpu is not installed, or does not know the topology.
-    """
-    for name, value in COMPILE_ONLY.items():
-        os.environ.setdefault(name, value)
-    try:
-        found = list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # a compiler for another machine may raise anything
-        first = str(error).splitlines()[0]
-        hint = "expected one like v5e:4x4 or v5p:2x2x4, and libtpu installed (pip install libtpu)"
-        raise ValueError(f"--topology={topology}: {first}; {hint}") from error
-    if any(getattr(device, "core_on_chip", 0) for device in found):
-        raise ValueError(f"--topology={topology}: chips of two devices each, as of TPU v4, cannot be planned")
-    return found

@@ -23,7 +23,7 @@ class Chip:
     """Peak rates of one device, as published by its vendor.
 
     Attributes:
-      memory: bytes of HBM that programs may use.
+      memory: bytes of HBM that programs may use; of a GPU, 90 % (see launch/README.md).
       flops: dense bfloat16 FLOPs per second.
       bandwidth: of the memory, in bytes per second.
       network: bytes per second that it can receive from other devices.
@@ -37,12 +37,12 @@ class Chip:
 
 CHIPS = {  # by the device kind that JAX reports; cloud.google.com/tpu/docs, and the GPUs' data sheets
     "TPU v4": Chip(32e9, 275e12, 1228e9, 300e9),
-    "TPU v5 lite": Chip(16e9, 197e12, 819e9, 200e9),
+    "TPU v5 lite": Chip(16.9e9, 197e12, 819e9, 200e9),
     "TPU v5": Chip(95e9, 459e12, 2765e9, 600e9),
     "TPU v6 lite": Chip(32e9, 918e12, 1640e9, 448e9),
-    "NVIDIA A100": Chip(80e9, 312e12, 2039e9, 300e9),
-    "NVIDIA H100": Chip(80e9, 989e12, 3350e9, 450e9),
-    "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
+    "NVIDIA A100": Chip(76e9, 312e12, 2039e9, 300e9),
+    "NVIDIA H100": Chip(76e9, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip(136e9, 989e12, 4800e9, 450e9),
 }
 
 

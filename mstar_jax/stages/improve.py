@@ -93,6 +93,8 @@ def shares(sources: Sequence[Source]) -> list[Source]:
 def carried(run: Run, stage: Stage, state: TrainState, carry: Carry) -> TrainState:
     """The first state of a stage's training, from the last one of the stage before."""
     state = state._replace(params=with_frozen_dtype(run, stage, state.params))
+    if carry.moments:
+        state = optimizer.moments_in(state, "device")
     return optimizer.carry_on(
         state,
         run.tx,

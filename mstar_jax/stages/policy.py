@@ -49,7 +49,12 @@ class Policy:
 
 def policy_after(run: Run, stage: Stage, state: TrainState | None = None) -> Policy:
     """The handle of a finished stage's policy; nothing is read yet."""
-    return Policy(stage, lambda: restore(run, stage), state)
+    return Policy(stage, lambda: at_rest(run, restore(run, stage)), state and at_rest(run, state))
+
+
+def at_rest(run: Run, state: TrainState) -> TrainState:
+    """A state that does not train: with `train.offload_optimizer` its moments make room on the devices."""
+    return optimizer.moments_in(state, "pinned_host") if run.config.train.offload_optimizer else state
 
 
 def restore(run: Run, stage: Stage) -> TrainState:

@@ -151,6 +151,21 @@ def new_state(
     return TrainState(jnp.asarray(step, jnp.int32), params, tx.init(split(params, frozen).trained))
 
 
+def moments_in(state: TrainState, memory: str) -> TrainState:
+    """The state with the optimizer's in a memory of its devices: `device`, or the host's `pinned_host`.
+
+    Where the devices reach no such memory, the optimizer's state stays where it is.
+    """
+
+    def move(x: jax.Array) -> jax.Array:
+        device: jax.Device = next(iter(x.sharding.device_set))
+        if memory not in {each.kind for each in device.addressable_memories()}:
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(memory))
+
+    return state._replace(opt_state=jax.tree.map(move, state.opt_state))
+
+
 def carry_on(
     state: TrainState,
     tx: optax.GradientTransformation,

@@ -1,0 +1,74 @@
+"""Runs programs on the local devices, with random weights and tokens, for their actual times."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mstar_jax import sharding
+from mstar_jax.plan.programs import Program
+from mstar_jax.plan.whole import Speed
+
+REPEATS = 3
+
+
+def filled(tree: Any, key: int = 0) -> Any:
+    """Arrays in the place of shapes: small random numbers, and zeros for integers."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(key)
+
+        def make() -> jax.Array:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return jnp.zeros(x.shape, x.dtype)
+            return 0.02 * jax.random.normal(jax.random.key(key), x.shape, x.dtype)
+
+        return jax.jit(make, out_shardings=x.sharding)()
+
+    return jax.tree.map(one, tree)
+
+
+def speeds(programs: Sequence[Program], mesh: jax.sharding.Mesh) -> list[Speed]:
+    """Seconds of the programs of a kind: of a call, of decoding of a step; compilation does not count."""
+    prefill, *decode = programs
+    return [Speed(_call(prefill), 0.0), *(Speed(_step(prefill, each, mesh), 0.0) for each in decode)]
+
+
+def _call(program: Program) -> float:
+    found = []
+    for _ in range(REPEATS + 1):
+        args = jax.block_until_ready(filled(program.args))  # anew: some are donated
+        start = time.perf_counter()
+        jax.block_until_ready(program.call(*args))
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
+def _step(prefill: Program, decode: Program, mesh: jax.sharding.Mesh) -> float:
+    """Seconds of a step of decoding, from filled slots until the first chunk of the cache is full."""
+    shards = sharding.batch_shards(mesh)
+    free = np.int32(decode.rows // shards)
+    model, slots, key, entry = filled(prefill.args)
+    rows = np.arange(decode.rows, dtype=np.int32) % free % (prefill.rows // shards)
+    limits = np.full(entry.limits.shape, slots.out.tokens.shape[-1], np.int32)
+    entry = entry._replace(
+        source=jax.device_put(rows, entry.source.sharding),
+        limits=jax.device_put(limits, entry.limits.sharding),
+    )
+    temperatures = np.ones(decode.args[2].shape, np.float32)
+    found = []
+    for _ in range(REPEATS + 1):
+        slots = prefill.call(model, slots, key, entry)
+        slots = slots._replace(cache=slots.cache._replace(clock=jnp.zeros_like(slots.cache.clock)))
+        jax.block_until_ready(slots)
+        start = time.perf_counter()
+        slots = jax.block_until_ready(decode.call(model, slots, temperatures, free))
+        found.append((time.perf_counter() - start) / max(int(slots.cache.clock), 1))
+    return statistics.median(found[1:])

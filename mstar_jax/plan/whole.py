@@ -1,0 +1,330 @@
+"""What a whole run takes, stage by stage, from a config and what is assumed of the data.
+
+A stage is a number of calls of the compiled programs. How many follows from the config; of sampling also from
+when rows end, so the entering of rows into slots is played through with lengths drawn at random, as
+`inference.rollouts` does it. The time of a call is that of the longest rows, less what shorter rows save: the
+tower's part stays, the decoder's shrinks with the length. All images are taken to have the most crops.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from mstar_jax import sharding
+from mstar_jax.data import loader
+from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches
+from mstar_jax.plan.cost import Cost, peak_times
+from mstar_jax.plan.programs import Program, Programs
+from mstar_jax.profiling.flops import Chip
+
+RESPONSE, TOKEN = 220, 11  # bytes in a store, of a response and of each of its tokens
+
+
+class Speed(NamedTuple):
+    """Seconds of a program's call, and of decoding of a step and what a call of any number of steps adds."""
+
+    each: float
+    once: float
+
+
+class Use(NamedTuple):
+    """What a stage takes in all, on all devices.
+
+    Attributes:
+      stage: its name.
+      times: how often it runs.
+      read: tokens of the rows that are prefilled, scored or trained on, with padding.
+      written: tokens that are sampled.
+      flops: of the model.
+      seconds: of all its calls.
+      responses: that it writes into a store.
+    """
+
+    stage: str
+    times: int
+    read: float
+    written: float
+    flops: float
+    seconds: float
+    responses: float = 0.0
+
+
+def bound(cost: Cost, chip: Chip) -> Speed:
+    """The least seconds of a program at a chip's peak rates; of one that is not shown, 0."""
+    each = max(peak_times(cost.work, chip).values()) if cost.work else 0.0
+    return Speed(each, max(peak_times(cost.once, chip).values()) if cost.once else 0.0)
+
+
+# ---- 1. stages ----------------------------------------------------------------------------------------
+
+
+class Estimate:
+    """Uses of a config's programs, one for each stage."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        assumed: Assumed,
+        made: Mapping[str, Sequence[Program]],
+        speeds: Mapping[str, Sequence[Speed]],
+    ):
+        """Counts the programs' FLOPs.
+
+        Args:
+          programs: of the config.
+          assumed: see `Assumed`.
+          made: the programs by kind.
+          speeds: the same for each of them.
+        """
+        self.config = programs.config
+        self.shards = sharding.batch_shards(programs.mesh)
+        self.assumed = assumed
+        self.made = made
+        self.speeds = speeds
+        self.flops = {kind: [program.own() for program in each] for kind, each in made.items()}
+        self.rng = np.random.default_rng(0)
+
+    def _scale(self, kind: str, at: int, length: int) -> float:
+        """A call's cost with rows of this length, relative to the program's."""
+        flops, program = self.flops[kind][at], self.made[kind][at]
+        fixed = flops.get("vision", 0.0) + flops.get("projector", 0.0)
+        whole = sum(flops.values())
+        return (fixed + (whole - fixed) * length / program.length) / whole
+
+    def _prompt(self) -> int:
+        return loader.bucket(self.assumed.prompt, self.config.data.buckets)
+
+    def sample(
+        self,
+        stage: str,
+        kind: str,
+        queries: int,
+        samples: int,
+        times: int = 1,
+        part: float = 1.0,
+        length: int = 0,
+    ) -> Use:
+        """A pass of sampling.
+
+        Args:
+          stage: its name.
+          kind: of the programs.
+          queries: rows.
+          samples: of a row.
+          times: how often it runs.
+          part: mean share of a response that a sample still adds: less than 1 for completions.
+          length: of a row before its samples; 0 for the prompt's.
+        """
+        c = self.config.sampling
+        prefill, decode = self.made[kind]
+        shard = decode.rows * c.shard
+        calls = np.zeros(4)
+        written = 0
+        for size, often in ((min(shard, queries), queries // shard), (queries % shard, 1)):
+            if not size or not often:
+                continue
+            lengths = lengths_of(self.rng, (size, samples), self.assumed, c.max_new_tokens)
+            if part < 1:
+                lengths = np.maximum(
+                    np.rint(lengths * self.rng.uniform(0, 2 * part, lengths.shape)), 1
+                ).astype(int)
+            found = sampled(lengths.max(axis=1), decode.rows, prefill.rows, self.shards, c.max_new_tokens)
+            written += often * int(lengths.sum())
+            calls += often * np.array(
+                [found.prefills, found.segments, found.steps, found.steps * found.share]
+            )
+        prefills, segments, steps, shares = calls
+        # a step reads the weights, the prompts, and of the responses' cache the chunks that rows have reached
+        least, k = decode.least, self._samples(kind)
+        caches = least["prompts"] * steps + least["responses"] * shares * samples / k
+        scale = (least["weights"] * steps + caches) / sum(least.values())
+        length = length or self._prompt()
+        entering = self._scale(kind, 0, length)
+        first, step = self.speeds[kind]
+        seconds = prefills * entering * first.each + segments * step.once + scale * step.each
+        flops = prefills * entering * sum(self.flops[kind][0].values())
+        flops += steps * samples / k * sum(self.flops[kind][1].values())
+        read = prefills * prefill.rows * length
+        return Use(stage, times, *(times * x for x in (read, written, flops, seconds, queries * samples)))
+
+    def _samples(self, kind: str) -> int:
+        return self.made[kind][1].args[1].done.shape[1]
+
+    def score(self, stage: str, queries: int, samples: int, right: float, times: int = 1) -> Use:
+        """A pass of scoring; `right` is the share of the responses that are scored."""
+        batches = scored_batches(
+            self.rng,
+            queries,
+            samples,
+            right=right,
+            assumed=self.assumed,
+            room=self.config.sampling.max_new_tokens,
+            buckets=self.config.data.buckets,
+            chunk=self.config.prm.chunk,
+            batch=self.config.prm.batch,
+        )
+        calls = sum(self._scale("score", 0, length) * count for length, count in batches.items())
+        read = sum(length * count for length, count in batches.items()) * self.config.prm.batch
+        flops = calls * sum(self.flops["score"][0].values())
+        values = (read, 0, flops, calls * self.speeds["score"][0].each, queries * samples)
+        return Use(stage, times, *(times * x for x in values))
+
+    def train(
+        self, stage: str, kind: str, settings: ml_collections.ConfigDict, samples: int, times: int = 1
+    ) -> Use:
+        """A stage's training, on `samples` responses a query."""
+        [program], data = self.made[kind], self.config.data
+        most, prompt = max(data.buckets), self.assumed.prompt
+        rows: list[int] = []
+        while len(rows) < 50 * settings.batch:
+            longest = most
+            if kind == "train prm" and self.rng.random() < settings.labelled / settings.queries:
+                longest = min(settings.longest, most)
+            some = lengths_of(self.rng, (max(samples, 1),), self.assumed, self.config.sampling.max_new_tokens)
+            longest = max(longest, prompt + int(some.max()))
+            rows += [min(row, most) for row in packed(some, prompt, longest)]
+        lengths = [loader.bucket(row, data.buckets) for row in rows]
+        length = float(np.mean(lengths)) if data.grouped else max(lengths)  # of a stage, or of each batch
+        calls = settings.steps * settings.batch / program.rows * self._scale(kind, 0, round(length))
+        flops = calls * sum(self.flops[kind][0].values())
+        read = settings.steps * settings.batch * length
+        seconds = calls * self.speeds[kind][0].each
+        return Use(stage, times, *(times * x for x in (read, 0, flops, seconds)))
+
+
+def estimate(
+    programs: Programs,
+    assumed: Assumed,
+    made: Mapping[str, Sequence[Program]],
+    speeds: Mapping[str, Sequence[Speed]],
+) -> list[Use]:
+    """Every stage of `evolve.evolve`, in order, but for the base stage from scratch and the benchmarks."""
+    e = Estimate(programs, assumed, made, speeds)
+    c = programs.config
+    samples, own, scores = 1 + c.eval.samples, "labels" in made, "score" in made
+    out: list[Use] = []
+
+    def measure(stage: str, queries: int, times: int = 1, scored: bool = True) -> None:
+        out.append(e.sample(f"{stage}: samples", "evaluation", queries, samples, times))
+        if scores and scored:
+            out.append(e.score(f"{stage}: scores", queries, samples, 1.0, times))
+
+    embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
+    test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
+
+    def tests(stage: str) -> int:
+        return c.data.validation + (test if stage in c.eval.test_at else 0)
+
+    measure("base, measure", tests("base"), scored=False)
+    queries = min(c.warmup.queries, assumed.queries)
+    out.append(e.sample("warm-up, rationales", "rollouts", queries, c.warmup.k))
+    out.append(e.train("warm-up, train", "train", c.warmup, c.warmup.keep))
+    if own:
+        held_out = min(c.prm.held_out, assumed.queries // 4)
+        queries = min(c.prm.queries, assumed.queries - held_out)
+        labelled = min(c.prm.labelled, queries) + held_out
+        out.append(e.sample("reward model, responses", "rollouts", queries + held_out, c.prm.k))
+        each = c.prm.samples // c.prm.completions  # prefixes in a row
+        rows = labelled * math.ceil(c.prm.k * assumed.prefixes / each)
+        whole = math.ceil(each / max(assumed.prefixes, 1)) * assumed.response
+        length = min(round(assumed.prompt + whole), made["labels"][0].length)
+        length = loader.bucket(length, c.data.buckets)
+        out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
+        out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
+        out.append(e.score("reward model, report", held_out, c.prm.k, 1.0))
+    measure("warm-up, measure", tests("warmup"))
+    count = c.evolve.iterations
+    if "exploration" in made:
+        times = 1 + count // c.explore.every
+        branches = e._samples("exploration")
+        queries = min(c.explore.queries, c.data.validation)
+        out.append(e.sample("temperatures, samples", "exploration", queries, branches, times))
+        out.append(e.score("temperatures, scores", queries, branches, 1.0, times))
+    if c.evolve.data == "rollouts" and count:
+        queries = math.ceil(c.evolve.fraction * assumed.queries)
+        mixin = c.evolve.unlabelled.mixin
+        more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
+        out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
+        if scores and more:
+            out.append(e.score("iterations, votes", queries, c.evolve.k, 1.0, more))
+        if scores and c.evolve.select in ("prm", "likelihood"):
+            out.append(e.score("iterations, select", queries, c.evolve.k, assumed.right, count + more))
+    if count:
+        out.append(e.train("iterations, improve", "train", c.evolve, c.evolve.keep or c.evolve.k, count))
+        measured = {t for t in range(1, count + 1) if t % c.eval.every == 0 or t == count}
+        if c.explore.every and scores:
+            measured |= set(range(c.explore.every, count + 1, c.explore.every))
+        measure("iterations, measure", c.data.validation, len(measured))
+        measure("last, test", test)
+    return out
+
+
+# ---- 2. output ----------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(programs: Programs) -> tuple[int, int]:
+    """(bytes of a TrainState on disk, how many are there at most)."""
+    one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.train_state()))
+    c = programs.config
+    own = not c.prm.path and c.prm.queries and c.evolve.select != "likelihood"
+    return one, 1 + bool(
+        own
+    ) + c.evolve.keep_checkpoints + 2  # warm-up's, R_p's, and two of a stage that trains
+
+
+def describe(
+    uses: Sequence[Use], programs: Programs, assumed: Assumed, reach: float, price: float, name: str
+) -> str:
+    """The table of the whole run, and what it comes to."""
+    devices = programs.mesh.devices.flat
+    total = sum(use.seconds for use in uses)
+    lines = [
+        f"the run, assuming {assumed.queries:,} labelled queries, prompts of {assumed.prompt} tokens, "
+        f"responses of {assumed.response:g} +- {assumed.spread:g} tokens, {100 * assumed.right:g} % of them "
+        f"right, {assumed.prefixes:g} labelled steps in each:",
+        "",
+        "| stage | times | M tokens read | sampled | PFLOP of the model | hours | share |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for use in uses:
+        cells = [use.stage, f"{use.times}", f"{use.read / 1e6:,.2f}", f"{use.written / 1e6:,.2f}"]
+        cells += (
+            f"{use.flops / 1e15:,.3g}",
+            f"{use.seconds / 3600:,.3g}",
+            f"{100 * use.seconds / total:.1f} %",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    most = max(uses, key=lambda use: use.seconds)
+    chips = len(devices)
+    what = f"M-STaR of {name} on {chips} x {devices[0].device_kind}"
+
+    def spent(seconds: float) -> str:
+        hours = seconds / 3600
+        cost = f", {price * hours * chips:,.0f} at {price:g} each" if price else ""
+        return f"{hours / 24:,.2f} days ({hours:,.2f} hours), {hours * chips:,.0f} chip-hours{cost}"
+
+    part = f"`{most.stage}` takes most, {100 * most.seconds / total:.0f} %"
+    if reach == 1:
+        lines += ["", f"{what}: {spent(total)}; {part}"]
+    else:
+        lines += [
+            "",
+            f"{what}: at least {spent(total)}; {part}",
+            f"at {100 * reach:g} % of these rates: {spent(total / reach)}",
+        ]
+    responses = sum(use.responses for use in uses)
+    stores = responses * (RESPONSE + TOKEN * assumed.response)
+    one, count = checkpoint_bytes(programs)
+    lines.append(
+        f"disk: {stores / 1e9:,.1f} GB of rollouts, scores and labels, at most {count} checkpoints of "
+        f"{one / 1e9:,.1f} GB; {(stores + count * one) / 1e9:,.0f} GB"
+    )
+    left_out = ["benchmarks"] * bool(programs.config.benchmarks.names)
+    left_out += ["the base stage"] * bool(programs.config.base.steps)
+    left_out += ["compilation, reading and saving of checkpoints, and judging of answers"]
+    lines.append(f"left out: {', '.join(left_out)}")
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""The estimate of a whole run: calls of programs against the loop that makes them, stages by hand."""
+
+import dataclasses
+import types
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny as tiny_config
+from mstar_jax import sharding
+from mstar_jax.inference import rollouts
+from mstar_jax.inference.draw import SamplingConfig
+from mstar_jax.inference.sampler import Generated, Sampler
+from mstar_jax.plan import calls, hlo, whole
+from mstar_jax.plan.calls import Assumed
+from mstar_jax.plan.cost import Cost
+from mstar_jax.plan.programs import Programs
+from mstar_jax.profiling.flops import Chip
+from mstar_jax.structs import Batch, Prompt, Query, Row
+
+ASSUMED = Assumed(queries=1000, prompt=60, response=20, spread=0, right=0.5, prefixes=4)
+
+
+class Cache(NamedTuple):
+    age: np.ndarray
+    clock: int
+
+    def rotated(self):
+        return self
+
+
+class Slots(NamedTuple):
+    done: np.ndarray
+    out: Generated
+    cache: Cache
+    end: np.ndarray
+
+
+class Counted(Sampler):
+    """A sampler whose rows end after known numbers of steps, without a model."""
+
+    def __init__(self, lengths, slots, shards, room):
+        self.config, self.slots, self.shards = SamplingConfig(1, room), slots, shards
+        self.lengths = {zlib.crc32(name.encode()): length for name, length in lengths.items()}
+        self.steps = self.segments = self.prefills = 0
+        self.share = 0.0
+
+    def blank(self, model, batch, starts):
+        none = np.zeros((self.slots, 1), int)
+        out = Generated(none[:, :, None], none[:, :, None], none, none > 0)
+        return Slots(none == 0, out, Cache(none[:, 0], 0), none[:, 0])
+
+    def enter(self, model, slots, key, entry):
+        self.prefills += 1
+        source, keys = np.asarray(entry.source), np.asarray(entry.query_keys)
+        each, size = self.slots // self.shards, len(keys) // self.shards
+        end, age, done = slots.end.copy(), slots.cache.age.copy(), slots.done.copy()
+        for slot in np.flatnonzero(source >= 0):
+            row = slot // each * size + source[slot]
+            end[slot] = slots.cache.clock + self.lengths[int(keys[row])]
+            age[slot], done[slot] = 0, False
+        return slots._replace(end=end, done=done, cache=slots.cache._replace(age=age))
+
+    def advance(self, model, slots, temperatures, free, chunks=0):
+        count, size = rollouts.ring(self.config.max_new_tokens)
+        clock, age, done = slots.cache.clock, slots.cache.age.copy(), slots.done.copy()
+        self.segments += 1
+        full = (clock // size + 1) * size if count > 1 else 10**9
+        while done[:, 0].reshape(self.shards, -1).sum(1).min() < free and clock < full:
+            oldest = np.where(done[:, 0], 0, age).max()
+            if chunks and oldest > clock % size + (chunks - 1) * size:
+                break
+            clock, age = clock + 1, age + 1
+            self.steps += 1
+            self.share += (chunks or count) / count
+            done = done | (slots.end <= clock)[:, None]
+        return slots._replace(done=done, cache=Cache(age, clock))
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "entering", "parts", "room", "longest"),
+    [(40, 8, 2, 1, 16, 16), (40, 8, 4, 2, 200, 180), (21, 16, 4, 4, 44, 44), (5, 8, 8, 1, 300, 290)],
+)
+def test_rows_are_played_through_the_slots_as_the_loop_does(rows, slots, entering, parts, room, longest):
+    """Steps, prefills and calls of the real loop of rollouts, with a sampler that only counts."""
+    lengths = np.random.default_rng(rows).integers(1, longest + 1, rows)
+    named = {f"q{at}": int(length) for at, length in enumerate(lengths)}
+    sampler = Counted(named, slots, parts, room)
+    mesh = sharding.make_mesh(data=parts, devices=jax.devices()[:parts])
+    processor: Any = types.SimpleNamespace(
+        length_limit=lambda prompt: prompt + room, decode=lambda tokens: ""
+    )
+    made = [Row(Prompt(Query(name, (), ""), "", 4, 0)) for name in named]
+
+    def batches():
+        for at in range(0, rows, entering):
+            yield tuple(made[at : at + entering]), Batch(*[np.zeros((entering, 4))] * 6)
+
+    with jax.set_mesh(mesh):
+        [_] = rollouts.rollouts(
+            sampler,
+            None,
+            [made],
+            batches(),
+            processor,
+            key=jax.random.key(0),
+            temperatures=np.ones(1),
+            iteration=0,
+            mesh=mesh,
+        )
+    found = calls.sampled(lengths, slots, entering, parts, room)
+    assert found.prefills == sampler.prefills == -(-rows // entering)
+    assert found.steps == sampler.steps
+    assert found.segments == sampler.segments
+    assert found.share == pytest.approx(sampler.share / sampler.steps)
+
+
+# ---- stages -------------------------------------------------------------------------------------------
+
+
+def estimated(changes, assumed=ASSUMED, seconds=1.0):
+    """Uses of a shrunk config's programs by stage, each call and each step of decoding taking `seconds`."""
+    config = tiny_config.get_config("smoke")
+    config.update_from_flattened_dict(
+        {
+            "data.buckets": (64, 128, 256),
+            "data.max_prompt": 120,
+            "data.figures.train": 0,
+            "sampling.batch": 8,
+            "explore.batch": 8,
+            "prm.rows": 8,
+            "prm.queries": 500,
+            "prm.labelled": 500,
+            "prm.longest": 256,
+            "evolve.batch": 8,
+            "warmup.batch": 16,
+            "evolve.k": 4,
+            "warmup.k": 4,
+        }
+        | changes
+    )
+    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        programs = Programs(config, mesh)
+        made = {kind: programs.make(kind) for kind in programs.kinds()}
+        for kind, each in made.items():  # FLOPs in proportion to a row's length, as without a tower
+            made[kind] = [program._replace(own=lambda: {"language": 1e12}) for program in each]
+        speeds = {kind: [whole.Speed(seconds, 0.0)] * len(each) for kind, each in made.items()}
+        uses = whole.estimate(programs, assumed, made, speeds)
+    return programs, {use.stage: use for use in uses}
+
+
+def test_stages_by_hand():
+    """Responses of exactly 20 tokens to prompts of 60, half of them right."""
+    programs, uses = estimated({"sampling.max_new_tokens": 40, "sampling.refill": 1.0})
+    c = programs.config
+    warmup = uses["warm-up, rationales"]  # 64 queries, 8 at a time, prefilled in rows of 64 of 128 tokens
+    assert (warmup.read, warmup.written) == (64 * 64, 64 * c.warmup.k * 20)
+    weights, suffixes = (programs.make("rollouts")[1].least[name] for name in ("weights", "responses"))
+    prompts = programs.make("rollouts")[1].least["prompts"]
+    assert suffixes > 0 and weights > 0 and prompts > 0
+    assert warmup.seconds == pytest.approx(8 * (64 / 128) + 8 * 20)  # of a step all is read: one chunk
+    train = uses["warm-up, train"]  # rows of twice the batch, of 2 responses: 100 tokens in rows of 128
+    assert train.seconds == pytest.approx(c.warmup.steps * 2 * 128 / 256)
+    assert train.read == c.warmup.steps * 16 * 128
+    labels = uses["reward model, labels"]  # 508 queries x 4 x 4 prefixes, 8 prefixes in a row
+    rows = (500 + c.prm.held_out) * 2
+    assert labels.responses == rows * c.prm.samples
+    generate = uses["iterations, generate"]
+    assert generate.times == 2 and generate.written == 2 * 250 * 4 * 20
+    score = uses["iterations, select"]  # of 250 queries, in chunks of 64
+    assert score.times == 2 and 2 * 250 * 64 < score.read < 2 * 250 * 256
+    assert uses["iterations, improve"].seconds == pytest.approx(2 * c.evolve.steps * 128 / 256)
+    assert uses["temperatures, samples"].times == 2  # after the warm-up and the second iteration
+
+
+@pytest.mark.parametrize(
+    ("changes", "there", "absent"),
+    [
+        ({}, {"reward model, labels", "iterations, select", "temperatures, samples"}, {"iterations, votes"}),
+        (
+            {"prm.queries": 0, "evolve.select": "random", "explore.every": 0},
+            {"iterations, generate", "last, test: samples"},
+            {"reward model, labels", "iterations, select", "temperatures, samples", "last, test: scores"},
+        ),
+        ({"evolve.data": "answers"}, {"iterations, improve"}, {"iterations, generate", "iterations, select"}),
+        ({"evolve.unlabelled.mixin": 0.5}, {"iterations, votes"}, set()),
+        ({"prm.path": "elsewhere"}, {"iterations, select"}, {"reward model, train"}),
+    ],
+)
+def test_stages_of_a_method(changes, there, absent):
+    _, uses = estimated(changes)
+    assert there <= set(uses) and not absent & set(uses)
+
+
+def test_unlabelled_queries_are_asked_as_often():
+    _, plain = estimated({"evolve.iterations": 8})
+    _, mixed = estimated({"evolve.iterations": 8, "evolve.unlabelled.mixin": 0.5})
+    assert plain["iterations, generate"].times == 8 and mixed["iterations, generate"].times == 12
+    assert mixed["iterations, votes"].times == 4
+
+
+def test_a_lower_bound_is_that_of_the_slowest_part():
+    chip = Chip(memory=1e9, flops=1e12, bandwidth=1e10, network=1e9)
+    memory = dict.fromkeys(("arguments", "outputs", "temporary", "code", "shared"), 0.0)
+    step = hlo.Work(5e11, 2e10, (hlo.Collective("all-gather", 8 * 10**8, 8, 2),))  # 0.5, 2 and 1.4 s
+    once = hlo.Work(3e12, 0.0, ())
+    assert whole.bound(Cost(memory, step, once), chip) == whole.Speed(2.0, 3.0)
+    assert whole.bound(Cost(memory, None), chip) == whole.Speed(0.0, 0.0)
+
+
+def test_what_a_reader_reads_off():
+    programs, uses = estimated({}, seconds=3600.0)
+    total = sum(use.seconds for use in uses.values()) / 3600
+    text = whole.describe(list(uses.values()), programs, ASSUMED, 0.5, 2.5, "Phi35")
+    most = max(uses.values(), key=lambda use: use.seconds)
+    assert f"M-STaR of Phi35 on 1 x cpu: at least {total / 24:,.2f} days" in text
+    assert f"{2.5 * total:,.0f} at 2.5 each; `{most.stage}` takes most" in text
+    assert f"at 50 % of these rates: {2 * total / 24:,.2f} days" in text
+    one, count = whole.checkpoint_bytes(programs)
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(programs.build)))
+    assert 12 * size <= one <= 12 * size + 16 and count == 6  # float32, two moments; and two counts
+    assert "left out: the base stage, compilation" in text
+
+
+def test_lengths_are_those_assumed():
+    assumed = dataclasses.replace(ASSUMED, response=20, spread=6)
+    lengths = calls.lengths_of(np.random.default_rng(0), (20_000,), assumed, 44)
+    assert abs(lengths.mean() - 20) < 5 * 6 / 20_000**0.5 and abs(lengths.std() - 6) < 0.2
+    assert lengths.min() >= 1 and calls.lengths_of(np.random.default_rng(0), (99,), assumed, 10).max() == 10
+
+
+def test_responses_of_a_query_share_rows():
+    assert list(calls.packed(np.array([50, 50, 50]), 100, 200)) == [200, 150]
+    assert list(calls.packed(np.array([], int), 100, 200)) == []
