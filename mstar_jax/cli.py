@@ -116,7 +116,7 @@ def keep_programs() -> None:
     folder, and --jax_enable_compilation_cache=false turns it off. A program for a CPU may use everything that
     this kind of CPU has, so each kind has its own folder.
     """
-    if jax.config.read("jax_compilation_cache_dir"):
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # JAX makes it at run time
         return
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     try:
