@@ -29,6 +29,7 @@ ROOTS = options("2", "√{3}", "√{2}", r"\frac{3√{5}}{2}")
 SIGNED = options("-0.54", "0.54", "0.37")
 NONE = options("5", "6", "7", "No correct answer")
 FACTORIALS = options("0", "1", "5!", "15")
+FOUR = options("3", "4", "5", "6")
 NUMBERS = options("16", "12", "6", "4")
 CITIES = options("Paris", "Rome", "Cairo", "Tokyo")
 RATIOS = options("1:3", "0:4", "3:1", "2:2")
@@ -541,7 +542,38 @@ MARKED = [
     ("C", "C - 12 cm", W, CM, "letter and value contradict"),
     ("C", "C, which equals 12 cm", W, CM, "letter and value contradict"),
     ("C", "C = 12 cm", W, CM, "letter and value contradict"),
-    ("C", "(C) 13 cm", C, CM, "a value that is no option: the letter counts, as officially"),
+    # a letter and a value that is no option
+    ("C", "(C) 13 cm", W, CM, "letter and value contradict; officially the letter counts"),
+    ("D", "(D) 8", W, FOUR, "letter and value contradict"),
+    ("D", "D. 8", W, FOUR, "letter and value contradict"),
+    ("D", "D, i.e. 8", W, FOUR, "letter and value contradict"),
+    ("D", "option D: 2·4", W, FOUR, "letter and arithmetic contradict"),
+    ("D", "(D) 8 = 2·4", W, FOUR, "letter and equation contradict"),
+    ("D", "(D) x = 8", W, FOUR, "letter and equation contradict"),
+    ("D", "(D) 7:30", W, FOUR, "letter and value contradict"),
+    ("D", "(D) 2·3", C, FOUR, "arithmetic of the same value"),
+    ("D", "(D) 6 = 2·3", C, FOUR, "an equation that holds the value"),
+    ("D", "(D) 6.0", C, FOUR, "another spelling"),
+    ("D", "(D) 6 objects", C, FOUR, "the value and what it counts"),
+    ("D", "(D) x^2 = 36", C, FOUR, "an equation on the way to the value"),
+    ("D", "(D) the last one", C, FOUR, "prose next to a letter"),
+    ("D", "(D) because 8 is too much", C, FOUR, "a reason next to a letter"),
+    ("B", "(B) 12 m", W, CM, "letter and unit contradict"),
+    ("B", "(B) 12 cm = 0.12 m", C, CM, "the same length twice"),
+    ("C", "(C) 5:1", W, RATIOS, "letter and ratio contradict"),
+    ("C", "(C) 3 : 1", C, RATIOS, "another spelling"),
+    ("C", "(C) 3 to 1", C, RATIOS, "prose next to a letter"),
+    ("C", "(C) 4:30 PM", C, TIMES, "the time, and more exactly"),
+    ("C", "(C) 5:30", W, TIMES, "letter and time contradict"),
+    ("B", r"(B) $\sqrt{5}$", W, ROOTS, "letter and formula contradict"),
+    ("B", "(B) √3", C, ROOTS, "another spelling"),
+    ("D", r"(D) $1.5\sqrt{5}$", C, ROOTS, "the same by algebra"),
+    ("B", "(B) 0.5", C, SIGNED, "the value with fewer decimals"),
+    ("B", "(B) 0.6", W, SIGNED, "letter and value contradict"),
+    ("A", "(A) 0.3%", W, SHARES, "a rounding that is another option"),
+    ("B", "(B) the blue block", C, RED, "a paraphrase next to a letter"),
+    ("B", "(B) 3 blue cubes", C, RED, "a number next to a text"),
+    ("D", "(D) 8", C, NONE, "a value next to: none of the others"),
     ("B", "B = C", W, CM, "two letters"),
     ("C", "C which is the blue cube", W, RED, "letter and text contradict"),
     ("C", "C, i.e. 15 cm", C, CM, "both agree"),

@@ -9,7 +9,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from mstar_jax.answers.units import DENIED, REASON
+from mstar_jax.answers.equality import same
+from mstar_jax.answers.formulas import arithmetic
+from mstar_jax.answers.units import DENIED, REASON, UNITS
 from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
 
 SENTENCE = 24  # characters: a longer text may mention an option without choosing it
@@ -59,6 +61,11 @@ _FOLLOWING = re.compile(r"[,;:.()]|(?:because|since|as|which|who|in|on|at|for|fr
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
 _NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
 _NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
+_VALUE = re.compile(  # a ratio, time, point, list or formula: nothing that is a word
+    r"(?=.*\d)(?:[^A-Za-z]|(?<![A-Za-z])(?:[A-Za-z]|[A-Z]{2}|sqrt|sin|cos|tan|log)(?![A-Za-z]))+"
+)
+_UNIT_NAMES = frozenset(UNITS.values())
+_RELATION = re.compile(r"[=<>≤≥≠≈]")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
 
 
@@ -173,7 +180,10 @@ def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None
 def mentions_only(text: str, options: tuple[str, ...]) -> bool:
     """Whether a marked sentence mentions one option without choosing it: `everything but the blue cube`."""
     text = tidy(sentence(text))
-    if len(text) <= SENTENCE or DENIED.search(text) or choice(text, options):
+    m = _LETTER.match(text)
+    if len(text) <= SENTENCE or DENIED.search(text) or (m and (m["bracketed"] or m["named"])):
+        return False
+    if choice(text, options):
         return False
     return mentioned(text, options) is not None
 
@@ -237,7 +247,41 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
         return None
     n = number(stripped) or number(value)
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
-    return None if equal and letter in numbers and letter not in equal else letter
+    if equal and letter in numbers and letter not in equal:
+        return None
+    said = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
+    return None if any(_differs(each, texts[letter]) for each in said) else letter
+
+
+def _differs(said: str, option: str) -> bool:
+    """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
+    said = tidy(REASON.split(said, maxsplit=1)[0]).rstrip(" ,;")
+    own = _quantity(option)
+    sides = [n for side in {said, *said.split("=")} if (n := _quantity(side))]  # `2.9 km = 2900 m`
+    if own and sides:
+        unsolved = "=" in said and _quantity(said) is None and len(sides) < len(said.split("="))
+        return not unsolved and not any(_same_quantity(own, n) for n in sides)
+    if not (_VALUE.fullmatch(said) and _VALUE.fullmatch(option)):
+        return False
+    if _RELATION.search(said) and not _RELATION.search(option):
+        return False  # `(B) x² = 4` may be on the way to the option's 2
+    begins = plain(said).startswith(plain(option)) and not plain(said)[len(plain(option)) :][:1].isalnum()
+    return not begins and not same(option, said, None, None)
+
+
+def _same_quantity(option: Number, said: Number) -> bool:
+    """Whether they are equal, one a rounding of the other, or equal numbers of differently named things."""
+    physical = option.unit in _UNIT_NAMES and said.unit in _UNIT_NAMES
+    equal = same_number(option, said, None, None) or (option.value == said.value and not physical)
+    return equal or same_number(said, option, "float", said.places or None)
+
+
+def _quantity(text: str) -> Number | None:
+    """The number that a text is, or the value of its arithmetic, as 12 of `3·4`."""
+    if n := number(text):
+        return n
+    value = None if _RELATION.search(text) else arithmetic(text)
+    return None if value is None else Number(value, "", None)
 
 
 def mentioned(text: str, options: tuple[str, ...]) -> str | None:
