@@ -74,7 +74,7 @@ def test_as_gold_is_what_grade_can_read():
         ("12", CM, "choice", "B"),
         ("A or B", CM, "choice", None),
         ("$\\frac{1}{2}$", None, "float", "1/2"),
-        ("half", None, "float", None),
+        ("several", None, "float", None),
         ("Yes.", None, "boolean", "Yes"),
         ("The red ball.", None, "text", "The red ball"),
     ]:

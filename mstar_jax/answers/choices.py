@@ -21,14 +21,16 @@ _LETTER = re.compile(
     r"(?P<named>(?i:(?:the\s)?(?:correct\s)?(?:option|choice|answer|letter)\s(?:is\s)?:?\s?)|选项\s?[为是]?\s?)?"
     r"(?:[(\[{]\s?(?P<bracketed>[A-Za-z])\s?[)\]}]|(?P<bare>[A-Za-z])(?![A-Za-z0-9_']))\s?(?P<rest>.*)$"
 )
+_QUOTED = re.compile(r"^\W{0,3}(?:['‘](?=[A-Z]['’])|[\"`“]?(?=[A-Z][\"`”]))([A-Z])\S(?=\s)")  # `"B" because`
 _HEDGE = re.compile(  # before a letter only: `I think it is C`
     r"I(?:'d| would)? (?:think|believe|say|guess|choose|pick)(?: that)?"
     r"(?: (?:it is|it's|it should be))? (?=\(?[A-Z]\)?\W*$)"
 )
-_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
+_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with|rather than|instead of)\b|[(-]")
+_WRONG = r"(?:not|wrong|incorrect|false|unlikely|impossible|invalid|eliminated|excluded|rejected|ruled out)"
 _DENIED = re.compile(
-    r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
-    r"|\s?是?[不错非]"
+    rf"\W*(?:is|was|seems?|(?:can|could|would|should|must) be|has been|gets?)\b.{{0,24}}\b{_WRONG}\b"
+    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*\?|\s?是?[不错非]"
 )
 _THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
 _NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
@@ -39,18 +41,28 @@ _LATE = re.compile(  # a letter after a value: `12 cm (C)`, `12 cm, option C`, `
 )
 _NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])")
 _REFUSED = re.compile(
-    r"\b(?:which|that|it|this)\s(?:is|was|seems|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b"
-    r"|\b(?:wrong|incorrect)\W*$"
+    rf"\b(?:which|that|it|this)\s(?:is|was|seems|(?:can|could|would|should|must) be|has been)\b"
+    rf".{{0,24}}\b{_WRONG}\b"
+    r"|\b(?:wrong|incorrect|eliminated|excluded|ruled out)\W*$"
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
 _EQUALS = re.compile(
     r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
 )
-_ALSO = re.compile(r"(?:and|or|&|/|,|;|=)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
+_ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the other case C`, `B或C`
+    r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then"
+    r"|as well as)\b[\s,:]*|[,;/&=+→⋯或和与、，；(\[]\s*|(?:^|\s)-\s?)(?:(?:option|choice|answer)\s)?"
+    r"[(\[]?([A-Z])(?=$|[)\].,:;/&→⋯，。；、]|[\u4e00-\u9fff]|\s(?!(?<=[AI]\s)[a-z])"
+    r"|\s(?:is|could|can|may|might|would|if)\b)"
+)
+_ACTUALLY = re.compile(  # `B, no, C`
+    r"(?:\b(?:actually|wait|no|correction|rather)\b[\s,.!⋯:-]*)+(?:it(?:'s| is| should be)\s)?"
+    r"(?:option\s)?\(?([A-Z])\)?(?![\w'])"
+)
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _STATING = re.compile(
-    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|there|one|so|then|must|should|would|will"
+    r"the|an?|is|are|was|be|been|it|its|s|they|all|both|this|that|these|those|there|one|so|then|must|should|would|will"
     r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only"
     r"|option|choice|answer|letter|figure|image|picture|shape|object|called|named|labeled|labelled|shown|showing"
     r"|says|said|saying|read|reads|i|we|think|believe|conclude|say|see|choose|pick|select|correct|right|best"
@@ -130,7 +142,7 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     known = table(options)
     texts = known.texts
     numbers = known.numbers
-    text = _HEDGE.sub("", tidy(sentence(text)), count=1)
+    text = _HEDGE.sub("", tidy(_QUOTED.sub(r"(\1)", sentence(text), count=1)), count=1)
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
     if not upper:
@@ -225,7 +237,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
             return letter
     said = _NOT_LETTER.sub("", REASON.split(rest, maxsplit=1)[0])
     named = {a or b for a, b in _MENTION.findall(said)} & texts.keys() - {letter}
-    if _REFUSED.search(said) or any(not re.search(rf"\b{x.lower()}\b", texts[letter]) for x in named):
+    if _REFUSED.search(said) or any(not _named_in(x, texts[letter]) for x in named):
         return None
     if (yes := boolean(stripped)) is not None and boolean(texts[letter]) is (not yes):
         return None
@@ -238,9 +250,9 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     for begun in (known.text(whole), known.text(clause) if "," not in texts[letter] else ""):
         if len(begun) >= 8 and [t for t in texts if texts[t].startswith(begun)] == [letter]:
             return letter
-    others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
+    others = _ALSO.findall(said) + _ACTUALLY.findall(_NOT_LETTER.sub("", rest))
     others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
-    if any(other in texts and other != letter for other in others):
+    if any(x in texts and x != letter and not _named_in(x, texts[letter]) for x in others):
         return None
     value = _EQUALS.sub("", rest, count=1)
     if any(_words(value).startswith(words) for other, words in known.words.items() if other != letter):
@@ -249,18 +261,23 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
     if equal and letter in numbers and letter not in equal:
         return None
-    said = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
-    return None if any(_differs(each, texts[letter]) for each in said) else letter
+    values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
+    return None if any(_differs(each, texts[letter]) for each in values) else letter
+
+
+def _named_in(letter: str, option: str) -> bool:
+    return bool(re.search(rf"\b{letter}\b", option, re.IGNORECASE))
 
 
 def _differs(said: str, option: str) -> bool:
     """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
     said = tidy(REASON.split(said, maxsplit=1)[0]).rstrip(" ,;")
     own = _quantity(option)
-    sides = [n for side in {said, *said.split("=")} if (n := _quantity(side))]  # `2.9 km = 2900 m`
-    if own and sides:
-        unsolved = "=" in said and _quantity(said) is None and len(sides) < len(said.split("="))
-        return not unsolved and not any(_same_quantity(own, n) for n in sides)
+    sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
+    quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any
+    if own and quantities:
+        unsolved = "=" in said and _quantity(said) is None and len(quantities) < len(said.split("="))
+        return not unsolved and not any(_same_quantity(own, n) for n in quantities)
     if not (_VALUE.fullmatch(said) and _VALUE.fullmatch(option)):
         return False
     if _RELATION.search(said) and not _RELATION.search(option):
