@@ -103,6 +103,7 @@ TEXT = tuple(
             "questions",
             "figures",
             "mathv360k",
+            "turns",
             "images",
             "splits",
             "prompts",
