@@ -20,7 +20,8 @@ kg kilogram kilograms 千克 公斤; mg milligram milligrams 毫克; lb lbs poun
 t ton tons 吨; l liter liters litre litres 升; ml milliliter milliliters millilitre millilitres 毫升
 s sec secs second seconds 秒; min mins minute minutes 分钟; h hr hrs hour hours 小时; day days 天 日
 week weeks 周; month months 月 个月; year years 年; year-old years-old 岁
-° deg degree degrees 度; % percent pct; $ dollar dollars usd us$ 美元; ¢ cent cents; € euro euros eur 欧元; £ gbp
+° deg degree degrees 度; % percent pct; $ dollar dollars usd us$ 美元
+¢ cent cents; € euro euros eur 欧元; £ gbp
 ₹ rupee rupees rs rs. inr
 ¥ yuan 元 块 人民币; n newton newtons 牛; j joule joules; w watt watts; v volt volts; a amp amps
 ω ohm ohms; hz; mph; °c c 摄氏度; °f f; pa; kpa; mol; nm; kj; n/m; m/s; km/h
