@@ -132,7 +132,9 @@ def rope(values: JSON, where: str, types: Sequence[str]) -> JSON:
     if found.get("rope_theta") is not None:
         only({"rope_theta": values.get("rope_theta")}, {"rope_theta": found["rope_theta"]}, where)
     if ROPES[kind] is ROPES["longrope"]:
-        factor = merged["max_position_embeddings"] / merged["original_max_position_embeddings"]
+        contexts = ("max_position_embeddings", "original_max_position_embeddings")
+        check_numbers({name: merged[name] for name in contexts}, where)
+        factor = merged[contexts[0]] / merged[contexts[1]]
         only(found, {"factor": factor}, f"{where} {key}")
         merged |= {name: tuple(found[name]) for name in ("short_factor", "long_factor")}
     return merged
