@@ -165,6 +165,28 @@ def test_cut_results_are_named(tmp_path):
         records.Results(tmp_path, {})
 
 
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="run is a file, not a folder: name another --workdir"):
+        workdir.lock(tmp_path / "run")
+
+
+def test_fewer_queries_than_asked_for_are_a_warning(tmp_path, caplog):
+    turns = [
+        [{"from": "human", "value": f"What is {i} + 1?"}, {"from": "gpt", "value": f"{i}"}] for i in range(16)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    config = tiny_config.get_config("smoke")
+    with config.unlocked():
+        config.policy.path = "/elsewhere"
+        config.data.labelled = str(tmp_path / "d.json")
+        config.data.validation, config.data.test = 2, 9
+    data = configure.load_data(config, tmp_path)
+    assert (len(data.validation), len(data.test)) == (2, 4)
+    text = "data.test: 4 queries instead of 9, for it is at most one quarter of the 16 usable rows"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+
+
 def test_curves_lose_doubled_and_cut_rows(tmp_path):
     """As two runs in one workdir left them; and a row of step 200 that was cut is none of step 20."""
     (tmp_path / "metrics").mkdir()
