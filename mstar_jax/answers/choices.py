@@ -30,7 +30,7 @@ _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with|rather tha
 _WRONG = r"(?:not|wrong|incorrect|false|unlikely|impossible|invalid|eliminated|excluded|rejected|ruled out)"
 _DENIED = re.compile(
     rf"\W*(?:is|was|seems?|(?:can|could|would|should|must) be|has been|gets?)\b.{{0,24}}\b{_WRONG}\b"
-    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*\?|\s?是?[不错非]"
+    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*(?:but |only )?(?:if|unless)\b|\W*\?|\s?是?[不错非]"
 )
 _THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
 _NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
@@ -43,7 +43,8 @@ _NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\
 _REFUSED = re.compile(
     rf"\b(?:which|that|it|this)\s(?:is|was|seems|(?:can|could|would|should|must) be|has been)\b"
     rf".{{0,24}}\b{_WRONG}\b"
-    r"|\b(?:wrong|incorrect|eliminated|excluded|ruled out)\W*$"
+    r"|\b(?:wrong|incorrect|eliminated|excluded|ruled out|maybe|perhaps)\W*$"
+    r"|\b(?:which|that|it|this)\s(?:cannot|can't|isn't|doesn't)\b"
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
@@ -54,7 +55,7 @@ _ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the 
     r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then"
     r"|as well as)\b[\s,:]*|[,;/&=+→⋯或和与、，；(\[]\s*|(?:^|\s)-\s?)(?:(?:option|choice|answer)\s)?"
     r"[(\[]?([A-Z])(?=$|[)\].,:;/&→⋯，。；、]|[\u4e00-\u9fff]|\s(?!(?<=[AI]\s)[a-z])"
-    r"|\s(?:is|could|can|may|might|would|if)\b)"
+    r"|\s(?:is|could|can|may|might|would|if|in|for|with|when|too|also)\b)"
 )
 _ACTUALLY = re.compile(  # `B, no, C`
     r"(?:\b(?:actually|wait|no|correction|rather)\b[\s,.!⋯:-]*)+(?:it(?:'s| is| should be)\s)?"
@@ -91,6 +92,7 @@ class Table(NamedTuple):
       talk: matches the options that talk about options (`the answer is option C`) after their letter, where
         their text is not read.
       exact: whether `texts` keep their case.
+      asked: options that end in a question mark, tidied.
     """
 
     texts: dict[str, str]
@@ -98,6 +100,7 @@ class Table(NamedTuple):
     words: dict[str, str]
     talk: re.Pattern | None
     exact: bool
+    asked: frozenset[str]
 
     def text(self, answer: str) -> str:
         return tidy(answer) if self.exact else plain(answer)
@@ -118,7 +121,8 @@ def table(options: tuple[str, ...]) -> Table:
         if _TALKS.search(text) and len(text) > 3
     ]
     talk = re.compile("|".join(talking), re.IGNORECASE) if talking else None
-    return Table(texts, numbers, {} if nested or exact or "  " in words.values() else words, talk, exact)
+    words = {} if nested or exact or "  " in words.values() else words
+    return Table(texts, numbers, words, talk, exact, frozenset(t for t in tidied if t.endswith("?")))
 
 
 def _words(text: str) -> str:
@@ -143,6 +147,8 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     texts = known.texts
     numbers = known.numbers
     text = _HEDGE.sub("", tidy(_QUOTED.sub(r"(\1)", sentence(text), count=1)), count=1)
+    if text.endswith("?") and not text.endswith(tuple(known.asked)):
+        return None
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
     if not upper:
@@ -182,7 +188,7 @@ def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None
     """`letter` where the text before it says the same, as in `12 cm (B)`; None where it does not."""
     known = table(options)
     before = before.strip(" ,;:([")
-    if letter not in known.texts:
+    if letter not in known.texts or (before != letter and before in known.texts):  # `A → B`
         return None
     begins = len(before) >= 3 and known.texts[letter].startswith(known.text(before))
     states = all(_STATING.fullmatch(word) for word in _words(before).split())
@@ -271,7 +277,7 @@ def _named_in(letter: str, option: str) -> bool:
 
 def _differs(said: str, option: str) -> bool:
     """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
-    said = tidy(REASON.split(said, maxsplit=1)[0]).rstrip(" ,;")
+    said = tidy(_EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
     own = _quantity(option)
     sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
     quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any

@@ -95,6 +95,8 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
     """Whether `other` answers a free-form `gold`; both are extracted answers. Rounding is not symmetric."""
     if gold == other:
         return True
+    if other.endswith("?") and not gold.endswith("?"):
+        return False
     if (expected := boolean(gold)) is not None:
         return boolean(other) is expected
     if _GENOTYPE.fullmatch(gold):

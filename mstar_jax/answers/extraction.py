@@ -218,7 +218,7 @@ def marked(text: str) -> Marked | None:
     found = _marked(text)
     if found is None:
         return None
-    said = sentence(found.said) if found.rule == "marker" else found.said
+    said = sentence(found.said)
     m = _RETRACTION.match((found.said[len(said) :] + " " + found.rest)[:80])
     return None if m and not (m["no"] and _LETTER.fullmatch(said)) else found  # `(B). No` may be option B
 

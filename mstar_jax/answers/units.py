@@ -34,7 +34,7 @@ _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\s?\^?\{?3\}
 
 REASON = re.compile(r",?\s?(?:\b(?:because|since)\b|因为)|,\s?as\b(?!\swell)")
 DENIED = re.compile(
-    r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|impossible|unlikely|maybe|perhaps|cannot)\b|n't\b"
+    r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|impossible|unlikely|maybe|perhaps|cannot|if|unless)\b|n't\b"
     r"|[不没错非否]|\?",
     re.IGNORECASE,
 )

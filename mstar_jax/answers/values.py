@@ -342,7 +342,7 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
 
 _CHANGED = re.compile(
     r"\b(?:but|wait|actually|however|rather)\b|\b(?:which|that|it)\s(?:is|was)\s(?:\w+\s)?(?:wrong|incorrect)\b"
-    r"|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
+    r"|\((?:wrong|incorrect|false|not)\b|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
 )
 _CONDITION = re.compile(
     r"\b(?:if|unless|otherwise|depend(?:s|ing)|except|only when|sometimes|partly|maybe|perhaps)\b"
