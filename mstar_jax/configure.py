@@ -253,12 +253,10 @@ def make_policy(
 ) -> models.Pretrained | models.FromScratch:
     """The policy to start from: the checkpoint of `policy.path`, or one with the config's dimensions.
 
-    The tokenizer of the latter is trained once, on the text of the narrow set, `base`, and kept in the
-    workdir.
+    The tokenizer of the latter is trained once, on the text of `base`, and kept in the workdir.
 
     Raises:
-      ValueError: the checkpoint is of no family of `models`, or the workdir of a finished run has lost its
-        tokenizer.
+      ValueError: the checkpoint is of no family of `models`, or a finished run has lost its tokenizer.
     """
     values = config.policy
     if values.path:
@@ -367,10 +365,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     )
     for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
-    for name, part, wanted in (("validation", "eighth", c.validation), ("test", "quarter", c.test)):
-        if (taken := len(parts[name])) < wanted:
+    for name, part in (("validation", "eighth"), ("test", "quarter")):
+        if (taken := len(parts[name])) < c[name]:
             text = "data.%s: %d queries instead of %d, for it is at most one %s of the %d usable rows"
-            log.warning(text, name, taken, wanted, part, len(queries))
+            log.warning(text, name, taken, c[name], part, len(queries))
     if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
         raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
     answers = {q.id: q.answer for q in queries}

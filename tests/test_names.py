@@ -111,7 +111,13 @@ def test_other_decoders_are_refused_by_name(name, key, value, message, tmp_path)
     ("key", "value"),
     [
         *(("hidden_act", "relu"), ("attention_window", 7), ("use_rel_attention", True), ("num_channels", 1)),
-        *(("layer_norm_eps", 0), ("patch_size", 0), ("num_hidden_layers", "2"), ("num_attention_heads", -1)),
+        *(
+            ("layer_norm_eps", 0),
+            ("patch_size", 0),
+            ("patch_size", 999),
+            ("num_hidden_layers", "2"),
+            ("num_attention_heads", -1),
+        ),
     ],
 )
 def test_other_vision_towers_are_refused_by_name(name, key, value, tmp_path):
@@ -172,17 +178,17 @@ def test_crops_of_phi_are_checked(crops, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rope_that_is_given_twice_has_to_agree(name, tmp_path):
     def change(values):
-        part = values.get("llm_config", values)
+        part = decoder_of(values)
         theta = part["rope_theta"]
         part |= {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
     def other(values):
         change(values)
-        values.get("llm_config", values)["rope_theta"] = 77.0
+        decoder_of(values)["rope_theta"] = 77.0
 
     def types(values):
         change(values)
-        values.get("llm_config", values)["rope_scaling"] = {"type": "linear", "factor": 2.0}
+        decoder_of(values)["rope_scaling"] = {"type": "linear", "factor": 2.0}
 
     assert read(name, tmp_path, change).decoder.short_factor is None
     with pytest.raises(ValueError, match="rope_theta is 77.0, only"):

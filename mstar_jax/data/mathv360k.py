@@ -36,8 +36,8 @@ from typing import Any
 
 from mstar_jax.answers.check import equivalent
 from mstar_jax.data.images import MAX_PIXELS, ImageError, content, load_image, resolve
-from mstar_jax.data.turns import Unreadable, image_marks, parse_answer, parse_question
 from mstar_jax.data.splits import split
+from mstar_jax.data.turns import Unreadable, image_marks, parse_answer, parse_question
 from mstar_jax.structs import Query
 
 __all__ = ["Report", "read", "split"]

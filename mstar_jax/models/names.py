@@ -209,7 +209,8 @@ def vision_config(values: JSON, where: str, hidden_act: str, **ours: object) -> 
     read = {key: values[key] for key in VISION.values() if key in values}
     check_numbers(read, where)
     check_divides(read, "hidden_size", "num_attention_heads", where)
-    check_divides(read, "image_size", "patch_size", where)
+    if read["patch_size"] > read["image_size"]:
+        raise ValueError(f"{where} patch_size is {read['patch_size']}, more than image_size")
     made = VitConfig(**({field: read[key] for field, key in VISION.items() if key in read} | ours))
     if type(made.select_layer) is not int or not -made.num_layers <= made.select_layer < 0:
         raise ValueError(
