@@ -365,10 +365,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     )
     for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
-    for name, part in (("validation", "eighth"), ("test", "quarter")):
+    for name, share in (("validation", "eighth"), ("test", "quarter")):
         if (taken := len(parts[name])) < c[name]:
             text = "data.%s: %d queries instead of %d, for it is at most one %s of the %d usable rows"
-            log.warning(text, name, taken, c[name], part, len(queries))
+            log.warning(text, name, taken, c[name], share, len(queries))
     if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
         raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
     answers = {q.id: q.answer for q in queries}

@@ -138,8 +138,8 @@ class Store:
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
         """
-        found = [path for path in sorted(self.folder.glob("*.jsonl")) if path.stem.isdigit()]
-        for path in [path for path in found if self.shards is None or int(path.stem) < self.shards]:
+        there = [path for path in sorted(self.folder.glob("*.jsonl")) if path.stem.isdigit()]
+        for path in [path for path in there if self.shards is None or int(path.stem) < self.shards]:
             # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
             lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             for number, line in enumerate(lines if lines != [""] else [], start=1):

@@ -91,7 +91,6 @@ def test_longrope_of_transformers_5_has_its_factors(tmp_path):
         ("num_hidden_layers", 2.0, "num_hidden_layers is 2.0, not a positive whole number"),
         ("num_hidden_layers", True, "num_hidden_layers is True, not a positive whole number"),
         ("num_attention_heads", 0, "num_attention_heads is 0, not a positive whole number"),
-        ("num_attention_heads", 7, "no multiple of num_(attention|key_value)_heads"),
         ("num_key_value_heads", 7, "num_attention_heads is ., no multiple of num_key_value_heads, 7"),
         ("vocab_size", -1, "vocab_size is -1, not a positive whole number"),
         ("tie_word_embeddings", "false", "tie_word_embeddings is 'false', not true or false"),
@@ -166,6 +165,12 @@ def test_relatives_are_refused_by_name(name, part, key, value, tmp_path):
 def test_sizes_of_images_are_checked(name, key, value, message, tmp_path):
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         read(name, tmp_path, lambda values: values.update({key: value}))
+
+
+@pytest.mark.parametrize("name", ["phi", "internvl", "minicpm"])  # these have no head_dim of their own
+def test_heads_divide_the_hidden_size(name, tmp_path):
+    with pytest.raises(ValueError, match="hidden_size is .*, no multiple of num_attention_heads, 7"):
+        read(name, tmp_path, lambda values: decoder_of(values).update(num_attention_heads=7))
 
 
 @pytest.mark.parametrize("crops", [0, -1, "16", None, 4.0])
