@@ -36,7 +36,9 @@ def restore(workdir: pathlib.Path, stage: Stage | None = None, mesh: Mesh | None
     Raises:
       ValueError: there is no such run or stage.
     """
-    policy, stage = policy_of(workdir), finished(workdir, stage)
+    _check_run(workdir)
+    stage = finished(workdir, stage)
+    policy = policy_of(workdir)
     abstract = jax.eval_shape(policy.build)
     if stage == Stage.reward_model:
         abstract = jax.eval_shape(vlm.RewardModel, abstract)
@@ -53,8 +55,7 @@ def policy_of(workdir: pathlib.Path) -> Policy:
     Raises:
       ValueError: there is no such run.
     """
-    if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is no run: it holds no config.json")
+    _check_run(workdir)
     config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
     try:
         return configure.make_policy(config, workdir)
@@ -63,6 +64,11 @@ def policy_of(workdir: pathlib.Path) -> Policy:
             f"{workdir}/config.json has other keys than this version of mstar_jax ({error}): "
             "use the version that wrote it"
         ) from error
+
+
+def _check_run(workdir: pathlib.Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no run: it holds no config.json")
 
 
 def finished(workdir: pathlib.Path, stage: Stage | None = None) -> Stage:
