@@ -899,3 +899,124 @@ RESPONSES = [
     ("A", "The correct answer is (B) 15 cm.", W, {**CM, "fallback": True}, "a contradiction stays one"),
 ]
 # fmt: on
+
+# ---- what must never be correct, by kind: gold, arguments, responses; `M` stands for `The answer is` ------
+
+N = options("3", "4", "5", "6")
+OPT = options("Paris", "Rome", "Lima", "Tokyo")
+COL = options("red", "blue", "green", "yellow")
+LENGTHS = options("10 cm", "12 cm", "14 cm", "16 cm")
+ROOTED = options("5", "-5", "±5", "25")
+yn = options("yes", "no")
+
+# fmt: off
+FALSE = {
+    "a letter that is taken back": [
+        ("C", N, ("M C. Actually B.", "M C. I made a mistake; it's B.", "M C. Scratch that.", "M C. No.",
+            "M C. Hmm, no.", "M C. That is not right.", "M C. Hmm, 5? No, 4, so B", "M C. 5 is not right, 4 is")),
+        ("A", OPT, ("M A. Actually it's B", "M A. Correction: B", "M A. Hmm, let me recheck. It's B.",
+            "M A. Oh no, I misread the figure: B.", "M A. Sorry, I meant B.", "M A. Edit: B",
+            "M A. But that contradicts the figure, so B.", "M A. The answer could also be B.",
+            "M A. Let me double-check: it is B.", "M A. B. C. D")),
+    ],
+    "a value that is taken back": [
+        ("5", {}, ("M 5. Hold on, it's 6.", "M 5. Sorry, 6.", "M 5. My mistake: 6", "M 5. Nope, 6.", "M 5. Wrong!",
+            "M 5. Apologies, that should be 6.", "M 5. I apologize for the confusion, it's 6.", "M 5. False.",
+            "M 5. However, that is incorrect.", "M 5. That's not true.", "M 5. This cannot be right.", "M 5. Or 6.",
+            "M 5. Or maybe 6.", "M 5. Not 5, 6.", "M 5. Edit: 6", "M 5. Let me recheck: 6.", "M 5. Just kidding, 6.",
+            "M 5. Let me double check. It should be 6.")),
+        ("5", {}, ("\\boxed{5}\n\nHold on, I made an arithmetic error: 6.", "\\boxed{5}\n\nThe final answer is 6.",
+            "\\boxed{5}\n\nHowever, this is incorrect; the right value is 6.", "\\boxed{5}\nBut the answer is 6.",
+            "\\boxed{5}\n\nThis is not the answer; the answer is 6.")),
+    ],
+    "a box or tag that is denied or supposed": [
+        ("5", {}, (r"It cannot be \boxed{5}", r"It is not \boxed{5} but 6.", r"I do not think the answer is \boxed{5}.",
+            r"If the answer is \boxed{5}, then x = 2.", r"The wrong answer is \boxed{5}", r"So \boxed{5} is incorrect.",
+            r"If x were 2 we'd get \boxed{5}, which is impossible.", r"M \boxed{5}? No: 6.", r"\cancel{\boxed{5}}",
+            r"\sout{\boxed{5}}", r"~~\boxed{5}~~ 6", "<answer>5</answer> is wrong", "I would not write <answer>5</answer>")),
+        ("A", OPT, (r"not \boxed{A}", r"The answer is not \boxed{A}.", r"\boxed{A} is wrong", r"\boxed{\boxed{A} B}")),
+        ("B", OPT, (r"Not \boxed{B}.", r"\boxed{A} or \boxed{B}")),
+    ],
+    "a letter, then another option": [
+        ("D", OPT, ("M **D**. Rome", "M (D). Rome", 'M "D". Rome', "M [D]. Rome", "M option D. Rome", "M $D$. Rome",
+            "答案是D。Rome", "M D.\nRome", "M D\n\nRome", r"M \boxed{D}. Rome", r"M \boxed{D} Rome", r"\boxed{D.}\ \text{Rome}")),
+        ("C", N, ("Answer: C\n4", "**Answer:** **(C)**. 4", "The correct answer is **C**.\n\n4", "M (C). The value is 4.",
+            "M C with a value of 4", "M C (which equals 4)", "M C, the result is 4", "M C (that is 4)", "M C (which is 4)",
+            "M C, which represents 4", "M C with the value 4", "M C (value: 4)", "M C (the answer 4)", "M C -> 4", "M C => 4",
+            "M C (i.e. 4)", "M C. It's 4", "M C. This is 4", "M C. Therefore 4", "M C / 4", "M C for 4", "M C which says 4",
+            "M C选项4", "M C项：4")),
+        ("C", OPT, ("M C (that is Rome)", "M C, which represents Rome", "M C (the answer Rome)", "M C -> Rome", "M C => Rome",
+            "M C (i.e. Rome)", "M C. It's Rome", "M C. This is Rome", "M C. Therefore Rome", "M C / Rome", "M C for Rome",
+            "M C which says Rome", "M C选项Rome", "M C项：Rome")),
+        ("A", COL, ("**Answer:**\nA\nblue", r"\boxed{A} (blue)", r"\boxed{A}, blue", r"\boxed{\text{A}}\text{ blue}",
+            "M A (i.e., blue)", "M (A) the color blue", "M A, the color blue", "M A: It is blue", "M A. The color is blue")),
+        ("B", LENGTHS, ("M **B**. 14 cm",)),
+        ("D", LENGTHS, ("M (D). 14 cm",)),
+        ("C", LENGTHS, ("M C ≈ 12 cm",)),
+        ("A", yn, ("M **A**. no", "M (A). No.", "M A yes, B no")),
+        ("A", options("has a fever", "has no fever", "unknown"), ("M A. The patient has no fever",)),
+        ("A", ROOTED, ("M A: 5 or 6", "M A: 5 and 25", "M A: 5, 25", "M A: > 5", "M A: not 5", "M A: 5:25")),
+        ("A", options("2x+1", "2x-1", "x+2"), ("M (A) $-2x+1$",)),
+        ("A", options("(3, 4)", "(4, 3)", "(3, 5)"), ("M A: (3, 4, 5)",)),
+        ("A", options("7:30 a.m.", "7:30 p.m.", "8:30 a.m."), ("M A: 7:30 pm",)),
+        ("A", options("1-3", "4-6", "7-9"), ("M A: 4 to 6",)),
+        ("A", options("Aa", "AA", "aa"), ("M A (aa)",)),
+        ("A", OPT, ("正确选项是A，但B也对", "答案是A还是B", "答案：(A)×")),
+    ],
+    "a value, then another letter": [
+        ("B", N, ("M 4. Option C", "M 4. So C", "M 4.\n\nSo the option is C")),
+        ("A", yn, ("M Yes. (B)", "M yes. So the option is B")),
+        ("B", OPT, ("M Rome. C", "M Rome. So C", "M Rome, which corresponds to C")),
+        ("B", LENGTHS, ("M 12 cm，选C", "M 12 cm，即C", "M 12 cm, thus C", "M 12 cm, therefore C")),
+        ("C", OPT, ("M Rome. The correct option is C",)),
+    ],
+    "a false or unsolved equation": [
+        ("5", {}, ("M 10% of 60 = 5", "M 3 cm + 3 cm = 5 cm", "M 2 * 3 cm = 5 cm", "M |x| = 5", "M sin x = 5", "M log x = 5",
+            "M AB/2 = 5", "M 2AB = 5", "M AB² = 5", r"M x =\= 5", "M x ~= 5")),
+        ("12", {}, ("M 20% of 50 = 12", "M 1/2 of 50 = 12", "M half of 50 = 12", "M 12 dozen = 12")),
+        ("50", {}, ("M 30° + 30° = 50°", "M 1 hour = 50 minutes")),
+        ("100", {}, ("M 180° - 60° = 100°",)),
+        ("11", {}, ("M 6 apples + 6 apples = 11 apples",)),
+    ],
+    "a remark or unit that changes a number": [
+        ("5", {}, tuple(f"M 5{said}" for said in (", ruled out", ", rejected", ", which I reject", ", excluded",
+            " (eliminated)", ", incorrectly", ", mistakenly", ", an error", ", discard", ", contradiction", " fails",
+            ", unacceptable", ", halved", ", doubled", ", but doubled", ", tripled", ", cubed", ", negated", " (negative)",
+            ", negative", " with a negative sign", ", with a minus sign", " with an exponent of 2", " (thousand)",
+            " (in thousands)", " in thousands", ", which is 6", ", as a percentage of 6", ", as the wrong one",
+            ", as in five hundred", " because actually it is 6", " with 2 left over", " units in the negative direction",
+            " dollars in debt", ", which rounds to 6", ", doubtful", ", improbable", ", inverted", " bps", "′", "″", "~",
+            "月", "日", " mistakes", " zeros", " reciprocals", " logarithms", " boxes, which is 30 apples"))),
+        ("5 Mm", {}, ("M 5 mm",)),
+        ("5 mW", {}, ("M 5 MW",)),
+    ],
+    "a marker in a denial or in another's claim": [
+        ("5", {}, ("It is false that the answer is 5", "It is not the case that the answer is 5",
+            "It's wrong to say the answer is 5", "It's impossible that the answer is 5", "There's no way the answer is 5",
+            "I disagree that the answer is 5", "Nobody thinks the answer is 5", "Do you think the answer is 5",
+            "The user claims the answer is 5. That's not true.", "Student answer: 5", "&lt;think&gt;The answer is 5")),
+    ],
+    "a program": [
+        ("6", {}, ("try:\n    answer = 5\nexcept:\n    answer = 6", "case 1: answer = 5\ncase 2: answer = 6",
+            "IF x > 3 THEN\n  ANSWER = 5\nELSE\n  ANSWER = 6\nEND IF")),
+        ("5", {}, ("def solve():\n    # the answer is 5\n    pass", "~~~python\nanswer = 5\n~~~",
+            "SELECT answer FROM t WHERE answer = 5", "answer: int = 5")),
+    ],
+    "yes and no, one thing and another": [
+        ("yes", {}, ("M yes... no", "M yes, I was wrong: no")),
+        ("no", {}, ("M No. 5", "M no.5")),
+        ("B", yn, ("M No. 1",)),
+        ("A", yn, ("M yes, probably, or no",)),
+        ("A", options("True", "False"), ("M True. False.",)),
+        ("A", options("isosceles", "equilateral", "scalene", "right triangle"), ("M a right isosceles triangle",)),
+        ("A", options("increases", "decreases", "stays"), ("M increases.  Then decreases.",)),
+    ],
+}
+FOUND = [  # what is right beside a remark that looks like a contradiction
+    ("B", "B because option A is wrong.", C, OPT, "another option is denied in the reason"),
+    ("B", "B. Option A is wrong because it is Paris.", C, OPT, "another option is denied"),
+    ("C", "C, because Rome is not a port.", C, OPT, "another option in the reason"),
+    ("B", "B. It is Rome.", C, OPT, "its own text in a sentence"),
+    ("B", "B. (Rome)", C, OPT, "its own text"),
+]
+# fmt: on

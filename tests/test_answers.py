@@ -1,12 +1,13 @@
 """Answer checking: hand-checked cases, what `grade` and its neighbours return, hostile and random input."""
 
 import random
+import re
 import time
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from answer_cases import MARKED, RESPONSES
+from answer_cases import FALSE, FOUND, MARKED, RESPONSES
 
 from mstar_jax.answers import symbolic, units
 from mstar_jax.answers.check import Grade, as_gold, equivalent, extract, grade
@@ -15,12 +16,23 @@ from mstar_jax.answers.values import kind, number, tidy
 CM = ("10 cm", "12 cm", "15 cm", "120 cm")
 RED = ("red ball", "blue cube", "green cone")
 VERDICTS = ("correct", "wrong", "unparsed", "gold-unparsed")
-CASES = [(gold, f"The answer is {said}", *rest) for gold, said, *rest in MARKED] + RESPONSES
+CASES = [(gold, f"The answer is {said}", *rest) for gold, said, *rest in MARKED + FOUND] + RESPONSES
 
 
 @pytest.mark.parametrize(("gold", "response", "verdict", "kwargs", "why"), CASES)
 def test_verdict(gold, response, verdict, kwargs, why):
     assert grade(response, gold, **kwargs).verdict == verdict, why
+
+
+@pytest.mark.parametrize("kind", FALSE)
+def test_no_false_reward(kind):
+    rewarded = [
+        (gold, said)
+        for gold, kwargs, responses in FALSE[kind]
+        for said in responses
+        if grade(re.sub("^M ", "The answer is ", said), gold, **kwargs).verdict not in ("wrong", "unparsed")
+    ]
+    assert not rewarded
 
 
 def test_cases_are_many_and_of_every_verdict():

@@ -52,8 +52,10 @@ ALLOWED = {
     "answers.symbolic": ("answers.formulas",),
     "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
     "answers.choices": ("answers.equality", "answers.formulas", "answers.units", "answers.values"),
-    "answers.extraction": ("answers.values",),
+    "answers.context": (),
+    "answers.extraction": ("answers.context", "answers.values"),
     "answers.check": (
+        "answers.context",
         "answers.choices",
         "answers.equality",
         "answers.extraction",

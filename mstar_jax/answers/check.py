@@ -24,6 +24,7 @@ from mstar_jax.answers.choices import (
     LETTERS,
     THEREFORE,
     choice,
+    contradicted,
     hushed,
     lettered,
     mentioned,
@@ -31,8 +32,9 @@ from mstar_jax.answers.choices import (
     search,
     table,
 )
+from mstar_jax.answers.context import units
 from mstar_jax.answers.equality import same
-from mstar_jax.answers.extraction import Marked, boxed, ending, last_line, marked
+from mstar_jax.answers.extraction import Marked, boxed, ending, following, last_line, marked, remarked
 from mstar_jax.answers.values import LINE, boolean, number, plain, sentence, tidy
 from mstar_jax.answers.words import NUMBER_WORDS
 
@@ -227,18 +229,18 @@ def _said(found: Marked | None) -> str:
     return tidy(found.said if found.rule == "boxed" else sentence(found.said)) if found else ""
 
 
-def _next_line(rest: str) -> str:
-    return rest[:LINE].lstrip().partition("\n")[0]
-
-
 def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
     """(letter, or the text given instead of one; rule)."""
-    found = marked(tail)
+    found = marked(tail, options)
     text = _said(found)
     letter = choice(found.said, options) if found else None
-    following = _next_line(found.rest) if found and letter and found.rule == "marker" else ""
-    if found and lettered([following], options) not in (letter, None):  # a list: `(A) 10 cm`, `(B) 12 cm`
-        return tidy(f"{text}; {following}"), found.rule
+    if found and letter:
+        after = following(found)
+        line = after.lstrip().partition("\n")[0][:LINE]
+        if lettered([line], options) not in (letter, None):  # a list: `(A) 10 cm`, `(B) 12 cm`
+            return tidy(f"{text}; {line}"), found.rule
+        if any(contradicted(letter, unit, options) for unit in units(after)):
+            return None, "none"
     if found and text and (letter or not fallback):
         if not letter and mentions_only(found.said, options):
             return None, "none"

@@ -63,6 +63,17 @@ _ACTUALLY = re.compile(  # `B, no, C`
     r"(?:option\s)?\(?([A-Z])\)?(?![\w'])"
 )
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
+_PARTS = re.compile(  # of what is said beside an answer
+    r"[,;:()\[\]\n，。：；×→⇒≈]|\s[-=]+>?\s|[-=]>|/(?!\d)|(?<=[.!?])\s"
+    r"|\b(?:which|that|so|therefore|thus|hence|then|i\.?\s?e\b|namely|meaning|and|or|but)\b|还是|但|也|即|选项?|项"
+)
+_LEADS = re.compile(  # words that state what follows them
+    r"(?:(?:the|an?|is|are|was|has|with|for|of|as|it|it['’]s|this|that['’]?s?|its|to|at|by|represents?|says?|equals?|means?"
+    r"|shows?|corresponds?|correct|final|right|value|values|colou?r|result|answer|text|number|option|choice|letter|called"
+    r"|labell?ed|named|reads?|also|must|be|should|now|finally|choose|pick|select|i|we)\s|[^\w\s\d(√∠|+.-]\s*|=\s*)",
+    re.IGNORECASE,
+)
+_LONE_LETTER = re.compile(r"\(?([A-Z])\)?(?=$|[\u2e80-\uffff])")
 _STATING = re.compile(
     r"the|an?|is|are|was|be|been|it|its|s|they|all|both|this|that|these|those|there|one|so|then|must|should|would|will"
     r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only"
@@ -270,6 +281,42 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
         return None
     values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
     return None if any(_differs(each, texts[letter]) for each in values) else letter
+
+
+def contradicted(letter: str, said: str, options: tuple[str, ...]) -> bool:
+    """Whether what is said beside or after an answer states another option: by its letter, text or number.
+
+    A part that only mentions one, or gives a reason, states none: `because Rome is not a port`.
+    """
+    known = table(options)
+    said = REASON.split(said, maxsplit=1)[0]
+    own = known.texts[letter]
+    if own and (at := known.text(said).find(own)) >= 0 and not known.exact:
+        said = known.text(said)[:at] + "," + known.text(said)[at + len(own) :]  # commas of its own
+    return any(_states(part, known) - {letter} for part in _PARTS.split(said) if part.strip())
+
+
+def _states(part: str, known: Table) -> set[str]:
+    """The letters of the options that a part of a sentence is, but for words that lead to it."""
+    part = tidy(part)
+    for _ in range(8):
+        text = known.text(part)
+        same_text = {letter for letter, option in known.texts.items() if option and option == text}
+        if same_text:
+            return same_text
+        m = _LONE_LETTER.match(part)
+        if m and m[1] in known.texts:
+            return {m[1]}
+        if (own := _LETTER.match(part)) and (own["bracketed"] or own["bare"]) in known.texts:
+            named = own["bracketed"] or own["bare"]
+            if own["rest"] and known.text(own["rest"]) == known.texts[named]:
+                return {named}
+        lead = _LEADS.match(part)
+        if lead is None:
+            break
+        part = part[lead.end() :]
+    n = number(part) if part[:1].isdigit() or part[:1] in "-$.√" else None
+    return {other for other, m in known.numbers.items() if n and same_number(m, n, None, None)}
 
 
 def _named_in(letter: str, option: str) -> bool:

@@ -8,12 +8,14 @@ What a think block or a program says never counts, and only the last TAIL charac
 import re
 from typing import NamedTuple
 
+from mstar_jax.answers.context import BEFORE, retracted, unsaid
 from mstar_jax.answers.values import LINE, sentence
 
 TAIL = 8192  # characters at the end of a response that are read
 
 _BOXES = r"\\(?:boxed|fbox)"
 _BRACE = re.compile(rf"{_BOXES}\s{{0,9}}\{{|\\[{{}}]|[{{}}]")
+_BOX_START = re.compile(rf"{_BOXES}\s{{0,9}}\{{?\s*$")
 _BARE_BOX = re.compile(rf"{_BOXES}\s{{0,9}}(-?\d{{1,18}}|[A-Za-z])(?![A-Za-z0-9])")
 _MARKER = re.compile(
     r"(?:\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:option|choice)(?:\s+letter)?)"
@@ -28,7 +30,7 @@ _MARKER = re.compile(
 # Every marker contains one of these, from its second character on.
 _KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "ns:", "案", "选", "###")
 _THINK = re.compile(
-    r"[<◁]\s{0,3}(?P<close>/)?\s{0,3}(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)\s{0,3}[>▷]"
+    r"(?:[<◁]|&lt;)\s{0,3}(?P<close>/)?\s{0,3}(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)\s{0,3}(?:[>▷]|&gt;)"
     r"|\[(?P<end>/)?THINK\]|<\|(?:begin|(?P<last>end))_of_thought\|>",
     re.IGNORECASE,
 )
@@ -98,7 +100,7 @@ def _unfenced(response: str) -> str:
 
 def ending(response: str) -> str:
     """The end of what a response says: no thoughts, no code, no `</s>` or `<|im_end|>` of a tokenizer."""
-    if ("<" in response or "◁" in response or "[" in response) and _THINK.search(response):
+    if any(sign in response for sign in ("<", "◁", "[", "&lt;")) and _THINK.search(response):
         response = _spoken(response)
     if "```" in response:
         response = _unfenced(response)
@@ -116,62 +118,14 @@ _ASKS = re.compile(  # `Let me know if this answer is helpful!`
 _PRAISE = re.compile(r"(?:helpful|clear|useful|understandable|satisfactory|what you)\b", re.IGNORECASE)
 
 
-_SUPPOSED = (
-    "if",
-    "whether",
-    "unless",
-    "suppose",
-    "imagine",
-    "assume",
-    "assuming",
-    "doubt",
-    "unlikely",
-    "untrue",
-)
-_THINKING = (
-    "think",
-    "believe",
-    "say",
-    "claim",
-    "mean",
-    "sure",
-    "true",
-    "certain",
-    "clear",
-    "likely",
-    "follow",
-)
-_NOT = ("not", "don't", "doesn't", "isn't", "never", "can't", "cannot", "wouldn't", "won't", "didn't")
-_DETERMINERS = ("the", "my", "our", "its", "a", "an", "one", "that", "correct", "final", "right", "best")
-_OTHER = ("wrong", "incorrect", "false", "tempting", "invalid", "worst", "student's", "previous", "initial")
-
-
-def _unsaid(before: str) -> bool:
-    """Whether the words before a marker say that what follows is not the answer, or not said to be it.
-
-    `If the answer is 5, then`, `I do not think that the answer is 5`, `a wrong answer is 5`.
-    """
-    words = before.lower().replace("’", "'").split()
-    if words and (words[-1] in _OTHER or words[-1].endswith(_OTHER_CHINESE)):
-        return True
-    while words and words[-1] in _DETERMINERS:
-        words.pop()
-    if not words or words[-1] in _SUPPOSED:
-        return bool(words)
-    return words[-1] in _THINKING and any(word in _NOT for word in words[-3:-1])
-
-
-_OTHER_CHINESE = ("错误", "错误的", "不正确", "不正确的", "如果", "假设", "假如", "若")
-
-
 def _after_marker(text: str) -> int:
     """Where the last marker ends, -1 without one. Searches from the end, so most of a response is skipped."""
     last = {key: text.rfind(key) for key in _KEYS}
     while (at := max(last.values())) >= 0:
         key = next(k for k in last if last[k] == at)
         m = _MARKER.match(text, at - 1) if at else None
-        before = text[max(0, at - 81) : at - 1]
-        asks = m and (_ASKS.search(before) or _unsaid(before[-48:]) or _PRAISE.match(text, m.end()))
+        before = text[max(0, at - 1 - BEFORE) : at - 1]
+        asks = m and (_ASKS.search(before[-80:]) or _PRAISE.match(text, m.end()) or unsaid(before))
         if m and not asks and (not m["heading"] or _heads(text[: at - 1][-24:])):
             return m.end()
         last[key] = text.rfind(key, 0, at + len(key) - 1)
@@ -198,29 +152,33 @@ class Marked(NamedTuple):
     rest: str
 
 
-_RETRACTION = re.compile(  # of the answer before it: `5. No, wait, 6`
-    r"\W{0,12}(?:(?:oh|ah|but|sorry|oops)\W{1,4}){0,2}"
-    r"(?:no\W{1,3}\(?[A-HJ-Z]\)?(?!\w)|(?P<no>no(?:\s?[,.!;…—-]|\s(?:it|that|this)\b))|(?:no\s)?wait\b|actually\b|correction\b"
-    r"|scratch that|on second thought"
-    r"|h+m+\b|oops\b|i\smis(?:read|counted|calculated)\b|i\s(?:made|was|am)\b.{0,20}(?:mistake|error|wrong)\b"
-    r"|(?:that|this|it)(?:'s|\sis|\swas|\scan't\sbe|\scannot\sbe)\s"
-    r"(?:wrong|incorrect|not\s(?:right|correct)|a mistake|right\?)"
-    r"|不对|等等|等一下|错了|更正|不[，,。]|算错)",
-    re.IGNORECASE,
-)
+_LETTER = re.compile(r"\W*(?:option\s)?([A-Za-z])(?![\w'])[.)\]}*\"'$]*(?!\w)", re.IGNORECASE)
 
 
-_LETTER = re.compile(r"\W*[A-Za-z]\W*")
+def following(found: Marked) -> str:
+    """What a response says after the sentence of its answer, or after a letter that a period follows."""
+    if found.rule != "marker":
+        return found.rest
+    m = _LETTER.match(found.said)
+    after = found.said[m.end() :] if m and "." in m[0] else found.said[len(sentence(found.said)) :]
+    return f"{after}\n{found.rest[:LINE]}"
 
 
-def marked(text: str) -> Marked | None:
-    """The marked answer, None where there is none or it is taken back; `text` is a response's tail."""
+def marked(text: str, options: tuple[str, ...] = ()) -> Marked | None:
+    """The marked answer, None where there is none or it is taken back.
+
+    Args:
+      text: the tail of a response.
+      options: texts of the options; those that begin with `No` are no denial after a letter.
+    """
     found = _marked(text)
-    if found is None:
-        return None
-    said = sentence(found.said)
-    m = _RETRACTION.match((found.said[len(said) :] + " " + found.rest)[:80])
-    return None if m and not (m["no"] and _LETTER.fullmatch(said)) else found  # `(B). No` may be option B
+    no = not any(option[:2].lower() == "no" or option[:5].lower() == "false" for option in options)
+    return None if found is None or retracted(following(found), no=no) else found
+
+
+def remarked(found: Marked) -> Marked | None:
+    """What is marked as the answer after a box or tag."""
+    return _marked(found.rest) if found.rule != "marker" else None
 
 
 def _marked(text: str) -> Marked | None:
@@ -231,6 +189,8 @@ def _marked(text: str) -> Marked | None:
         and (span := _box(text))
         and (content := text[slice(*span)].strip())
     ):
+        if unsaid(_BOX_START.sub("", text[max(0, span[0] - BEFORE) : span[0]])):
+            return None
         return Marked(_joined(content[:LINE], text[: span[0]]), "boxed", text[span[1] :])
     start = _after_marker(text)
     if start < 0:
@@ -262,6 +222,8 @@ def _joined(content: str, before: str) -> str:
 def _tagged(text: str, tags: list[re.Match[str]]) -> Marked | None:
     """The content of the last answer tag, or what is marked in it; None where it is empty or left open."""
     if len(tags) < 2 or not tags[-1][1] or tags[-2][1]:
+        return None
+    if unsaid(text[max(0, tags[-2].start() - BEFORE) : tags[-2].start()]):
         return None
     content = text[tags[-2].end() : tags[-1].start()].strip()
     inner = _marked(content)
