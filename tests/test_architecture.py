@@ -51,11 +51,10 @@ ALLOWED = {
     "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),
     "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
-    "answers.choices": ("answers.equality", "answers.formulas", "answers.units", "answers.values"),
+    "answers.choices": ("answers.context", "answers.equality", "answers.formulas", "answers.units", "answers.values"),
     "answers.context": (),
     "answers.extraction": ("answers.context", "answers.values"),
     "answers.check": (
-        "answers.context",
         "answers.choices",
         "answers.equality",
         "answers.extraction",

@@ -32,7 +32,6 @@ from mstar_jax.answers.choices import (
     search,
     table,
 )
-from mstar_jax.answers.context import units
 from mstar_jax.answers.equality import same
 from mstar_jax.answers.extraction import Marked, boxed, ending, following, last_line, marked, remarked
 from mstar_jax.answers.values import LINE, boolean, number, plain, sentence, tidy
@@ -239,7 +238,7 @@ def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | 
         line = after.lstrip().partition("\n")[0][:LINE]
         if lettered([line], options) not in (letter, None):  # a list: `(A) 10 cm`, `(B) 12 cm`
             return tidy(f"{text}; {line}"), found.rule
-        if any(contradicted(letter, unit, options) for unit in units(after)):
+        if contradicted(letter, after, options):
             return None, "none"
     if found and text and (letter or not fallback):
         if not letter and mentions_only(found.said, options):

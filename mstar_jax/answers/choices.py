@@ -9,6 +9,7 @@ import functools
 import re
 from typing import NamedTuple
 
+from mstar_jax.answers.context import units
 from mstar_jax.answers.equality import same
 from mstar_jax.answers.formulas import arithmetic
 from mstar_jax.answers.units import DENIED, REASON, UNITS
@@ -64,7 +65,7 @@ _ACTUALLY = re.compile(  # `B, no, C`
 )
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _PARTS = re.compile(  # of what is said beside an answer
-    r"[,;:()\[\]\n，。：；×→⇒≈]|\s[-=]+>?\s|[-=]>|/(?!\d)|(?<=[.!?])\s"
+    r"\((?![A-Z]\))|(?<!\([A-Z])\)|[,;:\[\]\n，。：；×→⇒≈]|\s[-=]+>?\s|[-=]>|/(?!\d)|(?<=[.!?])\s"
     r"|\b(?:which|that|so|therefore|thus|hence|then|i\.?\s?e\b|namely|meaning|and|or|but)\b|还是|但|也|即|选项?|项"
 )
 _LEADS = re.compile(  # words that state what follows them
@@ -279,16 +280,23 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
     if equal and letter in numbers and letter not in equal:
         return None
+    if _beside(letter, rest, known):
+        return None
     values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
     return None if any(_differs(each, texts[letter]) for each in values) else letter
 
 
-def contradicted(letter: str, said: str, options: tuple[str, ...]) -> bool:
-    """Whether what is said beside or after an answer states another option: by its letter, text or number.
+def contradicted(letter: str, after: str, options: tuple[str, ...]) -> bool:
+    """Whether the next sentences or lines state another option, by its letter, text or number."""
+    known = table(options)
+    return any(_states(REASON.split(unit, maxsplit=1)[0], known) - {letter} for unit in units(after)[:2])
+
+
+def _beside(letter: str, said: str, known: Table) -> bool:
+    """Whether a part of what is said beside an answer, in its sentence, states another option.
 
     A part that only mentions one, or gives a reason, states none: `because Rome is not a port`.
     """
-    known = table(options)
     said = REASON.split(said, maxsplit=1)[0]
     own = known.texts[letter]
     if own and (at := known.text(said).find(own)) >= 0 and not known.exact:

@@ -71,7 +71,7 @@ _RETRACTION = re.compile(  # at the beginning of a sentence after the answer
     re.IGNORECASE,
 )
 _NO = re.compile(r"(?:no|false)\b", re.IGNORECASE)
-_UNIT_END = re.compile(r"\n+|(?<=[.!?:;])\s+|(?<=[。！？])|\.\.\.|…")
+_UNIT_END = re.compile(r"\n+|(?<=[.!?])\s+|(?<=[。！？])|\.\.\.|…")
 _FIRST = "\u2022 \t\r*_$`\"'()[]{}.,;:!-—–\\~>"  # what may stand before the first word of a sentence
 
 
