@@ -33,7 +33,7 @@ from mstar_jax.answers.choices import (
     table,
 )
 from mstar_jax.answers.equality import same
-from mstar_jax.answers.extraction import Marked, boxed, ending, following, last_line, marked, remarked
+from mstar_jax.answers.extraction import Marked, also_marked, boxed, ending, following, last_line, marked
 from mstar_jax.answers.values import LINE, boolean, number, plain, sentence, tidy
 from mstar_jax.answers.words import NUMBER_WORDS
 
@@ -67,7 +67,7 @@ def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool =
     text = ending(text)
     if options:
         text = hushed(text, tuple(options[: len(LETTERS)]))
-    found = marked(text)
+    found = _found(text, tuple(options[: len(LETTERS)]) if options else None)
     if found is None:
         return (tidy(last_line(text)) or None) if fallback else None
     return tidy(found.said if found.rule == "boxed" else sentence(found.said)) or None
@@ -223,6 +223,19 @@ def grade(
     return Grade(verdict, answer, rule)
 
 
+def _found(tail: str, options: tuple[str, ...] | None) -> Marked | None:
+    """The marked answer; None where it is taken back, or where another one is marked beside it."""
+    found = marked(tail, options or ())
+    other = also_marked(found, tail) if found else None
+    if found is None or other is None:
+        return found
+    first, second = _said(found), _said(other)
+    if options:
+        letter = choice(second, options)
+        return None if letter and choice(first, options) not in (letter, None) else found
+    return found if equivalent(first, second) else None
+
+
 def _said(found: Marked | None) -> str:
     """The marked answer as plain text, '' where there is none."""
     return tidy(found.said if found.rule == "boxed" else sentence(found.said)) if found else ""
@@ -230,7 +243,7 @@ def _said(found: Marked | None) -> str:
 
 def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
     """(letter, or the text given instead of one; rule)."""
-    found = marked(tail, options)
+    found = _found(tail, options)
     text = _said(found)
     letter = choice(found.said, options) if found else None
     if found and letter:
@@ -261,7 +274,7 @@ def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | 
 
 def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
     """(answer, rule) of a free-form question."""
-    found = marked(tail)
+    found = _found(tail, None)
     text = _said(found)
     if found and text and not (fallback and numeric and number(text) is None):
         return text, found.rule

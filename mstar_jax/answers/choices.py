@@ -32,7 +32,7 @@ _WRONG = r"(?:not|wrong|incorrect|false|unlikely|impossible|invalid|eliminated|e
 _DENIED = re.compile(
     rf"\W*(?:is|was|seems?|(?:can|could|would|should|must) be|has been|gets?)\b.{{0,24}}\b{_WRONG}\b"
     r"|\W*(?:isn't|can't|cannot|doesn't)|\W*(?:but |only )?(?:if|unless)\b|\W*\?"
-    r"|\s?(?:是?[不错非]|以外|之外|除外|吗)"
+    r"|\s?(?:是?[不错非]|以外|之外|除外|吗)|\W*[✗✘❌×]"
 )
 _THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
 _NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
@@ -41,7 +41,10 @@ _LATE = re.compile(  # a letter after a value: `12 cm (C)`, `12 cm, option C`, `
     rf"|(?<=\S)[\s,;:(]+(?:{_THAT_IS})?{_NAME}([A-H])\)?\W*$"
     rf"|(?<=\S)(?:\s?[,;:=→]\s?|\s-\s?|,?\s{_THAT_IS})([A-H])\W*$"
 )
-_NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])")
+_NOT_LETTER = re.compile(  # another letter that is denied
+    r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])"
+    rf"|(?:\b(?i:option|choice)\s\(?[A-Z]\)?|\([A-Z]\))\s(?:is|was)\s{_WRONG}\b"
+)
 _REFUSED = re.compile(
     rf"\b(?:which|that|it|this)\s(?:is|was|seems|(?:can|could|would|should|must) be|has been)\b"
     rf".{{0,24}}\b{_WRONG}\b"
@@ -51,7 +54,7 @@ _REFUSED = re.compile(
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
 _EQUALS = re.compile(
-    r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
+    r"(?:[\s,;:.)=≈]|-(?=\s))*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
 )
 _ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the other case C`, `B或C`
     r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then|than"
@@ -65,13 +68,13 @@ _ACTUALLY = re.compile(  # `B, no, C`
 )
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _PARTS = re.compile(  # of what is said beside an answer
-    r"\((?![A-Z]\))|(?<!\([A-Z])\)|[,;:\[\]\n，。：；×→⇒≈]|\s[-=]+>?\s|[-=]>|/(?!\d)|(?<=[.!?])\s"
+    r"(?<!\S)\((?![A-Z]\))|(?<!\([A-Z])\)|[,;:\[\]\n，。：；×→⇒≈]|\s-+>?\s|[-=]>|/(?!\d)|(?<=[.!?])\s"
     r"|\b(?:which|that|so|therefore|thus|hence|then|i\.?\s?e\b|namely|meaning|and|or|but)\b|还是|但|也|即|选项?|项"
 )
 _LEADS = re.compile(  # words that state what follows them
     r"(?:(?:the|an?|is|are|was|has|with|for|of|as|it|it['’]s|this|that['’]?s?|its|to|at|by|represents?|says?|equals?|means?"
     r"|shows?|corresponds?|correct|final|right|value|values|colou?r|result|answer|text|number|option|choice|letter|called"
-    r"|labell?ed|named|reads?|also|must|be|should|now|finally|choose|pick|select|i|we)\s|[^\w\s\d(√∠|+.-]\s*|=\s*)",
+    r"|labell?ed|named|reads?|so|therefore|thus|hence|then|which|also|must|be|should|now|finally|choose|pick|select|i|we)\s|[^\w\s\d(√∠|+.-]\s*|=\s*)",
     re.IGNORECASE,
 )
 _LONE_LETTER = re.compile(r"\(?([A-Z])\)?(?=$|[\u2e80-\uffff])")
@@ -90,6 +93,10 @@ _NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
 _VALUE = re.compile(  # a ratio, time, point, list or formula: nothing that is a word
     r"(?=.*\d)(?:[^A-Za-z]|(?<![A-Za-z])(?:[A-Za-z]|[A-Z]{2}|sqrt|sin|cos|tan|log)(?![A-Za-z]))+"
 )
+_GOES_ON = re.compile(r"\w|\s?(?:[,;:/+*^=-]|or|and)\s?[-√]?[\da-z]", re.IGNORECASE)
+_TIMES = re.compile(r"\d[\d:.]*(?:\s?[ap]\.?m\.?|\s?(?:-|to)\s?\d[\d:.]*)", re.IGNORECASE)  # and ranges
+_BOUND = re.compile(r"not\s\S{0,3}\d|[<>≤≥≠]")
+_OTHERS = re.compile(r"\s?(?:or|and|[,;:])\s?[-√]?\d")
 _UNIT_NAMES = frozenset(UNITS.values())
 _RELATION = re.compile(r"[=<>≤≥≠≈]")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
@@ -106,6 +113,7 @@ class Table(NamedTuple):
         their text is not read.
       exact: whether `texts` keep their case.
       asked: options that end in a question mark, tidied.
+      letters: whether an option's text is a letter.
     """
 
     texts: dict[str, str]
@@ -114,6 +122,7 @@ class Table(NamedTuple):
     talk: re.Pattern | None
     exact: bool
     asked: frozenset[str]
+    letters: bool
 
     def text(self, answer: str) -> str:
         return tidy(answer) if self.exact else plain(answer)
@@ -135,7 +144,9 @@ def table(options: tuple[str, ...]) -> Table:
     ]
     talk = re.compile("|".join(talking), re.IGNORECASE) if talking else None
     words = {} if nested or exact or "  " in words.values() else words
-    return Table(texts, numbers, words, talk, exact, frozenset(t for t in tidied if t.endswith("?")))
+    asked = frozenset(text for text in tidied if text.endswith("?"))
+    letters = any(len(text) == 1 and text.isalpha() for text in plains)
+    return Table(texts, numbers, words, talk, exact, asked, letters)
 
 
 def _words(text: str) -> str:
@@ -153,9 +164,14 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     """The letter of the option that a marked answer names, None where it names none or more than one.
 
     `B`, `(B)`, `b)`, `option B`, `B: text`, the option's text, a number equal to exactly one option, or a
-    sentence that states one option. A letter with another option's text names none. For unmarked
-    answers, `loose` also takes one that mentions one option and holds no negation.
+    sentence that states one option. A letter or text with another option's letter, text or number names none.
+    For unmarked answers, `loose` also takes one that mentions one option and holds no negation.
     """
+    letter = _named(text, options, loose)
+    return None if letter and _beside(letter, tidy(sentence(text)), table(options)) else letter
+
+
+def _named(text: str, options: tuple[str, ...], loose: bool) -> str | None:
     known = table(options)
     texts = known.texts
     numbers = known.numbers
@@ -255,6 +271,8 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
         if text and text == known.text(whole) == texts[letter]:
             return letter
     said = _NOT_LETTER.sub("", REASON.split(rest, maxsplit=1)[0])
+    if _beside(letter, said, known):
+        return None
     named = {a or b for a, b in _MENTION.findall(said)} & texts.keys() - {letter}
     if _REFUSED.search(said) or any(not _named_in(x, texts[letter]) for x in named):
         return None
@@ -280,8 +298,6 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
     if equal and letter in numbers and letter not in equal:
         return None
-    if _beside(letter, rest, known):
-        return None
     values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
     return None if any(_differs(each, texts[letter]) for each in values) else letter
 
@@ -289,7 +305,11 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
 def contradicted(letter: str, after: str, options: tuple[str, ...]) -> bool:
     """Whether the next sentences or lines state another option, by its letter, text or number."""
     known = table(options)
-    return any(_states(REASON.split(unit, maxsplit=1)[0], known) - {letter} for unit in units(after)[:2])
+    said = [] if known.letters else [REASON.split(unit, maxsplit=1)[0] for unit in units(after)[:2]]
+    ends = [other for other, words in known.words.items() if any(_words(unit).endswith(words) for unit in said)]
+    if len(ends) == 1 and ends != [letter] and " " in known.words[ends[0]].strip():
+        return True
+    return any(_states(unit, known) - {letter} for unit in said)
 
 
 def _beside(letter: str, said: str, known: Table) -> bool:
@@ -297,10 +317,13 @@ def _beside(letter: str, said: str, known: Table) -> bool:
 
     A part that only mentions one, or gives a reason, states none: `because Rome is not a port`.
     """
-    said = REASON.split(said, maxsplit=1)[0]
+    if known.letters:
+        return False
+    said = _NOT_LETTER.sub("", REASON.split(said, maxsplit=1)[0])
     own = known.texts[letter]
-    if own and (at := known.text(said).find(own)) >= 0 and not known.exact:
-        said = known.text(said)[:at] + "," + known.text(said)[at + len(own) :]  # commas of its own
+    at = said.casefold().find(own) if own else -1
+    if at >= 0:
+        said = f"{said[:at]},{said[at + len(own) :]}"  # it may have commas
     return any(_states(part, known) - {letter} for part in _PARTS.split(said) if part.strip())
 
 
@@ -334,6 +357,13 @@ def _named_in(letter: str, option: str) -> bool:
 def _differs(said: str, option: str) -> bool:
     """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
     said = tidy(_EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
+    if _BOUND.match(said) and not _RELATION.search(option):
+        return True
+    if _VALUE.fullmatch(option):
+        if plain(said).startswith(plain(option)) and _OTHERS.match(plain(said)[len(plain(option)) :]):
+            return True
+    if _TIMES.fullmatch(said) and _TIMES.fullmatch(option) and not same(option, said, None, None):
+        return True
     own = _quantity(option)
     sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
     quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any
@@ -344,7 +374,8 @@ def _differs(said: str, option: str) -> bool:
         return False
     if _RELATION.search(said) and not _RELATION.search(option):
         return False  # `(B) x² = 4` may be on the way to the option's 2
-    begins = plain(said).startswith(plain(option)) and not plain(said)[len(plain(option)) :][:1].isalnum()
+    after = plain(said)[len(plain(option)) :]
+    begins = plain(said).startswith(plain(option)) and not _GOES_ON.match(after)
     return not begins and not same(option, said, None, None)
 
 

@@ -66,18 +66,20 @@ _RETRACTION = re.compile(  # at the beginning of a sentence after the answer
     rf"|.{{0,30}}\b(?:that|this|it|which|answer){_BE}\s?(?:\w+\s){{0,2}}?{_WRONG}"
     r"|(?:that|this|it|which)\s(?:contradicts|fails|violates|cannot|can['’]t)\b"
     r"|.{0,30}\b(?:answer|it)\s(?:could|might|may)\b"
+    r"|-?\d\S*\s(?:is|was)\s(?:not|wrong|incorrect)\b"
     r"|(?:is|was|seems|cannot|can['’]t|isn['’]t)\b\s?.{0,24}(?:wrong|incorrect|false|impossible|not\b)"
     r"|不对|等等|等一下|错了|更正|不[，,。]|算错|×|[✗✘❌]|\?)",
     re.IGNORECASE,
 )
 _NO = re.compile(r"(?:no|false)\b", re.IGNORECASE)
 _UNIT_END = re.compile(r"\n+|(?<=[.!?])\s+|(?<=[。！？])|\.\.\.|…")
+_FONT = re.compile(r"\\(?:text|math)[a-z]*\s?\{|\\[ ,;:!]")
 _FIRST = "\u2022 \t\r*_$`\"'()[]{}.,;:!-—–\\~>"  # what may stand before the first word of a sentence
 
 
 def units(after: str) -> list[str]:
     """The first sentences or lines of what follows an answer, without what is around their words."""
-    parts = (part.strip(_FIRST) for part in _UNIT_END.split(after[:_AFTER]))
+    parts = (part.strip(_FIRST) for part in _UNIT_END.split(_FONT.sub(" ", after[:_AFTER])))
     return [part for part in parts if part][:_UNITS]
 
 

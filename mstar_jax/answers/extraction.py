@@ -152,6 +152,7 @@ class Marked(NamedTuple):
     rest: str
 
 
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 _LETTER = re.compile(r"\W*(?:option\s)?([A-Za-z])(?![\w'])[.)\]}*\"'$]*(?!\w)", re.IGNORECASE)
 
 
@@ -176,9 +177,13 @@ def marked(text: str, options: tuple[str, ...] = ()) -> Marked | None:
     return None if found is None or retracted(following(found), no=no) else found
 
 
-def remarked(found: Marked) -> Marked | None:
-    """What is marked as the answer after a box or tag."""
-    return _marked(found.rest) if found.rule != "marker" else None
+def also_marked(found: Marked, text: str) -> Marked | None:
+    """What is marked as the answer after a box or tag, or in the sentence before a marker's."""
+    if found.rule != "marker":
+        return _marked(found.rest)
+    said = text[: len(text) - len(found.rest) - len(found.said)][-LINE:]
+    sentences = [part for part in _SENTENCE.split(said) if part.strip()]
+    return _marked(sentences[-2]) if len(sentences) > 1 else None
 
 
 def _marked(text: str) -> Marked | None:

@@ -360,6 +360,9 @@ _CONDITION = re.compile(
 _BOOLEAN = re.compile(
     r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s-\s|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
+_BOOLEANS = ("yes", "no", "true", "false")
+_BOOLEAN_PARTS = re.compile(r"\W*[,.;:!⋯—()]\W*(?:[a-z]\s)?|\s(?:or|and|but|then)\s|\s-\s")
+_NUMERO = re.compile(r"no\.?\s?\d")  # `No. 5`
 SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b|\d!")
 
 
@@ -369,7 +372,8 @@ def boolean(text: str) -> bool | None:
         return None
     text = plain(text)
     m = _BOOLEAN.match(text)
-    if m is None or _CHANGED.search(text) or _CONDITION.search(REASON.split(text, maxsplit=1)[0]):
+    said = {part in ("yes", "true") for part in _BOOLEAN_PARTS.split(text) if part in _BOOLEANS}
+    if m is None or len(said) > 1 or _NUMERO.match(text) or _CHANGED.search(text) or _CONDITION.search(REASON.split(text, maxsplit=1)[0]):
         return None
     return m[1] in ("yes", "true")
 
