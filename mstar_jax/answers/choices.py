@@ -305,7 +305,9 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
 def contradicted(letter: str, after: str, options: tuple[str, ...]) -> bool:
     """Whether the next sentences or lines state another option, by its letter, text or number."""
     known = table(options)
-    said = [] if known.letters else [REASON.split(unit, maxsplit=1)[0] for unit in units(after)[:2]]
+    said = [REASON.split(unit, maxsplit=1)[0] for unit in units(after)[:2]]
+    if not said or known.letters:
+        return False
     ends = [other for other, words in known.words.items() if any(_words(unit).endswith(words) for unit in said)]
     if len(ends) == 1 and ends != [letter] and " " in known.words[ends[0]].strip():
         return True

@@ -40,12 +40,11 @@ def unsaid(before: str) -> bool:
 
     Only the last clause counts: `It is not 4, so the answer is 5` says 5.
     """
-    before = before[-BEFORE:]
-    if _STRUCK.search(before):
+    before = before[-BEFORE:].rpartition("\n")[2]
+    if before.rstrip(" $")[-1:] in ("{", "~", ">") and _STRUCK.search(before):
         return True
     said = _SENTENCE.split(before)[-1]
-    clause = _CLAUSE.split(said)[-1]
-    return bool(_UNSAID.search(clause))
+    return bool(_UNSAID.search(said) and _UNSAID.search(_CLAUSE.split(said)[-1]))  # most have no such word
 
 
 # ---- 2. after -----------------------------------------------------------------------------------------
@@ -74,11 +73,13 @@ _RETRACTION = re.compile(  # at the beginning of a sentence after the answer
 _NO = re.compile(r"(?:no|false)\b", re.IGNORECASE)
 _UNIT_END = re.compile(r"\n+|(?<=[.!?])\s+|(?<=[。！？])|\.\.\.|…")
 _FONT = re.compile(r"\\(?:text|math)[a-z]*\s?\{|\\[ ,;:!]")
-_FIRST = "\u2022 \t\r*_$`\"'()[]{}.,;:!-—–\\~>"  # what may stand before the first word of a sentence
+_FIRST = "\u2022 \t\r\n*_$`\"'()[]{}.,;:!-—–\\~>"  # what may stand before the first word of a sentence
 
 
 def units(after: str) -> list[str]:
     """The first sentences or lines of what follows an answer, without what is around their words."""
+    if not after[:_AFTER].strip(_FIRST):
+        return []
     parts = (part.strip(_FIRST) for part in _UNIT_END.split(_FONT.sub(" ", after[:_AFTER])))
     return [part for part in parts if part][:_UNITS]
 
@@ -91,6 +92,8 @@ def retracted(after: str, *, no: bool = True) -> bool:
       no: whether a lone `no` or `false` denies the answer; not where they are its option's text.
     """
     head = after[:24].lstrip(_FIRST)
+    if not head and len(after) <= 24:
+        return False
     if head.startswith(("?", "？")):
         return True
     return any(_RETRACTION.match(unit) and (no or not _NO.match(unit)) for unit in units(after))

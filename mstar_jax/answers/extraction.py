@@ -35,14 +35,19 @@ _THINK = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}(?:final[ _-]?)?answer\s{0,3}>", re.IGNORECASE)
+_FENCE = re.compile(r"```|^~~~", re.MULTILINE)
 _PROSE = ("", "text", "txt", "plaintext", "markdown", "md", "latex", "tex", "math")  # of a fence
 _CODE = re.compile(  # a line break first, which is searched for fast
     r"\n[ \t]{0,80}(?:"
     r"(?:if|elif|for|while|with|def|class|switch|function)\b[^\n]*(?:[:{]\s{0,9}(?=\n|$)|:\s?\w{1,40}\s?=)"
     r"|(?:\}[ \t]?)?else\b[^\n]{0,40}[:{]|(?:let|const|var|int|float|double|string|bool)\s\w{1,40}\s?="
+    r"|(?:try|finally|else|ELSE|do|begin)[ \t]{0,9}:?[ \t]{0,9}(?=\n|$)|except\b[^\n]{0,60}:[ \t]{0,9}(?=\n|$)"
+    r"|(?:IF\b[^\n]{0,80}\bTHEN|(?i:end[ \t]?if))[ \t]{0,9}(?=\n|$)"
+    r"|case\s[^\n:]{1,40}:(?=[ \t]{0,9}\w{1,40}\s?=|[ \t]{0,9}(?:\n|$))[^\n]*|(?:SELECT|select)\s[^\n]{1,80}\s(?:FROM|from)\s[^\n]*"
+    r"|[a-z_]\w{0,40}:[ \t]?(?:int|float|str|bool|list|dict|tuple)\b[^\n]*"
     r"|(?:return|import)\s\S|from\s\w{1,40}\simport|print[ \t]?\(|console\.log|#include)[^\n]*"
 )
-_ASSIGNMENT = re.compile(r"\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*(?:[-+*/]?=(?!=)|:[ \t]?[\"'])[^\n]*")
+_ASSIGNMENT = re.compile(r"\n[ \t]{0,80}(?:#(?!#)|//|--[ \t])[^\n]*|\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*(?:[-+*/]?=(?!=)|:[ \t]?[\"'])[^\n]*")
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
@@ -91,7 +96,7 @@ def _spoken(response: str) -> str:
 def _unfenced(response: str) -> str:
     """A response without its fenced blocks, but for those that hold prose."""
     kept = []
-    for i, part in enumerate(response.split("```")):
+    for i, part in enumerate(_FENCE.split(response)):
         language, _, content = part.partition("\n") if i % 2 and "\n" in part else ("", "", part)
         if not i % 2 or (language.strip().lower() in _PROSE and not _CODE.search("\n" + content)):
             kept.append(content)
@@ -100,9 +105,9 @@ def _unfenced(response: str) -> str:
 
 def ending(response: str) -> str:
     """The end of what a response says: no thoughts, no code, no `</s>` or `<|im_end|>` of a tokenizer."""
-    if any(sign in response for sign in ("<", "◁", "[", "&lt;")) and _THINK.search(response):
+    if ("<" in response or "◁" in response or "[" in response or "&lt;" in response) and _THINK.search(response):
         response = _spoken(response)
-    if "```" in response:
+    if "```" in response or "~~~" in response:
         response = _unfenced(response)
     end = response[-TAIL:]
     if _CODE.search("\n" + end):
@@ -173,8 +178,10 @@ def marked(text: str, options: tuple[str, ...] = ()) -> Marked | None:
       options: texts of the options; those that begin with `No` are no denial after a letter.
     """
     found = _marked(text)
-    no = not any(option[:2].lower() == "no" or option[:5].lower() == "false" for option in options)
-    return None if found is None or retracted(following(found), no=no) else found
+    if found is None or not retracted(after := following(found)):
+        return found
+    no = any(option.lower().startswith(("no", "false")) for option in options)
+    return None if not no or retracted(after, no=False) else found
 
 
 def also_marked(found: Marked, text: str) -> Marked | None:
@@ -182,6 +189,8 @@ def also_marked(found: Marked, text: str) -> Marked | None:
     if found.rule != "marker":
         return _marked(found.rest)
     said = text[: len(text) - len(found.rest) - len(found.said)][-LINE:]
+    if sum(map(said.count, _KEYS)) < 2:
+        return None
     sentences = [part for part in _SENTENCE.split(said) if part.strip()]
     return _marked(sentences[-2]) if len(sentences) > 1 else None
 

@@ -80,10 +80,11 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 _RELATIONS = [
     (re.compile(r"<=(?!>)|=<"), "≤"),
     (re.compile(r">="), "≥"),
-    (re.compile(r"=/=|(?<![\w)!])!="), "≠"),  # but 5!=120 is a factorial
+    (re.compile(r"(?<![\w)!])!="), "≠"),  # but 5!=120 is a factorial
     (re.compile(r"==+"), "="),
 ]
 
+_UNEQUAL = re.compile(r"=/=|=\\=|~=|/=")
 _TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|p|br)\s?/?>", re.IGNORECASE)
 _TICK = "✓✔✅☑"
 _RECURRING = re.compile(r"(?<=\d)(?:\.\.\.+|\s?\\l?dots(?![A-Za-z]))")  # 0.333...
@@ -107,7 +108,7 @@ def tidy(text: str) -> str:
     text = _RECURRING.sub("⋯", text).replace("**", "").replace("__", "")
     if text.count("$") - text.count("\\$") >= 2:  # $...$ is math, a single $ is money
         text = re.sub(r"(?<!\\)\$", "", text)
-    text = text.replace("\\$", "$").replace("\\%", "%")
+    text = _UNEQUAL.sub("≠", text.replace("\\$", "$").replace("\\%", "%"))
     if "<" in text:
         text = _TAG.sub("", text.replace("<sup>", "^{").replace("</sup>", "}"))
     if "\\" in text or "{" in text or "~" in text:
@@ -188,9 +189,7 @@ _LEAD = re.compile(
     r"|(?:a )?total of|there (?:is|are)|(?:i (?:think|believe) )?it(?:'s| is))(?![a-z])"
     r"\s?|(?:\b[a-z]\s?)?≈\s?|[=:]\s?)*"
 )
-_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _NAMED_VALUE = re.compile(r"[A-Za-z]\s?[≈=]\s?|[≈=]\s?")
-_OPERATOR = re.compile(r"[-+*/^×·√!]|\d\s?[A-Za-z]")
 _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
 _MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
 _DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
@@ -283,22 +282,51 @@ def _exact(text: str) -> Number | None:
 
 
 def _right_side(*sides: str) -> Number | None:
-    """The number on the right of `x = 3` and `3·4 = 12`; None of `2x = 10` and `40 = 12`."""
+    """The number on the right of `x = 3`, `3·4 = 12` and `10% of 60 = 6`; None of `2x = 10` and `40 = 12`.
+
+    A side before it has to be a name or the same value. After a name, one may be a formula: `V = πr²h = 6`.
+    """
     *lefts, right = sides
-    if any(set(left) & set("<>≤≥≠≈") for left in lefts):
-        return None
-    if len(lefts) == 1 and _VARIABLE.search(lefts[0]) and _OPERATOR.search(lefts[0]):
-        return None  # an equation that was not solved
     if (value := number(right)) is None:
         return None
-    for left in lefts:
-        said = number(left)
-        if said is None and (result := arithmetic(_MONEY_OR_COMMA.sub("", left))) is not None:
-            said = Number(result, "", None)
-        comparable = said is not None and (said.unit == value.unit or "" in (said.unit, value.unit))
-        if said and comparable and not (_rounded(said, value) or _rounded(value, said)):
+    for i, left in enumerate(lefts):
+        said = _side(left)
+        if said is None and not _NAME.fullmatch(left) and (i == 0 or set(left) & _BOUNDS):
+            return None
+        if said and said.unit and value.unit and said.unit != value.unit:
+            return None  # units are not converted
+        if said and not (_rounded(said, value) or _rounded(value, said)):
             return None
     return value
+
+
+def _side(text: str) -> Number | None:
+    """The value of a side of an equation: a number, arithmetic with one unit, or a share (`10% of 60`)."""
+    if (said := number(text)) is not None:
+        return said
+    share, of, whole = text.partition(" of ")
+    if of and (part := _side(share)) and (rest := _side(whole)):
+        value = part.value / 100 if part.unit == "%" else part.value
+        return Number(value * rest.value, rest.unit, None)
+    names = set(_UNIT_WORD.findall(text)) if not _FUNCTION.search(text) else set()
+    if len(names) == 1:
+        name = unit(" " + next(iter(names)).lower().strip())
+        if name is None or (len(name) == 1 and name.isalpha() and name != "m"):
+            return None
+        value = arithmetic(_MONEY_OR_COMMA.sub("", _UNIT_WORD.sub("", text)))
+        return None if value is None else Number(value, name, None)
+    value = arithmetic(_MONEY_OR_COMMA.sub("", text))
+    return None if value is None else Number(value, "", None)
+
+
+_BOUNDS = frozenset("<>≤≥≠≈")
+_FUNCTION = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc|log|ln|exp|lim|max|min|gcd|lcm|sqrt|half|twice|double|triple)\b|√")
+_UNIT_WORD = re.compile(r"(?<=[\d)])\s?(?:[A-Za-z]{1,20}(?:\^[23])?|°)")
+_NAME = re.compile(  # `x`, `x_1`, `AB`, `∠ABC`, `f(2)`, `the area of ABC`, but neither `2x` nor `sin x`
+    r"(?!.*\b(?i:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|half|twice|double|triple|quarter|third|square|cube|not)\b)"
+    r"(?:[A-Za-zα-ωΔ](?:_?\{?\w{1,3}\}?)?'?(?:\([^()]{1,12}\))?|[∠△▱]?\s?[A-Z]{1,4}'?|[∠]\s?\d|"
+    r"[∠△]?[A-Za-z][A-Za-z'-]*(?:\s(?:[∠△]?[A-Za-z]['A-Za-z-]*|[∠△]\s?\w{1,4}|\(\w{1,12}\))){0,9})\s?:?"
+)
 
 
 def _rounded(exact: Number, written: Number) -> bool:
