@@ -164,7 +164,7 @@ MARKED = [
     ("7", "less than 7", W, INT, "a bound"),
     ("7", "at least 7", W, INT, "a bound"),
     ("5", "2+3", W, INT, "a sum that was not worked out"),
-    ("1982", "1982 with an income of 5", C, {}, "a remark after the number"),
+    ("1982", "1982 with an income of 5", W, {}, "in doubt: `5 with 2 left over` is not 5"),
     ("4", "4, since 2+2=4", C, INT, "a reason after a comma"),
     ("7", "٧", C, INT, "Arabic-Indic digit"),
     ("7", "７", C, INT, "full-width digit"),

@@ -20,6 +20,7 @@ _POINT = re.compile(r"[A-Z]'?\s?(?:=\s?)?(?=\()")  # the name of a point
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _SQUARE_UNITS = re.compile(r" (?:square|cubic) [a-z]+$", re.IGNORECASE)
 _RANGE = re.compile(r"(?:between |from )?(\S*\d\S*?)\s?(-|:| to | and )\s?(-?\S*\d\S*)")
+_MEGA = re.compile(r"\d\s?([mM])[A-Za-zΩ]{1,2}(?:\^\d)?$")  # Mm are no mm
 _UNIT_LIKE = re.compile(r"[A-Za-z]+\^?[23]?|°")
 _NAMED = re.compile(r"\s*\\?([A-Za-zα-ω](?:_?\w)?|[A-Z]{2}|[fg]\(x\))\s?=")
 
@@ -95,6 +96,8 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
     """Whether `other` answers a free-form `gold`; both are extracted answers. Rounding is not symmetric."""
     if gold == other:
         return True
+    if (mega := _MEGA.search(gold)) and (milli := _MEGA.search(other)) and mega[1] != milli[1]:
+        return False
     if other.endswith("?") and not gold.endswith("?"):
         return False
     if (expected := boolean(gold)) is not None:

@@ -19,8 +19,8 @@ in inch inches 英寸; ft foot feet 英尺; yd yard yards; mi mile miles 英里;
 kg kilogram kilograms 千克 公斤; mg milligram milligrams 毫克; lb lbs pound pounds; oz ounce ounces
 t ton tons 吨; cup cups; pint pints; quart quarts; gallon gallons
 l liter liters litre litres 升; ml milliliter milliliters millilitre millilitres 毫升
-s sec secs second seconds 秒; min mins minute minutes 分钟; h hr hrs hour hours 小时; day days 天 日
-week weeks 周; month months 月 个月; year years 年; year-old years-old 岁
+s sec secs second seconds 秒; min mins minute minutes 分钟; h hr hrs hour hours 小时; day days 天
+week weeks 周; month months 个月; year years 年; year-old years-old 岁
 ° deg degree degrees 度; % percent pct; $ dollar dollars usd us$ 美元
 ¢ cent cents; € euro euros eur 欧元; £ gbp
 ₹ rupee rupees rs rs. inr
@@ -33,26 +33,35 @@ UNITS |= dict.fromkeys(("unit", "units", *"个只张条本件人名辆棵颗支�
 _SQUARE = re.compile(r"(?:sq(?:uare|\.)? (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: squared|\s?\^?\{?2\}?))$")
 _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\s?\^?\{?3\}?))$")
 
-REASON = re.compile(r",?\s?(?:\b(?:because|since)\b|因为)|,\s?as\b(?!\swell)")
+REASON = re.compile(  # `, as 2+2=4`, but not `, as a percentage of 6`
+    r",?\s?(?:\b(?:because|since)\b|因为)"
+    r"|,\s?as\b(?=[^,;]*(?:=|\b(?:is|are|was|were|has|have|had|shown|seen|given|there|it|they|we|i)\b))"
+)
 DENIED = re.compile(
     r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|impossible|unlikely|maybe|perhaps|cannot|if|unless)\b|n't\b"
     r"|[不没错非否]|\?",
     re.IGNORECASE,
 )
 _REMAINDER = re.compile(r"\bremainders?\b|\bdepending\b")
-_ASIDE = re.compile(r",?\s(?:with|which|where)\b")
-_CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left)\b")
+_REMARK = re.compile(  # after a number and its unit
+    r"[,;]?\s?\(?(?:in (?:total|all|sum)|total|altogether|overall|left|remaining|respectively|exactly|approximately"
+    r"|approx|rounded|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)|shown|visible"
+    r"|not \S+|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
+)
+_CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|with|where|in total|left)\b")
 _NOT_UNIT = re.compile(
     r"\d|[\\^√π+*/=<>≤≥≠≈|!\[\]{}]"
     r"|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|roots?|squared|halves|half|thirds?|quarters?"
-    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|dozens?|pairs?|scores?|gross|factorials?"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|hundreds?|(?:thous|mill|bill|trill)\w+|dozens?|pairs?|scores?|gross|factorials?"
     r"|if|unless|until|except|otherwise|else|remainders?|ago"
+    r"|mistakes|errors|zero(?:e)?s|reciprocals|log(?:arithm)?s|inverses|opposites|negatives?|exponents|fails|debts?"
     r"|powers?|cubes|squares of|sin|cos|tan|log|ln|over|by|x|y|n|others?"
     r"|january|february|march|april|may|june|july|august|september|october|november|december"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
     r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty)\b"
 )
 _PHRASE_END = re.compile(r"\s(?:in|on|at|for|from|who|that|there|are|is|were|was|have|has|shown|visible)\b")
+_VOWEL = re.compile("[aeiouy]")
 _NOUNS = re.compile(r"[a-z][a-z'-]*(?:\s[a-z][a-z'-]*){0,5}")
 _IRREGULAR = ("people", "children", "men", "women", "feet", "teeth", "mice", "geese", "fish", "sheep", "dice")
 _TOTAL = ("total", "altogether", "overall")
@@ -66,11 +75,6 @@ _MEASURED = (
     "away",
     "apart",
     "old",
-    "in",
-    "on",
-    "at",
-    "for",
-    "from",
 )
 
 
@@ -88,9 +92,7 @@ def unit(tail: str, *, one: bool = False) -> str | None:
         return None
     if _REMAINDER.search(text):
         return None
-    text = _ASIDE.split(text, maxsplit=1)[0].strip()
-    if not text:
-        return ""
+    text = text.strip()
     if (known := _known(text)) is not None:
         return known
     text = text.replace("per cent", "percent")
@@ -98,11 +100,15 @@ def unit(tail: str, *, one: bool = False) -> str | None:
         return _rate(text.replace("/", " per "), one)
     if _NOT_UNIT.search(text) or (text[0] < "\u2e80" and len(text) < 3):
         return None
-    if text[0] in ",;(":
+    if remark := _CLAUSE.search(text):
+        if not _REMARK.fullmatch(text, remark.start()):
+            return None
+        text = text[: remark.start()].strip()
+    if not text:
         return ""
     if text[0] not in "%°$€£¥¢-" and (tail[0] != " " or not text[0].isalpha()) and text[0] < "\u2e80":
         return None
-    words = _CLAUSE.split(text, maxsplit=1)[0].strip(" -。")
+    words = text.strip(" -。")
     return _known(words) if text[0] == "-" else _counted(words, one)
 
 
@@ -133,5 +139,7 @@ def _counted(words: str, one: bool) -> str | None:
     last = things.rsplit(" ", 1)[-1]
     if last in _TOTAL:
         return _counted(things[: -len(last)].strip(), one)
-    plural = last in _IRREGULAR or (last.endswith("s") and not last.endswith("ss") and len(last) > 2)
+    if last in UNITS and things != words:
+        return None  # `5 units in the negative direction`
+    plural = last in _IRREGULAR or (last.endswith("s") and not last.endswith("ss") and _VOWEL.search(last[:-1]))
     return things.rstrip("s") if _NOUNS.fullmatch(things) and (plural or one) else None

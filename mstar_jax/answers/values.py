@@ -24,7 +24,9 @@ LINE = 400  # longest answer that is read, in characters
 # ---- 1. plain text ------------------------------------------------------------------------------------
 
 _SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴-⁹]+")
-_PLAIN_CHARS = str.maketrans("−‐‑‒–—⁄“”‘’′∶", "------/\"\"''':", "\u200b\ufeff")
+_PLAIN_CHARS = str.maketrans("−‐‑‒–—⁄“”‘’∶", "------/\"\"'':", "\u200b\ufeff")
+_DEGREE = re.compile(r"º|(?<=\d)˚")
+_PRIME = re.compile(r"(?<![\d′])′")  # 5′ are feet or minutes
 _NUMERIC = re.compile(r"-?[\d.,]+")
 
 
@@ -54,7 +56,7 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:begin|end)\s?\{(?:align|aligned|equation|gather)\*?\}|(?<!\\)&(?=\s?=)"), " "),
     (re.compile(r"\\[lr]angle(?![A-Za-z])"), lambda m: "(" if m[0][1] == "l" else ")"),
     (re.compile(r"\{([^{}]*)()\\over(?![A-Za-z])([^{}]*)()\}"), _fraction),
-    (re.compile(r"\\[;: ]|~|\\q?quad"), " "),
+    (re.compile(r"\\[;: ]|~(?=\S)|\\q?quad"), " "),
     (re.compile(r"\^?\{?\\circ\}?|\\(?:text)?degrees?(?![A-Za-z])"), "°"),
     (re.compile(r"\\sqrt\s?\{([^{}]*)\}"), r"√(\1)"),
     (re.compile(r"\\(?:[dtc]?|nice|s)frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))"), _fraction),
@@ -104,7 +106,8 @@ def tidy(text: str) -> str:
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
         text = "".join(" " + c if c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞" else c for c in text)
-        text = unicodedata.normalize("NFKC", text.replace("º", "°")).translate(_PLAIN_CHARS)
+        text = unicodedata.normalize("NFKC", _DEGREE.sub("°", text)).translate(_PLAIN_CHARS)
+        text = _PRIME.sub("'", text)
     text = _RECURRING.sub("⋯", text).replace("**", "").replace("__", "")
     if text.count("$") - text.count("\\$") >= 2:  # $...$ is math, a single $ is money
         text = re.sub(r"(?<!\\)\$", "", text)
