@@ -226,7 +226,8 @@ def grade(
 def _found(tail: str, options: tuple[str, ...] | None) -> Marked | None:
     """The marked answer; None where it is taken back, or where another one is marked beside it."""
     found = marked(tail, options or ())
-    other = also_marked(found, tail) if found else None
+    talk = options and table(options).talk  # an option's text may look like a marker
+    other = also_marked(found, tail) if found and not talk else None
     if found is None or other is None:
         return found
     first, second = _said(found), _said(other)

@@ -77,6 +77,7 @@ _LEADS = re.compile(  # words that state what follows them
     r"|labell?ed|named|reads?|so|therefore|thus|hence|then|which|also|must|be|should|now|finally|choose|pick|select|i|we)\s|[^\w\s\d(√∠|+.-]\s*|=\s*)",
     re.IGNORECASE,
 )
+_ARTICLE = re.compile(r"\b(?:an?|the)\s$", re.IGNORECASE)
 _LONE_LETTER = re.compile(r"\(?([A-Z])\)?(?=$|[\u2e80-\uffff])")
 _STATING = re.compile(
     r"the|an?|is|are|was|be|been|it|its|s|they|all|both|this|that|these|those|there|one|so|then|must|should|would|will"
@@ -325,7 +326,7 @@ def _beside(letter: str, said: str, known: Table) -> bool:
     own = known.texts[letter]
     at = said.casefold().find(own) if own else -1
     if at >= 0:
-        said = f"{said[:at]},{said[at + len(own) :]}"  # it may have commas
+        said = f"{_ARTICLE.sub('', said[:at])},{said[at + len(own) :]}"  # it may have commas
     return any(_states(part, known) - {letter} for part in _PARTS.split(said) if part.strip())
 
 

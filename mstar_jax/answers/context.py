@@ -56,10 +56,10 @@ _WRONG = (
 )
 _BE = r"(?:['’]s|\s(?:is|was|seems|looks|cannot|can['’]t|could|couldn['’]t|can|must|would|isn['’]t|wasn['’]t))"
 _RETRACTION = re.compile(  # at the beginning of a sentence after the answer
-    r"(?:(?:oh|ah|but|and|so|um+|uh+|well|h+m+|however)\b\W*)*"
+    r"(?:(?:oh|ah|but|and|so|um+|uh+|well|however)\b\W*)*"
     r"(?:no\b(?=\W*$|\s?[,.!;:…—-]|\s(?:it|that|this|wait)\b)|nope|(?:no\s)?wait\b|hold on|actually\b|correction"
     r"|edit\b|scratch that|on second thought|oops|sorry|apolog|i\sapologi|my\s(?:mistake|bad|error|apolog)"
-    r"|just kidding|wrong\b|false\b|incorrect\b|not\b|n?or\b|alternatively"
+    r"|h+m+\b|just kidding|wrong\b|false\b|incorrect\b|not\b|n?or\b|alternatively"
     r"|let\sme\s(?:re|double|fix|correct|try\sagain|think\sagain)"
     r"|i\s(?:mis\w+|mean|meant|take\s(?:that|it)\sback|(?:made|was|am)\b.{0,30}(?:mistake|error|wrong|mistaken))\b"
     rf"|.{{0,30}}\b(?:that|this|it|which|answer){_BE}\s?(?:\w+\s){{0,2}}?{_WRONG}"

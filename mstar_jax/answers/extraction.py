@@ -163,8 +163,6 @@ _LETTER = re.compile(r"\W*(?:option\s)?([A-Za-z])(?![\w'])[.)\]}*\"'$]*(?!\w)", 
 
 def following(found: Marked) -> str:
     """What a response says after the sentence of its answer, or after a letter that a period follows."""
-    if found.rule != "marker":
-        return found.rest
     m = _LETTER.match(found.said)
     after = found.said[m.end() :] if m and "." in m[0] else found.said[len(sentence(found.said)) :]
     return f"{after}\n{found.rest[:LINE]}"

@@ -46,7 +46,7 @@ _REMAINDER = re.compile(r"\bremainders?\b|\bdepending\b")
 _REMARK = re.compile(  # after a number and its unit
     r"[,;]?\s?\(?(?:in (?:total|all|sum)|total|altogether|overall|left|remaining|respectively|exactly|approximately"
     r"|approx|rounded|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)|shown|visible"
-    r"|not \S+|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
+    r"|not \S+|see|(?:which|that) (?:is|are|was) the (?:\w+est|sum|total|number|value|difference|median|mean|average|same)|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
 )
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|with|where|in total|left)\b")
 _NOT_UNIT = re.compile(
