@@ -21,7 +21,10 @@ ROOMS = {
     300: ("profiling",),
     1500: ("plan",),  # reads three compilers' programs, and plays a whole run through
     1300: ("report",),
-    2950: ("answers", "evaluate"),  # 350 of it: answers missed, taken back or doubled; numbers in words
+    3100: (
+        "answers",
+        "evaluate",
+    ),  # 500 of it: answers missed, doubled, denied or taken back; numbers in words
 }
 
 COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__")
@@ -46,21 +49,23 @@ ALLOWED = {
     "plan.official": ("models", "structs", "sharding"),
     "answers.units": (),
     "answers.words": (),
-    "answers.values": ("answers.formulas", "answers.units", "answers.words"),
+    "answers.text": (),
+    "answers.context": (),
+    "answers.values": ("answers.formulas", "answers.text", "answers.units", "answers.words"),
     "answers.formulas": (),
     "answers.worker": (),  # runs in a process of its own
     "answers.symbolic": ("answers.formulas",),
-    "answers.equality": ("answers.symbolic", "answers.units", "answers.values"),
-    "answers.choices": ("answers.context", "answers.equality", "answers.formulas", "answers.units", "answers.values"),
-    "answers.context": (),
-    "answers.extraction": ("answers.context", "answers.values"),
+    "answers.equality": (
+        *("answers.symbolic", "answers.formulas", "answers.text", "answers.units", "answers.values"),
+    ),
+    "answers.choices": (
+        *("answers.context", "answers.equality", "answers.text", "answers.units", "answers.values"),
+    ),
+    "answers.unmarked": ("answers.choices", "answers.values"),
+    "answers.extraction": ("answers.context", "answers.text"),
     "answers.check": (
-        "answers.choices",
-        "answers.equality",
-        "answers.extraction",
-        "answers.values",
-        "answers.words",
-        "structs",
+        *("answers.choices", "answers.equality", "answers.extraction", "answers.text", "answers.unmarked"),
+        *("answers.values", "answers.words", "structs"),
     ),
     "rewards.steps": (),
     "rewards.selection": (*ANSWERS, "structs", "rewards.steps"),
@@ -93,6 +98,9 @@ TEXT = tuple(
             "symbolic",
             "equality",
             "choices",
+            "text",
+            "context",
+            "unmarked",
             "extraction",
             "check",
         ),

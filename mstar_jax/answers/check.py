@@ -22,19 +22,18 @@ from collections.abc import Sequence
 
 from mstar_jax.answers.choices import (
     LETTERS,
-    THEREFORE,
     choice,
     contradicted,
     hushed,
-    lettered,
     mentioned,
     mentions_only,
-    search,
     table,
 )
 from mstar_jax.answers.equality import same
 from mstar_jax.answers.extraction import Marked, also_marked, boxed, ending, following, last_line, marked
-from mstar_jax.answers.values import LINE, boolean, number, plain, sentence, tidy
+from mstar_jax.answers.text import LINE, plain, sentence, tidy
+from mstar_jax.answers.unmarked import THEREFORE, lettered, search
+from mstar_jax.answers.values import boolean, number
 from mstar_jax.answers.words import NUMBER_WORDS
 
 

@@ -10,10 +10,10 @@ import re
 from typing import NamedTuple
 
 from mstar_jax.answers.context import units
-from mstar_jax.answers.equality import same
-from mstar_jax.answers.formulas import arithmetic
-from mstar_jax.answers.units import DENIED, REASON, UNITS
-from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
+from mstar_jax.answers.equality import EQUALS, differs
+from mstar_jax.answers.text import plain, sentence, tidy
+from mstar_jax.answers.units import DENIED, REASON
+from mstar_jax.answers.values import Number, boolean, number, same_number
 
 SENTENCE = 24  # characters: a longer text may mention an option without choosing it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -53,9 +53,6 @@ _REFUSED = re.compile(
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
-_EQUALS = re.compile(
-    r"(?:[\s,;:.)=≈]|-(?=\s))*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
-)
 _ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the other case C`, `B或C`
     r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then|than"
     r"|as well as)\b[\s,:]*|(?:或者|以及|还是|[,;/&=+→⋯或和与、，；(\[])\s*|(?:^|\s)-\s?)"
@@ -89,17 +86,8 @@ _STATING = re.compile(
 )
 _FOLLOWING = re.compile(r"[,;:.()]|(?:because|since|as|which|who|in|on|at|for|from|with|due)$", re.IGNORECASE)
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
-_NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
+NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
 _NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
-_VALUE = re.compile(  # a ratio, time, point, list or formula: nothing that is a word
-    r"(?=.*\d)(?:[^A-Za-z]|(?<![A-Za-z])(?:[A-Za-z]|[A-Z]{2}|sqrt|sin|cos|tan|log)(?![A-Za-z]))+"
-)
-_GOES_ON = re.compile(r"\w|\s?(?:[,;:/+*^=-]|or|and)\s?[-√]?[\da-z]", re.IGNORECASE)
-_TIMES = re.compile(r"\d[\d:.]*(?:\s?[ap]\.?m\.?|\s?(?:-|to)\s?\d[\d:.]*)", re.IGNORECASE)  # and ranges
-_BOUND = re.compile(r"not\s\S{0,3}\d|[<>≤≥≠]")
-_OTHERS = re.compile(r"\s?(?:or|and|[,;:])\s?[-√]?\d")
-_UNIT_NAMES = frozenset(UNITS.values())
-_RELATION = re.compile(r"[=<>≤≥≠≈]")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
 
 
@@ -292,7 +280,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
     if any(x in texts and x != letter and not _named_in(x, texts[letter]) for x in others):
         return None
-    value = _EQUALS.sub("", rest, count=1)
+    value = EQUALS.sub("", rest, count=1)
     if any(_words(value).startswith(words) for other, words in known.words.items() if other != letter):
         return None
     n = number(stripped) or number(value)
@@ -300,7 +288,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     if equal and letter in numbers and letter not in equal:
         return None
     values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
-    return None if any(_differs(each, texts[letter]) for each in values) else letter
+    return None if any(differs(each, texts[letter]) for each in values) else letter
 
 
 def contradicted(letter: str, after: str, options: tuple[str, ...]) -> bool:
@@ -309,7 +297,7 @@ def contradicted(letter: str, after: str, options: tuple[str, ...]) -> bool:
     said = [REASON.split(unit, maxsplit=1)[0] for unit in units(after)[:2]]
     if not said or known.letters:
         return False
-    ends = [other for other, words in known.words.items() if any(_words(unit).endswith(words) for unit in said)]
+    ends = [other for other, words in known.words.items() if _words(said[0]).endswith(words)]
     if len(ends) == 1 and ends != [letter] and " " in known.words[ends[0]].strip():
         return True
     return any(_states(unit, known) - {letter} for unit in said)
@@ -357,49 +345,9 @@ def _named_in(letter: str, option: str) -> bool:
     return bool(re.search(rf"\b{letter}\b", option, re.IGNORECASE))
 
 
-def _differs(said: str, option: str) -> bool:
-    """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
-    said = tidy(_EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
-    if _BOUND.match(said) and not _RELATION.search(option):
-        return True
-    if _VALUE.fullmatch(option):
-        if plain(said).startswith(plain(option)) and _OTHERS.match(plain(said)[len(plain(option)) :]):
-            return True
-    if _TIMES.fullmatch(said) and _TIMES.fullmatch(option) and not same(option, said, None, None):
-        return True
-    own = _quantity(option)
-    sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
-    quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any
-    if own and quantities:
-        unsolved = "=" in said and _quantity(said) is None and len(quantities) < len(said.split("="))
-        return not unsolved and not any(_same_quantity(own, n) for n in quantities)
-    if not (_VALUE.fullmatch(said) and _VALUE.fullmatch(option)):
-        return False
-    if _RELATION.search(said) and not _RELATION.search(option):
-        return False  # `(B) x² = 4` may be on the way to the option's 2
-    after = plain(said)[len(plain(option)) :]
-    begins = plain(said).startswith(plain(option)) and not _GOES_ON.match(after)
-    return not begins and not same(option, said, None, None)
-
-
-def _same_quantity(option: Number, said: Number) -> bool:
-    """Whether they are equal, one a rounding of the other, or equal numbers of differently named things."""
-    physical = option.unit in _UNIT_NAMES and said.unit in _UNIT_NAMES
-    equal = same_number(option, said, None, None) or (option.value == said.value and not physical)
-    return equal or same_number(said, option, "float", said.places or None)
-
-
-def _quantity(text: str) -> Number | None:
-    """The number that a text is, or the value of its arithmetic, as 12 of `3·4`."""
-    if n := number(text):
-        return n
-    value = None if _RELATION.search(text) else arithmetic(text)
-    return None if value is None else Number(value, "", None)
-
-
 def mentioned(text: str, options: tuple[str, ...]) -> str | None:
     """The one option that a sentence mentions, as `(B)`, as `option B` or by its text; None in doubt."""
-    if _NEGATION.search(text):
+    if NEGATION.search(text):
         return None
     known = table(options)
     found = {a or b for a, b in _MENTION.findall(text)}
@@ -409,57 +357,3 @@ def mentioned(text: str, options: tuple[str, ...]) -> str | None:
         spaced = _words(text)
         found |= {letter for letter in known.words if known.words[letter] in spaced}
     return found.pop() if len(found) == 1 else None
-
-
-# ---- fallback -------------------------------------------------------------------------------------------
-
-_LINE_LETTER = re.compile(r"\W{0,4}(?:[Oo]ption |[Aa]nswer:? )?\W{0,3}([A-Z])(?:[).:]\W{0,4}|\W{0,4}$)")
-_VERDICT = re.compile(
-    r"(?<![A-Za-z(])\(?([A-Z])\)?\s(?:is|would be|must be|seems to be)\s(?:the\s|most likely the\s)?"
-    r"(?:correct|right|best)\b(?! if)"
-)
-_BRACKETED = re.compile(r"\(([A-Z])\)")
-THEREFORE = re.compile(r"\b(?:so|therefore|thus|hence|conclusion|consequently)\b|所以|因此|故", re.IGNORECASE)
-
-
-def lettered(sentences: list[str], options: tuple[str, ...]) -> str | None:
-    """The one option that has a line of its own: its letter, followed by nothing or by its own text."""
-    known = table(options)
-    named = {letter for line in sentences if (letter := _line(line, known))}
-    return named.pop() if len(named) == 1 else None
-
-
-def search(sentences: list[str], options: tuple[str, ...]) -> str | None:
-    """The option that an unmarked response settles on; None in doubt.
-
-    In this order: `B is the correct option`; the last conclusion (therefore, so ...) that mentions one
-    option; a yes or no at the end or the beginning; one option, or one letter in brackets, in the last
-    sentence, in the first, or in the whole.
-    """
-    known = table(options)
-    said = {letter for line in sentences for letter in _VERDICT.findall(line)} & known.texts.keys()
-    if len(said) == 1:
-        return said.pop()
-    for line in reversed(sentences):
-        if THEREFORE.search(line) and (letter := mentioned(line, options)):
-            return letter
-    ends = sentences[-1:] + sentences[:1]
-    if sorted(known.texts.values()) == ["no", "yes"]:
-        for line in ends:
-            if (yes := boolean(line)) is not None:
-                return next(letter for letter in known.texts if boolean(known.texts[letter]) is yes)
-    for line in ends:
-        if letter := choice(line, options, loose=True):
-            return letter
-        bracketed = set(_BRACKETED.findall(line))
-        if len(bracketed) == 1 and bracketed <= known.texts.keys() and not _NEGATION.search(line):
-            return bracketed.pop()
-    return mentioned("\n".join(sentences), options)
-
-
-def _line(line: str, known: Table) -> str | None:
-    m = _LINE_LETTER.match(line)
-    if m is None or m[1] not in known.texts:
-        return None
-    rest = known.text(line[m.end() :])
-    return m[1] if not rest or rest == known.texts[m[1]] else None

@@ -1,11 +1,11 @@
-r"""What is said around a marked answer: before it, that it is denied or supposed; after it, that it is taken back.
+r"""What is said around a marked answer: that it is denied or supposed before it, taken back after it.
 
     unsaid("I do not think that the ")           -> True     before `answer is 5`
     unsaid("It is not 4, so the ")               -> False
     retracted(". Hold on, it is 6.")             -> True     after `The answer is 5`
     retracted(". It follows from 2 + 3.")        -> False
 
-One rule for markers, boxes and tags. In doubt an answer is not one: a missed reward costs less than a false one.
+One rule for markers, boxes and tags. In doubt there is no answer: a missed reward is better than a false one.
 """
 
 import re
@@ -54,10 +54,13 @@ _WRONG = (
     r"|(?:not|n['’]t|never)\s(?:be\s|quite\s|actually\s)*(?:right|correct|true|possible|it\b|the\s(?:\w+\s)?answer|what)"
     r"|right\?)"
 )
-_BE = r"(?:['’]s|\s(?:is|was|seems|looks|cannot|can['’]t|could|couldn['’]t|can|must|would|isn['’]t|wasn['’]t))"
+_BE = (
+    r"(?:['’]s|\s(?:is|was|seems|looks|cannot|can['’]t|could|couldn['’]t|can|must|would|isn['’]t|wasn['’]t))"
+)
 _RETRACTION = re.compile(  # at the beginning of a sentence after the answer
     r"(?:(?:oh|ah|but|and|so|um+|uh+|well|however)\b\W*)*"
-    r"(?:no\b(?=\W*$|\s?[,.!;:…—-]|\s(?:it|that|this|wait)\b)|nope|(?:no\s)?wait\b|hold on|actually\b|correction"
+    r"(?:no\b(?=\W*$|\s?[,.!;:…—-]|\s(?:it|that|this|wait)\b)|nope|(?:no\s)?wait\b|hold on"
+    r"|actually\b|correction"
     r"|edit\b|scratch that|on second thought|oops|sorry|apolog|i\sapologi|my\s(?:mistake|bad|error|apolog)"
     r"|h+m+\b|just kidding|wrong\b|false\b|incorrect\b|not\b|n?or\b|alternatively"
     r"|let\sme\s(?:re|double|fix|correct|try\sagain|think\sagain)"

@@ -10,8 +10,10 @@ Kinds are never mixed: a ratio 3:4 is not a fraction, a time is not a number, an
 import re
 
 from mstar_jax.answers import symbolic
-from mstar_jax.answers.units import UNITS, unit
-from mstar_jax.answers.values import SYMBOLIC, Number, boolean, number, plain, same_number, tidy
+from mstar_jax.answers.formulas import arithmetic
+from mstar_jax.answers.text import plain, tidy
+from mstar_jax.answers.units import REASON, UNITS, unit
+from mstar_jax.answers.values import SYMBOLIC, Number, boolean, number, same_number
 
 _OPENING = re.compile(r"[\[({]")
 _PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
@@ -159,3 +161,59 @@ def _clock(text: str) -> tuple[int, int, str] | None:
     if not m or not (m[2] or m[3] or "clock" in m[0]) or int(m[1]) > 24 or int(m[2] or 0) > 59:
         return None
     return int(m[1]), int(m[2] or 0), m[3] or ""
+
+
+# ---- 3. values beside an option ----------------------------------------------------------------------------
+
+EQUALS = re.compile(
+    r"(?:[\s,;:.)=≈]|-(?=\s))*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
+)
+_VALUE = re.compile(  # a ratio, time, point, list or formula: nothing that is a word
+    r"(?=.*\d)(?:[^A-Za-z]|(?<![A-Za-z])(?:[A-Za-z]|[A-Z]{2}|sqrt|sin|cos|tan|log)(?![A-Za-z]))+"
+)
+_GOES_ON = re.compile(r"\w|\s?(?:[,;:/+*^=-]|or|and)\s?[-√]?[\da-z]", re.IGNORECASE)
+_TIMES = re.compile(r"\d[\d:.]*(?:\s?[ap]\.?m\.?|\s?(?:-|to)\s?\d[\d:.]*)", re.IGNORECASE)  # and ranges
+_BOUND = re.compile(r"not\s\S{0,3}\d|[<>≤≥≠]")
+_OTHERS = re.compile(r"\s?(?:or|and|[,;:])\s?[-√]?\d")
+_UNIT_NAMES = frozenset(UNITS.values())
+_RELATION = re.compile(r"[=<>≤≥≠≈]")
+
+
+def differs(said: str, option: str) -> bool:
+    """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
+    said = tidy(EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
+    if _BOUND.match(said) and not _RELATION.search(option):
+        return True
+    begins = _VALUE.fullmatch(option) and plain(said).startswith(plain(option))
+    if begins and _OTHERS.match(plain(said)[len(plain(option)) :]):
+        return True
+    if _TIMES.fullmatch(said) and _TIMES.fullmatch(option) and not same(option, said, None, None):
+        return True
+    own = _quantity(option)
+    sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
+    quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any
+    if own and quantities:
+        unsolved = "=" in said and _quantity(said) is None and len(quantities) < len(said.split("="))
+        return not unsolved and not any(_same_quantity(own, n) for n in quantities)
+    if not (_VALUE.fullmatch(said) and _VALUE.fullmatch(option)):
+        return False
+    if _RELATION.search(said) and not _RELATION.search(option):
+        return False  # `(B) x² = 4` may be on the way to the option's 2
+    after = plain(said)[len(plain(option)) :]
+    begins = plain(said).startswith(plain(option)) and not _GOES_ON.match(after)
+    return not begins and not same(option, said, None, None)
+
+
+def _same_quantity(option: Number, said: Number) -> bool:
+    """Whether they are equal, one a rounding of the other, or equal numbers of differently named things."""
+    physical = option.unit in _UNIT_NAMES and said.unit in _UNIT_NAMES
+    equal = same_number(option, said, None, None) or (option.value == said.value and not physical)
+    return equal or same_number(said, option, "float", said.places or None)
+
+
+def _quantity(text: str) -> Number | None:
+    """The number that a text is, or the value of its arithmetic, as 12 of `3·4`."""
+    if n := number(text):
+        return n
+    value = None if _RELATION.search(text) else arithmetic(text)
+    return None if value is None else Number(value, "", None)

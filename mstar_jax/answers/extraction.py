@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 from mstar_jax.answers.context import BEFORE, retracted, unsaid
-from mstar_jax.answers.values import LINE, sentence
+from mstar_jax.answers.text import LINE, sentence
 
 TAIL = 8192  # characters at the end of a response that are read
 
@@ -41,13 +41,18 @@ _CODE = re.compile(  # a line break first, which is searched for fast
     r"\n[ \t]{0,80}(?:"
     r"(?:if|elif|for|while|with|def|class|switch|function)\b[^\n]*(?:[:{]\s{0,9}(?=\n|$)|:\s?\w{1,40}\s?=)"
     r"|(?:\}[ \t]?)?else\b[^\n]{0,40}[:{]|(?:let|const|var|int|float|double|string|bool)\s\w{1,40}\s?="
-    r"|(?:try|finally|else|ELSE|do|begin)[ \t]{0,9}:?[ \t]{0,9}(?=\n|$)|except\b[^\n]{0,60}:[ \t]{0,9}(?=\n|$)"
+    r"|(?:try|finally|else|ELSE|do|begin)[ \t]{0,9}:?[ \t]{0,9}(?=\n|$)"
+    r"|except\b[^\n]{0,60}:[ \t]{0,9}(?=\n|$)"
     r"|(?:IF\b[^\n]{0,80}\bTHEN|(?i:end[ \t]?if))[ \t]{0,9}(?=\n|$)"
-    r"|case\s[^\n:]{1,40}:(?=[ \t]{0,9}\w{1,40}\s?=|[ \t]{0,9}(?:\n|$))[^\n]*|(?:SELECT|select)\s[^\n]{1,80}\s(?:FROM|from)\s[^\n]*"
+    r"|case\s[^\n:]{1,40}:(?=[ \t]{0,9}\w{1,40}\s?=|[ \t]{0,9}(?:\n|$))[^\n]*"
+    r"|(?:SELECT|select)\s[^\n]{1,80}\s(?:FROM|from)\s[^\n]*"
     r"|[a-z_]\w{0,40}:[ \t]?(?:int|float|str|bool|list|dict|tuple)\b[^\n]*"
     r"|(?:return|import)\s\S|from\s\w{1,40}\simport|print[ \t]?\(|console\.log|#include)[^\n]*"
 )
-_ASSIGNMENT = re.compile(r"\n[ \t]{0,80}(?:#(?!#)|//|--[ \t])[^\n]*|\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*(?:[-+*/]?=(?!=)|:[ \t]?[\"'])[^\n]*")
+_ASSIGNMENT = re.compile(
+    r"\n[ \t]{0,80}(?:#(?!#)|//|--[ \t])[^\n]*"
+    r"|\n[ \t]{0,80}[A-Za-z_][\w.\[\]]*[ \t]*(?:[-+*/]?=(?!=)|:[ \t]?[\"'])[^\n]*"
+)
 _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
@@ -105,7 +110,9 @@ def _unfenced(response: str) -> str:
 
 def ending(response: str) -> str:
     """The end of what a response says: no thoughts, no code, no `</s>` or `<|im_end|>` of a tokenizer."""
-    if ("<" in response or "◁" in response or "[" in response or "&lt;" in response) and _THINK.search(response):
+    if ("<" in response or "◁" in response or "[" in response or "&lt;" in response) and _THINK.search(
+        response
+    ):
         response = _spoken(response)
     if "```" in response or "~~~" in response:
         response = _unfenced(response)

@@ -44,9 +44,11 @@ DENIED = re.compile(
 )
 _REMAINDER = re.compile(r"\bremainders?\b|\bdepending\b")
 _REMARK = re.compile(  # after a number and its unit
-    r"[,;]?\s?\(?(?:in (?:total|all|sum)|total|altogether|overall|left|remaining|respectively|exactly|approximately"
-    r"|approx|rounded|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)|shown|visible"
-    r"|not \S+|see|(?:which|that) (?:is|are|was) the (?:\w+est|sum|total|number|value|difference|median|mean|average|same)|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
+    r"[,;]?\s?\(?(?:in (?:total|all|sum)|total|altogether|overall|left|remaining|respectively|exactly"
+    r"|approximately|approx|rounded|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)|shown|visible"
+    r"|not \S+|see"
+    r"|(?:which|that) (?:is|are|was) the (?:\w+est|sum|total|number|value|difference|median|mean|average|same)"
+    r"|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
 )
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|with|where|in total|left)\b")
 _NOT_UNIT = re.compile(
@@ -141,5 +143,7 @@ def _counted(words: str, one: bool) -> str | None:
         return _counted(things[: -len(last)].strip(), one)
     if last in UNITS and things != words:
         return None  # `5 units in the negative direction`
-    plural = last in _IRREGULAR or (last.endswith("s") and not last.endswith("ss") and _VOWEL.search(last[:-1]))
+    plural = last in _IRREGULAR or (
+        last.endswith("s") and not last.endswith("ss") and _VOWEL.search(last[:-1])
+    )
     return things.rstrip("s") if _NOUNS.fullmatch(things) and (plural or one) else None
