@@ -45,10 +45,10 @@ DENIED = re.compile(
 _REMAINDER = re.compile(r"\bremainders?\b|\bdepending\b")
 _REMARK = re.compile(  # after a number and its unit
     r"[,;]?\s?\(?(?:in (?:total|all|sum)|total|altogether|overall|left|remaining|respectively|exactly"
-    r"|approximately|approx|rounded|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)|shown|visible"
-    r"|not \S+|see"
-    r"|(?:which|that) (?:is|are|was) the (?:\w+est|sum|total|number|value|difference|median|mean|average|same)"
-    r"|to the nearest|so|thus|therefore|hence)\b[^,;()\d]*\)?"
+    r"|approximately|approx|rounded|shown|visible|not \S+|see|to the nearest|so|thus|therefore|hence"
+    r"|(?:as|when) (?:shown|seen|given|required|expected|desired|stated|rounded)"
+    r"|(?:which|that) (?:is|are|was) the"
+    r" (?:\w+est|sum|total|number|value|difference|median|mean|average|same))\b[^,;()\d]*\)?"
 )
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|with|where|in total|left)\b")
 _NOT_UNIT = re.compile(
@@ -56,7 +56,8 @@ _NOT_UNIT = re.compile(
     r"|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|roots?|squared|halves|half|thirds?|quarters?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|hundreds?|(?:thous|mill|bill|trill)\w+|dozens?|pairs?|scores?|gross|factorials?"
     r"|if|unless|until|except|otherwise|else|remainders?|ago"
-    r"|mistakes|errors|zero(?:e)?s|reciprocals|log(?:arithm)?s|inverses|opposites|negatives?|exponents|fails|debts?"
+    r"|mistakes|errors|zero(?:e)?s|reciprocals|log(?:arithm)?s|inverses|opposites"
+    r"|negatives?|exponents|fails|debts?"
     r"|powers?|cubes|squares of|sin|cos|tan|log|ln|over|by|x|y|n|others?"
     r"|january|february|march|april|may|june|july|august|september|october|november|december"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"

@@ -183,10 +183,11 @@ def _side(text: str) -> Number | None:
         name = unit(" " + next(iter(names)).lower().strip())
         if name is None or (len(name) == 1 and name.isalpha() and name != "m"):
             return None
-        value = arithmetic(_MONEY_OR_COMMA.sub("", _UNIT_WORD.sub("", text)))
-        return None if value is None else Number(value, name, None)
-    value = arithmetic(_MONEY_OR_COMMA.sub("", text))
-    return None if value is None else Number(value, "", None)
+        text = _UNIT_WORD.sub("", text)
+    else:
+        name = ""
+    result = arithmetic(_MONEY_OR_COMMA.sub("", text))
+    return None if result is None else Number(result, name, None)
 
 
 _BOUNDS = frozenset("<>≤≥≠≈")
