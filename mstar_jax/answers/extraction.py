@@ -192,7 +192,7 @@ def marked(text: str, options: tuple[str, ...] = ()) -> Marked | None:
 def also_marked(found: Marked, text: str) -> Marked | None:
     """What is marked as the answer after a box or tag, or in the sentence before a marker's."""
     if found.rule != "marker":
-        return _marked(found.rest) if len(found.rest) > 8 else None  # `}$.`
+        return _marked(found.rest) if len(found.rest) > 4 else None  # `}$.`
     end = len(text) - len(found.rest) - len(found.said)
     said = text[max(0, end - LINE) : end]
     if sum(map(said.count, _KEYS)) < 2:
