@@ -1260,6 +1260,11 @@ FOUND = [  # what is right beside a remark that looks like a contradiction
     ("B", "B because option A is wrong.", C, OPT, "another option is denied in the reason"),
     ("B", "B. Option A is wrong because it is Paris.", C, OPT, "another option is denied"),
     ("C", "C, because Rome is not a port.", C, OPT, "another option in the reason"),
+    ("A", "2x + 1", C, options("2x+1", "2x-1", "x+2"), "a formula with spaces"),
+    ("B", "2x + 1", W, options("2x+1", "2x-1", "x+2"), "another formula"),
+    ("B", "7:30 PM", C, options("7:30 a.m.", "7:30 p.m."), "a time in another spelling"),
+    ("A", "1 to 3", C, options("1-3", "4-6"), "a range in words"),
+    ("45", "45\u02da", C, INT, "a ring above for degrees"),
     ("B", "B. It is Rome.", C, OPT, "its own text in a sentence"),
     ("B", "B. (Rome)", C, OPT, "its own text"),
 ]

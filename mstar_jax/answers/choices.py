@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from mstar_jax.answers.context import units
-from mstar_jax.answers.equality import EQUALS, differs
+from mstar_jax.answers.equality import EQUALS, differs, written
 from mstar_jax.answers.text import plain, sentence, tidy
 from mstar_jax.answers.units import DENIED, REASON
 from mstar_jax.answers.values import Number, boolean, number, same_number
@@ -195,6 +195,8 @@ def _named(text: str, options: tuple[str, ...], loose: bool) -> str | None:
     if n := number(text):
         equal = [letter for letter in numbers if same_number(numbers[letter], n, None, None)]
         return equal[0] if len(equal) == 1 else None
+    if len(alike := [letter for letter in texts if written(texts[letter], text)]) == 1:
+        return alike[0]
     said = boolean(text)  # "no, there are not fewer ..."
     if said is not None and sorted(texts.values()) == ["no", "yes"]:
         return next(letter for letter in texts if boolean(texts[letter]) is said)

@@ -179,6 +179,13 @@ _UNIT_NAMES = frozenset(UNITS.values())
 _RELATION = re.compile(r"[=<>≤≥≠≈]")
 
 
+def written(option: str, said: str) -> bool:
+    """Whether both are one formula but for spaces, or the same time or range in another spelling."""
+    if _VALUE.fullmatch(option) and _VALUE.fullmatch(said) and _formula(option) == _formula(said):
+        return not (_NAMED.match(option) or _NAMED.match(said))
+    return bool(_TIMES.fullmatch(option) and _TIMES.fullmatch(said) and same(option, said, None, None))
+
+
 def differs(said: str, option: str) -> bool:
     """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
     said = tidy(EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
