@@ -132,7 +132,24 @@ def keep_programs() -> None:
 def main(command: Callable[[list[str]], None]) -> None:
     """Reads the flags, JAX's own among them, and runs a command."""
     jax.config.config_with_absl()
-    app.run(command)
+    app.run(command, flags_parser=_flags)
+
+
+def _flags(argv: list[str]) -> list[str]:
+    """The arguments that are no flags. Ends the process with one line where a key of the config is unknown:
+    config_flags would end it with the traceback of an attribute."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        key = str(error).strip("\"'")
+        given = [
+            each for each in argv if each.startswith("--config.") and key in each.partition("=")[0].split(".")
+        ]
+        print(
+            f"error: {', '.join(given) or argv}: the config has no key {key!r}; base.py lists all",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import logging
 import math
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -248,14 +249,14 @@ def adapted(dimensions: Any, values: ConfigDict) -> Any:
 
 
 def make_policy(
-    config: ConfigDict, workdir: pathlib.Path, base: Sequence[embedded.BaseExample] = ()
+    config: ConfigDict, workdir: pathlib.Path, base: Sequence[embedded.BaseExample] | None = None
 ) -> models.Pretrained | models.FromScratch:
     """The policy to start from: the checkpoint of `policy.path`, or one with the config's dimensions.
 
-    The tokenizer of the latter is trained once, on the text of the narrow set, and kept in the workdir.
+    The tokenizer of the latter is trained once, on the text of `base`, and kept in the workdir.
 
     Raises:
-      ValueError: the checkpoint is of no family of `models`.
+      ValueError: the checkpoint is of no family of `models`, or a finished run has lost its tokenizer.
     """
     values = config.policy
     if values.path:
@@ -264,9 +265,14 @@ def make_policy(
         return policy
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
+        if base is None:
+            raise ValueError(f"{folder}: the run's tokenizer is not there; restore it from a copy")
         modes = base_examples(config, base, lambda response: [])
         asked = [example.prompt for examples in modes.values() for example in examples]
-        phi35.make_tokenizer([*asked, *(e.response for e in base)], folder, values.vocab_size)
+        part = workdir / "tokenizer.part"  # whole, or not there
+        phi35.make_tokenizer([*asked, *(e.response for e in base)], part, values.vocab_size)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     return models.FromScratch(phi35.FAMILY, adapted(policy_config(values), config.train), folder)
 
 
@@ -359,6 +365,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     )
     for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
+    for name, share in (("validation", "eighth"), ("test", "quarter")):
+        if (taken := len(parts[name])) < c[name]:
+            text = "data.%s: %d queries instead of %d, for it is at most one %s of the %d usable rows"
+            log.warning(text, name, taken, c[name], share, len(queries))
     if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
         raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
     answers = {q.id: q.answer for q in queries}

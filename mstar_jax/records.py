@@ -1,9 +1,11 @@
 """What a run records: results.json, its tables, tables of samples. Only process 0 writes."""
 
 import collections
+import html
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -89,7 +91,7 @@ class Results:
         if processes.first():
             (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.records = read_json(self.path)["stages"]
+            self.records = read_json(self.path, "stages")["stages"]
         processes.barrier("results")  # read by all processes before one adds to them
 
     def find(self, stage: Stage, split: str) -> Record | None:
@@ -226,6 +228,12 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def _cell(text: str) -> str:
+    """Text as a cell of a Markdown table shows it: what a model wrote is no markup and ends no row."""
+    shown = html.escape(text, quote=False).replace("|", "\\|").replace("`", "&#96;")
+    return "<br>".join(shown.splitlines())
+
+
 def write_samples(
     path: pathlib.Path, queries: Sequence[Query], groups: Sequence[Sequence[Response]], show: int
 ) -> None:
@@ -237,11 +245,12 @@ def write_samples(
     names = ("query", "image", "question", "gold", "T", "verdict", "response")
     lines = [f"# Samples: {path.stem}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for query, group in list(zip(queries, groups))[:show]:
-        image = " ".join(f"[{pathlib.Path(p).name}]({os.path.relpath(p, path.parent)})" for p in query.images)
+        image = " ".join(
+            f"[{_cell(pathlib.Path(p).name)}]({urllib.parse.quote(os.path.relpath(p, path.parent))})"
+            for p in query.images
+        )
         for r in group[:4]:
-            text = r.text.replace("|", "\\|").replace("\n", "<br>")
-            question = query.question.replace("|", "\\|").replace("\n", " ")
-            question += prompts.listed(query.options).replace("|", "\\|").replace("\n", "<br>")
-            cells = (query.id, image, question, query.answer, f"{r.temperature:g}", r.verdict, text)
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            question = " ".join(query.question.split()) + prompts.listed(query.options)
+            said = [_cell(str(each)) for each in (query.answer, f"{r.temperature:g}", r.verdict, r.text)]
+            lines.append(f"| {' | '.join([_cell(query.id), image, _cell(question), *said])} |")
     write_text(path, "\n".join(lines) + "\n")

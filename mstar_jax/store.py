@@ -41,16 +41,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
     os.replace(part, path)
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The value that a JSON file holds.
+def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+    """The JSON object that a file holds.
 
     Raises:
-      ValueError: it is not whole, naming the file.
+      ValueError: it is not whole, no object, or lacks one of the keys; the message names the file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, not valid JSON ({error}); restore it from a copy") from error
+    if not isinstance(found, dict) or set(keys) - found.keys():
+        what = f"not an object with {', '.join(keys)}" if keys else "not a JSON object"
+        raise ValueError(f"{path}: damaged, {what}; restore it from a copy")
+    return found
 
 
 class Store:
@@ -63,6 +67,7 @@ class Store:
           ValueError: the folder holds records that were made with other settings.
         """
         self.folder = pathlib.Path(folder)
+        self.shards: int | None = None  # how many there are, once they are complete
         path = self.folder / "settings.json"
         now = json.loads(json.dumps(settings))
         if processes.first():
@@ -120,16 +125,21 @@ class Store:
         Raises:
           ValueError: another process wrote one where this one does not see it.
         """
+        self.shards = shards
+        own = {self._shard(number) for number in range(shards)}
+        for path in sorted(set(self.folder.glob("*.jsonl")) - own):
+            log.warning("%s: no shard of this store, which has %d, so it is not read", path, shards)
         processes.barrier(f"{self.folder.name}: complete")
         processes.visible(lambda: all(self._shard(n).exists() for n in range(shards)), self.folder)
 
     def read(self, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-        """Every record, as `parse` reads it, shard by shard.
+        """Every record, as `parse` reads it, shard by shard; a copy of a shard under another name is none.
 
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
         """
-        for path in sorted(self.folder.glob("[0-9]*.jsonl")):
+        there = [path for path in sorted(self.folder.glob("*.jsonl")) if path.stem.isdigit()]
+        for path in [path for path in there if self.shards is None or int(path.stem) < self.shards]:
             # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
             lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             for number, line in enumerate(lines if lines != [""] else [], start=1):

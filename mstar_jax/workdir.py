@@ -51,6 +51,8 @@ def lock(workdir: pathlib.Path) -> None:
 
 
 def _lock(workdir: pathlib.Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise OSError(f"{workdir} is a file, not a folder: name another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(workdir / "lock", "a+")  # noqa: SIM115 - open until the process ends
     try:

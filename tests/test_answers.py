@@ -74,7 +74,7 @@ def test_as_gold_is_what_grade_can_read():
         ("12", CM, "choice", "B"),
         ("A or B", CM, "choice", None),
         ("$\\frac{1}{2}$", None, "float", "1/2"),
-        ("half", None, "float", None),
+        ("several", None, "float", None),
         ("Yes.", None, "boolean", "Yes"),
         ("The red ball.", None, "text", "The red ball"),
     ]:
@@ -301,10 +301,233 @@ def test_a_contradicting_letter_is_never_correct(letter, other, options, form):
         assert verdict == ("correct" if letter == other == gold else "wrong"), said
 
 
+NUMBERS = st.lists(st.integers(2, 999), min_size=3, max_size=4, unique=True)
+GOLDS = st.one_of(  # of all kinds
+    st.integers(-999, 10**6).map(str),
+    st.tuples(st.integers(0, 999), st.integers(1, 99)).map(lambda pair: f"{pair[0]}.{pair[1]:02}"),
+    st.tuples(st.integers(1, 99), st.integers(2, 99)).map(lambda pair: f"{pair[0]}/{pair[1]}"),
+    st.sampled_from(
+        ("yes", "no", "2√3", "(3, 4)", "7:30", "3:4", "x^2+1", "red ball", "5 cm", "50%", "{1, 2}")
+    ),
+)
+
+
+@NEVER
+@hypothesis.given(
+    NUMBERS,
+    st.integers(0, 2),
+    st.integers(0, 1500),
+    st.sampled_from(("", " cm", "%", "°")),
+    st.sampled_from(
+        (
+            "({letter}) {value}",
+            "{letter}. {value}",
+            "{letter}: {value}",
+            "{value} ({letter})",
+            "{letter}, {value}",
+        )
+        + ("option {letter}, {value}", "{letter} = {value}", "{letter}, i.e. {value}", "{letter} — {value}")
+        + ("**{letter}** {value}", "({letter}) x = {value}", "({letter}) {value}, as shown")
+    ),
+)
+def test_a_letter_beside_another_value_is_never_correct(numbers, at, value, unit, form):
+    """Whether that value is another option's or none's."""
+    options = tuple(f"{number}{unit}" for number in numbers)
+    letter = "ABCD"[at]
+    said = form.format(letter=letter, value=f"{value}{unit}")
+    for response in (f"The answer is {said}.", rf"\boxed{{{said}}}", f"<answer>{said}</answer>"):
+        for gold in "ABCD"[: len(options)]:
+            right = value == numbers[at] and gold == letter
+            if not right:
+                assert grade(response, gold, options=options).verdict != "correct", (response, gold)
+    if "**" not in form and "—" not in form and "x =" not in form:
+        own = form.format(letter=letter, value=options[at])
+        assert grade(f"The answer is {own}", letter, options=options).verdict == "correct", own
+
+
+TWO = (
+    (
+        "{} or {}",
+        "{} and {}",
+        "{}, {}",
+        "{}/{}",
+        "{} & {}",
+        "{}; {}",
+        "{} as well as {}",
+        "{}, or maybe {}",
+        "{}或{}",
+    )
+    + (
+        "{}、{}",
+        "{} ({} is also possible)",
+        "{}, but {} could be right too",
+        "either {} or {}",
+        "both {} and {}",
+    )
+    + (
+        "{} in the first case and {} in the second",
+        "{}... no, {}",
+        "{}. No, wait, {}",
+        "{}. Actually, {}",
+        "{}\n{}",
+    )
+    + (
+        "{} if it rains, else {}",
+        "{}, alternatively {}",
+        "{} → {}",
+        "({})\n({})",
+        "{} - {}",
+        "{} = {}",
+        "{}+{}",
+    )
+)
+
+
+@NEVER
+@hypothesis.given(st.permutations("ABCD"), st.sampled_from(TWO), st.one_of(st.just(RED), st.just(CM)))
+def test_two_letters_are_never_correct(letters, form, options):
+    letters = [letter for letter in letters if letter in "ABCD"[: len(options)]]
+    for response in ("The answer is {}.", "Answer: {}", r"\boxed{{{}}}", "<answer>{}</answer>"):
+        said = response.format(form.format(*letters[:2]))
+        for gold in letters:
+            assert grade(said, gold, options=options).verdict != "correct", (said, gold)
+
+
+BACK = (
+    "No, wait, that is wrong.",
+    "Wait, I misread the axis.",
+    "Actually it is not.",
+    "Hmm, let me see.",
+    "Oops.",
+) + ("That's wrong.", "That is not right.", "No, it is 7777.", "不对，应该是7777", "I made a mistake there.")
+
+
+@NEVER
+@hypothesis.given(GOLDS, st.sampled_from(BACK), st.sampled_from((". ", ".\n", ".\n\n", "! ", " ... ")))
+def test_what_is_taken_back_is_never_correct(gold, back, between):
+    for said in (
+        f"The answer is {gold}",
+        rf"So \boxed{{{gold}}}",
+        f"<answer>{gold}</answer>",
+        f"答案是{gold}",
+    ):
+        assert grade(said + between + back, gold).verdict != "correct", said + between + back
+
+
+BEFORE = (
+    ("If the answer is {}, then x is 2.", "Suppose the answer is {}.", "I do not think the answer is {}.")
+    + (
+        "I'm not sure that the answer is {}.",
+        "I doubt the answer is {}.",
+        "The wrong answer is {}.",
+        "Whether the ",
+    )
+    + (
+        "Assuming that the final answer is {}, we fail.",
+        "An incorrect answer: {}",
+        "错误的答案是{}",
+        "如果答案是{}",
+    )
+)
+
+
+@NEVER
+@hypothesis.given(GOLDS, st.sampled_from(BEFORE))
+def test_what_is_supposed_or_denied_is_no_answer(gold, form):
+    assert grade(form.format(gold), gold).verdict == "unparsed"
+
+
+@NEVER
+@hypothesis.given(
+    GOLDS, st.sampled_from((*DENIALS, " if it rains", " unless it rains", ", if x is positive"))
+)
+def test_a_denied_answer_of_any_kind_is_never_correct(gold, denial):
+    assert grade(f"The answer is {gold}{denial}", gold).verdict != "correct"
+    assert grade(f"The answer is B{denial}", "B", options=CM).verdict != "correct"
+    assert grade(f"The answer is the blue cube{denial}", "B", options=RED).verdict != "correct"
+
+
+FORMS = (  # of the same answer
+    (
+        "The answer is {}",
+        "The answer is {}.",
+        "Final answer: {}",
+        "**Answer:** {}",
+        "## Answer\n\n{}",
+        "答案是{}。",
+    )
+    + (
+        r"$\boxed{{{}}}$",
+        "<answer>{}</answer>",
+        "The answer is **{}**.",
+        "The answer is ${}$.",
+        "So the answer equals {}.",
+    )
+    + ("<think>Or 7777? The answer is 7777.</think> The answer is {}", "The answer is:\n\n{}", r"\fbox{{{}}}")
+    + (
+        "The answer is {} ✓",
+        "The answer is <b>{}</b>",
+        r"\[\boxed{{{}}}\]",
+        "The answer is {}</s>",
+        "#### {}",
+    )
+)
+
+
+@NEVER
+@hypothesis.given(GOLDS, st.sampled_from(FORMS))
+def test_an_answer_is_the_same_in_every_form(gold, form):
+    assert grade(form.format(gold), gold).verdict == "correct", form
+    assert grade(form.format("7777"), gold).verdict != "correct"
+
+
+@NEVER
+@hypothesis.given(st.integers(0, 10**7), st.data())
+def test_a_value_is_the_same_in_every_spelling(value, data):
+    wide = str(value).translate({ord("0") + i: 0xFF10 + i for i in range(10)})
+    spellings = [
+        f"{value:,}",
+        f"{value}.0",
+        f"x = {value}",
+        f"{value} cm",
+        wide,
+        rf"\text{{{value}}}",
+        f"{value} units",
+    ]
+    spellings += [
+        f"{value:,}".replace(",", "'"),
+        rf"{value}\text{{ cm}}",
+        f"approximately {value}",
+        f"({value})",
+    ]
+    spellings += [
+        f"{value:,}".replace(",", r"\,"),
+        f"{value:,}".replace(",", "{,}"),
+        f"{value}, not {value + 1}",
+    ]
+    spellings += [
+        rf"\mathbf{{{value}}}",
+        f"{value} (see above)",
+        f"{value}, since it fits",
+        f"about ${value}",
+    ]
+    if value < 100:
+        tens, ones = divmod(value, 10)
+        chinese = "零一二三四五六七八九"
+        spellings.append(
+            chinese[value]
+            if value < 10
+            else f"{chinese[tens] if tens > 1 else ''}十{chinese[ones] if ones else ''}"
+        )
+    said = data.draw(st.sampled_from(spellings))
+    assert grade(f"The answer is {said}", str(value)).verdict == "correct", said
+    assert grade(f"The answer is {said}", str(value + 1)).verdict == "wrong", said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_100_000_random_inputs_have_a_verdict():
-    seconds = []
+    busy, waited = [], []
 
     @hypothesis.settings(
         max_examples=100_000, deadline=None, derandomize=True, database=None,
@@ -312,9 +535,14 @@ def test_100_000_random_inputs_have_a_verdict():
     )  # fmt: skip
     @hypothesis.given(*INPUT)
     def run(text, gold, kwargs, fallback, prefix):
-        seconds.append(check(text, gold, kwargs, fallback, prefix))
+        start = time.perf_counter()
+        busy.append(check(text, gold, kwargs, fallback, prefix, time.thread_time))
+        waited.append(time.perf_counter() - start)
 
     start = time.perf_counter()
     run()
-    print(f"{len(seconds)} inputs in {time.perf_counter() - start:.0f} s, the slowest {max(seconds):.3f} s")
-    assert len(seconds) >= 100_000 and max(seconds) < 2
+    print(
+        f"{len(busy)} inputs in {time.perf_counter() - start:.0f} s; at most {max(busy):.3f} s of processor"
+    )
+    print(f"time a call, and {max(waited):.3f} s of wall time an input, with the algebra's worker")
+    assert len(busy) >= 100_000 and max(busy) < 2  # a worker's start on a busy machine takes seconds

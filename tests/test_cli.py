@@ -49,6 +49,19 @@ def begin(grace, kind, *more, **settings):
     return process
 
 
+def test_an_unknown_key_of_the_config_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "mstar_jax.main", "--config=configs/tiny.py", "--config.evolve.kk=3"]
+    ended = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and not (tmp_path / "run").exists()
+    assert ended.stderr == "error: --config.evolve.kk=3: the config has no key 'kk'; base.py lists all\n"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends_with_one_line(sent):
     process = begin(60, "polls")

@@ -213,12 +213,124 @@ def test_images_that_are_not_understood_are_counted(tmp_path):
         ("Choices:\n(A) 1\n(B) 2\nAnswer:", ("1", "2")),
         ("Choices:\n(A) 1\n(B) the answer with two parts", ("1", "the answer with two parts")),
         ("Choices:\n(A)\n(B) 2\n(C) 3", ("", "2", "3")),
+        ("(A) 1\n(B) 2", ("1", "2")),
+        ("A. 1\nB. 2\nC. 3", ("1", "2", "3")),
+        ("(A) 1 (B) 2", ("1", "2")),
+        ("A. 1 B. 2", ("1", "2")),
+        ("**Choices:**\n(A) 1\n(B) 2", ("1", "2")),
+        ("Choices：\n（A）1\n（B）2", ("1", "2")),
+        ("选项：\nA. 1\nB. 2", ("1", "2")),
+        ("Choices:\n(a) 1\n(b) 2", ("1", "2")),
+        ("Choices:\n* A. 1\n* B. 2", ("1", "2")),
+        ("Choices:\n[A] 1\n[B] 2", ("1", "2")),
+        ("Choices:\nA: 1\nB: 2", ("1", "2")),
+        ("Choices: ['1', \"2\"]", ("1", "2")),
+        ("Choices:\r(A) 1\r(B) 2", ("1", "2")),
+        ("Choices:\n\u200b(A) 1\n\u200b(B) 2", ("1", "2")),
     ],
 )
 def test_lists_of_options(tmp_path, choices, options):
     picture(tmp_path / "a.png")
     query = read_one(tmp_path, row("q", "a.png", f"Which?\n{choices}", "The answer is B"))
     assert (query.question, query.options, query.answer) == ("Which?", options, "B")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        r"Which?\nChoices:\n(A) 1\n(B) 2",  # line breaks that were escaped twice
+        "Which?<br>A. 1<br>B. 2",
+        "Options: red, blue",
+        "Which? (1) red (2) blue Choices: 1, 2",
+    ],
+)
+def test_options_that_are_not_understood_are_counted(tmp_path, question):
+    picture(tmp_path / "a.png")
+    data = row("q", "a.png", question, "The answer is B")
+    assert read_one(tmp_path, data) == "options not lettered (A), (B), ..."
+
+
+@pytest.mark.parametrize("question", ["Which point is highest?", "Is point A. or point B. higher?"])
+def test_a_letter_may_be_an_answer_without_options(tmp_path, question):
+    picture(tmp_path / "a.png")
+    found = read_one(tmp_path, row("q", "a.png", question, "The answer is B"))
+    assert (found.question, found.options, found.answer) == (question, None, "B")
+
+
+@pytest.mark.parametrize(
+    "mark",
+    ["<IMAGE>", "<img>", "<image_1>", "<image 1>", "<ImageHere>", "<|image_1|>", "<image_placeholder>"],
+)
+def test_other_image_marks(tmp_path, mark):
+    picture(tmp_path / "a.png")
+    assert read_one(tmp_path, row("q", "a.png", mark=mark + "\n")).question == "How many?"
+    assert read_one(tmp_path, row("q", [], mark=mark + "\n")) == "image marks do not match images"
+
+
+def test_numbered_marks_may_be_named_twice(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    text = "Is <image 2> left of <image 1>? See <image 1>."
+    assert len(read_one(tmp_path, row("q", ["a.png", "b.png"], text, mark="")).images) == 2
+    assert read_one(tmp_path, row("q", "a.png", text, mark="")) == "image marks do not match images"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3"}],
+        [{"from": "user", "value": "How many?"}, {"from": "assistant", "value": "3"}],
+        [{"from": "Human", "value": "How many?"}, {"from": "GPT", "value": 3}],
+    ],
+)
+def test_other_names_of_the_turns(tmp_path, turns):
+    for key in ("conversations", "messages"):
+        found = read_one(tmp_path, {"id": "q", key: turns})
+        assert (found.question, found.answer) == ("How many?", "3")
+    system = [{"role": "system", "content": "Be short."}, *turns]
+    assert read_one(tmp_path, {"id": "q", "messages": system}) == "not one question and one answer"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"2 + 3 = 5, so \boxed{5}.", "5"),
+        (r"Half: $\boxed{\frac{1}{2}}$", "1/2"),
+        ("<think>2 + 3</think><answer>5</answer>", "5"),
+        ("The answer is 4.</think> The answer is 5", "5"),
+        ("<think>2 + 3", "no answer"),
+        ("N/A", "no answer"),
+        ("nan", "no answer"),
+        ("None", "None"),
+    ],
+)
+def test_answers_in_boxes_and_tags(tmp_path, answer, expected):
+    picture(tmp_path / "a.png")
+    found = read_one(tmp_path, row("q", "a.png", answer=answer, hint=""))
+    assert (found if isinstance(found, str) else found.answer) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["B. no", "B)", "Option B", "b", "Answer: B: no", r"So \boxed{B}", "<answer>(B)</answer>", "No."],
+)
+def test_answers_that_name_an_option(tmp_path, answer):
+    picture(tmp_path / "a.png")
+    found = read_one(tmp_path, row("q", "a.png", answer=answer, choices=("yes", "no")))
+    assert (found.answer, found.answer_type) == ("B", "choice")
+
+
+def test_a_picture_with_two_names_is_one(tmp_path):
+    """The same question about it is a duplicate, or a conflict."""
+    first = picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(first.read_bytes())
+    picture(tmp_path / "c.png", color=(1, 2, 3))
+    rows = [row(name, f"{name}.png") for name in "abc"]
+    queries, report = mathv360k.read(write(tmp_path / "d.json", rows), str(tmp_path))
+    assert [q.id for q in queries] == ["a", "c"] and report.dropped == {"duplicate": 1}
+    rows[1] = row("b", "b.png", answer="The answer is 4")
+    queries, report = mathv360k.read(write(tmp_path / "d.json", rows), str(tmp_path))
+    assert [q.id for q in queries] == ["c"] and report.dropped == {"conflicting answers": 2}
 
 
 def test_options_within_a_sentence(tmp_path):
@@ -353,6 +465,14 @@ def test_sixteen_bit_and_cmyk(tmp_path):
     Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "g.png")
     pixels = np.asarray(images.load_image(str(tmp_path / "g.png")))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    for top in (1.0, 255.0, 65535.0):  # floating-point gray
+        Image.fromarray(np.array([[0, top / 2, top]], np.float32)).save(tmp_path / "f.tif")
+        values = np.asarray(images.load_image(str(tmp_path / "f.tif")))[0, :, 0]
+        assert abs(values.astype(int) - [0, 128, 255]).max() <= 1
+    for values in (np.array([[0, 70000]], np.int32), np.array([[0, np.nan]], np.float32)):
+        Image.fromarray(values).save(tmp_path / "x.tif")
+        with pytest.raises(images.ImageError, match="gray values"):
+            images.load_image(str(tmp_path / "x.tif"))
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     deep.save(tmp_path / "t.png", transparency=0)  # black stands for transparent
     assert np.asarray(images.load_image(str(tmp_path / "t.png")))[0, :, 0].tolist() == [255, 128, 255]

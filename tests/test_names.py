@@ -77,11 +77,30 @@ def test_longrope_of_transformers_5_has_its_factors(tmp_path):
         ("attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0, a setting"),
         ("attention_multiplier", 0.1, "attention_multiplier is 0.1, a setting"),
         ("use_qk_norm", True, "use_qk_norm is True, a setting"),
+        ("logit_scale", 0.5, "logit_scale is 0.5, a setting"),
+        ("embedding_multiplier", 12.0, "embedding_multiplier is 12.0, a setting"),
+        ("scale_depth", 1.4, "scale_depth is 1.4, a setting"),
+        ("num_local_experts", 8, "num_local_experts is 8, a setting"),
+        ("rope_theta", float("nan"), "rope_theta is nan, not a positive number"),
+        ("rope_theta", 0, "rope_theta is 0, not a positive number"),
+        ("rope_theta", "10000.0", "rope_theta is '10000.0', not a positive number"),
+        ("rope_scaling", "linear", "rope_scaling is 'linear', not an object"),
+        ("rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05, not a positive number"),
+        ("rms_norm_eps", float("inf"), "rms_norm_eps is inf, not a positive number"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0, not a positive whole number"),
+        ("num_hidden_layers", 2.0, "num_hidden_layers is 2.0, not a positive whole number"),
+        ("num_hidden_layers", True, "num_hidden_layers is True, not a positive whole number"),
+        ("num_attention_heads", 0, "num_attention_heads is 0, not a positive whole number"),
+        ("num_key_value_heads", 7, "num_attention_heads is ., no multiple of num_key_value_heads, 7"),
+        ("vocab_size", -1, "vocab_size is -1, not a positive whole number"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings is 'false', not true or false"),
+        ("max_position_embeddings", 0, "max_position_embeddings is 0, not a positive whole number"),
     ],
 )
 def test_other_decoders_are_refused_by_name(name, key, value, message, tmp_path):
     def change(values):
         decoder_of(values)[key] = value
+        values |= {key: value} if key in values else {}
 
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         read(name, tmp_path, change)
@@ -89,7 +108,17 @@ def test_other_decoders_are_refused_by_name(name, key, value, message, tmp_path)
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("key", "value"), [("hidden_act", "relu"), ("attention_window", 7), ("use_rel_attention", True)]
+    ("key", "value"),
+    [
+        *(("hidden_act", "relu"), ("attention_window", 7), ("use_rel_attention", True), ("num_channels", 1)),
+        *(
+            ("layer_norm_eps", 0),
+            ("patch_size", 0),
+            ("patch_size", 999),
+            ("num_hidden_layers", "2"),
+            ("num_attention_heads", -1),
+        ),
+    ],
 )
 def test_other_vision_towers_are_refused_by_name(name, key, value, tmp_path):
     def change(values):
@@ -107,6 +136,9 @@ def test_other_vision_towers_are_refused_by_name(name, key, value, tmp_path):
         ("phi", "img_processor", "name", "siglip"),
         ("minicpm", "", "version", "2.6"),
         ("minicpm", "", "use_image_id", True),
+        ("internvl", "", "template", "Hermes-2"),
+        ("internvl", "", "pad2square", True),
+        ("internvl", "", "dynamic_image_size", False),
     ],
 )
 def test_relatives_are_refused_by_name(name, part, key, value, tmp_path):
@@ -115,6 +147,60 @@ def test_relatives_are_refused_by_name(name, part, key, value, tmp_path):
 
     with pytest.raises(ValueError, match=f"{key} is {value!r}, only .* is supported"):
         read(name, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("internvl", "select_layer", 0, "select_layer is 0, not one of -1 to"),
+        ("internvl", "select_layer", -99, "select_layer is -99, not one of -1 to"),
+        ("internvl", "max_dynamic_patch", 0, "max_dynamic_patch is 0, not a positive whole number"),
+        ("internvl", "min_dynamic_patch", 99, "min_dynamic_patch, 99, is above max_dynamic_patch"),
+        ("internvl", "use_thumbnail", "no", "use_thumbnail is 'no', not true or false"),
+        ("minicpm", "query_num", 0, "query_num is 0, not a positive whole number"),
+        ("minicpm", "slice_config", {"max_slice_nums": "9"}, "max_slice_nums is '9', not a positive whole"),
+        ("minicpm", "corrected_mask", 1, "corrected_mask is 1, not true or false"),
+    ],
+)
+def test_sizes_of_images_are_checked(name, key, value, message, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        read(name, tmp_path, lambda values: values.update({key: value}))
+
+
+@pytest.mark.parametrize("name", ["phi", "internvl", "minicpm"])  # these have no head_dim of their own
+def test_heads_divide_the_hidden_size(name, tmp_path):
+    with pytest.raises(ValueError, match="hidden_size is .*, no multiple of num_attention_heads, 7"):
+        read(name, tmp_path, lambda values: decoder_of(values).update(num_attention_heads=7))
+
+
+@pytest.mark.parametrize("crops", [0, -1, "16", None, 4.0])
+def test_crops_of_phi_are_checked(crops, tmp_path):
+    read("phi", tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"num_crops": crops}))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: num_crops is {crops!r}, not a positive"):
+        models.Pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rope_that_is_given_twice_has_to_agree(name, tmp_path):
+    def change(values):
+        part = decoder_of(values)
+        theta = part["rope_theta"]
+        part |= {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+    def other(values):
+        change(values)
+        decoder_of(values)["rope_theta"] = 77.0
+
+    def types(values):
+        change(values)
+        decoder_of(values)["rope_scaling"] = {"type": "linear", "factor": 2.0}
+
+    assert read(name, tmp_path, change).decoder.short_factor is None
+    with pytest.raises(ValueError, match="rope_theta is 77.0, only"):
+        read(name, tmp_path, other)
+    with pytest.raises(ValueError, match="rope_parameters and rope_scaling give RoPE different types"):
+        read(name, tmp_path, types)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The report on small made-up workdirs: what is there is shown, what is not is left out, nothing is run."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import http.server
@@ -401,6 +402,20 @@ def test_samples_show_the_options_of_a_question(tmp_path):
     lines = (tmp_path / "s.md").read_text().splitlines()
     assert any("| Which?<br>Choices:<br>(A) red \\| pink<br>(B) blue | B |" in line for line in lines)
     assert any("| Sum? | 3 |" in line for line in lines)
+
+
+def test_samples_are_a_table_whatever_a_model_wrote(tmp_path):
+    """Line breaks of all kinds, markup, a name of a picture with spaces and brackets."""
+    query = Query("q|1", (str(tmp_path / "S/a (1).png"),), "Which <b>?", None, "3")
+    said = "one\rtwo\u2028three `x` <script>alert(1)</script> | &"
+    response = dataclasses.replace(groups(False)[0][0], text=said)
+    records.write_samples(tmp_path / "s.md", [query], [[response]], 2)
+    rows = (tmp_path / "s.md").read_text().split("\n")[4:]
+    assert len(rows) == 2 and not rows[1]
+    assert rows[0].startswith(r"| q\|1 | [a (1).png](S/a%20%281%29.png) | Which &lt;b&gt;? | 3 |")
+    assert rows[0].endswith(
+        r"| one<br>two<br>three &#96;x&#96; &lt;script&gt;alert(1)&lt;/script&gt; \| &amp; |"
+    )
 
 
 def test_gallery_chooses_the_ends_of_a_long_run(tmp_path):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
 from mstar_jax.inference.generate import Asked
-from mstar_jax.stages.reward_model import against_truth, labelled_rows, reward_queries
+from mstar_jax.stages.reward_model import against_truth, auc_text, labelled_rows, reward_queries
 from mstar_jax.stages.select import draw, keep, pseudo_label, select, select_rationales, select_unlabelled
 from mstar_jax.structs import Prompt, Query, Response, Source, Stage
 
@@ -144,6 +144,27 @@ def test_against_truth():
     assert found["step_auc"] == pytest.approx(2 / 4)
     assert found["all_right_auc"] == 1.0  # .7 against .3 and .5
     assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"label_auc_within": 0.25}, "labels 0.250"),
+        (
+            {"label_auc_within": 0.25, "truth": {"step_auc": 0.5, "all_right_auc": None}},
+            "labels 0.250, step_auc 0.500",
+        ),
+        (
+            {"n": 0, "responses": 0, "steps": 0},
+            "labels none (no query is held out; see prm.held_out, and how many",
+        ),
+        ({"steps": 0}, "labels none (no step of their 8 responses has a score)"),
+        ({}, "labels none (of their 20 steps no two of one query and number differ in being right)"),
+        ({"truth": {"step_auc": 0.5}}, "differ in being right), step_auc 0.500"),
+    ],
+)
+def test_why_there_is_no_auc_is_said(values, text):
+    assert text in auc_text({"n": 2, "responses": 8, "steps": 20, "label_auc_within": None} | values)
 
 
 @pytest.mark.parametrize(("labelled", "trained"), [(40, 20), (16, 12), (6, 5)])

@@ -77,6 +77,25 @@ def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
     assert [name for name, _ in again.read(store.read_rollout)] == ["q0", "q1", "q2"]
 
 
+def test_what_is_no_shard_is_not_read(tmp_path, caplog):
+    """A copy under another name, and a shard beyond the last one, as of another run."""
+    made = store.Store(tmp_path, SETTINGS)
+    made.write(0, records(0, 2))
+    made.write(1, records(2, 1))
+    for name in ("00000 copy.jsonl", "00000_2.jsonl", "00007.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "00000.jsonl").read_bytes())
+    made.complete(2)
+    assert [query for query, _ in made.read(store.read_rollout)] == ["q0", "q1", "q2"]
+    assert len(caplog.records) == 3 and "00007.jsonl: no shard of this store, which has 2" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"a": 1}'])
+def test_json_that_is_no_such_object_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="x.json: damaged, not an object with stages; restore it"):
+        store.read_json(tmp_path / "x.json", "stages")
+
+
 def test_other_settings_are_refused(tmp_path):
     store.Store(tmp_path, SETTINGS)
     changed = SETTINGS | {"temperatures": (0.0, 1.0), "top_k": 5}

@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
-from mstar_jax import records, workdir
+from configs import tiny as tiny_config
+from mstar_jax import configure, records, workdir
+from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
 
@@ -163,10 +165,51 @@ def test_cut_results_are_named(tmp_path):
         records.Results(tmp_path, {})
 
 
-def test_curves_lose_doubled_rows(tmp_path):
-    """As two runs in one workdir left them."""
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="run is a file, not a folder: name another --workdir"):
+        workdir.lock(tmp_path / "run")
+
+
+def test_fewer_queries_than_asked_for_are_a_warning(tmp_path, caplog):
+    turns = [
+        [{"from": "human", "value": f"What is {i} + 1?"}, {"from": "gpt", "value": f"{i}"}] for i in range(16)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    config = tiny_config.get_config("smoke")
+    with config.unlocked():
+        config.policy.path = "/elsewhere"
+        config.data.labelled = str(tmp_path / "d.json")
+        config.data.validation, config.data.test = 2, 9
+    data = configure.load_data(config, tmp_path)
+    assert (len(data.validation), len(data.test)) == (2, 4)
+    text = "data.test: 4 queries instead of 9, for it is at most one quarter of the 16 usable rows"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+
+
+def test_curves_lose_doubled_and_cut_rows(tmp_path):
+    """As two runs in one workdir left them; and a row of step 200 that was cut is none of step 20."""
     (tmp_path / "metrics").mkdir()
     path = tmp_path / "metrics" / "base.csv"
-    path.write_text("step,loss\n10,1.5\n20,1.2\n10,1.5\n30,1.1\n20,1.2\n40,1.0\n")
+    steps = (10, 20, 10, 30, 20, 40)
+    rows = [f"{step},{step / 8},0.5,1,9,0.1" for step in steps]
+    path.write_text("\n".join([",".join(curves.StageLog.FIELDS), *rows, "20"]))
     curves.StageLog(tmp_path, Stage.base, 30).close()
-    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "10", "20", "30"]
+    assert path.read_text().splitlines()[1:] == [rows[0], rows[1], rows[3]]
+
+
+def test_a_tokenizer_belongs_to_the_run(tmp_path):
+    """Another one is refused at the next start; a finished run that lost it is not given a new one."""
+    config = tiny_config.get_config("smoke")
+    empty = configure.Data((), (), (), (), {}, (), ())
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    workdir.check_inputs(tmp_path, run.inputs(config, empty, tmp_path))
+    (folder / "tokenizer.json").write_text('{"b": 1}')
+    with pytest.raises(ValueError, match="its start: tokenizer: tokenizer.json[.] Restore"):
+        workdir.check_inputs(tmp_path, run.inputs(config, empty, tmp_path))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer: the run's tokenizer is not there; restore it"):
+        configure.make_policy(config, tmp_path)
+    assert not list(folder.iterdir())

@@ -32,8 +32,9 @@ from mstar_jax.answers.choices import (
     table,
 )
 from mstar_jax.answers.equality import same
-from mstar_jax.answers.extraction import boxed, ending, last_line, marked
-from mstar_jax.answers.values import LINE, NUMBER_WORDS, boolean, number, plain, sentence, tidy
+from mstar_jax.answers.extraction import Marked, boxed, ending, last_line, marked
+from mstar_jax.answers.values import LINE, boolean, number, plain, sentence, tidy
+from mstar_jax.answers.words import NUMBER_WORDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,7 @@ def extract(text: str, *, options: Sequence[str] | None = None, fallback: bool =
     found = marked(text)
     if found is None:
         return (tidy(last_line(text)) or None) if fallback else None
-    line, rule = found
-    return tidy(line if rule == "boxed" else sentence(line)) or None
+    return tidy(found.said if found.rule == "boxed" else sentence(found.said)) or None
 
 
 # ---- 2. fallback ----------------------------------------------------------------------------------------
@@ -222,16 +222,29 @@ def grade(
     return Grade(verdict, answer, rule)
 
 
+def _said(found: Marked | None) -> str:
+    """The marked answer as plain text, '' where there is none."""
+    return tidy(found.said if found.rule == "boxed" else sentence(found.said)) if found else ""
+
+
+def _next_line(rest: str) -> str:
+    return rest[:LINE].lstrip().partition("\n")[0]
+
+
 def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | None, str]:
     """(letter, or the text given instead of one; rule)."""
     found = marked(tail)
-    text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
-    if found and text and ((letter := choice(found[0], options)) or not fallback):
-        return (
-            (None, "none") if not letter and mentions_only(found[0], options) else (letter or text, found[1])
-        )
+    text = _said(found)
+    letter = choice(found.said, options) if found else None
+    following = _next_line(found.rest) if found and letter and found.rule == "marker" else ""
+    if found and lettered([following], options) not in (letter, None):  # a list: `(A) 10 cm`, `(B) 12 cm`
+        return tidy(f"{text}; {following}"), found.rule
+    if found and text and (letter or not fallback):
+        if not letter and mentions_only(found.said, options):
+            return None, "none"
+        return letter or text, found.rule
     if fallback and not (found and _NAMED.match(text)):  # `(B) and (C)` is an answer, and a wrong one
-        if found and (letter := mentioned(found[0], options)):
+        if found and (letter := mentioned(found.said, options)):
             return letter, "search"
         last, parts = last_line(tail), _sentences(tail)
         if letter := lettered(parts, options):
@@ -242,17 +255,17 @@ def _choice(tail: str, options: tuple[str, ...], fallback: bool) -> tuple[str | 
             return letter, "search"
         if not text and (last := tidy(sentence(last))):
             return last, "last line"
-    return (text, found[1]) if found and text else (None, "none")
+    return (text, found.rule) if found and text else (None, "none")
 
 
 def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
     """(answer, rule) of a free-form question."""
     found = marked(tail)
-    text = tidy(found[0] if found[1] == "boxed" else sentence(found[0])) if found else ""
+    text = _said(found)
     if found and text and not (fallback and numeric and number(text) is None):
-        return text, found[1]
+        return text, found.rule
     if fallback:
-        if numeric and found and (said := _stated(found[0])):
+        if numeric and found and (said := _stated(found.said)):
             return said, "search"
         last = tidy(sentence(last_line(tail)))
         if last and (not numeric or number(last)):
@@ -261,7 +274,7 @@ def _value(tail: str, numeric: bool, fallback: bool) -> tuple[str | None, str]:
             return said, "search"
         if last and not text:
             return last, "last line"
-    return (text, found[1]) if found and text else (None, "none")
+    return (text, found.rule) if found and text else (None, "none")
 
 
 def _right(

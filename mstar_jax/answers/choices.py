@@ -9,7 +9,9 @@ import functools
 import re
 from typing import NamedTuple
 
-from mstar_jax.answers.units import DENIED, REASON
+from mstar_jax.answers.equality import same
+from mstar_jax.answers.formulas import arithmetic
+from mstar_jax.answers.units import DENIED, REASON, UNITS
 from mstar_jax.answers.values import Number, boolean, number, plain, same_number, sentence, tidy
 
 SENTENCE = 24  # characters: a longer text may mention an option without choosing it
@@ -19,14 +21,16 @@ _LETTER = re.compile(
     r"(?P<named>(?i:(?:the\s)?(?:correct\s)?(?:option|choice|answer|letter)\s(?:is\s)?:?\s?)|选项\s?[为是]?\s?)?"
     r"(?:[(\[{]\s?(?P<bracketed>[A-Za-z])\s?[)\]}]|(?P<bare>[A-Za-z])(?![A-Za-z0-9_']))\s?(?P<rest>.*)$"
 )
+_QUOTED = re.compile(r"^\W{0,3}(?:['‘](?=[A-Z]['’])|[\"`“]?(?=[A-Z][\"`”]))([A-Z])\S(?=\s)")  # `"B" because`
 _HEDGE = re.compile(  # before a letter only: `I think it is C`
     r"I(?:'d| would)? (?:think|believe|say|guess|choose|pick)(?: that)?"
     r"(?: (?:it is|it's|it should be))? (?=\(?[A-Z]\)?\W*$)"
 )
-_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with)\b|[(-]")
+_AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with|rather than|instead of)\b|[(-]")
+_WRONG = r"(?:not|wrong|incorrect|false|unlikely|impossible|invalid|eliminated|excluded|rejected|ruled out)"
 _DENIED = re.compile(
-    r"\W*(?:is|was|seems?|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b|\W*isn't|\W*\?"
-    r"|\s?是?[不错非]"
+    rf"\W*(?:is|was|seems?|(?:can|could|would|should|must) be|has been|gets?)\b.{{0,24}}\b{_WRONG}\b"
+    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*(?:but |only )?(?:if|unless)\b|\W*\?|\s?是?[不错非]"
 )
 _THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
 _NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
@@ -37,18 +41,29 @@ _LATE = re.compile(  # a letter after a value: `12 cm (C)`, `12 cm, option C`, `
 )
 _NOT_LETTER = re.compile(r"\b(?:not|rather than|instead of)\s(?:option\s|choice\s)?\(?[A-Z]\)?(?![a-z])")
 _REFUSED = re.compile(
-    r"\b(?:which|that|it|this)\s(?:is|was|seems|would be)\b.{0,24}\b(?:not|wrong|incorrect|false|unlikely)\b"
-    r"|\b(?:wrong|incorrect)\W*$"
+    rf"\b(?:which|that|it|this)\s(?:is|was|seems|(?:can|could|would|should|must) be|has been)\b"
+    rf".{{0,24}}\b{_WRONG}\b"
+    r"|\b(?:wrong|incorrect|eliminated|excluded|ruled out|maybe|perhaps)\W*$"
+    r"|\b(?:which|that|it|this)\s(?:cannot|can't|isn't|doesn't)\b"
 )
 _DASH = re.compile(r"^(?:[,\s]|-(?!\s?[\d.$]))+")  # after a letter; a minus sign is not a dash
 _OR = re.compile(r"\W*(?:or|and)\b")
 _EQUALS = re.compile(
     r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
 )
-_ALSO = re.compile(r"(?:and|or|&|/|,|;|=)\s?[(]?([A-Z])(?=$|[\s).,;/&])")
+_ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the other case C`, `B或C`
+    r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then"
+    r"|as well as)\b[\s,:]*|[,;/&=+→⋯或和与、，；(\[]\s*|(?:^|\s)-\s?)(?:(?:option|choice|answer)\s)?"
+    r"[(\[]?([A-Z])(?=$|[)\].,:;/&→⋯，。；、]|[\u4e00-\u9fff]|\s(?!(?<=[AI]\s)[a-z])"
+    r"|\s(?:is|could|can|may|might|would|if|in|for|with|when|too|also)\b)"
+)
+_ACTUALLY = re.compile(  # `B, no, C`
+    r"(?:\b(?:actually|wait|no|correction|rather)\b[\s,.!⋯:-]*)+(?:it(?:'s| is| should be)\s)?"
+    r"(?:option\s)?\(?([A-Z])\)?(?![\w'])"
+)
 _MENTION = re.compile(r"\(([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice|选项[为是]?)\s?([A-Z])(?![A-Za-z0-9_'])")
 _STATING = re.compile(
-    r"the|an?|is|are|was|be|been|it|its|s|this|that|these|those|there|one|so|then|must|should|would|will"
+    r"the|an?|is|are|was|be|been|it|its|s|they|all|both|this|that|these|those|there|one|so|then|must|should|would|will"
     r"|can|could|may|might|most|very|likely|probably|clearly|definitely|indeed|actually|simply|just|only"
     r"|option|choice|answer|letter|figure|image|picture|shape|object|called|named|labeled|labelled|shown|showing"
     r"|says|said|saying|read|reads|i|we|think|believe|conclude|say|see|choose|pick|select|correct|right|best"
@@ -59,6 +74,11 @@ _FOLLOWING = re.compile(r"[,;:.()]|(?:because|since|as|which|who|in|on|at|for|fr
 _REASON = re.compile(r",|\b(?:because|since|as)\b")
 _NEGATION = re.compile(r"\b(?:not|no|neither|nor|except|cannot)\b|n't", re.IGNORECASE)
 _NOT_WORD = re.compile(r"(?:[^\w%°.+/^√π<>≤≥≠!-]|(?<!\d)!)+")
+_VALUE = re.compile(  # a ratio, time, point, list or formula: nothing that is a word
+    r"(?=.*\d)(?:[^A-Za-z]|(?<![A-Za-z])(?:[A-Za-z]|[A-Z]{2}|sqrt|sin|cos|tan|log)(?![A-Za-z]))+"
+)
+_UNIT_NAMES = frozenset(UNITS.values())
+_RELATION = re.compile(r"[=<>≤≥≠≈]")
 _TALKS = re.compile(r"answer|option|choice|correct|\([A-Za-z]\)|答案|选项", re.IGNORECASE)
 
 
@@ -72,6 +92,7 @@ class Table(NamedTuple):
       talk: matches the options that talk about options (`the answer is option C`) after their letter, where
         their text is not read.
       exact: whether `texts` keep their case.
+      asked: options that end in a question mark, tidied.
     """
 
     texts: dict[str, str]
@@ -79,6 +100,7 @@ class Table(NamedTuple):
     words: dict[str, str]
     talk: re.Pattern | None
     exact: bool
+    asked: frozenset[str]
 
     def text(self, answer: str) -> str:
         return tidy(answer) if self.exact else plain(answer)
@@ -99,7 +121,8 @@ def table(options: tuple[str, ...]) -> Table:
         if _TALKS.search(text) and len(text) > 3
     ]
     talk = re.compile("|".join(talking), re.IGNORECASE) if talking else None
-    return Table(texts, numbers, {} if nested or exact or "  " in words.values() else words, talk, exact)
+    words = {} if nested or exact or "  " in words.values() else words
+    return Table(texts, numbers, words, talk, exact, frozenset(t for t in tidied if t.endswith("?")))
 
 
 def _words(text: str) -> str:
@@ -123,7 +146,9 @@ def choice(text: str, options: tuple[str, ...], loose: bool = False) -> str | No
     known = table(options)
     texts = known.texts
     numbers = known.numbers
-    text = _HEDGE.sub("", tidy(sentence(text)), count=1)
+    text = _HEDGE.sub("", tidy(_QUOTED.sub(r"(\1)", sentence(text), count=1)), count=1)
+    if text.endswith("?") and not text.endswith(tuple(known.asked)):
+        return None
     letter = text.strip("()[]")
     upper = len(letter) == 1 and letter.isupper() and letter in texts  # (E) is a letter, (e) may be a text
     if not upper:
@@ -163,7 +188,7 @@ def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None
     """`letter` where the text before it says the same, as in `12 cm (B)`; None where it does not."""
     known = table(options)
     before = before.strip(" ,;:([")
-    if letter not in known.texts:
+    if letter not in known.texts or (before != letter and before in known.texts):  # `A → B`
         return None
     begins = len(before) >= 3 and known.texts[letter].startswith(known.text(before))
     states = all(_STATING.fullmatch(word) for word in _words(before).split())
@@ -173,7 +198,10 @@ def _confirmed(before: str, letter: str, options: tuple[str, ...]) -> str | None
 def mentions_only(text: str, options: tuple[str, ...]) -> bool:
     """Whether a marked sentence mentions one option without choosing it: `everything but the blue cube`."""
     text = tidy(sentence(text))
-    if len(text) <= SENTENCE or DENIED.search(text) or choice(text, options):
+    m = _LETTER.match(text)
+    if len(text) <= SENTENCE or DENIED.search(text) or (m and (m["bracketed"] or m["named"])):
+        return False
+    if choice(text, options):
         return False
     return mentioned(text, options) is not None
 
@@ -215,7 +243,7 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
             return letter
     said = _NOT_LETTER.sub("", REASON.split(rest, maxsplit=1)[0])
     named = {a or b for a, b in _MENTION.findall(said)} & texts.keys() - {letter}
-    if _REFUSED.search(said) or any(not re.search(rf"\b{x.lower()}\b", texts[letter]) for x in named):
+    if _REFUSED.search(said) or any(not _named_in(x, texts[letter]) for x in named):
         return None
     if (yes := boolean(stripped)) is not None and boolean(texts[letter]) is (not yes):
         return None
@@ -228,16 +256,55 @@ def _agreed(letter: str, rest: str, known: Table) -> str | None:
     for begun in (known.text(whole), known.text(clause) if "," not in texts[letter] else ""):
         if len(begun) >= 8 and [t for t in texts if texts[t].startswith(begun)] == [letter]:
             return letter
-    others = [m[1] for m in (_ALSO.match(rest), _ALSO.match(stripped)) if m]
+    others = _ALSO.findall(said) + _ACTUALLY.findall(_NOT_LETTER.sub("", rest))
     others += [a or b for a, b in _MENTION.findall(_NOT_LETTER.sub("", stripped))]
-    if any(other in texts and other != letter for other in others):
+    if any(x in texts and x != letter and not _named_in(x, texts[letter]) for x in others):
         return None
     value = _EQUALS.sub("", rest, count=1)
     if any(_words(value).startswith(words) for other, words in known.words.items() if other != letter):
         return None
     n = number(stripped) or number(value)
     equal = [other for other in numbers if n and same_number(numbers[other], n, None, None)]
-    return None if equal and letter in numbers and letter not in equal else letter
+    if equal and letter in numbers and letter not in equal:
+        return None
+    values = (stripped, value) if "," in texts[letter] else (stripped, value, clause)
+    return None if any(_differs(each, texts[letter]) for each in values) else letter
+
+
+def _named_in(letter: str, option: str) -> bool:
+    return bool(re.search(rf"\b{letter}\b", option, re.IGNORECASE))
+
+
+def _differs(said: str, option: str) -> bool:
+    """Whether both are values, and not the same one: `13 cm` and `12 cm`. Prose differs from nothing."""
+    said = tidy(_EQUALS.sub("", REASON.split(said, maxsplit=1)[0], count=1)).rstrip(" ,;")
+    own = _quantity(option)
+    sides = [said, *said.split("="), *([said[2:]] if said.startswith("- ") else [])]
+    quantities = [n for side in sides if (n := _quantity(side))]  # of `2.9 km = 2900 m` or `- 12 cm` any
+    if own and quantities:
+        unsolved = "=" in said and _quantity(said) is None and len(quantities) < len(said.split("="))
+        return not unsolved and not any(_same_quantity(own, n) for n in quantities)
+    if not (_VALUE.fullmatch(said) and _VALUE.fullmatch(option)):
+        return False
+    if _RELATION.search(said) and not _RELATION.search(option):
+        return False  # `(B) x² = 4` may be on the way to the option's 2
+    begins = plain(said).startswith(plain(option)) and not plain(said)[len(plain(option)) :][:1].isalnum()
+    return not begins and not same(option, said, None, None)
+
+
+def _same_quantity(option: Number, said: Number) -> bool:
+    """Whether they are equal, one a rounding of the other, or equal numbers of differently named things."""
+    physical = option.unit in _UNIT_NAMES and said.unit in _UNIT_NAMES
+    equal = same_number(option, said, None, None) or (option.value == said.value and not physical)
+    return equal or same_number(said, option, "float", said.places or None)
+
+
+def _quantity(text: str) -> Number | None:
+    """The number that a text is, or the value of its arithmetic, as 12 of `3·4`."""
+    if n := number(text):
+        return n
+    value = None if _RELATION.search(text) else arithmetic(text)
+    return None if value is None else Number(value, "", None)
 
 
 def mentioned(text: str, options: tuple[str, ...]) -> str | None:

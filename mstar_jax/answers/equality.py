@@ -11,13 +11,15 @@ import re
 
 from mstar_jax.answers import symbolic
 from mstar_jax.answers.units import UNITS, unit
-from mstar_jax.answers.values import SYMBOLIC, boolean, number, plain, same_number, tidy
+from mstar_jax.answers.values import SYMBOLIC, Number, boolean, number, plain, same_number, tidy
 
 _OPENING = re.compile(r"[\[({]")
 _PRODUCT = re.compile(r"(?<=[\d)])\s?[*·]\s?(?=[a-zπ√(])")
-_LAST = re.compile(r"(?<=[\d)%]),? and (?=[-$(\d])")  # before the last element
+_LAST = re.compile(r"(?<=[\d)%]),? and (?=[-$(\d]|[A-Za-z]\s?=)")  # before the last element
 _POINT = re.compile(r"[A-Z]'?\s?(?:=\s?)?(?=\()")  # the name of a point
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_SQUARE_UNITS = re.compile(r" (?:square|cubic) [a-z]+$", re.IGNORECASE)
+_RANGE = re.compile(r"(?:between |from )?(\S*\d\S*?)\s?(-|:| to | and )\s?(-?\S*\d\S*)")
 _UNIT_LIKE = re.compile(r"[A-Za-z]+\^?[23]?|°")
 _NAMED = re.compile(r"\s*\\?([A-Za-zα-ω](?:_?\w)?|[A-Z]{2}|[fg]\(x\))\s?=")
 
@@ -32,7 +34,10 @@ def _formula(text: str) -> str:
 
 def _physical(text: str) -> tuple[str, str]:
     """(formula, unit or '') of `5√3 cm`. A single letter is a variable here, not a unit."""
-    head, _, tail = text.rpartition(" ")
+    m = _SQUARE_UNITS.search(text)
+    head, _, tail = text.rpartition(" ") if m is None else (text[: m.start()], "", "")
+    if m is not None:
+        return head, unit(m[0].lower()) or ""
     name = unit(" " + tail.lower()) if head and len(tail) > 1 and _UNIT_LIKE.fullmatch(tail) else None
     return (head, name) if name and tail.lower().rstrip("^23") in UNITS else (text, "")
 
@@ -90,6 +95,8 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
     """Whether `other` answers a free-form `gold`; both are extracted answers. Rounding is not symmetric."""
     if gold == other:
         return True
+    if other.endswith("?") and not gold.endswith("?"):
+        return False
     if (expected := boolean(gold)) is not None:
         return boolean(other) is expected
     if _GENOTYPE.fullmatch(gold):
@@ -100,6 +107,10 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
         m = number(other)
         names = {found[1] for text in (gold, other) if "=" in text and (found := _NAMED.match(text))}
         return m is not None and len(names) < 2 and same_number(n, m, answer_type, precision)
+    if (pair := _range(gold)) and (other_pair := _range(other)):
+        signs = {pair[1], other_pair[1]}
+        same_ends = all(same_number(a, b, None, None) for a, b in zip(pair[0], other_pair[0], strict=True))
+        return same_ends and (len(signs) == 1 or signs in ({"-", " to "}, {":", " to "}))
     if "∪" in gold:  # of intervals, in any order
         return _paired(gold.split("∪"), other.split("∪"), precision)
     if gold[:1] == "(" and (point := _POINT.match(other)):
@@ -112,6 +123,15 @@ def same(gold: str, other: str, answer_type: str | None, precision: int | None) 
     if plain(gold) == plain(other):
         return True
     return bool(SYMBOLIC.search(gold)) and _same_formula(gold, other)
+
+
+def _range(text: str) -> tuple[tuple[Number, Number], str] | None:
+    """(both numbers, the sign between them) of `5-10`, `between 5 and 10` (as `-`) and `3:4`; else None."""
+    m = _RANGE.fullmatch(plain(text))
+    if m is None or (m[2] == " and ") is not text.lower().startswith("between"):
+        return None
+    low, high = number(m[1]), number(m[3])
+    return ((low, high), "-" if m[2] == " and " else m[2]) if low and high else None
 
 
 def _paired(expected: list[str], given: list[str], precision: int | None) -> bool:

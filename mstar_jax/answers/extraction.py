@@ -1,27 +1,32 @@
 r"""Where the final answer of a response is: after a marker, in a box or in an answer tag.
 
-    marked(ending(r"<think>Is it 5?</think> So it is \boxed{4}."))   -> ("4", "boxed")
+    marked(ending(r"<think>Is it 5?</think> So it is \boxed{4}."))   -> ("4", "boxed", ".")
 
 What a think block or a program says never counts, and only the last TAIL characters of the rest are read.
 """
 
 import re
+from typing import NamedTuple
 
-from mstar_jax.answers.values import LINE
+from mstar_jax.answers.values import LINE, sentence
 
 TAIL = 8192  # characters at the end of a response that are read
 
-_BRACE = re.compile(r"\\boxed\s{0,9}\{|\\[{}]|[{}]")
+_BOXES = r"\\(?:boxed|fbox)"
+_BRACE = re.compile(rf"{_BOXES}\s{{0,9}}\{{|\\[{{}}]|[{{}}]")
+_BARE_BOX = re.compile(rf"{_BOXES}\s{{0,9}}(-?\d{{1,18}}|[A-Za-z])(?![A-Za-z0-9])")
 _MARKER = re.compile(
     r"(?:\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:option|choice)(?:\s+letter)?)"
     r"(?:\s+to\s+(?:the|this|your)\s+(?:question|problem))?[\s*_]*"
-    r"(?:(?:is|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)"
-    r"(?:\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：]|=(?!\s?[\"']))"
-    r"|答案\s*(?:选项)?\s*[是为选:：]|(?P<heading>answer[\s*_\]]*\n(?=\s*\S)|answer\]))[\s*_:：]*(?:\$\$|\\\[)?\s*",
+    r"(?:(?:is|equals|would\s+be|should\s+be|must\s+be)\b(?!\s+(?:in)?correct\b|\s+wrong\b)"
+    r"(?:,?\s+(?:therefore|thus|hence|clearly|simply|then|indeed)\b,?)?|[:：→⇒]|=(?!\s?[\"'])>?)"
+    r"|\bans\s?[:：]|答案\s*(?:选项)?\s*(?:(?:应该?|就)?[是为选]|[:：】\]])|(?:(?<=正)(?<!不正)确|(?<=正确)(?<!不正确)的)选项\s*(?:(?:应该?|就)?[是为]|[:：])"
+    r"|(?<!不)[故应此以]选(?!项)择?|####\s?(?=\S[^\n]{0,80}\s*\Z)|(?P<heading>(?:answer|答案)[\s*_:：\]]*\n(?=\s*\S)|answer\]))"
+    r"[\s*_:：]*(?:\$\$|\\\[)?\s*",
     re.IGNORECASE,
 )
 # Every marker contains one of these, from its second character on.
-_KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "案")
+_KEYS = ("nswer", "NSWER", "orrect", "ORRECT", "ns:", "案", "选", "###")
 _THINK = re.compile(
     r"[<◁]\s{0,3}(?P<close>/)?\s{0,3}(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)\s{0,3}[>▷]"
     r"|\[(?P<end>/)?THINK\]|<\|(?:begin|(?P<last>end))_of_thought\|>",
@@ -40,7 +45,13 @@ _END_TOKEN = re.compile(r"(?:\s*<(?:/s|\|[\w ]{1,20}\|)>)+\s*$")
 
 
 def boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...}, which may hold further braces. One pass."""
+    """Content of the last balanced \\boxed{...}, which may hold braces, or of a later `\\boxed 5`."""
+    span = _box(text)
+    return None if span is None else text[span[0] : span[1]]
+
+
+def _box(text: str) -> tuple[int, int] | None:
+    """Where the content of the last box is. One pass."""
     stack: list[int] = []
     best: tuple[int, int] | None = None
     for m in _BRACE.finditer(text):
@@ -50,7 +61,10 @@ def boxed(text: str) -> str | None:
             start = stack.pop()
             if start >= 0 and (best is None or start > best[0]):
                 best = (start, m.start())
-    return text[best[0] : best[1]] if best else None
+    for m in _BARE_BOX.finditer(text):
+        if best is None or m.start() > best[1]:
+            best = m.span(1)
+    return best
 
 
 def _spoken(response: str) -> str:
@@ -102,13 +116,62 @@ _ASKS = re.compile(  # `Let me know if this answer is helpful!`
 _PRAISE = re.compile(r"(?:helpful|clear|useful|understandable|satisfactory|what you)\b", re.IGNORECASE)
 
 
+_SUPPOSED = (
+    "if",
+    "whether",
+    "unless",
+    "suppose",
+    "imagine",
+    "assume",
+    "assuming",
+    "doubt",
+    "unlikely",
+    "untrue",
+)
+_THINKING = (
+    "think",
+    "believe",
+    "say",
+    "claim",
+    "mean",
+    "sure",
+    "true",
+    "certain",
+    "clear",
+    "likely",
+    "follow",
+)
+_NOT = ("not", "don't", "doesn't", "isn't", "never", "can't", "cannot", "wouldn't", "won't", "didn't")
+_DETERMINERS = ("the", "my", "our", "its", "a", "an", "one", "that", "correct", "final", "right", "best")
+_OTHER = ("wrong", "incorrect", "false", "tempting", "invalid", "worst", "student's", "previous", "initial")
+
+
+def _unsaid(before: str) -> bool:
+    """Whether the words before a marker say that what follows is not the answer, or not said to be it.
+
+    `If the answer is 5, then`, `I do not think that the answer is 5`, `a wrong answer is 5`.
+    """
+    words = before.lower().replace("’", "'").split()
+    if words and (words[-1] in _OTHER or words[-1].endswith(_OTHER_CHINESE)):
+        return True
+    while words and words[-1] in _DETERMINERS:
+        words.pop()
+    if not words or words[-1] in _SUPPOSED:
+        return bool(words)
+    return words[-1] in _THINKING and any(word in _NOT for word in words[-3:-1])
+
+
+_OTHER_CHINESE = ("错误", "错误的", "不正确", "不正确的", "如果", "假设", "假如", "若")
+
+
 def _after_marker(text: str) -> int:
     """Where the last marker ends, -1 without one. Searches from the end, so most of a response is skipped."""
     last = {key: text.rfind(key) for key in _KEYS}
     while (at := max(last.values())) >= 0:
         key = next(k for k in last if last[k] == at)
         m = _MARKER.match(text, at - 1) if at else None
-        asks = m and (_ASKS.search(text[max(0, at - 81) : at - 1]) or _PRAISE.match(text, m.end()))
+        before = text[max(0, at - 81) : at - 1]
+        asks = m and (_ASKS.search(before) or _unsaid(before[-48:]) or _PRAISE.match(text, m.end()))
         if m and not asks and (not m["heading"] or _heads(text[: at - 1][-24:])):
             return m.end()
         last[key] = text.rfind(key, 0, at + len(key) - 1)
@@ -116,30 +179,75 @@ def _after_marker(text: str) -> int:
 
 
 def _heads(before: str) -> bool:
-    """`Final answer` and `[Answer]` before a line break are markers, `this is my answer` is not."""
-    return before.rstrip(" *_").lower().endswith(("final", "[", "[final"))
+    """Whether the line is a heading: `## Answer`, `Final answer`, `[Answer]`, but not `this is my answer`."""
+    before = before.rpartition("\n")[2].strip(" *_#>").lower()
+    return before in ("", "the") or before.endswith(("final", "[", "[final"))
 
 
-def marked(text: str) -> tuple[str, str] | None:
-    """(the marked answer up to the end of its line, rule), or None; `text` is the tail of a response."""
+class Marked(NamedTuple):
+    """A marked answer.
+
+    Attributes:
+      said: the answer up to the end of its line; of a box or tag, its content.
+      rule: how it was found: `tag`, `boxed` or `marker`.
+      rest: what the response says after it.
+    """
+
+    said: str
+    rule: str
+    rest: str
+
+
+_RETRACTION = re.compile(  # of the answer before it: `5. No, wait, 6`
+    r"\W{0,12}(?:(?:oh|ah|but|sorry|oops)\W{1,4}){0,2}"
+    r"(?:no\W{1,3}\(?[A-HJ-Z]\)?(?!\w)|(?P<no>no\s?[,.!;…—-])|(?:no\s)?wait\b|actually\b|correction\b"
+    r"|scratch that|on second thought"
+    r"|h+m+\b|oops\b|i\smis(?:read|counted|calculated)\b|i\s(?:made|was|am)\b.{0,20}(?:mistake|error|wrong)\b"
+    r"|(?:that|this|it)(?:'s|\sis|\swas|\scan't\sbe|\scannot\sbe)\s"
+    r"(?:wrong|incorrect|not\s(?:right|correct)|a mistake|right\?)"
+    r"|不对|等等|等一下|错了|更正|不[，,。]|算错)",
+    re.IGNORECASE,
+)
+
+
+_LETTER = re.compile(r"\W*[A-Za-z]\W*")
+
+
+def marked(text: str) -> Marked | None:
+    """The marked answer, None where there is none or it is taken back; `text` is a response's tail."""
+    found = _marked(text)
+    if found is None:
+        return None
+    said = sentence(found.said)
+    m = _RETRACTION.match((found.said[len(said) :] + " " + found.rest)[:80])
+    return None if m and not (m["no"] and _LETTER.fullmatch(said)) else found  # `(B). No` may be option B
+
+
+def _marked(text: str) -> Marked | None:
     if "<" in text and (tags := list(_ANSWER_TAG.finditer(text))):
         return _tagged(text, tags)
-    if "\\boxed" in text and (content := (boxed(text) or "").strip()):
-        return content[:LINE], "boxed"
+    if (
+        ("\\boxed" in text or "\\fbox" in text)
+        and (span := _box(text))
+        and (content := text[slice(*span)].strip())
+    ):
+        return Marked(content[:LINE], "boxed", text[span[1] :])
     start = _after_marker(text)
     if start < 0:
         return None
-    line = text[start : start + LINE].split("\n", 1)[0].strip()
-    return (line, "marker") if line.strip("*_$.:` ") else None
+    line, _, rest = text[start:].partition("\n")
+    line = line[:LINE].strip()
+    return Marked(line, "marker", rest) if line.strip("*_$.:` ") else None
 
 
-def _tagged(text: str, tags: list[re.Match[str]]) -> tuple[str, str] | None:
+def _tagged(text: str, tags: list[re.Match[str]]) -> Marked | None:
     """The content of the last answer tag, or what is marked in it; None where it is empty or left open."""
     if len(tags) < 2 or not tags[-1][1] or tags[-2][1]:
         return None
     content = text[tags[-2].end() : tags[-1].start()].strip()
-    line, _ = marked(content) or (" ".join(content[:LINE].split()), "")
-    return (line, "tag") if line.strip("*_$.:` ") else None
+    inner = _marked(content)
+    line = inner.said if inner else " ".join(content[:LINE].split())
+    return Marked(line, "tag", text[tags[-1].end() :]) if line.strip("*_$.:` ") else None
 
 
 def last_line(text: str) -> str:

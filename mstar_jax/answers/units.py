@@ -20,7 +20,9 @@ kg kilogram kilograms 千克 公斤; mg milligram milligrams 毫克; lb lbs poun
 t ton tons 吨; l liter liters litre litres 升; ml milliliter milliliters millilitre millilitres 毫升
 s sec secs second seconds 秒; min mins minute minutes 分钟; h hr hrs hour hours 小时; day days 天 日
 week weeks 周; month months 月 个月; year years 年; year-old years-old 岁
-° deg degree degrees 度; % percent pct; $ dollar dollars usd 美元; ¢ cent cents; € euro euros 欧元; £
+° deg degree degrees 度; % percent pct; $ dollar dollars usd us$ 美元
+¢ cent cents; € euro euros eur 欧元; £ gbp
+₹ rupee rupees rs rs. inr
 ¥ yuan 元 块 人民币; n newton newtons 牛; j joule joules; w watt watts; v volt volts; a amp amps
 ω ohm ohms; hz; mph; °c c 摄氏度; °f f; pa; kpa; mol; nm; kj; n/m; m/s; km/h
 m^2 平方米; cm^2 平方厘米; m^3 立方米; cm^3 立方厘米
@@ -32,16 +34,18 @@ _CUBE = re.compile(r"(?:cubic (?P<a>[a-z]+)|(?P<b>[a-z]+?)(?: cubed|\s?\^?\{?3\}
 
 REASON = re.compile(r",?\s?(?:\b(?:because|since)\b|因为)|,\s?as\b(?!\swell)")
 DENIED = re.compile(
-    r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|impossible|unlikely|maybe|perhaps|cannot)\b|n't\b"
+    r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|impossible|unlikely|maybe|perhaps|cannot|if|unless)\b|n't\b"
     r"|[不没错非否]|\?",
     re.IGNORECASE,
 )
+_REMAINDER = re.compile(r"\bremainders?\b|\bdepending\b")
 _ASIDE = re.compile(r",?\s(?:with|which|where)\b")
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|in total|left)\b")
 _NOT_UNIT = re.compile(
     r"\d|[\\^√π+*/=<>≤≥≠≈|!\[\]{}]"
     r"|\b(?:and|or|to|of|than|times|plus|minus|pi|sqrt|roots?|squared|halves|half|thirds?|quarters?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|tens|dozens?|pairs?|scores?|gross|factorials?"
+    r"|if|unless|until|except|otherwise|else|remainders?|ago"
     r"|powers?|cubes|squares of|sin|cos|tan|log|ln|over|by|x|y|n|others?"
     r"|january|february|march|april|may|june|july|august|september|october|november|december"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -80,6 +84,8 @@ def unit(tail: str, *, one: bool = False) -> str | None:
         return ""
     text = REASON.split(tail, maxsplit=1)[0]
     if DENIED.search(text):
+        return None
+    if _REMAINDER.search(text):
         return None
     text = _ASIDE.split(text, maxsplit=1)[0].strip()
     if not text:

@@ -16,7 +16,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from mstar_jax.answers.formulas import arithmetic
-from mstar_jax.answers.units import REASON, unit
+from mstar_jax.answers.units import REASON, UNITS, unit
+from mstar_jax.answers.words import spelled
 
 LINE = 400  # longest answer that is read, in characters
 
@@ -39,15 +40,24 @@ def _matrix(m: re.Match) -> str:
     return "[" + ", ".join("[" + ", ".join(map(str.strip, row.split("&"))) + "]" for row in rows if row) + "]"
 
 
+_FONTS = (
+    r"text(?:bf|it|rm|sf|tt|sc|sl|normal)?|math(?:rm|bf|sf|tt|it|normal)|[mf]box|boxed|operatorname|bm|boldsymbol"
+    r"|emph|underline|ensuremath"
+)
 _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\begin\{([pbB]?)matrix\}(.{0,200}?)\\end\{\1matrix\}", re.DOTALL), _matrix),
     (re.compile(r"\\[()\[\]]|\$\$|\\(?:left|right|displaystyle|!|,)"), ""),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|operatorname)\s?\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\textsuperscript\s?\{"), "^{"),
+    (re.compile(rf"\\(?:{_FONTS})\s?\{{([^{{}}]*)\}}"), r" \1 "),
+    (re.compile(r"\\(?:bf|rm|sf|tt|it)(?:series|family|shape)?(?![A-Za-z])\s?"), ""),
+    (re.compile(r"\\(?:begin|end)\s?\{(?:align|aligned|equation|gather)\*?\}|(?<!\\)&(?=\s?=)"), " "),
+    (re.compile(r"\\[lr]angle(?![A-Za-z])"), lambda m: "(" if m[0][1] == "l" else ")"),
+    (re.compile(r"\{([^{}]*)()\\over(?![A-Za-z])([^{}]*)()\}"), _fraction),
     (re.compile(r"\\[;: ]|~|\\q?quad"), " "),
-    (re.compile(r"\^?\{?\\circ\}?|\\degrees?"), "°"),
+    (re.compile(r"\^?\{?\\circ\}?|\\(?:text)?degrees?(?![A-Za-z])"), "°"),
     (re.compile(r"\\sqrt\s?\{([^{}]*)\}"), r"√(\1)"),
-    (re.compile(r"\\[dtc]?frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))"), _fraction),
+    (re.compile(r"\\(?:[dtc]?|nice|s)frac\s?(?:\{([^{}]*)\}|(\d))\s?(?:\{([^{}]*)\}|(\d))"), _fraction),
     (re.compile(r"\\sqrt\s?(?!\[)"), "√"),
     (re.compile(r"\\(?:times)"), "×"),
     (re.compile(r"\\cdot"), "·"),
@@ -74,6 +84,8 @@ _RELATIONS = [
     (re.compile(r"==+"), "="),
 ]
 
+_TAG = re.compile(r"</?(?:b|strong|i|em|u|mark|code|p|br)\s?/?>", re.IGNORECASE)
+_TICK = "✓✔✅☑"
 _RECURRING = re.compile(r"(?<=\d)(?:\.\.\.+|\s?\\l?dots(?![A-Za-z]))")  # 0.333...
 _SIMPLE = re.compile(r"[A-Za-z0-9(),.:% -]{0,80}")  # nothing to tidy but spaces
 
@@ -96,18 +108,20 @@ def tidy(text: str) -> str:
     if text.count("$") - text.count("\\$") >= 2:  # $...$ is math, a single $ is money
         text = re.sub(r"(?<!\\)\$", "", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
+    if "<" in text:
+        text = _TAG.sub("", text.replace("<sup>", "^{").replace("</sup>", "}"))
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
     if "=" in text:
         for pattern, sign in _RELATIONS:
             text = pattern.sub(sign, text)
-    text = " ".join(text.split()).strip("\"'`*# ")
+    text = " ".join(text.split()).strip("\"'`*# " + _TICK)
     return text[:-1].rstrip("\"'`*# ") if text.endswith((".", "。")) else text
 
 
 _SENTENCE_END = re.compile(r"(?:(?<!\d\.\.)\.|(?<!\d)!)(?=[\"')\]*$]*(?:\s|$))|[。！]")  # 5! is a factorial
-_ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|\.[A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|approx))$")
+_ABBREVIATION = re.compile(r"(?:^\W*[A-Za-z]|[.{][A-Za-z]|\b(?:St|Mt|Dr|Mr|Mrs|Ms|sq|vs|No|Rs|approx))$")
 
 
 def sentence(line: str) -> str:
@@ -144,27 +158,31 @@ class Number(NamedTuple):
     places: int | None
 
 
-_N = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3}){2,})(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+_N = (
+    r"(?:(?:\d{1,3}(?:(?:,\d{3})+|(?:'\d{3})+|(?: \d{3}){2,})|\d{1,2}(?:,\d\d)+,\d{3})(?!\d)(?:\.\d+)?"
+    r"|\d+(?:\.\d+)?|\.\d+)"
+)
+_SEPARATOR = re.compile(r"[,' ]")
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s?(?P<money>[$€£¥]?)\s?(?P<sign2>[-+]?)\s?"
+    rf"(?P<sign>[-+]?)\s?(?P<money>[$€£¥₹]|us\$|(?:usd|eur|gbp|inr|rs\.?)\s|)\s?(?P<sign2>[-+]?)\s?"
     rf"(?:(?P<whole>\d+)\s(?P<top>\d+)\s?/\s?(?P<bottom>\d+)|(?P<a>{_N})(?:\s?/\s?(?P<b>-?{_N})"
     r"|(?P<ten>\s?[×x*·]\s?10)?\s?\^\s?[({]?(?P<pow>[-+]?\d{1,3})[)}]?|e(?P<exp>[-+]?\d{1,3})(?!\w))?)",
     re.IGNORECASE,
 )
-NUMBER_WORDS = (  # the index of each is its value
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
-    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
-_SIGN_WORD = re.compile(r"(?:negative|minus)\s(?=[$€£¥]?[\d.])")
+_SIGN_WORD = re.compile(r"(?:negative|minus)\s")
 _PERIODIC = re.compile(r"(-?)(\d*)\.(\d*?)(\d{1,6}?)\4{2,}⋯")  # the period three times at least
 _PERFECT = re.compile(r"-?(?:(∛|∜)|\\sqrt\s?\[([2-9])\])\s?([({]?)(\d{1,18})[)}]?")
-_WORD = re.compile(
-    rf"(?P<sign>minus |negative )?(?P<word>{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})\b(?!-)"
-)
+_AGAIN = re.compile(r"\s?\(([\w-]{1,12})\)")  # `five (5)`
+_NOT_ANOTHER = re.compile(r",?\s(?:not|rather than|instead of)\s(-?[\d.,]+)$")
+_AND_HALF = re.compile(r"\s?and (?:a|one)[- ]half\b")
+_DECADE = re.compile(r"\b[12]\d\d0'?s\b")
 _LEAD = re.compile(
+    r"(?:(?:the )?(?:area|perimeter|length|width|height|volume|radius|diameter|value|sum|difference|product"
+    r"|total|mean|median|mode|range|average|number|angle|probability|slope|distance|cost|price|ratio|time)"
+    r"(?:\s?:|\s(?:is|equals))\s)?"
     r"(?:(?:is|equals?|equal to|approximately|approx\.?|about|around|roughly|nearly|exactly|only|just"
     r"|(?:a )?total of|there (?:is|are)|(?:i (?:think|believe) )?it(?:'s| is))(?![a-z])"
-    r"\s?|(?:\b[a-z]\s?)?≈\s?|[=:]\s?)+"
+    r"\s?|(?:\b[a-z]\s?)?≈\s?|[=:]\s?)*"
 )
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _NAMED_VALUE = re.compile(r"[A-Za-z]\s?[≈=]\s?|[≈=]\s?")
@@ -173,9 +191,9 @@ _SEVERAL = re.compile(r",\s|;|\b(?:or|and)\b")
 _MONEY_OR_COMMA = re.compile(r"[$€£¥]|(?<=\d),(?=\d{3})")
 _DIGITS = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")  # the usual case
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALES |= {"lakh": 10**5, "crore": 10**7, "千": 1000, "万": 10**4, "亿": 10**8}
+_SCALES |= {"lakh": 10**5, "crore": 10**7, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _SCALE = re.compile(
-    r"\s?(?:(hundred|thousand|million|billion|trillion|lakh|crore)s?\b|([千万亿])(?![克米万亿]))"
+    r"\s?(?:(hundred|thousand|million|billion|trillion|lakh|crore)s?\b|([百千万亿])(?![克米万亿]))"
 )
 _LETTER_UNIT = re.compile(r"[\d)]\s?([A-Za-zπ])$")  # 5m is 5 metres, 5a is algebra
 
@@ -200,29 +218,43 @@ def number(text: str) -> Number | None:
         return _exact(_NAMED_VALUE.sub("", text, count=1))
     text = text.lower()
     text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
-    text = _SIGN_WORD.sub("-", text, count=1) if _SIGN_WORD.match(text) else text
     if text[:1] in "({" and text[-1:] in ")}" and "," not in text:
         text = text[1:-1].strip()
+    if _DECADE.search(text):
+        return None
     places = None
-    if m := _WORD.match(text):
-        value, money = Fraction(NUMBER_WORDS.index(m["word"])), ""
-        negative = bool(m["sign"])
-        places = 0
+    minus = _SIGN_WORD.match(text)
+    text = text[minus.end() :] if minus else text
+    if said := spelled(text):
+        value, end = said
+        money, negative = "", False
+        places = 0 if value.denominator == 1 else None
     elif m := _NUMBER.match(text):
         money, negative = m["money"], (m["sign"] == "-") != (m["sign2"] == "-")
         try:
             value, places = _value(m)
         except (ArithmeticError, ValueError):
             return None
+        end = m.end()
     else:
         return None
-    tail = text[m.end() :]
-    if tail and (scale := _SCALE.match(tail)):
+    tail = text[end:]
+    if tail and (half := _AND_HALF.match(tail)) and value.denominator == 1:
+        tail = tail[half.end() :]
+        value += Fraction(1, 2)
+        places = None
+    elif tail and (scale := _SCALE.match(tail)):
         tail = tail[scale.end() :]
         value *= _SCALES[scale[1] or scale[2]]
         places = None
+    value = -value if negative != bool(minus) else value
+    for pattern, same_value in ((_AGAIN, True), (_NOT_ANOTHER, False)):
+        if tail and (other := pattern.match(tail)) and (n := number(other[1])):
+            if (n.value == value) is not same_value:
+                return None
+            tail = tail[other.end() :]
     name = unit(tail, one=value == 1)
-    return None if name is None else Number(-value if negative else value, name or money, places)
+    return None if name is None else Number(value, name or UNITS.get(money.strip(), money), places)
 
 
 def _exact(text: str) -> Number | None:
@@ -266,10 +298,10 @@ def _rounded(exact: Number, written: Number) -> bool:
 def _value(m: re.Match) -> tuple[Fraction, int | None]:
     if m["whole"]:
         return int(m["whole"]) + Fraction(int(m["top"]), int(m["bottom"])), None
-    written = m["a"].replace(",", "").replace(" ", "")
+    written = _SEPARATOR.sub("", m["a"])
     value = Fraction(written)
     if m["b"]:
-        return value / Fraction(m["b"].replace(",", "").replace(" ", "")), None
+        return value / Fraction(_SEPARATOR.sub("", m["b"])), None
     power = int(m["pow"] or m["exp"] or 0)
     if abs(power) * len(written) > 300:
         raise OverflowError
@@ -310,10 +342,13 @@ def same_number(gold: Number, other: Number, answer_type: str | None, precision:
 
 _CHANGED = re.compile(
     r"\b(?:but|wait|actually|however|rather)\b|\b(?:which|that|it)\s(?:is|was)\s(?:\w+\s)?(?:wrong|incorrect)\b"
-    r"|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
+    r"|\((?:wrong|incorrect|false|not)\b|^(?:yes|true)\W{1,3}(?:no|false)\b|^(?:no|false)\W{1,3}(?:yes|true)\b"
+)
+_CONDITION = re.compile(
+    r"\b(?:if|unless|otherwise|depend(?:s|ing)|except|only when|sometimes|partly|maybe|perhaps)\b"
 )
 _BOOLEAN = re.compile(
-    r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
+    r"(yes|no|true|false)(?:$|\s?[,.;:!(]|\s-\s|\s(?:because|since|as|it|they|the|there|he|she|this|these)\b)"
 )
 SYMBOLIC = re.compile(r"[\\^√π=+*(){}\[\]<>≤≥≠]|[\da-z]\s?/\s?\d|\d[a-z]\b|\d!")
 
@@ -324,7 +359,9 @@ def boolean(text: str) -> bool | None:
         return None
     text = plain(text)
     m = _BOOLEAN.match(text)
-    return m[1] in ("yes", "true") if m and not _CHANGED.search(text) else None
+    if m is None or _CHANGED.search(text) or _CONDITION.search(REASON.split(text, maxsplit=1)[0]):
+        return None
+    return m[1] in ("yes", "true")
 
 
 def kind(answer: str) -> str:

@@ -64,7 +64,7 @@ def content(path: str) -> str:
 def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image file to RGB, with transparency on white; of an animation, the first frame.
 
-    The EXIF orientation is applied, and 16-bit grayscale is scaled to 8 bits.
+    The EXIF orientation is applied, and 16-bit and floating-point grayscale is scaled to 8 bits.
 
     Args:
       path: a PNG, JPEG, GIF, BMP, WebP or TIFF file, whatever its extension.
@@ -104,13 +104,22 @@ def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # floating-point gray: of 0..1, of 8 bits or of 16
+        values = np.asarray(image)
+        peak = float(values.max())
+        scale = 255.0 if peak <= 1 else 1.0 if peak <= 255 else 1 / 257
+        if not (np.isfinite(values).all() and values.min() >= 0 and peak <= 65535):
+            raise ValueError(f"gray values of {values.min()} to {peak}, expected 0 to 1, 255 or 65535")
+        return Image.fromarray((values * scale + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         clear = values == image.info.get("transparency", -1)  # the gray value that stands for it
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"gray values of {values.min()} to {values.max()}, expected 0 to 65535")
         if image.mode != "I" or values.max() > 255:  # mode "I" is used for 16-bit data too
-            values = (values.clip(0, 65535) + 128) // 257
+            values = (values + 128) // 257
         values[clear] = 255
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -16,10 +16,9 @@ A file is a JSON list of rows, or JSON lines (.jsonl, .jsonl.gz). One row:
       ]
     }
 
-`id`, the hint, the `Question:` mark and the choices may be absent, and `image` may be a list, or be called
-`images`, `image_path` and the like. Choices may be called options, or stand on one line, and an instruction
-may follow them. An answer may be a number, or a solution that ends in `The answer is`. The first component of
-the image path is the source. About nine rows share an image.
+`id` and `image` may be absent, and `image` may be a list, or be called `images`, `image_path` and the like.
+Turns may have a `role` and `content`, of `user` and `assistant`; what they may say is in turns.py. The
+first component of the image path is the source. About nine rows share an image.
 
 The reader keeps the rows that can be trained on and counts all others by cause; an invalid row never stops
 it.
@@ -36,14 +35,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mstar_jax.answers.check import equivalent
-from mstar_jax.answers.values import kind, plain
-from mstar_jax.data.images import MAX_PIXELS, ImageError, load_image, resolve
+from mstar_jax.data.images import MAX_PIXELS, ImageError, content, load_image, resolve
 from mstar_jax.data.splits import split
+from mstar_jax.data.turns import Unreadable, image_marks, parse_answer, parse_question
 from mstar_jax.structs import Query
 
-__all__ = ["Report", "parse_answer", "parse_question", "read", "split"]
+__all__ = ["Report", "read", "split"]
 
-LONGEST_TEXT = 5  # words; a longer text answer cannot be checked by comparison
 EXAMPLES = 3  # rows that the report names per cause
 
 
@@ -81,8 +79,9 @@ class Report:
         return "\n".join(lines)
 
 
-class _Bad(Exception):
-    """A row that is dropped; the message is the cause."""
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?names?))?", re.IGNORECASE)
+_IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
 
 
 # ---- 1. rows ------------------------------------------------------------------------------------------
@@ -123,153 +122,58 @@ def _decode(line: bytes) -> object:
 
 def _string(value: object) -> str:
     if not isinstance(value, str):
-        raise _Bad("wrong types")
+        raise Unreadable("wrong types")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise _Bad("wrong types")  # an unpaired surrogate, which cannot be encoded as UTF-8
+        raise Unreadable("wrong types")  # an unpaired surrogate, which cannot be encoded as UTF-8
     return value
 
 
 def _turns(row: object) -> tuple[str, str]:
     """(the human turn, the gpt turn or an empty string)."""
     if not isinstance(row, dict):
-        raise _Bad("wrong types")
-    turns = row.get("conversations")
+        raise Unreadable("wrong types")
+    turns = row.get("conversations", row.get("messages"))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _Bad("wrong types")
-    speakers = [turn.get("from") for turn in turns]
+        raise Unreadable("wrong types")
+    speakers = [_SPEAKERS.get(str(turn.get("from", turn.get("role"))).lower()) for turn in turns]
     if speakers not in (["human"], ["human", "gpt"]):
-        raise _Bad("not one question and one answer")
-    human = _string(turns[0].get("value"))
-    answer = turns[1].get("value") if len(turns) == 2 else ""
+        raise Unreadable("not one question and one answer")
+    human, *answers = (turn.get("value", turn.get("content")) for turn in turns)
+    answer = answers[0] if answers else ""
     if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer)
-    return human, "" if answer is None else _string(answer)
+    return _string(human), "" if answer is None else _string(answer)
 
 
 def _image_paths(row: dict) -> list[str]:
     named = [value for key, value in row.items() if _IMAGE_FIELD.fullmatch(key)]
     found = [value if isinstance(value, list) else [value] for value in named if value]
     if any(paths != found[0] for paths in found):
-        raise _Bad("several image fields")
+        raise Unreadable("several image fields")
     if not named and any(_IMAGE_LIKE.search(k) and isinstance(v, str | list | dict) for k, v in row.items()):
-        raise _Bad("image in an unknown field")
+        raise Unreadable("image in an unknown field")
     return [_string(path) for path in found[0]] if found else []
 
 
-# ---- 2. question and answer ---------------------------------------------------------------------------
-
-_IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?names?))?", re.IGNORECASE)
-_IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
-_MARK = "<image>"
-_HINT = re.compile(r"\s*Hint:[^\n]*?(?=\n|Question:|$)")
-_QUESTION = re.compile(r"\s*Question:\s*")
-_CHOICES = re.compile(
-    r"^[ \t]*(?:answer )?(?:choices|options)[ \t]*:[ \t]*(?=$|\(?[A-Z][).:])"  # at the beginning of a line
-    r"|(?<=[.?!:\s])(?:choices|options)[ \t]*:[ \t]*(?=\(?A[).:]\s)",  # or within it, before the first option
-    re.MULTILINE | re.IGNORECASE,
-)
-_INSTRUCTION = re.compile(
-    r"(?:^|(?<=[.;])\s+|\n)(?:please\b|answer(?::|\s+(?:with|the|in|using|by)\b)|(?:select|choose|pick|give|"
-    r"write|provide|return|respond|reply|output)\b[^\n]*\b(?:answers?|options?|choices?|letters?)\b)",
-    re.IGNORECASE,
-)
-_SAID = re.compile(r"\b(?:the|final) (?:final |correct )?answer(?: is\b|(?=\s*:))\s*:?|####", re.IGNORECASE)
-_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}(?!\w)")  # of a language, not a command of LaTeX
-_PLAIN_TEX = re.compile(r"\\(?:text|mathrm|begin|end)\s*\{[^{}]*\}")
-_SENTENCE = re.compile(r"(?:[\d)\]}$]|[^\W\d_]{4})[.!?]\s+[A-Z][a-z]")  # one ends and another begins
-_ANSWER = re.compile(r"\s*(?:(?:the )?answer\b(?: is\b)?\s*:?)?\s*", re.IGNORECASE)
-
-
-def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:
-    """(question, options or None, hint) of a human turn, without image marks.
-
-    Raises:
-      _Bad: there is no question, or the lines after `Choices:` are not (A), (B), (C), ...
-    """
-    text = value.replace(_MARK, "").replace("\r\n", "\n").strip()
-    hint = ""
-    if m := _HINT.match(text):
-        hint, text = m[0].strip(), text[m.end() :]
-    if m := _QUESTION.match(text):
-        text = text[m.end() :]
-    question, options = text, list[str]()
-    if m := _CHOICES.search(text):
-        question, options = text[: m.start()], _options(text[m.end() :].strip())
-    if not question.strip():
-        raise _Bad("no question")
-    return question.strip(), tuple(options) if options else None, hint
-
-
-def _options(text: str) -> list[str]:
-    """The options of a list, one a line or several, without an instruction that follows the last one."""
-    options = list[str]()
-    style = r"\(({})\)\s*" if text.startswith("(") else r"({})[).:](?:\s+|$)"
-    lines = [line.strip() for line in text.split("\n")]
-    for number, line in enumerate(lines, 1):
-        mark = re.match(style.format("[A-Z]"), line)
-        if mark and mark[1] == chr(ord("A") + len(options)):
-            options.append(line[mark.end() :])
-            while len(options) < 26:  # the next option stands on this line if no further line begins with it
-                following = style.format(chr(ord("A") + len(options)))
-                mark = re.search(rf"(?<=[\s,;]){following}", options[-1])
-                if not mark or any(re.match(following, line) for line in lines[number:]):
-                    break
-                options[-1:] = [options[-1][: mark.start()].rstrip(" ,;"), options[-1][mark.end() :]]
-        elif options and not mark:  # an option with several lines
-            options[-1] = f"{options[-1]}\n{line}".strip()
-        else:
-            raise _Bad("options not lettered (A), (B), ...")
-    if found := _INSTRUCTION.search(options[-1]):
-        options[-1] = options[-1][: found.start()].rstrip()
-    return options
-
-
-def parse_answer(value: str, options: tuple[str, ...] | None, hint: str = "") -> tuple[str, str]:
-    """(gold answer, answer type) of a gpt turn; the gold answer is an option's letter if there are options.
-
-    Raises:
-      _Bad: there is no answer, no option equals it, or it is a text of more than LONGEST_TEXT words.
-    """
-    if said := [m.end() for m in _SAID.finditer(value)]:  # a solution that ends in its answer
-        value = value[said[-1] :]
-    gold = _ANSWER.sub("", value, count=1).strip()  # all parts are optional, so it matches at the start
-    gold = gold[:-1].rstrip() if gold.endswith((".", "。")) else gold
-    if not gold:
-        raise _Bad("no answer")
-    if options:
-        letters = [chr(ord("A") + i) for i in range(len(options))]
-        letter = gold.strip("()") if len(gold.strip("()")) == 1 else gold.partition(")")[0].strip("(")
-        if letter in letters and gold in (letter, f"({letter})", f"({letter}) {options[ord(letter) - 65]}"):
-            return letter, "choice"
-        texts = [plain(option) for option in options]
-        if plain(gold) not in texts:
-            raise _Bad("options without gold")
-        return letters[texts.index(plain(gold))], "choice"
-    answer_type = kind(gold)
-    if answer_type == "integer" and "floating-point" in hint:
-        answer_type = "float"
-    words = gold.split() if answer_type == "text" else _WORD.findall(_PLAIN_TEX.sub("", gold))
-    if len(words) > LONGEST_TEXT or _SENTENCE.search(gold):
-        raise _Bad("long text answer")
-    return gold, answer_type
+# ---- 2. queries ----------------------------------------------------------------------------------------
 
 
 def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: dict[str, str]) -> Query:
     human, value = _turns(row)
     paths = _image_paths(row)
-    if human.count(_MARK) not in (0, len(paths)):
-        raise _Bad("image marks do not match images")
+    if image_marks(human) not in (0, len(paths)):
+        raise Unreadable("image marks do not match images")
     question, options, hint = parse_question(human)
     name = fallback_id if row.get("id") is None else row["id"]
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
     asked_type = "choice" if options else _cue(hint)
-    gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint)
+    gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint, question)
     for path in paths:
         if path not in resolved:
             try:
                 resolved[path] = resolve(root, path)
             except ValueError as error:
-                raise _Bad("image path leaves the root") from error
+                raise Unreadable("image path leaves the root") from error
     source = paths[0].split("/")[0] if paths and "/" in paths[0] else ""
     return Query(
         id=name or fallback_id,
@@ -327,7 +231,7 @@ def read(
             continue
         try:
             query = _query(row, f"{stem}_{index}", root, unlabelled, resolved)
-        except _Bad as error:
+        except Unreadable as error:
             name = row.get("id") if isinstance(row, dict) else None
             report.drop(str(error), f"{place}: {name}" if isinstance(name, str) else place)
         else:
@@ -360,14 +264,14 @@ def _image_faults(paths: Sequence[str], max_pixels: int) -> dict[str, str]:
 
 
 def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
-    """Of equal questions about the same images, the first; none if their answers differ."""
+    """Of equal questions about the same images, whatever their names, the first; none if answers differ."""
     groups: dict[tuple, list[Query]] = {}
-    for _, query in found:
-        groups.setdefault((query.images, query.question, query.options), []).append(query)
+    keys = [(tuple(map(content, q.images)), q.question, q.options) for _, q in found]
+    for key, (_, query) in zip(keys, found, strict=True):
+        groups.setdefault(key, []).append(query)
     conflicting = {key for key, group in groups.items() if not all(_same_gold(q, group[0]) for q in group)}
     kept = []
-    for place, query in found:
-        key = (query.images, query.question, query.options)
+    for key, (place, query) in zip(keys, found, strict=True):
         if key in conflicting:
             report.drop("conflicting answers", place)
         elif query is not groups[key][0]:

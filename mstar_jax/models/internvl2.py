@@ -236,7 +236,13 @@ def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast | tokenizer.
 
 # ----------------------------------------------------------------------------------- the checkpoint
 FIXED: dict[str, names.JSON] = {  # the only values of these keys in config.json that the model supports
-    "": {"downsample_ratio": 0.5, "ps_version": "v2"},
+    "": {
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "template": "internlm2-chat",
+        "dynamic_image_size": True,
+        "pad2square": False,
+    },
     "vision_config": {
         "hidden_act": "gelu",
         "norm_type": "layer_norm",
@@ -276,6 +282,9 @@ def read_config(folder: pathlib.Path) -> InternVL2Config:
         post_norm=False,
         layer_scale=True,
     )
+    names.check_numbers({key: c[key] for key in TILES.values()}, where, ("use_thumbnail",))
+    if c["min_dynamic_patch"] > c["max_dynamic_patch"]:
+        raise ValueError(f"{where} min_dynamic_patch, {c['min_dynamic_patch']}, is above max_dynamic_patch")
     return InternVL2Config(decoder, vision, **{ours: c[key] for ours, key in TILES.items()})
 
 
@@ -286,10 +295,8 @@ def config_files(config: InternVL2Config, dtype: str) -> dict[str, names.JSON]:
             "architectures": ["InternVLChatModel"],
             "model_type": "internvl_chat",
             "torch_dtype": dtype,
-            "template": "internlm2-chat",
             "select_layer": config.vision.select_layer,
             "force_image_size": config.vision.image_size,
-            "dynamic_image_size": True,
             **{key: getattr(config, ours) for ours, key in TILES.items()},
             **FIXED[""],
             "vision_config": {

@@ -263,8 +263,9 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
     c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
     v = c["vision_config"]
     names.only(c, {"version": "2.5", "slice_mode": True, "use_image_id": False}, where)
+    names.check_numbers({"num_hidden_layers": v["num_hidden_layers"]}, f"{where} vision_config")
     slices = c.get("slice_config") or {}
-    decoder = names.decoder_config({"rope_theta": 500000.0} | c, where)
+    decoder = names.decoder_config(c, where, rope_theta=500000.0)
     vision = names.vision_config(
         {"layer_norm_eps": 1e-6} | v,
         f"{where} vision_config",
@@ -276,13 +277,20 @@ def read_config(folder: pathlib.Path) -> MiniCPMV25Config:
         class_token=False,
         pre_norm=False,
     )
+    sizes = {
+        "query_num": c.get("query_num", 96),
+        "max_slice_nums": slices.get("max_slice_nums", 9),
+        "scale_resolution": slices.get("scale_resolution", 448),
+        "corrected_mask": c.get("corrected_mask", False),
+    }
+    names.check_numbers(sizes, where, ("corrected_mask",))
     return MiniCPMV25Config(
         decoder,
         vision,
-        query_num=c.get("query_num", 96),
-        num_crops=slices.get("max_slice_nums", 9),
-        scale_resolution=slices.get("scale_resolution", 448),
-        corrected_mask=c.get("corrected_mask", False),
+        query_num=sizes["query_num"],
+        num_crops=sizes["max_slice_nums"],
+        scale_resolution=sizes["scale_resolution"],
+        corrected_mask=sizes["corrected_mask"],
     )
 
 

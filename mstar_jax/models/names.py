@@ -10,6 +10,7 @@ the parameters in it as views:
 shape. Each of these can be inverted, so one table serves both reading and writing.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,11 @@ ROPES = {  # our types of RoPE: what config.json may say about each besides its 
     "longrope": ("short_factor", "long_factor", "factor"),
 }
 ROPES["su"] = ROPES["longrope"]  # its older name
-ATTENTION = re.compile(r"attn|attention|rope|rotary|alibi|window|softcap|qk_|layer_types|activation|_act$")
+CONSTANTS = ("rms_norm_eps", "rope_theta", "layer_norm_eps")  # the other keys above are sizes and a flag
+SETTINGS = re.compile(  # keys that change results
+    r"attn|attention|rope|rotary|alibi|window|softcap|qk_|layer_types|activation|_act$"
+    r"|multiplier|scaling|scale_emb|scale_depth|logit_scale|dim_model_base|clip_qkv|parallel_residual|experts"
+)
 KNOWN = {  # keys of this kind that are read, or that change no result
     *("num_attention_heads", "attention_dropout", "output_attentions", "use_flash_attn", "hidden_act"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -63,10 +68,40 @@ def only(values: JSON, wanted: JSON, where: str) -> None:
             raise ValueError(f"{where} {key} is {found!r}, only {value!r} is supported")
 
 
-def known_attention(values: JSON, where: str) -> None:
-    """Refuses settings of attention, positions and activations that the models do not have."""
+def check_numbers(values: JSON, where: str, flags: Sequence[str] = ("tie_word_embeddings",)) -> None:
+    """Checks that sizes are positive whole numbers, constants positive numbers, and flags true or false.
+
+    Raises:
+      ValueError: names `where`, and every key that is none, with its value.
+    """
+    faults = []
     for key, value in values.items():
-        if ATTENTION.search(key) and key not in KNOWN and value:
+        if key in flags:
+            fits, wanted = type(value) is bool, "true or false"
+        elif key in CONSTANTS:
+            fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+        else:
+            fits, wanted = type(value) is int and value > 0, "a positive whole number"
+        if not fits:
+            faults.append(f"{key} is {value!r}, not {wanted}")
+    if faults:
+        raise ValueError(f"{where} {'; '.join(faults)}")
+
+
+def check_divides(values: JSON, whole: str, part: str, where: str) -> None:
+    """Checks that one size is a multiple of another.
+
+    Raises:
+      ValueError: names `where`, both keys and their values.
+    """
+    if values[whole] % values[part]:
+        raise ValueError(f"{where} {whole} is {values[whole]}, no multiple of {part}, {values[part]}")
+
+
+def known_attention(values: JSON, where: str) -> None:
+    """Refuses settings of attention, positions, activations and scales that the models do not have."""
+    for key, value in values.items():
+        if SETTINGS.search(key) and key not in KNOWN and value:
             raise ValueError(f"{where} {key} is {value!r}, a setting that this model does not have")
 
 
@@ -77,10 +112,14 @@ def rope(values: JSON, where: str, types: Sequence[str]) -> JSON:
     Raises:
       ValueError: its type is none of `types`, or it has a key that this type does not read.
     """
-    key = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    given = [name for name in ("rope_parameters", "rope_scaling") if values.get(name)]
+    key = given[0] if given else "rope_scaling"
+    for name in given:
+        if not isinstance(values[name], dict):
+            raise ValueError(f"{where} {name} is {values[name]!r}, not an object")
     found = {k: v for k, v in (values.get(key) or {}).items() if v is not None}
-    kind = found.pop("rope_type", None) or found.get("type", "default")
-    found.pop("type", None)
+    kind = _rope_kind(found)
+    found = {name: value for name, value in found.items() if name not in ("rope_type", "type")}
     if kind not in types:
         raise ValueError(f"{where} {key}: type {kind!r} is not supported, only {', '.join(types)}")
     shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -88,20 +127,33 @@ def rope(values: JSON, where: str, types: Sequence[str]) -> JSON:
         raise ValueError(f"{where} {key}: {', '.join(unknown)} is not read for type {kind!r}")
     merged = {k: v for k, v in values.items() if v is not None} | found
     only(merged, {"partial_rotary_factor": 1}, where)
+    if len(given) == 2 and _rope_kind(values[given[0]]) != _rope_kind(values[given[1]]):
+        raise ValueError(f"{where} {' and '.join(given)} give RoPE different types")
+    if found.get("rope_theta") is not None:
+        only({"rope_theta": values.get("rope_theta")}, {"rope_theta": found["rope_theta"]}, where)
     if ROPES[kind] is ROPES["longrope"]:
-        factor = merged["max_position_embeddings"] / merged["original_max_position_embeddings"]
+        contexts = ("max_position_embeddings", "original_max_position_embeddings")
+        check_numbers({name: merged[name] for name in contexts}, where)
+        factor = merged[contexts[0]] / merged[contexts[1]]
         only(found, {"factor": factor}, f"{where} {key}")
         merged |= {name: tuple(found[name]) for name in ("short_factor", "long_factor")}
     return merged
 
 
-def decoder_config(values: JSON, where: str, ropes: Sequence[str] = ("default",)) -> DecoderConfig:
+def _rope_kind(values: JSON) -> str:
+    return values.get("rope_type") or values.get("type") or "default"
+
+
+def decoder_config(
+    values: JSON, where: str, ropes: Sequence[str] = ("default",), **missing: float
+) -> DecoderConfig:
     """A decoder's dimensions from config.json's values.
 
     Args:
       values: the values.
       where: the file, and the part of it, for messages.
       ropes: the types of RoPE that the family has.
+      missing: values of keys that the family's files may leave out.
 
     Raises:
       ValueError: a setting that the decoder does not have, see `only`, `known_attention` and `rope`.
@@ -120,9 +172,17 @@ def decoder_config(values: JSON, where: str, ropes: Sequence[str] = ("default",)
         "original_max_position_embeddings": longest,
         "rms_norm_eps": 1e-5,
         "num_key_value_heads": values["num_attention_heads"],
+        **missing,
     }
-    fields: JSON = {field: (defaults | values)[key] for field, key in DECODER.items()}
+    read: JSON = {key: (defaults | values)[key] for key in DECODER.values()}
+    check_numbers(read, where)
+    if "head_dim" not in values:
+        check_divides(read, "hidden_size", "num_attention_heads", where)
+    check_divides(read, "num_attention_heads", "num_key_value_heads", where)
+    fields: JSON = {field: read[key] for field, key in DECODER.items()}
     fields["head_dim"] = values.get("head_dim", fields["hidden_size"] // fields["num_heads"])
+    check_numbers({"head_dim": fields["head_dim"]}, where)
+    check_divides(fields | {"2": 2}, "head_dim", "2", where)
     for name in ("short_factor", "long_factor"):
         fields[name] = values.get(name)
         if fields[name] is not None and 2 * len(fields[name]) != fields["head_dim"]:
@@ -145,9 +205,19 @@ def vision_config(values: JSON, where: str, hidden_act: str, **ours: object) -> 
       ValueError: another activation, or a setting that it does not have; the message begins with `where`.
     """
     known_attention(values, where)
-    only(values, {"hidden_act": hidden_act}, where)
-    fields: JSON = {field: values[key] for field, key in VISION.items() if key in values}
-    return VitConfig(**(fields | ours))
+    only(values, {"hidden_act": hidden_act, "num_channels": 3}, where)
+    read = {key: values[key] for key in VISION.values() if key in values}
+    check_numbers(read, where)
+    check_divides(read, "hidden_size", "num_attention_heads", where)
+    if read["patch_size"] > read["image_size"]:
+        raise ValueError(f"{where} patch_size is {read['patch_size']}, more than image_size")
+    made = VitConfig(**({field: read[key] for field, key in VISION.items() if key in read} | ours))
+    if type(made.select_layer) is not int or not -made.num_layers <= made.select_layer < 0:
+        raise ValueError(
+            f"{where} has {made.num_layers} layers; select_layer is {made.select_layer!r}, not one of -1 to "
+            f"{-made.num_layers}"
+        )
+    return made
 
 
 def vision_values(config: VitConfig) -> JSON:

@@ -280,12 +280,14 @@ def read_config(folder: pathlib.Path) -> Phi35Config:
     c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
     for part, wanted in FIXED.items():
         names.only(c.get(part) or {}, wanted, f"{where} {part}")
-    decoder = names.decoder_config({"rope_theta": 10000.0} | c, where, ("default", "longrope", "su"))
+    decoder = names.decoder_config(c, where, ("default", "longrope", "su"), rope_theta=10000.0)
     vision = CLIP
     if "vision_config" in c:
         vision = names.vision_config(c["vision_config"], f"{where} vision_config", "quick_gelu")
     path = folder / "preprocessor_config.json"
-    return Phi35Config(decoder, vision, hf.read_json(path).get("num_crops", 4) if path.exists() else 4)
+    crops = {"num_crops": 4} | (hf.read_json(path) if path.exists() else {})
+    names.check_numbers({"num_crops": crops["num_crops"]}, f"{path}:")
+    return Phi35Config(decoder, vision, crops["num_crops"])
 
 
 def config_files(config: Phi35Config, dtype: str) -> dict[str, names.JSON]:

@@ -276,7 +276,7 @@ def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
 # What the released files leave out: defaults of transformers' LlamaConfig and SmolVLMVisionConfig.
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "rms_norm_eps": 1e-6}
 LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
-LLAMA["rope_theta"] = 10000.0
+ROPE_THETA = 10000.0
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}
 SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
 # The only values of these keys that the model supports.
@@ -320,7 +320,7 @@ def read_config(folder: pathlib.Path) -> SmolVLMConfig:
     images = read_images(folder, v)
     longest, split = images["size"]["longest_edge"], images["do_image_splitting"]
     return SmolVLMConfig(
-        names.decoder_config(text, f"{where} text_config"),
+        names.decoder_config(text, f"{where} text_config", rope_theta=ROPE_THETA),
         names.vision_config(
             v,
             f"{where} vision_config",

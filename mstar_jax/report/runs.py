@@ -127,7 +127,7 @@ def number(record: Record, key: str) -> float | None:
 
 def lines(folder: pathlib.Path) -> Iterator[Record]:
     """The records of a rollout store, one by one, as they are stored."""
-    for path in sorted(folder.glob("[0-9]*.jsonl")):
+    for path in sorted(path for path in folder.glob("*.jsonl") if path.stem.isdigit()):  # no copy of a shard
         with open(path, encoding="utf-8", newline="\n") as file:
             for count, line in enumerate(file, start=1):
                 try:

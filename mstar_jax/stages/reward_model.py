@@ -79,9 +79,7 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
 
     record = report(run, reward, ask(held_out, run.template), responses, labels)
     run.results.add(Stage.reward_model, record | lap(run))
-    shown = {"labels": record["label_auc_within"]} | record.get("truth", {})
-    text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items() if value is not None)
-    log.info("prm: AUC within held-out queries: %s", text or "none, their labels or scores do not differ")
+    log.info("prm: AUC within held-out queries: %s", auc_text(record))
     return reward
 
 
@@ -258,6 +256,21 @@ def report(
             f"{name}_likelihood": value for name, value in against_truth(plain, run.truth, aggregate).items()
         }
     return record | {"temperature": run.config.prm.temperature, "kept": None}
+
+
+def auc_text(record: Mapping[str, Any]) -> str:
+    """The AUCs of a record of `report`, and why that of the labels is missing."""
+    known = {"labels": record["label_auc_within"]} | record.get("truth", {})
+    shown = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
+    if known["labels"] is not None:
+        return ", ".join(shown)
+    if not record["n"]:
+        why = "no query is held out; see prm.held_out, and how many queries are labelled"
+    elif not record["steps"]:
+        why = f"no step of their {record['responses']} responses has a score"
+    else:
+        why = f"of their {record['steps']} steps no two of one query and number differ in being right"
+    return ", ".join([f"labels none ({why})", *shown])
 
 
 def against_truth(

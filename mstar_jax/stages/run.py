@@ -136,6 +136,8 @@ def inputs(
     for key, path in (("policy.path", config.policy.path), ("prm.path", config.prm.path)):
         if path:
             found[key] = of_checkpoint(models.Pretrained(path).folder)
+    if not config.policy.path:
+        found["tokenizer"] = of_checkpoint(workdir / "tokenizer")
     return found
 
 

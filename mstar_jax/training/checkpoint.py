@@ -86,7 +86,9 @@ class Checkpoints:
             return None
         done = self.folder / stage.name / "done.json"
         if done.exists():
-            return EvolveState(**read_json(done))
+            return EvolveState(
+                **read_json(done, "stage", "iteration", "cursor", "done", "temperature", "seed")
+            )
         manager = self._manager(stage)
         found = manager.restore(manager.latest_step(), args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         return EvolveState(**found["run"])

@@ -47,7 +47,7 @@ class StageLog:
         kept = []
         if self.path.exists():
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit()]
+                rows = [row for row in csv.reader(file) if len(row) == len(self.FIELDS) and row[0].isdigit()]
             # one a step, in their order, whatever two runs at once have left there
             kept = [
                 row for _, row in sorted({int(row[0]): row for row in rows}.items()) if int(row[0]) <= start
