@@ -186,8 +186,10 @@ def train(
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)
                 raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
-            if cursor % train.save_every == 0 and cursor < steps:
-                watch.apart(save, False)
+            first = not run.checkpoints.saved  # after a start: the next kill may come soon
+            due = first or cursor % train.save_every == 0
+            if cursor < steps and (due or stopping(run.checkpoints.old, cursor, train.log_every)):
+                watch.apart(save, False, first)
     curve.close()
     save(done=True, wait=True)
     return policy_after(run, stage, state)
