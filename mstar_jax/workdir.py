@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from mstar_jax import processes
 from mstar_jax.ranges import flat
-from mstar_jax.store import read_json, write_text
+from mstar_jax.store import digest, read_json, write_text
 from mstar_jax.structs import Query
 
 log = logging.getLogger(__name__)
@@ -163,11 +163,11 @@ def of_queries(queries: Sequence[Query], workdir: pathlib.Path) -> dict[str, obj
     own = f"{workdir.absolute()}{os.sep}"  # a copied workdir has the same images
     return {
         "queries": len(queries),
-        "ids or their order": _digest(query.id for query in queries),
-        "questions": _digest(asked),
-        "gold answers": _digest(query.answer for query in queries),
-        "which images": _digest([image.removeprefix(own) for image in query.images] for query in queries),
-        "contents of images": _digest(fingerprint(pathlib.Path(image), 2) for image in images),
+        "ids or their order": digest(query.id for query in queries),
+        "questions": digest(asked),
+        "gold answers": digest(query.answer for query in queries),
+        "which images": digest([image.removeprefix(own) for image in query.images] for query in queries),
+        "contents of images": digest(fingerprint(pathlib.Path(image), 2) for image in images),
     }
 
 
@@ -180,7 +180,7 @@ def of_checkpoint(folder: pathlib.Path) -> dict[str, object]:
 def of_folder(folder: pathlib.Path, blocks: int = 64) -> str:
     """What tells a folder of many files from others: a digest of their names and contents."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _digest((str(path.relative_to(folder)), fingerprint(path, blocks)) for path in found)
+    return digest((str(path.relative_to(folder)), fingerprint(path, blocks)) for path in found)
 
 
 def fingerprint(path: pathlib.Path, blocks: int = 64) -> str:
@@ -193,11 +193,4 @@ def fingerprint(path: pathlib.Path, blocks: int = 64) -> str:
         for at in sorted({last * n // max(blocks - 1, 1) for n in range(blocks)}):
             file.seek(at)
             found.update(file.read(BLOCK))
-    return found.hexdigest()[:16]
-
-
-def _digest(values: Any) -> str:
-    found = hashlib.sha256()
-    for value in values:
-        found.update(json.dumps(value).encode() + b"\n")
     return found.hexdigest()[:16]

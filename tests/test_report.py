@@ -107,7 +107,8 @@ def make_run(path, prm=True, iterations=3, name="<b>run</b>"):
             store = Store(path / kind / each, {"seed": 1})
             images = [str(picture)], ["/nowhere/figures/a.png", "/nowhere/else.png"]
             queries = [Query(f"q{i}", images[i], f"{name} How many? {EVIL}", None, "6") for i in (0, 1)]
-            store.write(0, [rollout(q, group) for q, group in zip(queries, groups(kind == "scores"))])
+            records = [rollout(q, group) for q, group in zip(queries, groups(kind == "scores"))]
+            store.write(0, records, "")
     return path
 
 
