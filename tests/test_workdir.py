@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
+from configs import tiny as tiny_config
 from mstar_jax import records, workdir
+from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
 
@@ -155,6 +157,70 @@ def test_a_checkpoint_that_was_replaced_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(bytes([1]) * 10_000_000)
     with pytest.raises(ValueError, match="its start: policy.path: model.safetensors[.]"):
         workdir.check_inputs(tmp_path, {"policy.path": workdir.of_checkpoint(folder)})
+
+
+FIGURES = {"train": 6, "unlabelled": 6, "validation": 4, "test": 4}
+FIGURES |= {"captions": 6, "arithmetic": 6, "instruct": 6}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A config of a policy from scratch on the embedded data, and a workdir in which it has begun."""
+    config = tiny_config.get_config("smoke")
+    config.update_from_flattened_dict({f"data.figures.{key}": value for key, value in FIGURES.items()})
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    run.start(config, folder, {}, lambda: False)
+    return config, folder
+
+
+def other_text(key):
+    def change(path):
+        lines = path.read_text().splitlines()
+        lines[3] = json.dumps(json.loads(lines[3]) | {key: "7"})
+        path.write_text("\n".join(lines) + "\n")
+
+    return change
+
+
+def other_answer(path):
+    rows = json.loads(path.read_text())
+    rows[2]["conversations"][1]["value"] = "The answer is 17"
+    path.write_text(json.dumps(rows))
+
+
+def other_ids(path):
+    """Two tokens change places."""
+    found = json.loads(path.read_text())
+    ids = found["model"]["vocab"]
+    one, two = list(ids)[300:302]
+    ids[one], ids[two] = ids[two], ids[one]
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("figures/base.jsonl", other_text("response"), "data, base: responses[.]"),
+        ("figures/base.jsonl", other_text("question"), "data, base: questions[.]"),
+        ("figures/truth.jsonl", other_text("answer"), r"data, truth: truth\.jsonl[.]"),
+        ("figures/truth.jsonl", pathlib.Path.unlink, r"data, truth: truth\.jsonl[.]"),
+        ("figures/unlabelled.json", other_answer, "data, unlabelled: hidden answers[.]"),
+        (
+            "figures/validation.json",
+            other_answer,
+            "data, validation: gold answers; data, base_val",
+        ),
+        ("tokenizer/tokenizer.json", other_ids, r"tokenizer: tokenizer\.json[.]"),
+    ],
+)
+def test_what_a_run_has_made_itself_may_not_change_either(begun, tmp_path, name, change, said):
+    """The narrow data, what measures it, and the tokenizer, between two starts."""
+    config, folder = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    run.start(config, tmp_path / "copy", {}, lambda: False)
+    change(tmp_path / "copy" / name)
+    with pytest.raises(ValueError, match=f"changed since its start: {said}"):
+        run.start(config, tmp_path / "copy", {}, lambda: False)
 
 
 def test_cut_results_are_named(tmp_path):
