@@ -87,7 +87,7 @@ def claim(workdir: pathlib.Path, values: dict[str, object]) -> bool:
     path = workdir / "config.json"
     new = not path.exists()
     there = {} if new else read_json(path)
-    changed = [] if new else list(_differences(there, values))
+    changed = [] if new else list(changes(there, values))
     if refused := [f"{key}: {a} there, {b} now" for key, a, b in changed if key not in FREE]:
         raise ValueError(
             f"{workdir} holds a run with other values ({'; '.join(refused)}). "
@@ -107,7 +107,7 @@ def unclaim(workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)  # made by that config
 
 
-def _differences(there: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
+def changes(there: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
     """(dotted key, value there, value now) of every value that differs."""
     one, two = flat(there), flat(now)
     for key in one | two:
