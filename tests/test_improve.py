@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import tiny as tiny_config
 from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.stages import improve
-from mstar_jax.stages.policy import Policy, at_rest, policy_after
-from mstar_jax.structs import Prompt, Query, Row, Source, Stage
+from mstar_jax.stages.policy import Policy, at_rest, check_values, policy_after, values_of
+from mstar_jax.structs import EvolveState, Prompt, Query, Row, Source, Stage
 from mstar_jax.training import optimizer
 
 SETTINGS = {"steps": 4, "iterations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "final_fraction": 0.1}
@@ -138,7 +139,7 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
     train["offload_optimizer"] = False
     run = types.SimpleNamespace(
         checkpoints=checkpoints,
-        config=ConfigDict({"evolve": section, "train": train}),
+        config=ConfigDict({"evolve": section, "train": train, "policy": {}, "data": {}}),
         speeds=types.SimpleNamespace(of=lambda *_: watch),
         data=types.SimpleNamespace(buckets=(8,), grouped=False, workers=0),
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
@@ -185,6 +186,36 @@ def test_training_stops_at_what_is_not_finite(monkeypatch, tmp_path, log_every, 
     with pytest.raises(ValueError, match=text):
         training(monkeypatch, tmp_path, losses, norms=norms, log_every=log_every, save_every=save_every)
     assert all(state["cursor"] < bad and not state["done"] for state in saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "refused"),
+    [
+        ("seed", 1, Stage.warmup, True),  # a checkpoint of another run
+        ("data.seed", 1, Stage.base, True),
+        ("train.lora.rank", 4, Stage.warmup, True),
+        ("warmup.learning_rate", 1e-4, Stage.warmup, True),
+        ("evolve.steps", 7, Stage.iteration(2), True),
+        ("evolve.steps", 7, Stage.warmup, False),  # as of runs that share a warm-up
+        ("prm.mc_weight", 0.5, Stage.base, False),
+        ("train.save_every", 7, Stage.warmup, False),
+        ("data.workers", 7, Stage.warmup, False),
+    ],
+)
+def test_a_checkpoint_of_other_values_is_refused(tmp_path, key, value, stage, refused):
+    config = tiny_config.get_config("smoke")
+    host = types.SimpleNamespace(config=config, seed=config.seed, checkpoints=Checkpoints())
+    host.checkpoints.folder = tmp_path
+    saved = EvolveState(stage.kind, stage.number, 2, False, 1.0, 0, values=values_of(host, stage))
+    check_values(host, stage, saved)
+    config.update_from_flattened_dict({key: value})
+    host.seed = config.seed
+    if not refused:
+        return check_values(host, stage, saved)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/{stage}: trained with other values .{key}: .* {value} now"
+    ):
+        check_values(host, stage, saved)
 
 
 @pytest.mark.parametrize(("losses", "said"), [([1.0, 2, 30, 400, 3, 500], 1), ([1.0, 2, 3, 9, 4, 5], 0)])
