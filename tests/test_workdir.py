@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import records, workdir
+from mstar_jax import finished, records, workdir
 from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
@@ -223,6 +223,17 @@ def test_what_a_run_has_made_itself_may_not_change_either(begun, tmp_path, name,
         run.start(config, tmp_path / "copy", {}, lambda: False)
 
 
+def test_a_run_is_read_with_the_tokenizer_that_it_began_with(begun, tmp_path):
+    """By export, say: with other ids its parameters would mean something else."""
+    config, folder = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text(config.to_json_best_effort())
+    finished.policy_of(tmp_path / "copy")
+    other_ids(tmp_path / "copy" / "tokenizer" / "tokenizer.json")
+    with pytest.raises(ValueError, match="copy/tokenizer has changed since .*copy was begun with it"):
+        finished.policy_of(tmp_path / "copy")
+
+
 def test_cut_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text('{"config": {')
     with pytest.raises(ValueError, match=r"results\.json: damaged, not valid JSON"):
@@ -233,6 +244,34 @@ def test_curves_lose_doubled_rows(tmp_path):
     """As two runs in one workdir left them."""
     (tmp_path / "metrics").mkdir()
     path = tmp_path / "metrics" / "base.csv"
-    path.write_text("step,loss\n10,1.5\n20,1.2\n10,1.5\n30,1.1\n20,1.2\n40,1.0\n")
+    path.write_text(curve(10, 20, 10, 30, 20, 40))
     curves.StageLog(tmp_path, Stage.base, 30).close()
-    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "10", "20", "30"]
+    assert path.read_text() == curve(10, 20, 30)
+
+
+def curve(*steps):
+    rows = [f"{step},1.5,0.5,2.0,64,0.001" for step in steps]
+    return "\n".join(["step,loss,accuracy,grad_norm,tokens,learning_rate", *rows]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "pending", "ends"),
+    [
+        (curve(10, 20), 20, 0, None),
+        (curve(10, 20), 23, 3, None),
+        (curve(10, 20, 30), 23, 3, None),  # a later row, which is written again
+        (curve(), 3, 3, None),
+        (curve(10), 20, 0, (10, 20)),
+        (curve(10, 20)[:-9], 23, 3, (10, 20)),  # cut within a row
+        ("", 23, 3, (0, 20)),
+    ],
+)
+def test_rows_that_a_curve_has_lost_are_named(tmp_path, caplog, text, start, pending, ends):
+    path = tmp_path / "metrics" / "base.csv"
+    path.parent.mkdir()
+    path.write_text(text)
+    sums = {name: [1.0 * pending, pending] for name in curves.MEANS} if pending else {}
+    curves.StageLog(tmp_path, Stage.base, start, sums).close()
+    said = [f"{path}: ends at step {ends[0]}, not {ends[1]}; the rows between are lost"] if ends else []
+    assert caplog.messages == said
+    assert all(row.count(",") == 5 for row in path.read_text().splitlines())
