@@ -23,7 +23,8 @@ from mstar_jax.structs import Query
 
 log = logging.getLogger(__name__)
 
-# cannot change what a run ends with, so they may differ from start to start
+# May differ from start to start: they say nothing about the method. What is done in microbatches, or
+# recomputed, sums float32 in another order, so `train.accumulate` and `train.remat` change last bits.
 FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
 FREE += ("train.offload_optimizer",)
@@ -81,7 +82,7 @@ def claim(workdir: pathlib.Path, values: dict[str, object]) -> bool:
       Whether the workdir is new.
 
     Raises:
-      ValueError: with every value that differs, but for those that cannot change the results.
+      ValueError: with every value that differs, but for those that may.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
