@@ -360,12 +360,22 @@ def test_a_stopped_run_continues(whole, tmp_path, count):
     assert_same_run(tmp_path, whole)
 
 
-def command(workdir, values=SMALL):
-    """The main job in a process of its own, which compiles all of its programs itself."""
-    line = [sys.executable, "-c", DRIVER, "--config=configs/tiny.py:smoke", f"--workdir={workdir}"]
-    line += [f"--config.{k}={v}" for k, v in values.items()]
-    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    return subprocess.Popen(line, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)})
+@pytest.fixture
+def command():
+    """Starts the main job in a process of its own, which compiles all of its programs itself."""
+    begun = []
+
+    def start(workdir, values=SMALL):
+        line = [sys.executable, "-c", DRIVER, "--config=configs/tiny.py:smoke", f"--workdir={workdir}"]
+        line += [f"--config.{k}={v}" for k, v in values.items()]
+        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        begun.append(subprocess.Popen(line, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 def kill_once(there, process):
@@ -387,8 +397,8 @@ def steps_saved(workdir, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_gets_on_however_soon_it_is_killed(whole, tmp_path):
+@pytest.mark.timeout(3600)
+def test_a_run_gets_on_however_soon_it_is_killed(whole, tmp_path, command):
     """Each time once the second step after a start is done: by then the first one is on disk."""
     values = SMALL | {"train.log_every": 1, "train.save_every": 1000}
     saved = {"base": 0, "iteration_01": 0}
@@ -406,6 +416,8 @@ def test_a_run_gets_on_however_soon_it_is_killed(whole, tmp_path):
     assert_same_run(tmp_path, whole, curves=False)
 
 
+# Without a reward model there are fewer programs to compile.
+PLAIN = SMALL | {"train.log_every": 1, "evolve.select": "random", "prm.queries": 0, "eval.test_at": ()}
 # What a run does as it goes on after a kill: values, and when it is killed.
 KILLED = {
     # pseudo-labelled rows by their weights, microbatches of one row, no clipping, worker processes
@@ -424,22 +436,22 @@ KILLED = {
         {"train.lora.rank": 4, "evolve.start": "warmup", "data.workers": 2},
         lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
     ),
-    # no response's reward is above 1, so iterations train nothing; responses end at a line's end
+    # no likelihood is above 1, so iterations train nothing; responses end at a line's end
     "nothing kept": (
-        {"evolve.threshold": 1.0, "sampling.stop_strings": ("\n",)},
+        {"evolve.select": "likelihood", "evolve.threshold": 1.0, "sampling.stop_strings": ("\n",)},
         lambda workdir: list(workdir.glob("scores/iteration_01/*.jsonl")),
     ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KILLED)
-def test_kinds_of_runs_that_were_killed_continue(tmp_path, kind):
+def test_kinds_of_runs_that_were_killed_continue(tmp_path, command, kind):
     """In a process of their own each time, with nothing compiled before; a shard that was cut meanwhile is
     sampled again."""
     changes, there = KILLED[kind]
-    values = SMALL | {"train.log_every": 1} | changes
+    values = PLAIN | changes
     config = small()
     config.update_from_flattened_dict(values | {"data.workers": 0})
     config.lock()
@@ -458,7 +470,7 @@ def test_kinds_of_runs_that_were_killed_continue(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_run_continues(whole, tmp_path):
+def test_a_killed_run_continues(whole, tmp_path, command):
     process = command(tmp_path / "run")
     after = ("rollouts/base_validation", "rollouts/warmup", "labels/prm", "scores/prm_held_out")
     after += ("rollouts/iteration_01", "scores/iteration_01", "scores/iteration_01_validation")
