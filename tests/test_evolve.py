@@ -26,6 +26,7 @@ from mstar_jax import evolve, main, sharding
 from mstar_jax.inference import generate
 from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
+from mstar_jax.store import digest
 from mstar_jax.workdir import claim
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -344,6 +345,18 @@ def test_a_second_start_does_nothing(whole, monkeypatch):
     assert records == json.loads((whole / "results.json").read_text())["stages"]
     after = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("kept", [0, 5])  # of 8 records: none, or those up to the warm-up
+def test_an_older_copy_of_the_results_is_refused(whole, tmp_path, kept):
+    """Iteration 1 is not measured again, and the last one sampled at a temperature that they name."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    there = json.loads(path.read_text())
+    stages = there["stages"][:kept]
+    path.write_text(json.dumps(there | {"stages": stages, "digest": digest(stages)}))
+    with pytest.raises(ValueError, match=r"results\.json: no record of iteration_01 \(validation\)"):
+        run(small(), tmp_path / "run")
 
 
 def stop_after(count):
