@@ -381,8 +381,8 @@ def command():
     def start(workdir, values=SMALL):
         line = [sys.executable, "-c", DRIVER, "--config=configs/tiny.py:smoke", f"--workdir={workdir}"]
         line += [f"--config.{k}={v}" for k, v in values.items()]
-        env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-        begun.append(subprocess.Popen(line, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}))
+        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        begun.append(subprocess.Popen(line, cwd=ROOT, env=env))
         return begun[-1]
 
     yield start
