@@ -193,7 +193,7 @@ def get_config() -> ConfigDict:
     lora.alpha = 32.0  # adapters are scaled by alpha / rank
     lora.base_dtype = "bfloat16"  # of frozen parameters, with LoRA; or float32
     train.log_every = 10  # optimizer steps between two rows of the curves
-    train.save_every = 125  # optimizer steps between two checkpoints
+    train.save_every = 125  # optimizer steps between two checkpoints, at most
     train.profile = ()  # (10, 13) traces steps 10 to 12 of every stage into <workdir>/profile/<stage>
 
     # ---- sampling ------------------------------------------------------------------------------------

@@ -101,6 +101,32 @@ def test_done_mark(tmp_path, state):
     assert not Checkpoints(tmp_path).has(Stage.warmup)
 
 
+def test_a_checkpoint_is_old_once_another_costs_little(tmp_path, state, monkeypatch):
+    """Saving takes at most 2 % of the time: after one that took 3 s, the next is due 150 s later."""
+    now = 100.0
+    monkeypatch.setattr("mstar_jax.training.checkpoint.time.monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.old() and not checkpoints.saved
+
+    def written(noted=checkpoints._note):
+        nonlocal now
+        now += 1.5  # noted twice where it is waited for
+        noted(Stage.base)
+
+    monkeypatch.setattr(checkpoints, "_note", lambda stage: written())
+    checkpoints.save(Stage.base, state, where(1), wait=True)
+    assert checkpoints.saved and now == 103 and not checkpoints.old()
+    now = 252.9
+    assert not checkpoints.old()
+    now = 253.1
+    assert checkpoints.old()
+    checkpoints.save(Stage.base, state, where(2))  # written meanwhile, so its own time says nothing
+    assert not checkpoints.old()
+    now += 150.1
+    assert checkpoints.old()
+    checkpoints.wait()
+
+
 def test_parameters_alone(tmp_path, state, tx, mesh):
     """By the object that saved the state, and by another one."""
     checkpoints = Checkpoints(tmp_path)
