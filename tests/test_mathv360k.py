@@ -320,14 +320,13 @@ def test_answers_that_name_an_option(tmp_path, answer):
     assert (found.answer, found.answer_type) == ("B", "choice")
 
 
-def test_a_picture_with_two_names_is_one(tmp_path):
-    """The same question about it is a duplicate, or a conflict."""
+def test_answers_to_a_picture_with_two_names_may_not_differ(tmp_path):
     first = picture(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(first.read_bytes())
     picture(tmp_path / "c.png", color=(1, 2, 3))
     rows = [row(name, f"{name}.png") for name in "abc"]
     queries, report = mathv360k.read(write(tmp_path / "d.json", rows), str(tmp_path))
-    assert [q.id for q in queries] == ["a", "c"] and report.dropped == {"duplicate": 1}
+    assert [q.id for q in queries] == ["a", "b", "c"] and not report.dropped
     rows[1] = row("b", "b.png", answer="The answer is 4")
     queries, report = mathv360k.read(write(tmp_path / "d.json", rows), str(tmp_path))
     assert [q.id for q in queries] == ["c"] and report.dropped == {"conflicting answers": 2}

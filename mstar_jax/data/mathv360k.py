@@ -264,19 +264,23 @@ def _image_faults(paths: Sequence[str], max_pixels: int) -> dict[str, str]:
 
 
 def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
-    """Of equal questions about the same images, whatever their names, the first; none if answers differ."""
+    """Of equal questions about the same images, the first; none if their answers differ, also where the
+    same picture has several names."""
     groups: dict[tuple, list[Query]] = {}
-    keys = [(tuple(map(content, q.images)), q.question, q.options) for _, q in found]
+    keys = [(tuple(map(content, query.images)), query.question, query.options) for _, query in found]
     for key, (_, query) in zip(keys, found, strict=True):
         groups.setdefault(key, []).append(query)
     conflicting = {key for key, group in groups.items() if not all(_same_gold(q, group[0]) for q in group)}
-    kept = []
+    kept: list[Query] = []
+    seen: set[tuple] = set()
     for key, (place, query) in zip(keys, found, strict=True):
+        named = (query.images, query.question, query.options)
         if key in conflicting:
             report.drop("conflicting answers", place)
-        elif query is not groups[key][0]:
+        elif named in seen:
             report.drop("duplicate", place)
         else:
+            seen.add(named)
             kept.append(query)
     return kept
 
