@@ -37,7 +37,9 @@ def restore(workdir: pathlib.Path, stage: Stage | None = None, mesh: Mesh | None
     Raises:
       ValueError: there is no such run or stage.
     """
-    policy, stage = policy_of(workdir), finished(workdir, stage)
+    _check_run(workdir)
+    stage = finished(workdir, stage)
+    policy = policy_of(workdir)
     abstract = jax.eval_shape(policy.build)
     if stage == Stage.reward_model:
         abstract = jax.eval_shape(vlm.RewardModel, abstract)
@@ -54,8 +56,7 @@ def policy_of(workdir: pathlib.Path) -> Policy:
     Raises:
       ValueError: there is no such run, or the tokenizer or checkpoint that it began with is another one now.
     """
-    if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is no run: it holds no config.json")
+    _check_run(workdir)
     config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
     try:
         policy = configure.make_policy(config, workdir)
@@ -72,6 +73,11 @@ def policy_of(workdir: pathlib.Path) -> Policy:
             f"parameters mean something else now. Restore it; to go on all the same, remove {noted}"
         )
     return policy
+
+
+def _check_run(workdir: pathlib.Path) -> None:
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is no run: it holds no config.json")
 
 
 def finished(workdir: pathlib.Path, stage: Stage | None = None) -> Stage:

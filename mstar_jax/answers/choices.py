@@ -30,7 +30,8 @@ _AFTER_LETTER = re.compile(r"(?:because|since|as|is|in|for|which|with|rather tha
 _WRONG = r"(?:not|wrong|incorrect|false|unlikely|impossible|invalid|eliminated|excluded|rejected|ruled out)"
 _DENIED = re.compile(
     rf"\W*(?:is|was|seems?|(?:can|could|would|should|must) be|has been|gets?)\b.{{0,24}}\b{_WRONG}\b"
-    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*(?:but |only )?(?:if|unless)\b|\W*\?|\s?是?[不错非]"
+    r"|\W*(?:isn't|can't|cannot|doesn't)|\W*(?:but |only )?(?:if|unless)\b|\W*\?"
+    r"|\s?(?:是?[不错非]|以外|之外|除外|吗)"
 )
 _THAT_IS = r"(?:which is|that is|so|or|i\.?e\.?,?)\s"
 _NAME = r"(?:the\s)?(?i:option|choice|answer|letter)\s"
@@ -52,9 +53,9 @@ _EQUALS = re.compile(
     r"[\s,;:.)=≈-]*(?:(?:(?:which|that)\s(?:is|equals|has|means)|i\.?e\.?,?|with|namely|meaning|at|of)\s)?"
 )
 _ALSO = re.compile(  # a second letter: `B, C`, `B as well as C`, `B, or in the other case C`, `B或C`
-    r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then"
-    r"|as well as)\b[\s,:]*|[,;/&=+→⋯或和与、，；(\[]\s*|(?:^|\s)-\s?)(?:(?:option|choice|answer)\s)?"
-    r"[(\[]?([A-Z])(?=$|[)\].,:;/&→⋯，。；、]|[\u4e00-\u9fff]|\s(?!(?<=[AI]\s)[a-z])"
+    r"(?:\b(?:and|n?or|but|also|else|otherwise|alternatively|maybe|perhaps|possibly|both|either|plus|then|than"
+    r"|as well as)\b[\s,:]*|(?:或者|以及|还是|[,;/&=+→⋯或和与、，；(\[])\s*|(?:^|\s)-\s?)"
+    r"(?:(?:option|choice|answer)\s)?[(\[]?([A-Z])(?=$|[)\].,:;/&→⋯，。；、]|[\u4e00-\u9fff]|\s(?!(?<=[AI]\s)[a-z])"
     r"|\s(?:is|could|can|may|might|would|if|in|for|with|when|too|also)\b)"
 )
 _ACTUALLY = re.compile(  # `B, no, C`

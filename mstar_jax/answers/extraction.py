@@ -200,7 +200,7 @@ class Marked(NamedTuple):
 
 _RETRACTION = re.compile(  # of the answer before it: `5. No, wait, 6`
     r"\W{0,12}(?:(?:oh|ah|but|sorry|oops)\W{1,4}){0,2}"
-    r"(?:no\W{1,3}\(?[A-HJ-Z]\)?(?!\w)|(?P<no>no\s?[,.!;…—-])|(?:no\s)?wait\b|actually\b|correction\b"
+    r"(?:no\W{1,3}\(?[A-HJ-Z]\)?(?!\w)|(?P<no>no(?:\s?[,.!;…—-]|\s(?:it|that|this)\b))|(?:no\s)?wait\b|actually\b|correction\b"
     r"|scratch that|on second thought"
     r"|h+m+\b|oops\b|i\smis(?:read|counted|calculated)\b|i\s(?:made|was|am)\b.{0,20}(?:mistake|error|wrong)\b"
     r"|(?:that|this|it)(?:'s|\sis|\swas|\scan't\sbe|\scannot\sbe)\s"
@@ -231,13 +231,32 @@ def _marked(text: str) -> Marked | None:
         and (span := _box(text))
         and (content := text[slice(*span)].strip())
     ):
-        return Marked(content[:LINE], "boxed", text[span[1] :])
+        return Marked(_joined(content[:LINE], text[: span[0]]), "boxed", text[span[1] :])
     start = _after_marker(text)
     if start < 0:
         return None
     line, _, rest = text[start:].partition("\n")
     line = line[:LINE].strip()
     return Marked(line, "marker", rest) if line.strip("*_$.:` ") else None
+
+
+_JOINS = re.compile(  # two boxes: `\\boxed{3} \\text{ or } \\boxed{4}`
+    r"[\s$\\)\]]*(?:\\text\s?\{)?\s*(or|and|,|;|/|或者?|和)[\s,}]*[\s$\\(\[]*(?:[A-Za-z]\s?=\s?)?"
+    rf"{_BOXES}\s{{0,9}}\{{?$"
+)
+
+
+def _joined(content: str, before: str) -> str:
+    """The content of a box, with that of the box that is joined to it: `3 or 4`, `3, 4`."""
+    before = before[-LINE:]
+    m = _JOINS.search(before, max(0, len(before) - 60))
+    if m is None:
+        return content
+    at = before.rfind("}", 0, m.start() + 1)
+    other = _box(before[: at + 1]) if at >= 0 else None
+    if other is None or other[1] != at or before[at + 1 : m.start()].strip(" $"):
+        return content
+    return f"{before[slice(*other)].strip()} {m[1]} {content}".replace(" ,", ",")[:LINE]
 
 
 def _tagged(text: str, tags: list[re.Match[str]]) -> Marked | None:

@@ -17,7 +17,8 @@ m meter meters metre metres 米 公尺; cm centimeter centimeters centimetre cen
 km kilometer kilometers kilometre kilometres 千米 公里; mm millimeter millimeters millimetre millimetres 毫米
 in inch inches 英寸; ft foot feet 英尺; yd yard yards; mi mile miles 英里; g gram grams 克
 kg kilogram kilograms 千克 公斤; mg milligram milligrams 毫克; lb lbs pound pounds; oz ounce ounces
-t ton tons 吨; l liter liters litre litres 升; ml milliliter milliliters millilitre millilitres 毫升
+t ton tons 吨; cup cups; pint pints; quart quarts; gallon gallons
+l liter liters litre litres 升; ml milliliter milliliters millilitre millilitres 毫升
 s sec secs second seconds 秒; min mins minute minutes 分钟; h hr hrs hour hours 小时; day days 天 日
 week weeks 周; month months 月 个月; year years 年; year-old years-old 岁
 ° deg degree degrees 度; % percent pct; $ dollar dollars usd us$ 美元
@@ -92,7 +93,8 @@ def unit(tail: str, *, one: bool = False) -> str | None:
         return ""
     if (known := _known(text)) is not None:
         return known
-    if " per " in text or (text[0].isalpha() and "/" in text):
+    text = text.replace("per cent", "percent")
+    if " per " in f" {text}" or (text[0].isalpha() and "/" in text):
         return _rate(text.replace("/", " per "), one)
     if _NOT_UNIT.search(text) or (text[0] < "\u2e80" and len(text) < 3):
         return None
@@ -114,10 +116,10 @@ def _known(text: str) -> str | None:
 
 def _rate(text: str, one: bool) -> str | None:
     """`km/h` of `kilometers per hour`; None where a part is neither a unit nor a counted thing."""
-    above, _, below = text.partition(" per ")
-    first = _counted(above.strip(), one)
+    above, _, below = f" {text}".partition(" per ")
+    first = _counted(above.strip(), one) if above.strip() else ""  # `$5 per hour`
     second = _counted(_CLAUSE.split(below, maxsplit=1)[0].strip(), True)
-    return f"{first}/{second}" if first and second and not _NOT_UNIT.search(below) else None
+    return f"{first}/{second}" if first is not None and second and not _NOT_UNIT.search(below) else None
 
 
 def _counted(words: str, one: bool) -> str | None:

@@ -175,11 +175,15 @@ _PERFECT = re.compile(r"-?(?:(∛|∜)|\\sqrt\s?\[([2-9])\])\s?([({]?)(\d{1,18})
 _AGAIN = re.compile(r"\s?\(([\w-]{1,12})\)")  # `five (5)`
 _NOT_ANOTHER = re.compile(r",?\s(?:not|rather than|instead of)\s(-?[\d.,]+)$")
 _AND_HALF = re.compile(r"\s?and (?:a|one)[- ]half\b")
+_INSTEAD = re.compile(  # `5 because ... no, it is 6`
+    r"\b(?:no|wait|actually|sorry|i mean)\b\W{0,3}(?:it(?:'s| is) )?-?\d", re.IGNORECASE
+)
 _DECADE = re.compile(r"\b[12]\d\d0'?s\b")
 _LEAD = re.compile(
     r"(?:(?:the )?(?:area|perimeter|length|width|height|volume|radius|diameter|value|sum|difference|product"
     r"|total|mean|median|mode|range|average|number|angle|probability|slope|distance|cost|price|ratio|time)"
     r"(?:\s?:|\s(?:is|equals))\s)?"
+    r"(?:in (?=[12]\d{3}$))?"
     r"(?:(?:is|equals?|equal to|approximately|approx\.?|about|around|roughly|nearly|exactly|only|just"
     r"|(?:a )?total of|there (?:is|are)|(?:i (?:think|believe) )?it(?:'s| is))(?![a-z])"
     r"\s?|(?:\b[a-z]\s?)?≈\s?|[=:]\s?)*"
@@ -209,7 +213,10 @@ def number(text: str) -> Number | None:
         whole, _, decimals = text.partition(".")
         value = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
         return Number(value, "", len(decimals))
-    text = REASON.split(tidy(text), maxsplit=1)[0]
+    text = tidy(text)
+    if _INSTEAD.search(text):
+        return None
+    text = REASON.split(text, maxsplit=1)[0]
     if "=" in text and not _SEVERAL.search(text):
         return _right_side(*(side.strip() for side in text.split("=")))
     if (m := _LETTER_UNIT.search(text)) and m[1] not in "mshglNJWVACFLΩ":
@@ -254,7 +261,10 @@ def number(text: str) -> Number | None:
                 return None
             tail = tail[other.end() :]
     name = unit(tail, one=value == 1)
-    return None if name is None else Number(value, name or UNITS.get(money.strip(), money), places)
+    if name is None:
+        return None
+    money = UNITS.get(money.strip(), money)
+    return Number(value, money + name if money and name[:1] == "/" else name or money, places)
 
 
 def _exact(text: str) -> Number | None:

@@ -212,11 +212,9 @@ def vision_config(values: JSON, where: str, hidden_act: str, **ours: object) -> 
     if read["patch_size"] > read["image_size"]:
         raise ValueError(f"{where} patch_size is {read['patch_size']}, more than image_size")
     made = VitConfig(**({field: read[key] for field, key in VISION.items() if key in read} | ours))
-    if type(made.select_layer) is not int or not -made.num_layers <= made.select_layer < 0:
-        raise ValueError(
-            f"{where} has {made.num_layers} layers; select_layer is {made.select_layer!r}, not one of -1 to "
-            f"{-made.num_layers}"
-        )
+    first = -made.num_layers - 1  # what goes into the blocks
+    if type(made.select_layer) is not int or not first <= made.select_layer < 0:
+        raise ValueError(f"{where}: select_layer is {made.select_layer!r}, not one of -1 to {first}")
     return made
 
 
