@@ -66,7 +66,8 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self.saved = False
         self._cost = 0.0  # seconds that the last one took which was waited for
-        self._due = 0.0  # when the newest one is old, seconds of the monotonic clock
+        self._first = 0.0  # when this process had saved its first one, seconds of the monotonic clock
+        self._due = 0.0  # when the newest one is old
         self._managers: dict[Stage, ocp.CheckpointManager] = {}
 
     def save(self, stage: Stage, state: TrainState, run: EvolveState, wait: bool = False) -> None:
@@ -90,10 +91,13 @@ class Checkpoints:
         now = time.monotonic()
         if wait or run.done:
             self._cost = now - begun
-        self.saved, self._due = True, now + self._cost / SHARE
+        self._first = self._first if self.saved else now
+        # soon at first, for a process that is killed often is young; then ever more rarely
+        self.saved, self._due = True, now + min(4 * self._cost + now - self._first, self._cost / SHARE)
 
     def old(self) -> bool:
-        """Whether the newest one is so old that saving another now takes at most `SHARE` of the time."""
+        """Whether the newest one is so old that another is due: a kill would lose more than half of what this
+        process has done, or saving takes less than `SHARE` of the time."""
         return time.monotonic() >= self._due
 
     def has(self, stage: Stage) -> bool:
