@@ -238,6 +238,7 @@ def test_responses_of_a_query_share_rows():
     assert list(calls.packed(np.array([], int), 100, 200)) == []
 
 
+@pytest.mark.slow
 def test_programs_are_timed_on_local_devices():
     """A call, and a step of decoding that really decodes: with random weights no row ends at once."""
     config = tiny_config.get_config("smoke")
