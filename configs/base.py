@@ -158,7 +158,8 @@ def get_config() -> ConfigDict:
     prm.rows = 16  # rows of completions sampled together
     prm.mc_weight = 0.2  # of the loss on step labels; that of the correct responses' likelihood is 1
     prm.steps = 3000  # optimizer steps, about one pass
-    prm.batch = 64  # rows of a step, and of a scoring batch
+    prm.batch = 64  # rows of a step
+    prm.score_batch = 0  # rows that are scored together; 0: those of a step
     prm.longest = 3072  # tokens of a training row, at most; longer ones are split by responses
     prm.chunk = 2048  # queries in a file of scores: what is scored again after a kill; less is more padding
     prm.learning_rate = 1e-6  # at its peak

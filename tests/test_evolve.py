@@ -22,10 +22,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, main, sharding
+from mstar_jax import configure, evolve, main, sharding
 from mstar_jax.inference import generate
 from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
+from mstar_jax.stages import policy
 from mstar_jax.store import digest
 from mstar_jax.workdir import claim
 
@@ -230,6 +231,45 @@ def test_results(whole):
     assert set(record["truth"]) == {
         f"{name}{of}" for name in ("step_auc", "all_right_auc") for of in ("", "_likelihood")
     }
+
+
+@pytest.mark.slow
+def test_memory_between_stages(whole, tmp_path, monkeypatch):
+    """While the policy trains there is its state and nothing else: no reward model, no weights for sampling.
+    While it samples or scores, its moments are on the host. The run ends as one that leaves them where they
+    are, bit for bit."""
+    config = small()
+    config.train.offload_optimizer = True
+    config.train.save_every = 100  # what is being saved is held in copies
+    model = jax.eval_shape(configure.make_policy(config, whole, []).build)
+    shape = model.decoder.blocks.gate.shape
+    assert model.decoder.blocks.up.shape == shape
+
+    def copies():
+        """Of a model's parameters, or of moments of them, in the devices' own memory."""
+        alive = [x for x in jax.live_arrays() if x.shape == shape and x.sharding.memory_kind == "device"]
+        return len({x.unsafe_buffer_pointer() for x in alive}) / 2 - before  # several may share a buffer
+
+    def watched(kind, call):
+        def fn(*args, **kwargs):
+            seen[kind].append(copies())
+            return call(*args, **kwargs)
+
+        return fn
+
+    before, seen = 0, collections.defaultdict(list)
+    before = copies()
+    make = policy.make_train_step
+    monkeypatch.setattr(policy, "make_train_step", lambda *a, **k: watched("train", make(*a, **k)))
+    monkeypatch.setattr(generate.rollouts, "rollouts", watched("sample", generate.rollouts.rollouts))
+    monkeypatch.setattr(prm, "scores", watched("score", prm.scores))
+    run(config, tmp_path / "run")
+    assert set(seen["train"]) == {3}, "the parameters and two moments"
+    assert sorted(seen["sample"])[-2:] == [1, 3], (
+        "in float32 sampled from as they are; base stops to be checked"
+    )
+    assert set(seen["score"]) <= {1, 2}, "the reward model, and the policy once it is back"
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_no_program_is_compiled_twice(started):

@@ -61,7 +61,8 @@ def score(
     size = host.prm.chunk
     asked = [each for each in asked if each.query.id in responses]
     chunks = [asked[at : at + size] for at in range(0, len(asked), size)]
-    own = {"only_correct": only_correct, "batch": host.prm.batch, "chunk": size}
+    batch = host.prm.score_batch or host.prm.batch
+    own = {"only_correct": only_correct, "batch": batch, "chunk": size}
     own["dtype"] = host.sampling.dtype
     store = Store(host.workdir / "scores" / name, {**settings, **own})
     digests = [digest_of(host.workdir, chunk, responses) for chunk in chunks]
@@ -118,11 +119,12 @@ def score_with(
         odd += len(group) - len(plain)
         if plain:
             rows += loader.split_rows([prm.row(prompt, plain, encode, scorer.texts)], max(buckets))
-    plans = loader.full_batches(rows, host.prm.batch, buckets)
+    size = host.prm.score_batch or host.prm.batch
+    plans = loader.full_batches(rows, size, buckets)
     batches = loader.row_batches(
         plans,
         scorer.processor,
-        host.prm.batch,
+        size,
         workers=host.data.workers,
         share=sharding.share_of(host.mesh),
     )
