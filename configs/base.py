@@ -158,7 +158,8 @@ def get_config() -> ConfigDict:
     prm.rows = 16  # rows of completions sampled together
     prm.mc_weight = 0.2  # of the loss on step labels; that of the correct responses' likelihood is 1
     prm.steps = 3000  # optimizer steps, about one pass
-    prm.batch = 64  # rows of a step, and of a scoring batch
+    prm.batch = 64  # rows of a step
+    prm.score_batch = 0  # rows that are scored together; 0: those of a step
     prm.longest = 3072  # tokens of a training row, at most; longer ones are split by responses
     prm.chunk = 2048  # queries in a file of scores: what is scored again after a kill; less is more padding
     prm.learning_rate = 1e-6  # at its peak
@@ -193,7 +194,7 @@ def get_config() -> ConfigDict:
     lora.alpha = 32.0  # adapters are scaled by alpha / rank
     lora.base_dtype = "bfloat16"  # of frozen parameters, with LoRA; or float32
     train.log_every = 10  # optimizer steps between two rows of the curves
-    train.save_every = 125  # optimizer steps between two checkpoints
+    train.save_every = 125  # optimizer steps between two checkpoints, at most
     train.profile = ()  # (10, 13) traces steps 10 to 12 of every stage into <workdir>/profile/<stage>
 
     # ---- sampling ------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from ml_collections import ConfigDict
 
 from configs.variants import NEW_OPTIMIZER, VARIANTS, Values, resolve
 from mstar_jax.cli import CONFIG, WORKDIR
-from mstar_jax.store import write_text
+from mstar_jax.store import read_json, write_text
+from mstar_jax.workdir import FREE, changes
 
 TABLES = flags.DEFINE_list("tables", ["1", "2", "3", "4"], "Which tables.")
 ROWS = flags.DEFINE_list("rows", [], "Only these rows of them, in this order, by the names of their folders.")
@@ -172,6 +173,21 @@ def fork(shared: pathlib.Path, folder: pathlib.Path) -> None:
     own = shutil.ignore_patterns("config.json", "lock", "report")
     shutil.copytree(shared, part, copy_function=link, ignore=own)
     part.rename(folder)
+
+
+def claim(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+    """Notes the values in a new workdir; its finished rows are not looked at again.
+
+    Raises:
+      UsageError: its rows have other values.
+    """
+    path = workdir / "config.json"
+    there = read_json(path) if path.exists() else values
+    told = [f"{key}: {a} there, {b} now" for key, a, b in changes(there, values) if key not in FREE]
+    if told:
+        raise app.UsageError(f"{workdir} has other values ({'; '.join(told)}): name another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=1))
 
 
 def finished(folder: pathlib.Path, iterations: int) -> bool:
@@ -355,6 +371,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or "runs/ablation")
+    claim(workdir, json.loads(config.to_json_best_effort()))
     seeds = range(config.seed, config.seed + SEEDS.value)
     shared = {f"seed_{seed}/{SHARED.name}": values_of(config, SHARED, seed) for seed in seeds}
     failed = run(shared, workdir, 0)

@@ -141,6 +141,7 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
         ("warmup.batch", c.warmup.batch, accumulate),
         ("evolve.batch", c.evolve.batch, accumulate),
         ("prm.batch", c.prm.batch, accumulate if c.prm.queries else 1),
+        ("prm.score_batch", c.prm.score_batch or c.prm.batch, 1),
         ("prm.rows", c.prm.rows, 1),
         ("explore.batch", c.explore.batch, 1),
     ]
@@ -277,7 +278,6 @@ def make_policy(
 
 
 # ---- 4. data ------------------------------------------------------------------------------------------
-
 
 EMBEDDED = {"toy": toy.make, "figures": figures.make}
 

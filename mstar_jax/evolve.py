@@ -40,7 +40,7 @@ from mstar_jax.stages.benchmark import benchmark
 from mstar_jax.stages.explore import explore, temperature_after
 from mstar_jax.stages.generate import generate
 from mstar_jax.stages.improve import Carry, improve
-from mstar_jax.stages.measure import measure
+from mstar_jax.stages.measure import check_measured, measure
 from mstar_jax.stages.policy import policy_after
 from mstar_jax.stages.reward_model import train_reward_model
 from mstar_jax.stages.run import start, superseded
@@ -95,6 +95,7 @@ def evolve(
     for t in range(1, method.iterations + 1):
         stage = Stage.iteration(t)
         if superseded(run, stage):  # a restart after a later stage has trained: this checkpoint may be gone
+            check_measured(run, stage, reward)
             policy = policy_after(run, stage)
             temperature = temperature_after(run, stage, temperature)
             continue

@@ -12,6 +12,7 @@ from mstar_jax.models import vlm
 from mstar_jax.store import read_json
 from mstar_jax.structs import Stage
 from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.workdir import of_checkpoint
 
 Policy = models.Pretrained | models.FromScratch
 
@@ -53,17 +54,25 @@ def policy_of(workdir: pathlib.Path) -> Policy:
     """A run's policy, without its parameters.
 
     Raises:
-      ValueError: there is no such run.
+      ValueError: there is no such run, or the tokenizer or checkpoint that it began with is another one now.
     """
     _check_run(workdir)
     config = ml_collections.ConfigDict(read_json(workdir / "config.json"))
     try:
-        return configure.make_policy(config, workdir)
+        policy = configure.make_policy(config, workdir)
     except (AttributeError, KeyError) as error:
         raise ValueError(
             f"{workdir}/config.json has other keys than this version of mstar_jax ({error}): "
             "use the version that wrote it"
         ) from error
+    noted = workdir / "inputs.json"
+    key = "tokenizer" if isinstance(policy, models.FromScratch) else "policy.path"
+    if noted.exists() and read_json(noted).get(key) != of_checkpoint(policy.folder):
+        raise ValueError(
+            f"{policy.folder} has changed since {workdir} was begun with it ({key} in {noted}): its "
+            f"parameters mean something else now. Restore it; to go on all the same, remove {noted}"
+        )
+    return policy
 
 
 def _check_run(workdir: pathlib.Path) -> None:

@@ -49,6 +49,7 @@ ALWAYS = {
     "prm.completions": COUNT,
     "prm.samples": COUNT,
     "prm.mc_weight": SOME,
+    "prm.score_batch": SOME,
     "prm.longest": COUNT,
     "prm.chunk": COUNT,
     "prm.steps": SOME,

@@ -13,7 +13,7 @@ import tensorboardX
 
 from mstar_jax import processes
 from mstar_jax.data import prompts
-from mstar_jax.store import read_json, write_text
+from mstar_jax.store import digest, read_json, write_text
 from mstar_jax.structs import Query, Response, Stage
 
 
@@ -85,13 +85,23 @@ class Results:
     """
 
     def __init__(self, workdir: pathlib.Path, head: Mapping[str, object]):
+        """Reads the records that are there.
+
+        Raises:
+          ValueError: the file is damaged, or its records were changed.
+        """
         self.workdir, self.head = workdir, head
         self.path = workdir / "results.json"
         self.records: list[Record] = []
         if processes.first():
             (workdir / "metrics").mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self.records = read_json(self.path, "stages")["stages"]
+            there = read_json(self.path, "stages")
+            self.records = there["stages"]
+            if there.get("digest") != digest(self.records):  # the run reads what they say, such as `chosen`
+                raise ValueError(
+                    f"{self.path}: its records are not those that the run wrote; restore it from a copy"
+                )
         processes.barrier("results")  # read by all processes before one adds to them
 
     def find(self, stage: Stage, split: str) -> Record | None:
@@ -126,7 +136,7 @@ class Results:
         rows: list[Sequence[object]] = [names, *([record.get(name, "") for name in names] for record in flat)]
         text = "".join(",".join(str(cell) for cell in row) + "\n" for row in rows)
         write_text(self.workdir / "metrics" / "dynamics.csv", text)
-        data = {**self.head, "stages": self.records}
+        data = {**self.head, "digest": digest(self.records), "stages": self.records}
         write_text(self.path, json.dumps(data, indent=1))  # last: a record here means that all is written
         events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard" / "dynamics"))
         at = 0 if stage == Stage.base else stage.number + 1

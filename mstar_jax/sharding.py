@@ -62,7 +62,8 @@ def make_mesh(
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, [data, fsdp, tensor]))} does not fit {len(devices)} devices: "
-            f"the sizes must multiply to {len(devices)}"
+            f"the sizes must multiply to {len(devices)}; change mesh.data, mesh.fsdp or mesh.tensor, "
+            "e.g. --config.mesh.tensor=1"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:

@@ -2,7 +2,7 @@
 
     <workdir>/rollouts/<name>/settings.json    what the samples depend on
     <workdir>/rollouts/<name>/00012.jsonl      one shard per device batch, renamed into place when whole
-    <workdir>/rollouts/<name>/00012.sum        how many records it holds, and their digest
+    <workdir>/rollouts/<name>/00012.sum        how many records it holds, their digest, and what they answer
     <workdir>/labels/<name>/...                Monte-Carlo labels of steps, in the same layout
     <workdir>/scores/<name>/...                responses with the reward model's step scores
 
@@ -57,8 +57,16 @@ def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
     return found
 
 
+def digest(values: Iterable[object]) -> str:
+    """A digest of values that JSON can hold."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(json.dumps(value).encode() + b"\n")
+    return found.hexdigest()[:16]
+
+
 class Store:
-    """Records in shards; a shard is complete or absent, and one that was damaged later counts as absent."""
+    """Records in shards. A shard counts as absent if it was damaged, or if something else is asked now."""
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping[str, object]):
         """Opens or creates a store.
@@ -67,7 +75,6 @@ class Store:
           ValueError: the folder holds records that were made with other settings.
         """
         self.folder = pathlib.Path(folder)
-        self.shards: int | None = None  # how many there are, once they are complete
         path = self.folder / "settings.json"
         now = json.loads(json.dumps(settings))
         if processes.first():
@@ -87,13 +94,17 @@ class Store:
     def _shard(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05d}.jsonl"
 
-    def missing(self, shards: int) -> list[int]:
-        """Which of the shards 0..shards-1 do not exist yet or are damaged, as process 0 sees it; those that
-        are damaged are named in the log."""
-        there = np.array([self._is_whole(number) for number in range(shards)])
-        return np.flatnonzero(~processes.from_first(there)).tolist() if shards else []
+    def missing(self, asked: Sequence[str]) -> list[int]:
+        """Which shards do not exist yet, are damaged or answer something else, as process 0 sees it; the
+        last two kinds are named in the log.
 
-    def _is_whole(self, number: int) -> bool:
+        Args:
+          asked: of each shard, a digest of what its records answer.
+        """
+        there = np.array([self._is_whole(number, each) for number, each in enumerate(asked)])
+        return np.flatnonzero(~processes.from_first(there)).tolist() if asked else []
+
+    def _is_whole(self, number: int, asked: str) -> bool:
         path = self._shard(number)
         if not path.exists():
             return False
@@ -103,20 +114,23 @@ class Store:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             log.warning("%s: how much it should hold is not known, so it is made again", path)
             return False
+        if noted.get("asked") != asked:
+            log.warning("%s: it answers something else than is asked now, so it is made again", path)
+            return False
         data = path.read_bytes()
-        if noted == _sum(data):
+        if noted == _sum(data, asked):
             return True
         lines = data.count(b"\n")
         log.warning("%s: damaged (%d of %d whole lines), so it is made again", path, lines, records)
         return False
 
-    def write(self, number: int, records: Iterable[Mapping[str, object]]) -> None:
-        """Writes shard `number`, a record a line, if this is process 0."""
+    def write(self, number: int, records: Iterable[Mapping[str, object]], asked: str) -> None:
+        """Writes shard `number`, a record a line, if this is process 0; for `asked` see `missing`."""
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if processes.first():
             path = self._shard(number)
             path.unlink(missing_ok=True)  # a damaged one; the sum below is not its own
-            write_text(path.with_suffix(".sum"), json.dumps(_sum(text.encode())))
+            write_text(path.with_suffix(".sum"), json.dumps(_sum(text.encode(), asked)))
             write_text(path, text)
 
     def complete(self, shards: int) -> None:
@@ -125,21 +139,19 @@ class Store:
         Raises:
           ValueError: another process wrote one where this one does not see it.
         """
-        self.shards = shards
         own = {self._shard(number) for number in range(shards)}
         for path in sorted(set(self.folder.glob("*.jsonl")) - own):
             log.warning("%s: no shard of this store, which has %d, so it is not read", path, shards)
         processes.barrier(f"{self.folder.name}: complete")
         processes.visible(lambda: all(self._shard(n).exists() for n in range(shards)), self.folder)
 
-    def read(self, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-        """Every record, as `parse` reads it, shard by shard; a copy of a shard under another name is none.
+    def read(self, shards: int, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+        """Every record of the shards 0..shards-1, as `parse` reads it; later ones are of a longer pass.
 
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
         """
-        there = [path for path in sorted(self.folder.glob("*.jsonl")) if path.stem.isdigit()]
-        for path in [path for path in there if self.shards is None or int(path.stem) < self.shards]:
+        for path in map(self._shard, range(shards)):
             # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
             lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             for number, line in enumerate(lines if lines != [""] else [], start=1):
@@ -153,9 +165,9 @@ class Store:
                 yield found
 
 
-def _sum(data: bytes) -> dict[str, object]:
+def _sum(data: bytes, asked: str) -> dict[str, object]:
     """What a shard's `.sum` says of it."""
-    return {"records": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"records": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest(), "asked": asked}
 
 
 def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:

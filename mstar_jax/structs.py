@@ -368,6 +368,7 @@ class EvolveState:
       seed: the run's seed.
       loader: state of the stage's input pipeline, as its iterator gives it.
       curve: sums of the training metrics since the last row of the stage's curve.
+      values: of the config, by dotted key, what the stage was trained with.
     """
 
     stage: str
@@ -378,3 +379,4 @@ class EvolveState:
     seed: int
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     curve: dict[str, Any] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -18,12 +18,13 @@ from typing import IO, Any
 
 from mstar_jax import processes
 from mstar_jax.ranges import flat
-from mstar_jax.store import read_json, write_text
+from mstar_jax.store import digest, read_json, write_text
 from mstar_jax.structs import Query
 
 log = logging.getLogger(__name__)
 
-# cannot change what a run ends with, so they may differ from start to start
+# May differ from start to start: they say nothing about the method. What is done in microbatches, or
+# recomputed, sums float32 in another order, so `train.accumulate` and `train.remat` change last bits.
 FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
 FREE += ("train.offload_optimizer",)
@@ -83,13 +84,13 @@ def claim(workdir: pathlib.Path, values: dict[str, object]) -> bool:
       Whether the workdir is new.
 
     Raises:
-      ValueError: with every value that differs, but for those that cannot change the results.
+      ValueError: with every value that differs, but for those that may.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     new = not path.exists()
     there = {} if new else read_json(path)
-    changed = [] if new else list(_differences(there, values))
+    changed = [] if new else list(changes(there, values))
     if refused := [f"{key}: {a} there, {b} now" for key, a, b in changed if key not in FREE]:
         raise ValueError(
             f"{workdir} holds a run with other values ({'; '.join(refused)}). "
@@ -109,7 +110,7 @@ def unclaim(workdir: pathlib.Path) -> None:
         shutil.rmtree(workdir / "tokenizer", ignore_errors=True)  # made by that config
 
 
-def _differences(there: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
+def changes(there: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, object, object]]:
     """(dotted key, value there, value now) of every value that differs."""
     one, two = flat(there), flat(now)
     for key in one | two:
@@ -165,11 +166,11 @@ def of_queries(queries: Sequence[Query], workdir: pathlib.Path) -> dict[str, obj
     own = f"{workdir.absolute()}{os.sep}"  # a copied workdir has the same images
     return {
         "queries": len(queries),
-        "ids or their order": _digest(query.id for query in queries),
-        "questions": _digest(asked),
-        "gold answers": _digest(query.answer for query in queries),
-        "which images": _digest([image.removeprefix(own) for image in query.images] for query in queries),
-        "contents of images": _digest(fingerprint(pathlib.Path(image), 2) for image in images),
+        "ids or their order": digest(query.id for query in queries),
+        "questions": digest(asked),
+        "gold answers": digest(query.answer for query in queries),
+        "which images": digest([image.removeprefix(own) for image in query.images] for query in queries),
+        "contents of images": digest(fingerprint(pathlib.Path(image), 2) for image in images),
     }
 
 
@@ -182,7 +183,7 @@ def of_checkpoint(folder: pathlib.Path) -> dict[str, object]:
 def of_folder(folder: pathlib.Path, blocks: int = 64) -> str:
     """What tells a folder of many files from others: a digest of their names and contents."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _digest((str(path.relative_to(folder)), fingerprint(path, blocks)) for path in found)
+    return digest((str(path.relative_to(folder)), fingerprint(path, blocks)) for path in found)
 
 
 def fingerprint(path: pathlib.Path, blocks: int = 64) -> str:
@@ -195,11 +196,4 @@ def fingerprint(path: pathlib.Path, blocks: int = 64) -> str:
         for at in sorted({last * n // max(blocks - 1, 1) for n in range(blocks)}):
             file.seek(at)
             found.update(file.read(BLOCK))
-    return found.hexdigest()[:16]
-
-
-def _digest(values: Any) -> str:
-    found = hashlib.sha256()
-    for value in values:
-        found.update(json.dumps(value).encode() + b"\n")
     return found.hexdigest()[:16]

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from absl import app
 
 from configs import tiny
 from configs.variants import VARIANTS
@@ -90,6 +91,17 @@ def test_fork(tmp_path):
     write(folder, "iteration", greedy_accuracy=0.6)
     assert ablate.finished(folder, 8)
     assert json.loads((shared / "results.json").read_text())["stages"][0]["stage"] == "warmup"
+
+
+def test_rows_with_other_values_are_not_mixed(tmp_path):
+    """A finished row is not looked at again, so a second start with other values would tabulate both."""
+    config = tiny.get_config("ablation")
+    ablate.claim(tmp_path / "runs", json.loads(config.to_json_best_effort()))
+    config.train.log_every = 3  # says nothing about results
+    ablate.claim(tmp_path / "runs", json.loads(config.to_json_best_effort()))
+    config.evolve.k = 5
+    with pytest.raises(app.UsageError, match=r"other values \(evolve.k: 16 there, 5 now\)"):
+        ablate.claim(tmp_path / "runs", json.loads(config.to_json_best_effort()))
 
 
 def test_passes_that_a_fraction_does_not_divide():

@@ -13,7 +13,7 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-FILE_LINES, LIBRARY_LINES = 400, 7650  # much of it refuses or counts what would be misread
+FILE_LINES, LIBRARY_LINES = 400, 7800  # much of it refuses or counts what would be misread
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device

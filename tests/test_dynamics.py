@@ -1,15 +1,17 @@
 """What the dynamics say, and which temperature is in force."""
 
 import dataclasses
+import json
 import types
 
 import pytest
 from ml_collections import ConfigDict
 
+from mstar_jax import store
 from mstar_jax.data.truth import Truth
 from mstar_jax.records import Results
 from mstar_jax.stages.explore import explore, explores, temperature_after
-from mstar_jax.stages.measure import by_part, right_steps
+from mstar_jax.stages.measure import by_part, check_measured, right_steps
 from mstar_jax.stages.policy import Policy
 from mstar_jax.structs import Response, Stage, TrainState
 
@@ -48,6 +50,64 @@ def test_a_finished_exploration_is_read(tmp_path):
     assert record["seconds"] == 3.0 and record["speed"] == {"score": {"a": {}}} and record["split"]
     policy = Policy(Stage.warmup, lambda: pytest.fail("nothing has to be sampled"))
     assert explore(here, policy, object(), 1.0) == 0.6
+
+
+def older(there):
+    there["stages"] = there["stages"][:2]
+    there["digest"] = store.digest(there["stages"])  # a copy that the run has written
+
+
+def another_choice(there):
+    there["stages"][1]["chosen"] = 1.6
+
+
+def another_score(there):
+    there["stages"][0]["n"] = 99
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (another_choice, r"results\.json: its records are not those that the run wrote"),
+        (another_score, r"results\.json: its records are not those that the run wrote"),
+        (lambda there: there.pop("digest"), r"results\.json: its records are not those that the run wrote"),
+        (
+            older,
+            r"results\.json: no record of iteration_02 \(validation\), though a later stage has followed",
+        ),
+        (lambda there: there["stages"].clear() or there.update(digest=store.digest([])), "no record of iter"),
+    ],
+)
+def test_results_that_a_run_would_go_on_with_wrongly_are_refused(tmp_path, change, said):
+    """The temperature of later iterations is in them, and without checkpoints nothing makes them anew."""
+    here = run(tmp_path)
+    here.config.update({"eval": {"every": 2, "test_at": ()}, "evolve": {"iterations": 4}})
+    chosen = {Stage.warmup: 0.6, Stage.iteration(2): 0.8}
+    for stage in (Stage.base, Stage.warmup, Stage.iteration(2)):
+        add(here, stage, **({"grid": [], "chosen": chosen[stage]} if stage in chosen else {}))
+
+    def start():
+        again = run(tmp_path)
+        again.config.update(here.config)
+        for number in (1, 2, 3):  # 1 and 3 are not measured
+            check_measured(again, Stage.iteration(number), object())
+        return again
+
+    assert start().results.records == here.results.records
+    there = json.loads((tmp_path / "results.json").read_text())
+    change(there)
+    (tmp_path / "results.json").write_text(json.dumps(there))
+    with pytest.raises(ValueError, match=said):
+        start()
+
+
+def test_a_measured_stage_without_its_temperatures_is_refused(tmp_path):
+    here = run(tmp_path)
+    here.config.update({"eval": {"every": 1, "test_at": ()}, "evolve": {"iterations": 4}})
+    add(here, Stage.iteration(2))
+    check_measured(here, Stage.iteration(2), None)  # without a reward model none are tried
+    with pytest.raises(ValueError, match=r"no record of iteration_02 \(temperatures\)"):
+        check_measured(here, Stage.iteration(2), object())
 
 
 def test_when_temperatures_are_explored(tmp_path):

@@ -260,6 +260,72 @@ def test_other_weights_of_the_same_name_are_refused(place, tmp_path):
         evaluate.run(config, tmp_path / "work", [str(tmp_path / "first")], None, lambda: False)
 
 
+def another_question(data):
+    rewrite(data, "question", lambda text: "Is it so? " + text)
+
+
+def another_answer(data):
+    rewrite(data, "answer", lambda text: "12" if text != "12" else "13")
+
+
+def another_picture(data):
+    rows = json.loads((data / "test.json").read_text())
+    pictures = sorted({row["image"] for row in rows})
+    shutil.copyfile(data / pictures[0], data / pictures[-1])
+
+
+def rewrite(data, key, change):
+    """Changes the first row of the file, as a later release of a benchmark corrects one."""
+    rows = json.loads((data / "test.json").read_text())
+    turn, mark = {"question": (0, "Question: "), "answer": (1, "The answer is ")}[key]
+    value = rows[0]["conversations"][turn]["value"]
+    head, _, tail = value.partition(mark)
+    rows[0]["conversations"][turn]["value"] = head + mark + change(tail)
+    (data / "test.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "change"),
+    [
+        (5, 0, None),
+        (0, 5, None),
+        (0, 0, another_question),
+        (0, 0, another_answer),
+        (0, 0, another_picture),
+    ],
+)
+def test_questions_that_changed_are_asked_again(place, tmp_path, caplog, first, then, change):
+    """A second evaluation in the same workdir ends as one in a new workdir: no old response answers a
+    question that is another one now, and none is missing or left over."""
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    shutil.copytree(folder / "data", tmp_path / "data")
+    config.benchmarks.root = str(tmp_path / "data")
+    names = [str(folder / "first")]
+    config.benchmarks.limit = first
+    evaluate.run(config, tmp_path / "again", names, None, lambda: False)
+    config.benchmarks.limit = then
+    if change:
+        change(tmp_path / "data")
+    caplog.clear()
+    evaluate.run(config, tmp_path / "again", names, None, lambda: False)
+    assert "it answers something else than is asked now" in caplog.text
+    evaluate.run(config, tmp_path / "new", names, None, lambda: False)
+    for name in ("mathv360k.json", "mathv360k.jsonl"):
+        one, two = (tmp_path / run / "benchmarks" / "first" / name for run in ("again", "new"))
+        assert one.read_text() == two.read_text()
+    assert json.loads(two.with_suffix(".json").read_text())["left_out"] == 0
+
+
+def test_another_dtype_of_sampling_is_refused(place, tmp_path):
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    evaluate.run(config, tmp_path, [str(folder / "first")], None, lambda: False)
+    config.sampling.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="made with other settings .*'dtype': ..float32', 'bfloat16'"):
+        evaluate.run(config, tmp_path, [str(folder / "first")], None, lambda: False)
+
+
 @pytest.mark.parametrize("which", ["policy", "reward"])
 def test_other_weights_in_the_same_place_are_refused(place, tmp_path, which):
     """Whatever their times say."""
@@ -292,6 +358,10 @@ def test_a_run_that_was_trained_again_is_another_policy(tmp_path):
         os.utime(state / "d", (0, 0))
         assert evaluation.identity(tmp_path / "run", stage) == before
         (state / "d").write_bytes(b"other")
+        assert evaluation.identity(tmp_path / "run", stage) != before
+        (state / "d").write_bytes(b"first")
+        (tmp_path / "run" / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text(stage.name)
         assert evaluation.identity(tmp_path / "run", stage) != before
 
 

@@ -22,10 +22,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import evolve, main, sharding
+from mstar_jax import configure, evolve, main, sharding
 from mstar_jax.inference import generate
 from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
+from mstar_jax.stages import policy
+from mstar_jax.store import digest
 from mstar_jax.workdir import claim
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -187,9 +189,12 @@ def results(workdir):
     return [{k: v for k, v in record.items() if k not in ("seconds", "speed")} for record in records]
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, curves=True):
     assert results(workdir) == results(other)
-    one, two = texts(workdir), texts(other)
+    one, two = (
+        {name: text for name, text in texts(each).items() if curves or not name.startswith("metrics")}
+        for each in (workdir, other)
+    )
     assert sorted(one) == sorted(two)
     assert [name for name in one if one[name] != two[name]] == []
     one, two = arrays(workdir), arrays(other)
@@ -226,6 +231,45 @@ def test_results(whole):
     assert set(record["truth"]) == {
         f"{name}{of}" for name in ("step_auc", "all_right_auc") for of in ("", "_likelihood")
     }
+
+
+@pytest.mark.slow
+def test_memory_between_stages(whole, tmp_path, monkeypatch):
+    """While the policy trains there is its state and nothing else: no reward model, no weights for sampling.
+    While it samples or scores, its moments are on the host. The run ends as one that leaves them where they
+    are, bit for bit."""
+    config = small()
+    config.train.offload_optimizer = True
+    config.train.save_every = 100  # what is being saved is held in copies
+    model = jax.eval_shape(configure.make_policy(config, whole, []).build)
+    shape = model.decoder.blocks.gate.shape
+    assert model.decoder.blocks.up.shape == shape
+
+    def copies():
+        """Of a model's parameters, or of moments of them, in the devices' own memory."""
+        alive = [x for x in jax.live_arrays() if x.shape == shape and x.sharding.memory_kind == "device"]
+        return len({x.unsafe_buffer_pointer() for x in alive}) / 2 - before  # several may share a buffer
+
+    def watched(kind, call):
+        def fn(*args, **kwargs):
+            seen[kind].append(copies())
+            return call(*args, **kwargs)
+
+        return fn
+
+    before, seen = 0, collections.defaultdict(list)
+    before = copies()
+    make = policy.make_train_step
+    monkeypatch.setattr(policy, "make_train_step", lambda *a, **k: watched("train", make(*a, **k)))
+    monkeypatch.setattr(generate.rollouts, "rollouts", watched("sample", generate.rollouts.rollouts))
+    monkeypatch.setattr(prm, "scores", watched("score", prm.scores))
+    run(config, tmp_path / "run")
+    assert set(seen["train"]) == {3}, "the parameters and two moments"
+    assert sorted(seen["sample"])[-2:] == [1, 3], (
+        "in float32 sampled from as they are; base stops to be checked"
+    )
+    assert set(seen["score"]) <= {1, 2}, "the reward model, and the policy once it is back"
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_no_program_is_compiled_twice(started):
@@ -343,6 +387,18 @@ def test_a_second_start_does_nothing(whole, monkeypatch):
     assert after == before
 
 
+@pytest.mark.parametrize("kept", [0, 5])  # of 8 records: none, or those up to the warm-up
+def test_an_older_copy_of_the_results_is_refused(whole, tmp_path, kept):
+    """Iteration 1 is not measured again, and the last one sampled at a temperature that they name."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    there = json.loads(path.read_text())
+    stages = there["stages"][:kept]
+    path.write_text(json.dumps(there | {"stages": stages, "digest": digest(stages)}))
+    with pytest.raises(ValueError, match=r"results\.json: no record of iteration_01 \(validation\)"):
+        run(small(), tmp_path / "run")
+
+
 def stop_after(count):
     asked = iter(range(count))
     return lambda: next(asked, None) is None
@@ -357,22 +413,117 @@ def test_a_stopped_run_continues(whole, tmp_path, count):
     assert_same_run(tmp_path, whole)
 
 
-def command(workdir, variant="smoke"):
-    values = [f"--config.{k}={v}" for k, v in SMALL.items()]
-    line = [
-        sys.executable,
-        "-c",
-        DRIVER,
-        f"--config=configs/tiny.py:{variant}",
-        f"--workdir={workdir}",
-        *values,
-    ]
-    return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+@pytest.fixture
+def command():
+    """Starts the main job in a process of its own, which compiles all of its programs itself."""
+    begun = []
+
+    def start(workdir, values=SMALL):
+        line = [sys.executable, "-c", DRIVER, "--config=configs/tiny.py:smoke", f"--workdir={workdir}"]
+        line += [f"--config.{k}={v}" for k, v in values.items()]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        begun.append(subprocess.Popen(line, cwd=ROOT, env=env))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def kill_once(there, process):
+    while not there():
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def has_rows(curve, count):
+    """Whether so many rows have been written: with `train.log_every` of 1, one a step."""
+    return curve.exists() and len(curve.read_text().splitlines()) > count
+
+
+def steps_saved(workdir, stage):
+    folder = workdir / "checkpoints" / stage
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_gets_on_however_soon_it_is_killed(whole, tmp_path, command):
+    """Each time once the second step after a start is done: by then the first one is on disk."""
+    values = SMALL | {"train.log_every": 1, "train.save_every": 1000}
+    saved = {"base": 0, "iteration_01": 0}
+    for stage in ("base", "base", "base", "iteration_01", "iteration_01"):
+        before, curve = saved[stage], tmp_path / "metrics" / f"{stage}.csv"
+        curve.unlink(missing_ok=True)  # what it says next is of this start
+        process = command(tmp_path, values)
+        kill_once(functools.partial(has_rows, curve, 2), process)
+        saved[stage] = steps_saved(tmp_path, stage)
+        print(f"{stage}: killed after step {before + 2}; step {saved[stage]} is saved")
+        # a start that has saved the last step of a stage before has got on as well
+        assert saved[stage] > before or (stage == "iteration_01" and not before)
+    assert saved["iteration_01"] > 0
+    assert command(tmp_path, values).wait() == 0
+    assert_same_run(tmp_path, whole, curves=False)
+
+
+# Without a reward model there are fewer programs to compile.
+PLAIN = SMALL | {"train.log_every": 1, "evolve.select": "random", "prm.queries": 0, "eval.test_at": ()}
+# What a run does as it goes on after a kill: values, and when it is killed.
+KILLED = {
+    # pseudo-labelled rows by their weights, microbatches of one row, no clipping, worker processes
+    "unlabelled": (
+        {
+            "data.workers": 2,
+            "evolve.batch": 1,
+            "evolve.unlabelled.mixin": 0.5,
+            "evolve.unlabelled.threshold": 0.0,
+            "train.clip": 0.0,
+        },
+        lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
+    ),
+    # adapters; every iteration from the warm-up's parameters, with the moments and schedule of the last one
+    "lora": (
+        {"train.lora.rank": 4, "evolve.start": "warmup", "data.workers": 2},
+        lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
+    ),
+    # no likelihood is above 1, so iterations train nothing; responses end at a line's end
+    "nothing kept": (
+        {"evolve.select": "likelihood", "evolve.threshold": 1.0, "sampling.stop_strings": ("\n",)},
+        lambda workdir: list(workdir.glob("scores/iteration_01/*.jsonl")),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KILLED)
+def test_kinds_of_runs_that_were_killed_continue(tmp_path, command, kind):
+    """In a process of their own each time, with nothing compiled before; a shard that was cut meanwhile is
+    sampled again."""
+    changes, there = KILLED[kind]
+    values = PLAIN | changes
+    config = small()
+    config.update_from_flattened_dict(values | {"data.workers": 0})
+    config.lock()
+    run(config, tmp_path / "whole")
+    begun = time.monotonic()
+    kill_once(lambda: there(tmp_path / "run"), command(tmp_path / "run", values))
+    cut = sorted((tmp_path / "run" / "rollouts").glob("iteration_01/*.jsonl"))[0]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert command(tmp_path / "run", values).wait() == 0
+    print(f"{kind}: {time.monotonic() - begun:.0f} s with the kill")
+    final = results(tmp_path / "whole")[-1]
+    assert (final["stage"], final["iteration"]) == ("iteration", 2)
+    assert (final["kept"] == 0) == (kind == "nothing kept")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_run_continues(whole, tmp_path):
+def test_a_killed_run_continues(whole, tmp_path, command):
     process = command(tmp_path / "run")
     after = ("rollouts/base_validation", "rollouts/warmup", "labels/prm", "scores/prm_held_out")
     after += ("rollouts/iteration_01", "scores/iteration_01", "scores/iteration_01_validation")

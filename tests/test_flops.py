@@ -1,5 +1,7 @@
 """FLOPs counted from traced functions, against formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +68,34 @@ def test_chips():
     assert flops.chip_of("cpu") is None
     with pytest.raises(TypeError):
         flops.count(blocks, X)
+
+
+def test_bytes_that_products_touch():
+    """Operands and results, as often as a loop runs; not the scores of attention."""
+    x = jax.ShapeDtypeStruct((8, 32), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)
+    once = 2 * (8 * 32 + 32 * 128 + 8 * 128)
+    assert flops.touched(jnp.matmul, x, w) == once
+    assert (
+        flops.touched(lambda x, w: jax.lax.scan(lambda c, _: (c, x @ w), 0, None, length=5)[1], x, w)
+        == 5 * once
+    )
+    # of a gradient: forward, of w and of x
+    assert flops.touched(jax.grad(lambda x, w: (x @ w).sum(), argnums=(0, 1)), x, w) == 3 * once
+    q = jax.ShapeDtypeStruct((2, 4, 64, 16), jnp.float32)  # scores [2, 4, 64, 64]
+
+    def attention(q, k, v):
+        return jnp.einsum("bhts,bhsn->bhtn", jnp.einsum("bhtn,bhsn->bhts", q, k), v)
+
+    assert flops.touched(attention, q, q, q) == 4 * 4 * 2 * 4 * 64 * 16
+
+
+def test_recomputation_touches_again():
+    w = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def loss(w, remat):
+        layer = jax.checkpoint(lambda x: jnp.tanh(x @ w)) if remat else lambda x: jnp.tanh(x @ w)
+        return layer(layer(jnp.ones((8, 64)))).sum()
+
+    plain, again = (flops.touched(jax.grad(functools.partial(loss, remat=r)), w) for r in (False, True))
+    assert plain < again <= 4 / 3 * plain + 1e4

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import tiny as tiny_config
 from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.stages import improve
-from mstar_jax.stages.policy import Policy, at_rest, policy_after
-from mstar_jax.structs import Prompt, Query, Row, Source, Stage
+from mstar_jax.stages.policy import Policy, at_rest, check_values, policy_after, values_of
+from mstar_jax.structs import EvolveState, Prompt, Query, Row, Source, Stage
 from mstar_jax.training import optimizer
 
 SETTINGS = {"steps": 4, "iterations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "final_fraction": 0.1}
@@ -98,14 +99,35 @@ def test_moments_stay_where_there_is_no_other_memory():
     assert all(a is b for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(state), strict=True))
 
 
-def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3):
+class Checkpoints:
+    """Remembers the steps that are saved, and which of them were waited for."""
+
+    def __init__(self, old=()):
+        self.steps, self.waited, self.saved, self.when_old = [], [], False, old
+
+    def run(self, stage):
+        return None
+
+    def old(self):
+        """The tests' clock: whether the newest one is old after so many steps."""
+        return self.at in self.when_old
+
+    def save(self, stage, state, where, wait):
+        self.steps.append(where.cursor)
+        self.waited += [where.cursor] * wait
+        self.saved = True
+
+
+def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3, checkpoints=None):
     """Trains iteration 2 for as many steps as there are losses; returns the steps that were saved."""
-    saved, tx = [], optimizer.make_optimizer()
+    tx = optimizer.make_optimizer()
+    checkpoints = checkpoints or Checkpoints()
     (tmp_path / "metrics").mkdir()
     norms = norms or [1.0] * len(losses)
 
     def step(state, batch, rate):
         at = int(state.step)
+        checkpoints.at = at + 1
         values = {"loss": losses[at], "accuracy": 0.5, "grad_norm": norms[at], "tokens": 4.0}
         return state._replace(step=state.step + 1), {k: jnp.float32(v) for k, v in values.items()}
 
@@ -116,10 +138,8 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
     train = {"profile": (), "log_every": log_every, "save_every": save_every, "clip": 1.0}
     train["offload_optimizer"] = False
     run = types.SimpleNamespace(
-        checkpoints=types.SimpleNamespace(
-            run=lambda stage: None, save=lambda stage, state, where, wait: saved.append(where.cursor)
-        ),
-        config=ConfigDict({"evolve": section, "train": train}),
+        checkpoints=checkpoints,
+        config=ConfigDict({"evolve": section, "train": train, "policy": {}, "data": {}}),
         speeds=types.SimpleNamespace(of=lambda *_: watch),
         data=types.SimpleNamespace(buckets=(8,), grouped=False, workers=0),
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
@@ -134,7 +154,22 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
     monkeypatch.setattr(loader, "train_batches", lambda *_, **__: batches)
     begin = lambda: optimizer.new_state(One(1), tx)  # noqa: E731
     improve.train(run, Stage.iteration(2), begin, [Source(rows(3, "q"))])
-    return saved
+    return checkpoints.steps
+
+
+@pytest.mark.parametrize(("old", "steps"), [((), [1, 3, 6, 7]), ((2, 4, 5), [1, 2, 3, 4, 5, 6, 7])])
+def test_when_a_stage_saves(monkeypatch, tmp_path, old, steps):
+    """The first step after a start before the next one, then at its steps and when the last one is old."""
+    checkpoints = Checkpoints(old)
+    assert training(monkeypatch, tmp_path, [1.0] * 7, checkpoints=checkpoints) == steps
+    assert checkpoints.waited == [1, 7]
+
+
+def test_a_later_stage_of_the_same_process_saves_no_first_step(monkeypatch, tmp_path):
+    """So an ordinary run saves one step more in all: a restart after a kill saves its own first step."""
+    checkpoints = Checkpoints()
+    checkpoints.saved = True
+    assert training(monkeypatch, tmp_path, [1.0] * 4, checkpoints=checkpoints) == [3, 4]
 
 
 @pytest.mark.parametrize(("log_every", "save_every"), [(2, 3), (5, 2), (10, 10), (1, 100)])
@@ -153,11 +188,41 @@ def test_training_stops_at_what_is_not_finite(monkeypatch, tmp_path, log_every, 
     assert all(state["cursor"] < bad and not state["done"] for state in saved)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "refused"),
+    [
+        ("seed", 1, Stage.warmup, True),  # a checkpoint of another run
+        ("data.seed", 1, Stage.base, True),
+        ("train.lora.rank", 4, Stage.warmup, True),
+        ("warmup.learning_rate", 1e-4, Stage.warmup, True),
+        ("evolve.steps", 7, Stage.iteration(2), True),
+        ("evolve.steps", 7, Stage.warmup, False),  # as of runs that share a warm-up
+        ("prm.mc_weight", 0.5, Stage.base, False),
+        ("train.save_every", 7, Stage.warmup, False),
+        ("data.workers", 7, Stage.warmup, False),
+    ],
+)
+def test_a_checkpoint_of_other_values_is_refused(tmp_path, key, value, stage, refused):
+    config = tiny_config.get_config("smoke")
+    host = types.SimpleNamespace(config=config, seed=config.seed, checkpoints=Checkpoints())
+    host.checkpoints.folder = tmp_path
+    saved = EvolveState(stage.kind, stage.number, 2, False, 1.0, 0, values=values_of(host, stage))
+    check_values(host, stage, saved)
+    config.update_from_flattened_dict({key: value})
+    host.seed = config.seed
+    if not refused:
+        return check_values(host, stage, saved)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/{stage}: trained with other values .{key}: .* {value} now"
+    ):
+        check_values(host, stage, saved)
+
+
 @pytest.mark.parametrize(("losses", "said"), [([1.0, 2, 30, 400, 3, 500], 1), ([1.0, 2, 3, 9, 4, 5], 0)])
 def test_a_loss_that_explodes_is_warned_of_once(monkeypatch, tmp_path, losses, said):
     found = []
     monkeypatch.setattr(improve.log, "warning", lambda text, *args: found.append(text % args))
-    assert training(monkeypatch, tmp_path, losses, log_every=1) == [3, 6]
+    assert training(monkeypatch, tmp_path, losses, log_every=1) == [1, 3, 6]
     assert len(found) == said
     assert not said or found[0].startswith("iteration_02: the loss explodes: 30 at step 3, 1 at first;")
 

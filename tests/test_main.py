@@ -5,11 +5,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 
 from configs import tiny as tiny_config
 from mstar_jax import configure, main, sharding
+from mstar_jax.profiling import speed
+from mstar_jax.stages import run
 from mstar_jax.workdir import claim
 
 ANSWER = {"from": "gpt", "value": "The answer is 2"}
@@ -49,6 +53,21 @@ def test_impossible_batch_is_refused(tmp_path):
     for part in ("evolve.batch", "3", "2"):
         assert part in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()  # so that the corrected command may have it
+
+
+def test_a_workdir_that_cannot_be_written_is_named():
+    done = start("--config=configs/tiny.py:smoke", "--workdir=/proc/runs/one")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and "/proc/runs" in line
+
+
+def test_seconds_do_not_follow_the_wall_clock(monkeypatch):
+    """Which may be set back while a run lasts."""
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    here = types.SimpleNamespace(since=time.monotonic() - 2, speeds=speed.Speeds(chips=1))
+    assert [run.lap(here)["seconds"] >= least for least in (2, 0)] == [True, True]
+    assert run.lap(here)["seconds"] < 2
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,11 @@ def test_rollouts_are_two_programs():
     for each in (prefill, step):  # a device has its own rows and updates them in place
         assert cache / 8 <= each.memory["shared"] < 1.1 * cache / 8
         assert sum(each.work.moved().values()) < 100, "rows enter the slots of their own device"
-    assert second.least["prompts"] + second.least["responses"] == cache / 8
+    assert second.least()["prompts"] + second.least()["responses"] == cache / 8
     block = 96 * 24 * (4 + 2 + 2 + 4) + 3 * 96 * 256 + 2 * 96  # of the decoder; its embedding is its head too
-    assert second.least["weights"] == 4 * (block + 512 * 96 + 96)
-    assert step.work.bytes >= sum(second.least.values())
-    assert first.least["weights"] == residency.own_bytes(programs.weights())
+    assert second.least()["weights"] == 4 * (block + 512 * 96 + 96)
+    assert step.work.bytes >= sum(second.least().values())
+    assert prefill.work.bytes > 0.5 * first.least()["products"] > 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_is_tried():
 
 
 def made_up(title="a program", flops=8 * 98.5e12):
-    return Program(title, None, (), lambda: {"language": flops}, {"weights": 10**9}, 8, 128)
+    return Program(title, None, (), lambda: {"language": flops}, lambda: {"weights": 10**9}, 8, 128)
 
 
 MEMORY = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
@@ -232,7 +232,7 @@ def test_topologies_that_are_not_known():
         topology.devices_of("b200:8")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda12") is not None, reason="it is installed")
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="it is installed")
 def test_without_the_plugin():
     with pytest.raises(ValueError, match="plan-gpu"):
         topology.devices_of("h100:8")
@@ -252,6 +252,6 @@ def test_programs_of_absent_gpus(name):
         [(score, scored)] = plan.costs_of(programs, "score", flops.chip_of(devices[0].device_kind))
         _, (step, stepped) = plan.costs_of(programs, "rollouts", None)
     assert 0.7 * scored.work.flops < sum(score.own().values()) / 8 < 1.4 * scored.work.flops
-    least = sum(step.least.values())
+    least = sum(step.least().values())
     assert least <= stepped.work.bytes < 3 * least  # at this size, activations weigh as much as weights
     assert not scored.work.unknown and not stepped.work.unknown

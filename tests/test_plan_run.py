@@ -14,7 +14,7 @@ from mstar_jax import sharding
 from mstar_jax.inference import rollouts
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.inference.sampler import Generated, Sampler
-from mstar_jax.plan import calls, hlo, whole
+from mstar_jax.plan import calls, hlo, measure, whole
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost
 from mstar_jax.plan.programs import Programs
@@ -147,7 +147,7 @@ def estimated(changes, assumed=ASSUMED, seconds=1.0):
         programs = Programs(config, mesh)
         made = {kind: programs.make(kind) for kind in programs.kinds()}
         for kind, each in made.items():  # FLOPs in proportion to a row's length, as without a tower
-            made[kind] = [program._replace(own=lambda: {"language": 1e12}) for program in each]
+            made[kind] = [program._replace(own=lambda: {"language": 1e18}) for program in each]
         speeds = {kind: [whole.Speed(seconds, 0.0)] * len(each) for kind, each in made.items()}
         uses = whole.estimate(programs, assumed, made, speeds)
     return programs, {use.stage: use for use in uses}
@@ -159,8 +159,8 @@ def test_stages_by_hand():
     c = programs.config
     warmup = uses["warm-up, rationales"]  # 64 queries, 8 at a time, prefilled in rows of 64 of 128 tokens
     assert (warmup.read, warmup.written) == (64 * 64, 64 * c.warmup.k * 20)
-    weights, suffixes = (programs.make("rollouts")[1].least[name] for name in ("weights", "responses"))
-    prompts = programs.make("rollouts")[1].least["prompts"]
+    weights, suffixes = (programs.make("rollouts")[1].least()[name] for name in ("weights", "responses"))
+    prompts = programs.make("rollouts")[1].least()["prompts"]
     assert suffixes > 0 and weights > 0 and prompts > 0
     assert warmup.seconds == pytest.approx(8 * (64 / 128) + 8 * 20)  # of a step all is read: one chunk
     train = uses["warm-up, train"]  # rows of twice the batch, of 2 responses: 100 tokens in rows of 128
@@ -236,3 +236,19 @@ def test_lengths_are_those_assumed():
 def test_responses_of_a_query_share_rows():
     assert list(calls.packed(np.array([50, 50, 50]), 100, 200)) == [200, 150]
     assert list(calls.packed(np.array([], int), 100, 200)) == []
+
+
+@pytest.mark.slow
+def test_programs_are_timed_on_local_devices():
+    """A call, and a step of decoding that really decodes: with random weights no row ends at once."""
+    config = tiny_config.get_config("smoke")
+    changes = {"policy.decoder.num_layers": 1, "policy.decoder.unroll": 1, "policy.vision.num_layers": 1}
+    changes |= {"data.buckets": (160,), "data.max_prompt": 120, "sampling.batch": 8, "prm.batch": 8}
+    config.update_from_flattened_dict(changes | {"sampling.max_new_tokens": 8})
+    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        programs = Programs(config, mesh)
+        [score] = measure.speeds(programs.make("score"), mesh)
+        prefill, decode = measure.speeds(programs.make("rollouts"), mesh)
+    assert score.each > 0 and prefill.each > 0 and 0 < decode.each < prefill.each
+    assert score.once == prefill.once == decode.once == 0.0

@@ -147,6 +147,16 @@ def test_sixteen_in_a_row_score_as_one_by_one(reward, processor, texts):
     np.testing.assert_allclose(np.concatenate(again), spread, atol=1e-5)
 
 
+def test_scores_that_are_not_finite_are_refused(reward, processor, texts):
+    """Before they are stored: a ranking by them means nothing."""
+    bad = jax.tree.map(lambda x: x * jnp.nan, reward)
+    one = prm.row(prompt(processor), [response(LINES, processor)], processor.encode_response, texts)
+    with pytest.raises(
+        ValueError, match=r"query 'q': step scores \(nan, .*the reward model's logits are not"
+    ):
+        scored(bad, [one], processor, texts)
+
+
 def test_the_score_is_head_and_likelihood(reward, processor, texts):
     """Against a plain computation from the trunk's own outputs, token by token."""
     one = response(LINES, processor)

@@ -142,6 +142,7 @@ def shard(folder, texts):
             store.rollout(Query(f"q{i}", (), "?", answer="1"), [Response(f"q{i}", 0, text, (1,), 0.0, False)])
             for i, text in enumerate(texts)
         ],
+        "asked",
     )
     return made, (folder / "00000.jsonl").read_bytes()
 
@@ -155,12 +156,12 @@ def test_any_damage_to_a_shard_is_detected(tmp_path, texts, data):
     flipped = bytearray(whole)
     flipped[at] ^= data.draw(st.integers(1, 255))
     lines = whole.splitlines(keepends=True)
-    assert made.missing(1) == []
+    assert made.missing(["asked"]) == []
     for damaged in (whole[:at], bytes(flipped), whole + lines[-1], b"".join(lines[1:]), whole[:-1]):
         (tmp_path / "00000.jsonl").write_bytes(damaged)
-        assert store.Store(tmp_path, {"seed": 0}).missing(1) == [0]
+        assert store.Store(tmp_path, {"seed": 0}).missing(["asked"]) == [0]
     (tmp_path / "00000.jsonl").write_bytes(whole)
-    assert [query for query, _ in made.read(store.read_rollout)] == [f"q{i}" for i in range(len(texts))]
+    assert [query for query, _ in made.read(1, store.read_rollout)] == [f"q{i}" for i in range(len(texts))]
 
 
 # ---- 4. configs of checkpoints ------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def make_run(path, prm=True, iterations=3, name="<b>run</b>"):
             store = Store(path / kind / each, {"seed": 1})
             images = [str(picture)], ["/nowhere/figures/a.png", "/nowhere/else.png"]
             queries = [Query(f"q{i}", images[i], f"{name} How many? {EVIL}", None, "6") for i in (0, 1)]
-            store.write(0, [rollout(q, group) for q, group in zip(queries, groups(kind == "scores"))])
+            records = [rollout(q, group) for q, group in zip(queries, groups(kind == "scores"))]
+            store.write(0, records, "")
     return path
 
 
@@ -373,7 +374,7 @@ def test_gallery_keeps_to_its_budget_and_to_the_run(tmp_path):
     (tmp_path / "secret.png").write_bytes((run / "figures" / "a.png").read_bytes())
     store = Store(run / "rollouts" / "warmup_test", {})
     queries = [Query(f"q{i}", ("../secret.png", "figures/../../secret.png"), "?" * 9000) for i in range(60)]
-    store.write(0, [rollout(q, groups(False)[0]) for q in queries])
+    store.write(0, [rollout(q, groups(False)[0]) for q in queries], "")
     found = runs.read_runs([run])[0]
     shown = gallery.Gallery()
     assert shown.add(found, store.folder, "all", 10**7) > gallery.QUERIES * 4000
@@ -388,7 +389,7 @@ def test_gallery_shows_the_options_of_a_question(tmp_path):
     run = make_run(tmp_path / "run")
     store = Store(run / "rollouts" / "warmup_test", {})
     query = Query("q", (), "Which?", ("red <b>", "blue"), "B", "choice")
-    store.write(0, [rollout(query, groups(False)[0]) | {"options": query.options}])
+    store.write(0, [rollout(query, groups(False)[0]) | {"options": query.options}], "")
     shown = gallery.Gallery()
     shown.add(runs.read_runs([run])[0], store.folder, "all", 10**6)
     (found,) = shown.stages[0]["queries"]

@@ -244,6 +244,14 @@ def full(policy, rows, responses):
     }
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(policy, processor, rows, mesh, sampler, value):
+    """As those of float16 are above 65504: no temperature makes tokens of them."""
+    bad = jax.tree.map(lambda x: jnp.full_like(x, value), policy)
+    with pytest.raises(ValueError, match=r"query 'query-\d', sample \d: .* is nan, so the policy's logits"):
+        run(tiny.replicated(bad, mesh), processor, rows, NAMES, mesh, CONFIG, sampler=sampler)
+
+
 def test_tokens_and_logprobs_are_those_of_the_full_forward(processor, responses, full):
     forbidden, tempting = list(processor.forbidden_ids), 0
     for name in NAMES:

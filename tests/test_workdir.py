@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import configure, records, workdir
+from mstar_jax import configure, finished, records, workdir
 from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
@@ -159,6 +159,81 @@ def test_a_checkpoint_that_was_replaced_is_refused(tmp_path):
         workdir.check_inputs(tmp_path, {"policy.path": workdir.of_checkpoint(folder)})
 
 
+FIGURES = {"train": 6, "unlabelled": 6, "validation": 4, "test": 4}
+FIGURES |= {"captions": 6, "arithmetic": 6, "instruct": 6}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A config of a policy from scratch on the embedded data, and a workdir in which it has begun."""
+    config = tiny_config.get_config("smoke")
+    config.update_from_flattened_dict({f"data.figures.{key}": value for key, value in FIGURES.items()})
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    run.start(config, folder, {}, lambda: False)
+    return config, folder
+
+
+def other_text(key):
+    def change(path):
+        lines = path.read_text().splitlines()
+        lines[3] = json.dumps(json.loads(lines[3]) | {key: "7"})
+        path.write_text("\n".join(lines) + "\n")
+
+    return change
+
+
+def other_answer(path):
+    rows = json.loads(path.read_text())
+    rows[2]["conversations"][1]["value"] = "The answer is 17"
+    path.write_text(json.dumps(rows))
+
+
+def other_ids(path):
+    """Two tokens change places."""
+    found = json.loads(path.read_text())
+    ids = found["model"]["vocab"]
+    one, two = list(ids)[300:302]
+    ids[one], ids[two] = ids[two], ids[one]
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("figures/base.jsonl", other_text("response"), "data, base: responses[.]"),
+        ("figures/base.jsonl", other_text("question"), "data, base: questions[.]"),
+        ("figures/truth.jsonl", other_text("answer"), r"data, truth: truth\.jsonl[.]"),
+        ("figures/truth.jsonl", pathlib.Path.unlink, r"data, truth: truth\.jsonl[.]"),
+        ("figures/unlabelled.json", other_answer, "data, unlabelled: hidden answers[.]"),
+        (
+            "figures/validation.json",
+            other_answer,
+            "data, validation: gold answers; data, base_val",
+        ),
+        ("tokenizer/tokenizer.json", other_ids, r"tokenizer: tokenizer\.json[.]"),
+    ],
+)
+def test_what_a_run_has_made_itself_may_not_change_either(begun, tmp_path, name, change, said):
+    """The narrow data, what measures it, and the tokenizer, between two starts."""
+    config, folder = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    run.start(config, tmp_path / "copy", {}, lambda: False)
+    change(tmp_path / "copy" / name)
+    with pytest.raises(ValueError, match=f"changed since its start: {said}"):
+        run.start(config, tmp_path / "copy", {}, lambda: False)
+
+
+def test_a_run_is_read_with_the_tokenizer_that_it_began_with(begun, tmp_path):
+    """By export, say: with other ids its parameters would mean something else."""
+    config, folder = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text(config.to_json_best_effort())
+    finished.policy_of(tmp_path / "copy")
+    other_ids(tmp_path / "copy" / "tokenizer" / "tokenizer.json")
+    with pytest.raises(ValueError, match="copy/tokenizer has changed since .*copy was begun with it"):
+        finished.policy_of(tmp_path / "copy")
+
+
 def test_cut_results_are_named(tmp_path):
     (tmp_path / "results.json").write_text('{"config": {')
     with pytest.raises(ValueError, match=r"results\.json: damaged, not valid JSON"):
@@ -198,18 +273,37 @@ def test_curves_lose_doubled_and_cut_rows(tmp_path):
     assert path.read_text().splitlines()[1:] == [rows[0], rows[1], rows[3]]
 
 
-def test_a_tokenizer_belongs_to_the_run(tmp_path):
-    """Another one is refused at the next start; a finished run that lost it is not given a new one."""
+def test_a_run_that_lost_its_tokenizer_is_not_given_a_new_one(tmp_path):
     config = tiny_config.get_config("smoke")
-    empty = configure.Data((), (), (), (), {}, (), ())
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text('{"a": 1}')
-    workdir.check_inputs(tmp_path, run.inputs(config, empty, tmp_path))
-    (folder / "tokenizer.json").write_text('{"b": 1}')
-    with pytest.raises(ValueError, match="its start: tokenizer: tokenizer.json[.] Restore"):
-        workdir.check_inputs(tmp_path, run.inputs(config, empty, tmp_path))
-    (folder / "tokenizer.json").unlink()
+    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer: the run's tokenizer is not there; restore it"):
         configure.make_policy(config, tmp_path)
-    assert not list(folder.iterdir())
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def curve(*steps):
+    rows = [f"{step},1.5,0.5,2.0,64,0.001" for step in steps]
+    return "\n".join(["step,loss,accuracy,grad_norm,tokens,learning_rate", *rows]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "pending", "ends"),
+    [
+        (curve(10, 20), 20, 0, None),
+        (curve(10, 20), 23, 3, None),
+        (curve(10, 20, 30), 23, 3, None),  # a later row, which is written again
+        (curve(), 3, 3, None),
+        (curve(10), 20, 0, (10, 20)),
+        (curve(10, 20)[:-9], 23, 3, (10, 20)),  # cut within a row
+        ("", 23, 3, (0, 20)),
+    ],
+)
+def test_rows_that_a_curve_has_lost_are_named(tmp_path, caplog, text, start, pending, ends):
+    path = tmp_path / "metrics" / "base.csv"
+    path.parent.mkdir()
+    path.write_text(text)
+    sums = {name: [1.0 * pending, pending] for name in curves.MEANS} if pending else {}
+    curves.StageLog(tmp_path, Stage.base, start, sums).close()
+    said = [f"{path}: ends at step {ends[0]}, not {ends[1]}; the rows between are lost"] if ends else []
+    assert caplog.messages == said
+    assert all(row.count(",") == 5 for row in path.read_text().splitlines())

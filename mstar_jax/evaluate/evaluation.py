@@ -313,5 +313,8 @@ def write_vlmevalkit(stem: pathlib.Path, answered: Sequence[tuple[Mapping[str, s
 
 def identity(path: pathlib.Path, stage: Stage | None = None) -> dict[str, object]:
     """What tells a policy, or a reward model, from others in the same place: path, stage, contents."""
-    files = of_checkpoint(path) if stage is None else of_folder(path / "checkpoints" / stage.name)
-    return {"policy": str(path.absolute()), "stage": stage.name if stage else "", "files": files}
+    found: dict[str, object] = {"policy": str(path.absolute()), "stage": stage.name if stage else ""}
+    if stage is None:
+        return found | {"files": of_checkpoint(path)}
+    tokenizer = of_folder(path / "tokenizer")  # of a policy from scratch
+    return found | {"files": of_folder(path / "checkpoints" / stage.name), "tokenizer": tokenizer}

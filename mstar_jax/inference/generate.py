@@ -7,10 +7,11 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mstar_jax import processes, progress, sharding
-from mstar_jax.data import loader, prompts
+from mstar_jax.data import images, loader, prompts
 from mstar_jax.inference import draw, rollouts
 from mstar_jax.inference.sampler import Sampler, for_sampling
 from mstar_jax.profiling import speed
 from mstar_jax.rewards import selection
-from mstar_jax.store import Store, read_rollout, rollout
+from mstar_jax.store import Store, digest, read_rollout, rollout
 from mstar_jax.structs import Model, Processor, Prompt, Query, Response, Row
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Groups = dict[str, list[Response]]  # by query id
 
 
@@ -227,6 +229,7 @@ def sample(
     sampler = sampler_for(host, len(temperatures), batch or host.sampling.batch)
     rows = [Row(prompt) for prompt in plan(host, asked, name, longest=longest) if prompt is not None]
     own = dataclasses.asdict(sampler.config) | {"temperatures": list(temperatures)}
+    own["dtype"] = host.sampling.dtype
     task = Task(
         folder=f"rollouts/{name}",
         temperatures=temperatures,
@@ -240,7 +243,7 @@ def sample(
         query = row.prompt.query
         return rollout(query, [selection.judge(query, response) for response in responses])
 
-    return dict(sample_rows(host, task, sampler, rows, params, record).read(read_rollout))
+    return dict(sample_rows(host, task, sampler, rows, params, record, read_rollout))
 
 
 def sample_rows(
@@ -250,8 +253,9 @@ def sample_rows(
     rows: Sequence[Row],
     params: Callable[[], Model],
     record: Callable[[Row, Sequence[Response]], Mapping[str, object]],
-) -> Store:
-    """The store of a task, with the missing shards sampled.
+    parse: Callable[[dict[str, Any]], T],
+) -> Iterator[T]:
+    """The records of a task, from its store; missing shards are sampled.
 
     Args:
       host: see `Inference`.
@@ -260,6 +264,7 @@ def sample_rows(
       rows: what is sampled from.
       params: the policy, called only where something is missing.
       record: (a row, its responses) -> what the store keeps of them.
+      parse: what to make of such a record.
     """
     s, data, batch = host.sampling, host.data, sampler.slots
     plans = loader.plan_batches(rows, batch * s.shard, data.buckets)
@@ -268,7 +273,8 @@ def sample_rows(
         host.workdir / task.folder,
         {**task.settings, "seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
     )
-    if missing := store.missing(len(plans)):
+    asked = [digest_of(host.workdir, these) for _, these in plans]
+    if missing := store.missing(asked):
         kind, _, name = task.folder.partition("/")
         title = f"{name}: {kind}"
         shards = [plans[number][1] for number in missing]
@@ -308,7 +314,26 @@ def sample_rows(
             room = batch * len(task.temperatures)
             answered = watch.sampled(shards, answered, lambda: steps_taken * room)
             for number, these, responses in zip(missing, shards, answered):
-                store.write(number, [record(row, group) for row, group in zip(these, responses)])
+                records = [record(row, group) for row, group in zip(these, responses)]
+                store.write(number, records, asked[number])
                 check_stop(host.stop, title)
     store.complete(len(plans))
-    return store
+    return store.read(len(plans), parse)
+
+
+def digest_of(workdir: pathlib.Path, rows: Sequence[Row]) -> str:
+    """Of all that the samples of rows, and what is made of them, depend on besides a store's settings."""
+
+    def one(row: Row) -> list[object]:
+        prompt = row.prompt
+        asked = [prompt.text, prompt.length, prompt.crops]
+        return [*told(workdir, prompt.query), *asked, row.responses, row.starts]
+
+    return digest(map(one, rows))
+
+
+def told(workdir: pathlib.Path, query: Query) -> list[object]:
+    """What tells a query from others, with what its pictures show; a copied workdir has the same."""
+    own = f"{workdir.absolute()}{os.sep}"
+    pictures = [(image.removeprefix(own), images.content(image)) for image in query.images]
+    return [query.id, query.options, query.answer, query.answer_type, query.precision, pictures]

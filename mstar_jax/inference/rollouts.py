@@ -3,6 +3,7 @@
 Shapes: B slots, E entering rows, K branches.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -147,7 +148,11 @@ def _responses(
     temperatures: np.ndarray,
     iteration: int,
 ) -> list[Response]:
-    """The K responses of a row that has ended."""
+    """The K responses of a row that has ended.
+
+    Raises:
+      ValueError: the policy's logits were not finite.
+    """
     out = []
     for sample in range(config.branches):
         parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)
@@ -158,13 +163,20 @@ def _responses(
         if cuts:  # what is read is what is trained on, without the stop string and closed by the stop id
             text = text[: min(cuts)]
             tokens = processor.encode_response(text)
+        logprob = float(host.logprobs[sample, : int(host.length[sample])].sum())
+        if not math.isfinite(logprob):
+            raise ValueError(
+                f"query {row.prompt.query.id!r}, sample {sample}: the log probability of its tokens is "
+                f"{logprob}, so the policy's logits are not finite. Set sampling.dtype to bfloat16 or "
+                "float32 (float16 ends at 65504); if that does not help, its parameters have diverged"
+            )
         out.append(
             Response(
                 query_id=row.prompt.query.id,
                 sample=sample,
                 text=text,
                 tokens=tuple(tokens),
-                logprob=float(host.logprobs[sample, : int(host.length[sample])].sum()),
+                logprob=logprob,
                 truncated=not bool(host.stopped[sample]),
                 iteration=iteration,
                 temperature=round(float(temperatures[sample]), 6),

@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import logging
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.inference.generate import Asked, Groups, Inference, check_stop, plan
+from mstar_jax.inference.generate import Asked, Groups, Inference, check_stop, plan, told
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm, selection
-from mstar_jax.store import Store, read_rollout, rollout
-from mstar_jax.structs import Processor, Response, Row, ScoringModel
+from mstar_jax.store import Store, digest, read_rollout, rollout
+from mstar_jax.structs import Processor, Query, Response, Row, ScoringModel
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,12 @@ def score(
     size = host.prm.chunk
     asked = [each for each in asked if each.query.id in responses]
     chunks = [asked[at : at + size] for at in range(0, len(asked), size)]
-    own = {"only_correct": only_correct, "batch": host.prm.batch, "chunk": size}
+    batch = host.prm.score_batch or host.prm.batch
+    own = {"only_correct": only_correct, "batch": batch, "chunk": size}
+    own["dtype"] = host.sampling.dtype
     store = Store(host.workdir / "scores" / name, {**settings, **own})
-    missing = store.missing(len(chunks))
+    digests = [digest_of(host.workdir, chunk, responses) for chunk in chunks]
+    missing = store.missing(digests)
     model = None
     for number in missing:
         model = model or scorer.load()
@@ -70,10 +74,24 @@ def score(
         some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
         found = score_with(host, scorer, model, chunks[number], some, longest=longest, name=name)
         queries = [each.query for each in chunks[number]]
-        store.write(number, [rollout(query, found.get(query.id, part[query.id])) for query in queries])
+        records = [rollout(query, found.get(query.id, part[query.id])) for query in queries]
+        store.write(number, records, digests[number])
         check_stop(host.stop, f"{name}: scores")
     store.complete(len(chunks))
-    return dict(store.read(read_rollout))
+    return dict(store.read(len(chunks), read_rollout))
+
+
+def digest_of(workdir: pathlib.Path, asked: Sequence[Asked], responses: Groups) -> str:
+    """Of all that scores, and the responses in their records, depend on besides a store's settings."""
+
+    def one(query: Query, prompt: str) -> list[object]:
+        of_each = [
+            (r.sample, r.text, len(r.tokens), r.logprob, r.truncated, r.answer, r.verdict, r.temperature)
+            for r in responses[query.id]
+        ]
+        return [*told(workdir, query), prompt, of_each]
+
+    return digest(one(query, prompt) for query, prompt in asked)
 
 
 def score_with(
@@ -101,11 +119,12 @@ def score_with(
         odd += len(group) - len(plain)
         if plain:
             rows += loader.split_rows([prm.row(prompt, plain, encode, scorer.texts)], max(buckets))
-    plans = loader.full_batches(rows, host.prm.batch, buckets)
+    size = host.prm.score_batch or host.prm.batch
+    plans = loader.full_batches(rows, size, buckets)
     batches = loader.row_batches(
         plans,
         scorer.processor,
-        host.prm.batch,
+        size,
         workers=host.data.workers,
         share=sharding.share_of(host.mesh),
     )

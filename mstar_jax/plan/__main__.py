@@ -81,7 +81,7 @@ def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: f
         lines.append(f"  compiled  with {cost.note}, for the device to choose tiles on is not here")
     if own:
         lines.append(f"  model     {own / count / TERA:.3f} TFLOP of its own")
-    least = sum(program.least.values())
+    least = sum(program.least().values())
     if cost.work is None:
         lines.append(
             f"  work      not known, the compiler does not show it; {least / GB:.2f} GB have to be moved"
@@ -89,7 +89,7 @@ def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: f
         return "\n".join(lines)
     moved = {kind: size for kind, size in cost.work.moved().items() if size}
     text = ", ".join(f"{kind} {size / GB:.3f}" for kind, size in sorted(moved.items())) or "none"
-    parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in program.least.items())
+    parts = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in program.least().items())
     lines += [
         f"  work      {cost.work.flops / TERA:.3f} TFLOP",
         f"  moved     {cost.work.bytes / GB:.2f} GB read and written, {cost.work.bytes / least:.2f} times "
@@ -128,10 +128,10 @@ def smaller_settings(
     else:
         if not config.train.offload_optimizer:
             yield {"train.offload_optimizer": True}
-        key = {"exploration": "explore.batch", "labels": "prm.rows", "score": "prm.batch"}
+        key = {"exploration": "explore.batch", "labels": "prm.rows", "score": "prm.score_batch"}
         name = key.get(kind, "sampling.batch")
         section, field = name.split(".")
-        size = config[section][field] // 2
+        size = (config[section][field] or config.prm.batch) // 2
         while size >= shards and size % shards == 0:
             yield {name: size}
             size //= 2
@@ -212,7 +212,7 @@ def stages_table(found: Mapping[str, Fitting], chip: Chip | None) -> str:
         for program, cost in costs:
             parts = *others, cost.peak
             memory = " + ".join(f"{part / GB:.1f}" for part in parts) + f" = {sum(parts) / GB:.1f}"
-            least = sum(program.least.values())
+            least = sum(program.least().values())
             cells = [kind, program.title.removeprefix(f"{kind}: "), memory]
             moved, ratio, peak = "not shown", "", {}
             if cost.work is not None:
@@ -234,7 +234,11 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
         return f"without an estimate of the whole run: {', '.join(missing)} do not fit or were not asked for"
     made = {kind: [program for program, _ in costs] for kind, (_, costs) in found.items()}
     if MEASURE.value:
-        speeds = {kind: measure.speeds(each, programs.mesh) for kind, each in made.items()}
+        speeds = {}
+        for kind, each in made.items():
+            speeds[kind] = measure.speeds(each, programs.mesh)
+            for program, speed in zip(each, speeds[kind]):
+                print(f"{program.title}: measured {1000 * speed.each:.2f} ms", flush=True)
     elif chip:
         speeds = {kind: [whole.bound(cost, chip) for _, cost in each.costs] for kind, each in found.items()}
     else:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -106,12 +105,12 @@ def scored_batches(
     """
     found: collections.Counter[int] = collections.Counter()
     for size, times in ((min(chunk, queries), queries // chunk), (queries % chunk, 1)):
-        rows: collections.Counter[int] = collections.Counter()
+        rows: list[int] = []
         for _ in range(size if times else 0):
             some = lengths_of(rng, (rng.binomial(samples, right),), assumed, room)
-            rows.update(loader.bucket(row, buckets) for row in packed(some, assumed.prompt, max(buckets)))
-        for length, count in rows.items():
-            found[length] += times * math.ceil(count / batch)
+            rows += [loader.bucket(row, buckets) for row in packed(some, assumed.prompt, max(buckets))]
+        for longest in sorted(rows, reverse=True)[::batch]:  # as `loader.full_batches`
+            found[longest] += times
     return found
 
 

@@ -22,7 +22,7 @@ from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm
 from mstar_jax.structs import Batch, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.step import Loss, abstract_state, make_train_step, token_loss
+from mstar_jax.training.step import REMAT, Loss, abstract_state, make_train_step, token_loss
 
 Tree = TypeVar("Tree")  # any pytree
 KINDS = ("train", "train prm", "rollouts", "evaluation", "exploration", "labels", "score")
@@ -36,8 +36,8 @@ class Program(NamedTuple):
       call: the jitted function, and its arguments' shapes.
       args: see `call`.
       own: FLOPs of the model, by part, on all devices.
-      least: bytes that a device has to move for it, whatever the compiler does, by what they are; of
-        decoding, in a step.
+      least: bytes that a device has to move for it, by what they are; of decoding, in a step. Of the others
+        what the matrix products read and write, as if all else were part of them.
       rows: of all devices.
       length: tokens of a row.
     """
@@ -46,7 +46,7 @@ class Program(NamedTuple):
     call: Any
     args: tuple[Any, ...]
     own: Callable[[], dict[str, float]]
-    least: dict[str, int]
+    least: Callable[[], dict[str, int]]
     rows: int
     length: int
 
@@ -233,26 +233,27 @@ class Programs:
 
         parts = optimizer.split(state.params, frozen)
         count = functools.partial(flops.count, jax.grad(value), *parts, batch)
-        # the state is read and written; every microbatch reads the weights going forward, for the gradient of
-        # what enters a layer and, with recomputation, once more; and writes and reads what enters the layers
-        weights = sum(x.size for x in jax.tree.leaves(state.params)) * compute.itemsize
-        passes = c.accumulate * (2 if c.remat == "none" else 3)
-        d = self.dimensions.decoder
-        saved = rows // sharding.batch_shards(self.mesh) * length * d.hidden_size * compute.itemsize
-        least = {
-            "state": 2 * own_bytes(state),
-            "weights": passes * weights // self.mesh.shape["tensor"],
-            "activations": 2 * saved * d.num_layers,
-        }
-        return Program(
-            f"{title}, {rows} rows of {length}",
-            step,
-            (state, batch, np.float32(0)),
-            count,
-            least,
-            rows,
-            length,
-        )
+        alone = self._alone(batch, c.accumulate)
+
+        def again(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
+            model = optimizer.join(optimizer.Parts(trained, fixed))
+            return loss(sharding.cast(model, compute), batch, REMAT[c.remat])[0]
+
+        def least() -> dict[str, int]:
+            touched = c.accumulate * flops.touched(jax.grad(again), *parts, alone)
+            return {"state": 2 * own_bytes(state), "products": self._shared(touched)}
+
+        args = state, batch, np.float32(0)
+        return Program(f"{title}, {rows} rows of {length}", step, args, count, least, rows, length)
+
+    def _alone(self, batch: Batch, times: int = 1) -> Batch:
+        """A device's rows of a batch, or of one of `times` microbatches."""
+        parts = times * sharding.batch_shards(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // parts, *x.shape[1:]), x.dtype), batch)
+
+    def _shared(self, touched: float) -> int:
+        """A device's part of the bytes that its tensor-parallel neighbours touch with it."""
+        return round(touched / self.mesh.shape["tensor"])
 
     def _sample(self, kind: str) -> list[Program]:
         c = self.config.sampling
@@ -292,6 +293,10 @@ class Programs:
         )  # the last: slots to free
         cache = slots.cache
         prefix = own_bytes((cache.prefix_k, cache.prefix_v))
+
+        def prefill(model: Any, batch: Batch) -> Any:
+            return model.prefill(batch, k, c.max_new_tokens, None, c.cache)[0]
+
         decoder = own_bytes(model.decoder)
         if not self.dimensions.decoder.tie_word_embeddings:
             decoder -= own_bytes(model.decoder.embedding)
@@ -302,7 +307,7 @@ class Programs:
                 sampler.enter,
                 entering,
                 functools.partial(flops.count, sampler.enter, *entering),
-                {"weights": own_bytes(model), "cache": prefix * size // rows},
+                lambda: {"products": self._shared(flops.touched(prefill, model, self._alone(batch)))},
                 size,
                 length,
             ),
@@ -311,21 +316,26 @@ class Programs:
                 sampler.advance,
                 decoding,
                 functools.partial(flops.count, sampler.advance, *decoding),
-                {"weights": decoder, "prompts": prefix, "responses": suffix},
+                lambda: {"weights": decoder, "prompts": prefix, "responses": suffix},
                 rows,
                 length,
             ),
         ]
 
     def _score(self) -> Program:
-        rows = self.config.prm.batch
-        sharding.check_divides("prm.batch", rows, self.mesh)
+        rows = self.config.prm.score_batch or self.config.prm.batch
+        sharding.check_divides("prm.score_batch", rows, self.mesh)
         length = max(self.config.data.buckets)
         model = self.weights(reward=True)
         args = model, self._batch(rows, length)
         count = functools.partial(flops.count, prm.token_scores, *args)
         title = f"score, {rows} rows of {length}"
-        return Program(title, prm.token_scores, args, count, {"weights": own_bytes(model)}, rows, length)
+
+        def least() -> dict[str, int]:
+            alone = self._alone(args[1])
+            return {"products": self._shared(flops.touched(prm.token_scores, model, alone))}
+
+        return Program(title, prm.token_scores, args, count, least, rows, length)
 
 
 class _Host:

@@ -3,7 +3,8 @@
 A stage is a number of calls of the compiled programs. How many follows from the config; of sampling also from
 when rows end, so the entering of rows into slots is played through with lengths drawn at random, as
 `inference.rollouts` does it. The time of a call is that of the longest rows, less what shorter rows save: the
-tower's part stays, the decoder's shrinks with the length. All images are taken to have the most crops.
+tower's part stays, the decoder's shrinks with the length, its attention's with the square. All images are
+taken to have the most crops.
 """
 
 import math
@@ -81,6 +82,7 @@ class Estimate:
           speeds: the same for each of them.
         """
         self.config = programs.config
+        self.decoder = programs.dimensions.decoder
         self.shards = sharding.batch_shards(programs.mesh)
         self.assumed = assumed
         self.made = made
@@ -93,7 +95,12 @@ class Estimate:
         flops, program = self.flops[kind][at], self.made[kind][at]
         fixed = flops.get("vision", 0.0) + flops.get("projector", 0.0)
         whole = sum(flops.values())
-        return (fixed + (whole - fixed) * length / program.length) / whole
+        d = self.decoder  # the scores of its attention, and their product with the values
+        scores = 4.0 * d.num_heads * d.head_dim * d.num_layers * program.rows * program.length**2
+        scores *= 3 if kind.startswith("train") else 1
+        scores = min(scores, whole - fixed)
+        part = length / program.length
+        return (fixed + (whole - fixed - scores) * part + scores * part**2) / whole
 
     def _prompt(self) -> int:
         return loader.bucket(self.assumed.prompt, self.config.data.buckets)
@@ -139,7 +146,7 @@ class Estimate:
             )
         prefills, segments, steps, shares = calls
         # a step reads the weights, the prompts, and of the responses' cache the chunks that rows have reached
-        least, k = decode.least, self._samples(kind)
+        least, k = decode.least(), self._samples(kind)
         caches = least["prompts"] * steps + least["responses"] * shares * samples / k
         scale = (least["weights"] * steps + caches) / sum(least.values())
         length = length or self._prompt()
@@ -165,10 +172,10 @@ class Estimate:
             room=self.config.sampling.max_new_tokens,
             buckets=self.config.data.buckets,
             chunk=self.config.prm.chunk,
-            batch=self.config.prm.batch,
+            batch=self.made["score"][0].rows,
         )
         calls = sum(self._scale("score", 0, length) * count for length, count in batches.items())
-        read = sum(length * count for length, count in batches.items()) * self.config.prm.batch
+        read = sum(length * count for length, count in batches.items()) * self.made["score"][0].rows
         flops = calls * sum(self.flops["score"][0].values())
         values = (read, 0, flops, calls * self.speeds["score"][0].each, queries * samples)
         return Use(stage, times, *(times * x for x in values))

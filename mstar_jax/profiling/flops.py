@@ -58,18 +58,34 @@ def count(fn: Callable, *args: object) -> dict[str, float]:
     Loops are multiplied by their length; a loop of unknown length counts once. A kernel counts as the
     products that it replaces, and a conditional as its most expensive branch.
     """
+    return _count(_products, fn, *args)
+
+
+def touched(fn: Callable, *args: object) -> float:
+    """Bytes that the matrix products and convolutions of one call read and write, counted as `count` does.
+    The scores of attention [..., T, T] are left out: a kernel keeps them on the chip."""
+    return sum(_count(_touched, fn, *args).values())
+
+
+def _count(each: Callable[[core.JaxprEqn], float], fn: Callable, *args: object) -> dict[str, float]:
     out: dict[str, float] = collections.defaultdict(float)
     device = jax.sharding.AbstractDevice(sharding.COUNTED, None, "cpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=device)):
         jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    _walk(jaxpr, "", 1, out)
+    _walk(jaxpr, "", 1, out, each)
     return dict(out)
 
 
-def _walk(jaxpr: core.Jaxpr, scope: str, times: int, out: dict[str, float]) -> None:
+def _walk(
+    jaxpr: core.Jaxpr,
+    scope: str,
+    times: int,
+    out: dict[str, float],
+    each: Callable[[core.JaxprEqn], float],
+) -> None:
     for eqn in jaxpr.eqns:
         here = f"{scope}/{eqn.source_info.name_stack}"
-        if flops := _products(eqn):
+        if flops := each(eqn):
             part = next((name for name in PARTS if name in here), "other")
             out[part] += times * flops
         often = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
@@ -78,7 +94,7 @@ def _walk(jaxpr: core.Jaxpr, scope: str, times: int, out: dict[str, float]) -> N
             tried = []
             for branch in branches:
                 found: dict[str, float] = collections.defaultdict(float)
-                _walk(branch.jaxpr, here, often, found)
+                _walk(branch.jaxpr, here, often, found, each)
                 tried.append(found)
             for part, flops in max(tried, key=lambda found: sum(found.values())).items():
                 out[part] += flops
@@ -86,9 +102,9 @@ def _walk(jaxpr: core.Jaxpr, scope: str, times: int, out: dict[str, float]) -> N
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(inner, core.ClosedJaxpr):
-                    _walk(inner.jaxpr, here, often, out)
+                    _walk(inner.jaxpr, here, often, out, each)
                 elif isinstance(inner, core.Jaxpr):
-                    _walk(inner, here, often, out)
+                    _walk(inner, here, often, out, each)
 
 
 def _products(eqn: core.JaxprEqn) -> float:
@@ -101,3 +117,16 @@ def _products(eqn: core.JaxprEqn) -> float:
         (summed, _), _ = numbers
         return 2.0 * math.prod(out) * math.prod(left[at] for at in summed)
     return 2.0 * math.prod(out) * (math.prod(right) // right[numbers.rhs_spec[0]])
+
+
+def _touched(eqn: core.JaxprEqn) -> float:
+    if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+        return 0.0
+    arrays = [value.aval for value in (*eqn.invars, *eqn.outvars)]
+    return float(
+        sum(
+            math.prod(x.shape) * x.dtype.itemsize  # type: ignore[attr-defined]
+            for x in arrays
+            if len(x.shape) < 4 or x.shape[-1] != x.shape[-2]  # type: ignore[attr-defined]
+        )
+    )

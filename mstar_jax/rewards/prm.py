@@ -225,6 +225,12 @@ def _step_scores(rows: Sequence[Row], result: jax.Array) -> list[list[tuple[floa
         scored = list[tuple[float, ...]]()
         for response, marks in zip(row.responses, row.labels):
             scored.append(tuple(float(values[at, start + place]) for place, _ in marks))
+            if not np.isfinite(scored[-1]).all():
+                raise ValueError(
+                    f"query {row.prompt.query.id!r}: step scores {scored[-1]}, so the reward model's logits "
+                    "are not finite. Set sampling.dtype to bfloat16 or float32 (float16 ends at 65504); if "
+                    "that does not help, its parameters have diverged"
+                )
             start += len(response)
         out.append(scored)
     return out

@@ -14,12 +14,14 @@ from mstar_jax.inference.generate import Stopped, stopping
 from mstar_jax.profiling import flops, speed
 from mstar_jax.stages.policy import (
     Policy,
+    check_values,
     frozen_in,
     policy_after,
     program,
     restore,
     restore_params,
     settings_of,
+    values_of,
     with_frozen_dtype,
 )
 from mstar_jax.stages.run import Run
@@ -128,8 +130,10 @@ def train(
       until: (parameters, steps done) -> whether to end early; called every `check_every` steps.
     """
     saved = run.checkpoints.run(stage)
-    if saved is not None and saved.done:
-        return policy_after(run, stage)
+    if saved is not None:
+        check_values(run, stage, saved)
+        if saved.done:
+            return policy_after(run, stage)
     settings = settings_of(run, stage)
     train = run.config.train
     step, plain = program(run, stage, loss)
@@ -155,6 +159,7 @@ def train(
             seed=run.seed,
             loader=batches.get_state() if batches else {},
             curve=curve.pending(),
+            values=values_of(run, stage),
         )
         run.checkpoints.save(stage, state, where, wait)
 
@@ -186,8 +191,10 @@ def train(
             if stopping(run.stop, cursor, train.log_every):
                 save(done=False, wait=True)
                 raise Stopped(f"{stage}: stopped and saved after step {cursor} of {steps}")
-            if cursor % train.save_every == 0 and cursor < steps:
-                watch.apart(save, False)
+            first = not run.checkpoints.saved  # after a start: the next kill may come soon
+            due = first or cursor % train.save_every == 0
+            if cursor < steps and (due or stopping(run.checkpoints.old, cursor, train.log_every)):
+                watch.apart(save, False, first)
     curve.close()
     save(done=True, wait=True)
     return policy_after(run, stage, state)

@@ -12,7 +12,7 @@ from mstar_jax.stages.generate import pass_name, respond
 from mstar_jax.stages.policy import Policy
 from mstar_jax.stages.run import Run, lap
 from mstar_jax.stages.select import scores
-from mstar_jax.structs import Query, Response, Source
+from mstar_jax.structs import Query, Response, Source, Stage
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,7 @@ def measure(
       sampled_at: the temperature that this was sampled at; only written into the record.
     """
     stage, c = policy.stage, run.config
-    last = stage.number == c.evolve.iterations
-    if stage.number and stage.number % c.eval.every and not explores(run, stage, reward) and not last:
-        return
-    at_an_end = stage.kind in c.eval.test_at or (stage.number and last)
-    for split in ("validation", "test") if at_an_end else ("validation",):
+    for split in splits_of(run, stage, reward):
         if run.results.find(stage, split):
             continue
         queries = run.test if split == "test" else run.validation
@@ -61,6 +57,34 @@ def measure(
         shown = ("greedy_accuracy", "pass_at_k", "gap", "reward_pass_at_2")
         text = ", ".join(f"{key} {100 * measured[key]:.1f}%" for key in shown if key in measured)
         log.info("%s, %s: %s", stage, split, text)
+
+
+def splits_of(run: Run, stage: Stage, reward: Scorer | None) -> tuple[str, ...]:
+    """What a stage's policy is measured on."""
+    c = run.config
+    last = stage.number == c.evolve.iterations
+    if stage.number and stage.number % c.eval.every and not explores(run, stage, reward) and not last:
+        return ()
+    at_an_end = stage.kind in c.eval.test_at or (stage.number and last)
+    return ("validation", "test") if at_an_end else ("validation",)
+
+
+def check_measured(run: Run, stage: Stage, reward: Scorer | None) -> None:
+    """Checks that results.json has all of a stage that a later one has followed: its checkpoint may be gone,
+    and the later ones sample at the temperature that its record names.
+
+    Raises:
+      ValueError: it has not.
+    """
+    found = {split: run.results.find(stage, split) for split in splits_of(run, stage, reward)}
+    lost = [split for split, record in found.items() if record is None]
+    if not lost and explores(run, stage, reward) and "grid" not in (found["validation"] or {}):
+        lost = ["temperatures"]
+    if lost:
+        raise ValueError(
+            f"{run.results.path}: no record of {stage} ({', '.join(lost)}), though a later stage has "
+            "followed; restore the newest copy of this file, or name another --workdir"
+        )
 
 
 def answers(

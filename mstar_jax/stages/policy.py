@@ -1,6 +1,7 @@
 """A policy as a handle: which stage it is the outcome of, and its state, restored when first asked for."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ import ml_collections
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
+from mstar_jax.ranges import flat
 from mstar_jax.stages.run import Program, Run
-from mstar_jax.structs import Model, Stage, TrainState
+from mstar_jax.structs import EvolveState, Model, Stage, TrainState
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import Loss, Step, abstract_state, make_train_step
+from mstar_jax.workdir import FREE
 
 
 @dataclasses.dataclass
@@ -108,6 +111,31 @@ def frozen_in(run: Run, stage: Stage) -> tuple[str, ...]:
 def settings_of(run: Run, stage: Stage) -> ml_collections.ConfigDict:
     """The part of the config with a stage's steps, batch and learning rate."""
     return run.config.evolve if stage.number else run.config[stage.kind]
+
+
+def values_of(run: Run, stage: Stage) -> dict[str, object]:
+    """The values of the config that a stage's training depends on by dotted key, for its checkpoints."""
+    c = run.config.to_dict()
+    section = "evolve" if stage.number else stage.kind
+    found = flat({name: c[name] for name in ("policy", "data", "train", section)})
+    kept = {key: value for key, value in found.items() if key not in FREE}
+    return json.loads(json.dumps({"seed": run.seed, **kept}))  # as a checkpoint gives them back
+
+
+def check_values(run: Run, stage: Stage, saved: EvolveState) -> None:
+    """Checks that a checkpoint is of this run, or of one with the same values.
+
+    Raises:
+      ValueError: it is not.
+    """
+    there, now = saved.values, values_of(run, stage)
+    told = [f"{key}: {there.get(key)} there, {now.get(key)} now" for key in there | now]
+    changed = [text for key, text in zip(there | now, told) if there.get(key) != now.get(key)]
+    if changed:
+        folder = run.checkpoints.folder / stage.name
+        raise ValueError(
+            f"{folder}: trained with other values ({'; '.join(changed)}); remove it to train the stage again"
+        )
 
 
 def program(run: Run, stage: Stage, loss: Loss) -> Program:

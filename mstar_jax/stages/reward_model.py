@@ -153,9 +153,9 @@ def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups)
     )
     sampled_by = sampler_for(run, settings.samples, settings.rows)
     record = functools.partial(label_record, run)
-    store = sample_rows(run, task, sampled_by, rows, lambda: policy.params, record)
+    labelled = sample_rows(run, task, sampled_by, rows, lambda: policy.params, record, read_labels)
     values: dict[str, dict[prm.Prefix, float]] = {query.id: {} for query in queries}
-    for query_id, reached in store.read(read_labels):
+    for query_id, reached in labelled:
         values[query_id].update(reached)
     return {
         (query.id, r.sample): prm.label(r, values[query.id], run.texts, hard=settings.hard)

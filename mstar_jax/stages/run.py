@@ -15,12 +15,14 @@ from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
-from mstar_jax.store import write_text
+from mstar_jax.store import digest, write_text
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import Loss, Step
-from mstar_jax.workdir import check_inputs, of_checkpoint, of_queries
+from mstar_jax.workdir import check_inputs, fingerprint, of_checkpoint, of_queries
+
+TRUTH = pathlib.Path("figures", "truth.jsonl")  # in the workdir, of the embedded data
 
 
 class Program(NamedTuple):
@@ -98,12 +100,12 @@ def start(
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
     with processes.first_alone("inputs"):
-        check_inputs(workdir, inputs(config, data, workdir))
+        check_inputs(workdir, inputs(config, data, source, workdir))
         if config.data.labelled and processes.first():
             names = ("labelled", "validation", "test", "unlabelled")
             ids = {name: [query.id for query in getattr(data, name)] for name in names}
             write_text(workdir / "splits.json", json.dumps(ids, indent=1))
-    known = workdir / "figures" / "truth.jsonl"
+    known = workdir / TRUTH
     host = generate.inference(config, workdir, source.processor(), stop)
     return Run(
         **vars(host),
@@ -126,18 +128,28 @@ def start(
 
 
 def inputs(
-    config: ml_collections.ConfigDict, data: configure.Data, workdir: pathlib.Path
+    config: ml_collections.ConfigDict,
+    data: configure.Data,
+    source: models.Pretrained | models.FromScratch,
+    workdir: pathlib.Path,
 ) -> dict[str, Mapping[str, object]]:
-    """What a run reads, for `workdir.check_inputs`."""
-    names = ("labelled", "unlabelled", "validation", "test")
+    """What a run reads, for `workdir.check_inputs`: also what it has made itself at its first start."""
+    names = ("labelled", "unlabelled", "validation", "test", "base_validation")
     found: dict[str, Mapping[str, object]] = {
         f"data, {name}": of_queries(getattr(data, name), workdir) for name in names
     }
+    found["data, unlabelled"] = {**found["data, unlabelled"], "hidden answers": digest(data.hidden.items())}
+    if data.base:
+        responses = digest((example.mode, example.response) for example in data.base)
+        narrow = of_queries([example.query for example in data.base], workdir)
+        found["data, base"] = narrow | {"responses": responses}
+    if (known := workdir / TRUTH).exists() and not config.data.labelled:
+        found["data, truth"] = {known.name: fingerprint(known)}
+    if isinstance(source, models.FromScratch):
+        found["tokenizer"] = of_checkpoint(source.folder)
     for key, path in (("policy.path", config.policy.path), ("prm.path", config.prm.path)):
         if path:
             found[key] = of_checkpoint(models.Pretrained(path).folder)
-    if not config.policy.path:
-        found["tokenizer"] = of_checkpoint(workdir / "tokenizer")
     return found
 
 

@@ -5,7 +5,8 @@ How a killed run is resumed, in this order:
   2. The stage's rollouts come from the store. Only missing shards are sampled, with the weights of the stage
      before, which are in that stage's last checkpoint.
   3. The stage's own latest checkpoint, if there is one, holds the TrainState and the loader's state. Training
-     continues from there; later metric rows are dropped and written again.
+     continues from there; later metric rows are dropped and written again. The first step after a start is
+     saved before the next one, so a run gets on however soon it is killed each time.
   4. A stage without a checkpoint starts from the stage before.
 Orbax writes to a temporary folder and renames it, so a checkpoint that exists is complete. One that was
 damaged later is set aside; the one before it, or the stage's beginning, takes its place and ends the same.
@@ -22,6 +23,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +36,7 @@ from mstar_jax.store import read_json, write_text
 from mstar_jax.structs import EvolveState, Stage, TrainState
 from mstar_jax.workdir import of_folder
 
+SHARE = 0.02  # of the time, at most, for checkpoints that are saved because the one before is old
 BLOCKS = 1024  # of 64 KiB, of each file, that the digest is of: all bytes of a file up to 64 MiB
 log = logging.getLogger(__name__)
 
@@ -52,14 +55,24 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
 
 
 class Checkpoints:
-    """The checkpoints of a run, one folder for each stage; training continues while they are written."""
+    """The checkpoints of a run, one folder for each stage; training continues while they are written.
+
+    Attributes:
+      folder: of all of them.
+      saved: whether this process has saved one.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder).absolute()
+        self.saved = False
+        self._cost = 0.0  # seconds that the last one took which was waited for
+        self._first = 0.0  # when this process had saved its first one, seconds of the monotonic clock
+        self._due = 0.0  # when the newest one is old
         self._managers: dict[Stage, ocp.CheckpointManager] = {}
 
     def save(self, stage: Stage, state: TrainState, run: EvolveState, wait: bool = False) -> None:
         """Saves at `run.cursor`; returns once the arrays are copied or, if `wait` or `run.done`, written."""
+        begun = time.monotonic()
         manager = self._manager(stage)
         if manager.latest_step() != run.cursor:
             self._note(stage)
@@ -75,6 +88,17 @@ class Checkpoints:
                     manager.delete(step)
         if run.done and processes.first():  # a separate mark: this step may be saved already
             write_text(self.folder / stage.name / "done.json", json.dumps(dataclasses.asdict(run)))
+        now = time.monotonic()
+        if wait or run.done:
+            self._cost = now - begun
+        self._first = self._first if self.saved else now
+        # soon at first, for a process that is killed often is young; then ever more rarely
+        self.saved, self._due = True, now + min(4 * self._cost + now - self._first, self._cost / SHARE)
+
+    def old(self) -> bool:
+        """Whether the newest one is so old that another is due: a kill would lose more than half of what this
+        process has done, or saving takes less than `SHARE` of the time."""
+        return time.monotonic() >= self._due
 
     def has(self, stage: Stage) -> bool:
         """Whether the stage has a checkpoint."""

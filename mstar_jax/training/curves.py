@@ -5,6 +5,7 @@ same files as one that was not.
 """
 
 import csv
+import logging
 import pathlib
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from clu import metrics as clu_metrics
 from mstar_jax import processes
 from mstar_jax.store import write_text
 from mstar_jax.structs import Stage
+
+log = logging.getLogger(__name__)
 
 MEANS = ("loss", "accuracy", "grad_norm", "tokens")  # of a row: over the steps since the row before
 TrainMetrics = clu_metrics.Collection.create(
@@ -47,11 +50,15 @@ class StageLog:
         kept = []
         if self.path.exists():
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(self.FIELDS) and row[0].isdigit()]
+                whole = [row for row in csv.reader(file) if len(row) == len(self.FIELDS)]
+                rows = [row for row in whole if row[0].isdigit()]
             # one a step, in their order, whatever two runs at once have left there
             kept = [
                 row for _, row in sorted({int(row[0]): row for row in rows}.items()) if int(row[0]) <= start
             ]
+        last = start - int(pending["loss"][1] if pending else 0)  # the row that the sums go on from
+        if last != (there := int(kept[-1][0]) if kept else 0):
+            log.warning("%s: ends at step %d, not %d; the rows between are lost", self.path, there, last)
         write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
         self.events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard" / stage.name), purge_step=start, write_to_disk=True
