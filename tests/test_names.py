@@ -209,6 +209,9 @@ def test_rope_that_is_given_twice_has_to_agree(name, tmp_path):
         ({"factor": 8.0}, "factor is 8.0, only 4.0 is supported"),
         ({"short_mscale": 1.2}, "short_mscale is not read for type 'su'"),
         ({"long_factor": [1.0, 2.0]}, "long_factor has 2 entries, not half of 8"),
+        ({"short_factor": [1.0, float("nan"), 1.0, 1.0]}, "short_factor holds nan; its entries are positive"),
+        ({"short_factor": [1.0, "a", 1.0, 1.0]}, "short_factor holds 'a'; its entries are positive"),
+        ({"long_factor": [1.0, -1.0, 1.0, 1.0]}, "long_factor holds -1.0; its entries are positive"),
         ({"long_factor": None}, "'long_factor' is missing"),
     ],
 )

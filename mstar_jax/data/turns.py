@@ -54,7 +54,10 @@ _QUOTED = re.compile(r"'([^'\n]*)'|\"([^\"\n]*)\"")
 _QUOTED_LIST = re.compile(rf"\[\s*(?:{_QUOTED.pattern})(?:\s*,\s*(?:{_QUOTED.pattern}))+\s*\]\s*")
 _INSTRUCTION = re.compile(
     r"(?:^|(?<=[.;])\s+|\n)(?:please\b|answer(?::|\s+(?:with|the|in|using|by)\b)|(?:select|choose|pick|give|"
-    r"write|provide|return|respond|reply|output)\b[^\n]*\b(?:answers?|options?|choices?|letters?)\b)",
+    r"write|provide|return|respond|reply|output)\b[^\n]*\b(?:answers?|options?|choices?|letters?)\b)"
+    r"|\s(?-i:Please)\s+(?:select|choose|pick|answer|give|write|provide|output|explain|think)\b"
+    r"|\n\s*(?:(?:only|just|directly)\s+(?:answer|give|write|output|reply|respond|provide|state)\b"
+    r"|(?:let(?:'|’)?s\s+)?think\b|hint\s*:|请|只需|直接)",
     re.IGNORECASE,
 )
 
@@ -117,7 +120,11 @@ def _options(text: str) -> list[str]:
 
 # ---- 2. answers ---------------------------------------------------------------------------------------
 
-_SAID = re.compile(r"\b(?:the|final) (?:final |correct )?answer(?: is\b|(?=\s*:))\s*:?|####", re.IGNORECASE)
+_SAID = re.compile(
+    r"\b(?:the|final) (?:final |correct )?answer(?: is\b|(?=\s*:))\s*:?|####"
+    r"|答案\s*[是为]\s*[:：]?|[,，;；]\s*(?:therefore|thus|hence|so|所以)\s*(?=\S+$)",
+    re.IGNORECASE,
+)
 _MARKED = re.compile(r"\\f?boxed\b|\\fbox\b|</\s?(?:final[ _-]?)?answer\s?>|</?\s?think", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}(?!\w)")  # of a language, not a command of LaTeX
 _PLAIN_TEX = re.compile(r"\\(?:text|mathrm|begin|end)\s*\{[^{}]*\}")

@@ -189,6 +189,9 @@ def decoder_config(
             raise ValueError(
                 f"{where} {name} has {len(fields[name])} entries, not half of {fields['head_dim']}"
             )
+        for factor in fields[name] or ():
+            if type(factor) not in (int, float) or not 0 < factor < math.inf:
+                raise ValueError(f"{where} {name} holds {factor!r}; its entries are positive numbers")
     return DecoderConfig(**fields)
 
 
