@@ -74,7 +74,7 @@ def test_nothing_of_an_ended_branch_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [2, 8])  # of two groups
-@pytest.mark.parametrize("width", [16, 96])
+@pytest.mark.parametrize("width", [pytest.param(16, marks=pytest.mark.slow), 96])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("cache", ["", "int8"])
 def test_kernels_are_what_the_einsums_say(monkeypatch, heads, width, each, cache):

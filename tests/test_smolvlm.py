@@ -391,7 +391,7 @@ def loss(policy, rows, remat=None):
     return -(logprob * rows.loss_mask).sum()
 
 
-@pytest.mark.parametrize("config", [CONFIG, TIED])
+@pytest.mark.parametrize("config", [pytest.param(CONFIG, marks=pytest.mark.slow), TIED])
 def test_recomputation_changes_no_gradient(processor, config):
     prompt = processor.encode("Area?", [picture(60, 50)])
     rows = batch([prompt], [[processor.encode_response("Step 1: 3 cm")]])
