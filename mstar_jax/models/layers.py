@@ -27,9 +27,11 @@ ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # names of the adapters' parameters
 class DecoderConfig:
     """Dimensions of a Llama-like decoder (Phi-3 adds LongRoPE factors).
 
-    `short_factor` and `long_factor` have head_dim / 2 entries; None means plain RoPE. The scan over blocks is
-    unrolled by `unroll`: more code, faster on a CPU. `lora_rank` r > 0 gives the blocks' projections
-    adapters, x @ W + (x @ a) @ b * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
+    `short_factor` and `long_factor` have head_dim / 2 entries; None means plain RoPE. `qkv_bias` gives the
+    query, key and value projections biases (Qwen2 and 2.5). `qk_norm` gives each head of queries and keys an
+    RMSNorm before RoPE, with one weight for all heads (Qwen3). The scan over blocks is unrolled by `unroll`:
+    more code, faster on a CPU. `lora_rank` r > 0 gives the blocks' projections adapters, x @ W + (x @ a) @ b
+    * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
     """
 
     vocab_size: int
@@ -46,6 +48,8 @@ class DecoderConfig:
     max_position: int = 4096
     original_max_position: int = 4096
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
     unroll: int = 1
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -169,7 +173,7 @@ def branch_sum(x: jax.Array, branch: jax.Array) -> jax.Array:
 
 
 class Blocks(nnx.Module):
-    """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases.
+    """The L decoder blocks: pre-norm attention and a gated SiLU MLP, no biases but those of `qkv_bias`.
 
     With LoRA, each projection [L, inputs, outputs], such as `q`, has adapters `q_a` [L, inputs, r] and `q_b`
     [L, r, outputs]. b starts at 0, so the adapters add nothing at first.
@@ -190,6 +194,13 @@ class Blocks(nnx.Module):
         self.gate = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.up = param(rngs, (n, d, f), ("layers", "embed", "mlp"), std)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
+        if c.qkv_bias:
+            self.q_bias = param(rngs, (n, h, w), ("layers", "heads", "head_dim"), 0.0)
+            self.k_bias = param(rngs, (n, g, w), ("layers", "heads", "head_dim"), 0.0)
+            self.v_bias = param(rngs, (n, g, w), ("layers", "heads", "head_dim"), 0.0)
+        if c.qk_norm:
+            self.q_norm = param(rngs, (n, w), ("layers", "head_dim"), 1.0)
+            self.k_norm = param(rngs, (n, w), ("layers", "head_dim"), 1.0)
         for name, contracted in ADAPTED.items() if c.lora_rank else ():
             weight = getattr(self, name)
             axes = weight.get_metadata()["axes"]
@@ -211,14 +222,22 @@ class Blocks(nnx.Module):
             out += jnp.tensordot(low, getattr(self, f"{name}_b")[...], 1)
         return out
 
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B, T, heads, N] before RoPE."""
+        q, k, v = (self._project(x, name) for name in "qkv")
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.config.qk_norm:
+            eps = self.config.rms_norm_eps
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+        return q, k, v
+
     def __call__(self, x, rope, attend):
         """One block; `self` is one layer's slice. x [B, T, D] -> x, and what `attend` returns to be kept."""
         eps = self.config.rms_norm_eps
         h = rms_norm(x, self.input_norm[...], eps)
-        q = rotate(self._project(h, "q"), rope)
-        k = rotate(self._project(h, "k"), rope)
-        v = self._project(h, "v")
-        out, kept = attend(q, k, v)
+        q, k, v = self._heads(h)
+        out, kept = attend(rotate(q, rope), rotate(k, rope), v)
         x = x + self._project(out, "o")
         h = rms_norm(x, self.post_norm[...], eps)
         x = x + self._project(jax.nn.silu(self._project(h, "gate")) * self._project(h, "up"), "down")

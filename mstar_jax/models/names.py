@@ -145,7 +145,13 @@ def _rope_kind(values: JSON) -> str:
 
 
 def decoder_config(
-    values: JSON, where: str, ropes: Sequence[str] = ("default",), **missing: float
+    values: JSON,
+    where: str,
+    ropes: Sequence[str] = ("default",),
+    *,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    **missing: float,
 ) -> DecoderConfig:
     """A decoder's dimensions from config.json's values.
 
@@ -153,6 +159,7 @@ def decoder_config(
       values: the values.
       where: the file, and the part of it, for messages.
       ropes: the types of RoPE that the family has.
+      qkv_bias, qk_norm: what the architecture has without a key that says so, see `DecoderConfig`.
       missing: values of keys that the family's files may leave out.
 
     Raises:
@@ -192,7 +199,7 @@ def decoder_config(
         for factor in fields[name] or ():
             if type(factor) not in (int, float) or not 0 < factor < math.inf:
                 raise ValueError(f"{where} {name} holds {factor!r}; its entries are positive numbers")
-    return DecoderConfig(**fields)
+    return DecoderConfig(**fields, qkv_bias=qkv_bias, qk_norm=qk_norm)
 
 
 def decoder_values(config: DecoderConfig) -> JSON:
@@ -276,12 +283,14 @@ def norm(name: str, size: int, ours: str, bias: bool = False) -> list[Tensor]:
 
 
 def llama(c: DecoderConfig, prefix: str, head: str = "lm_head") -> list[Tensor]:
-    """Llama's names, which other decoders share; `prefix` precedes `embed_tokens`."""
+    """Llama's names, which other decoders share (Qwen2 and 3 too); `prefix` precedes `embed_tokens`."""
     d, f, h, g, n = c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim
     at, ours = prefix + "layers.{}.", "decoder.blocks."
     table = [plain(f"{prefix}embed_tokens.weight", (c.vocab_size, d), "decoder.embedding")]
     for name, heads in (("q", h), ("k", g), ("v", g)):
-        table += linear(f"{at}self_attn.{name}_proj", d, heads * n, ours + name)
+        table += linear(f"{at}self_attn.{name}_proj", d, heads * n, ours + name, bias=c.qkv_bias)
+    for name in "qk" if c.qk_norm else "":
+        table += norm(f"{at}self_attn.{name}_norm", n, f"{ours}{name}_norm")
     table += linear(f"{at}self_attn.o_proj", h * n, d, ours + "o")
     table += linear(f"{at}mlp.gate_proj", d, f, ours + "gate")
     table += linear(f"{at}mlp.up_proj", d, f, ours + "up")
