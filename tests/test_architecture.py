@@ -13,13 +13,13 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-FILE_LINES, LIBRARY_LINES = 400, 7800  # much of it refuses or counts what would be misread
+FILE_LINES, LIBRARY_LINES = 400, 8080  # much of it refuses or counts what would be misread
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
     300: ("profiling",),
-    1500: ("plan",),  # reads three compilers' programs, and plays a whole run through
+    1520: ("plan",),  # reads three compilers' programs, and plays a whole run through
     1300: ("report",),
     3100: (
         "answers",

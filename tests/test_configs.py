@@ -17,7 +17,7 @@ from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-POLICIES = ("tiny", "phi35", "internvl2", "minicpmv25", "smolvlm", "smollm2")
+POLICIES = ("tiny", "phi35", "internvl2", "internvl3", "minicpmv25", "smolvlm", "smollm2")
 
 
 def get(policy, variant="mstar"):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import internvl2, minicpmv25, names, phi35, smolvlm
+from mstar_jax.models import internvl_chat, minicpmv25, names, phi35, smolvlm
 from mstar_jax.plan import official
 
 PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).parent
@@ -17,7 +17,7 @@ PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).pa
 
 FULL = {  # family, config, tensors, parameters
     "phi35_vision": (phi35.FAMILY, official.PHI35, 592, 4_146_621_440),
-    "internvl2": (internvl2.FAMILY, official.INTERNVL2, 517, 2_205_754_368),
+    "internvl2": (internvl_chat.FAMILY, official.INTERNVL2, 517, 2_205_754_368),
     "minicpmv25": (minicpmv25.FAMILY, official.MINICPMV25, 741, 8_537_092_336),
     "smolvlm": (smolvlm.FAMILY, official.SMOLVLM2_256M, 471, 256_484_928),
 }

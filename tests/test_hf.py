@@ -162,7 +162,9 @@ def test_folders_that_are_no_checkpoint(folder, tmp_path):
     with pytest.raises(ValueError, match=r"config.json"):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(ValueError, match="model_type 'llava' is none of phi3_v, internvl_chat, minicpmv"):
+    with pytest.raises(
+        ValueError, match="model_type 'llava' is none of phi3_v, internvl_chat, internvl, minicpmv"
+    ):
         models.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
     with pytest.raises(ValueError, match="config.json: 'max_position_embeddings' is missing"):

@@ -17,7 +17,7 @@ import tiny
 from close import close
 from PIL import Image
 
-from mstar_jax.models import internvl2, tokenizer
+from mstar_jax.models import internvl, internvl_chat, tokenizer
 from mstar_jax.models.vision import VitConfig, gelu
 
 GOLDEN = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent")) / "internvl2"
@@ -25,7 +25,7 @@ golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no official outputs in
 
 PIECES, VOCAB, SIZE = 330, 345, 16
 VARIANT = {"activation": gelu, "select_layer": -1, "patch_bias": True, "pre_norm": False, "post_norm": False}
-CONFIG = internvl2.InternVL2Config(
+CONFIG = internvl_chat.ChatConfig(
     dataclasses.replace(
         tiny.DECODER,
         vocab_size=VOCAB,
@@ -58,7 +58,7 @@ def make_words(folder):
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
     ids = [0, 1, 2, *range(6, 12), *range(PIECES, PIECES + 9)]
-    added = dict(zip(internvl2.SPECIAL, ids, strict=True))
+    added = dict(zip(internvl.INTERNLM2, ids, strict=True))
     described = {str(i): {"content": token, "special": True} for token, i in added.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": described}))
     (folder / "added_tokens.json").write_text(json.dumps({t: i for t, i in added.items() if i > 2}))
@@ -72,7 +72,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(words):
-    return internvl2.InternVL2Processor(CONFIG, internvl2.load_tokenizer(words))
+    return internvl_chat.ChatProcessor(CONFIG, internvl.load_tokenizer(words))
 
 
 def picture(width, height, seed=0):
@@ -93,16 +93,16 @@ def picture(width, height, seed=0):
     ],
 )
 def test_grids_of_the_official_code(width, height, most, grid, tiles):
-    assert internvl2.tile_grid(width, height, 1, most, 448) == grid
-    assert internvl2.tile_count(*grid, thumbnail=True) == tiles
+    assert internvl.tile_grid(width, height, 1, most, 448) == grid
+    assert internvl.tile_count(*grid, thumbnail=True) == tiles
 
 
 @golden
 def test_grids_equal_the_official_ones():
     cases = np.load(GOLDEN / "golden_tiles.npy").tolist()
     for width, height, most, columns, rows, tiles in cases:
-        assert internvl2.tile_grid(width, height, 1, most, 448) == (rows, columns), (width, height, most)
-        assert internvl2.tile_count(rows, columns, thumbnail=True) == tiles
+        assert internvl.tile_grid(width, height, 1, most, 448) == (rows, columns), (width, height, most)
+        assert internvl.tile_count(rows, columns, thumbnail=True) == tiles
     assert len(cases) > 50
 
 
@@ -119,32 +119,32 @@ def test_grid_is_the_one_a_scan_would_end_at(least, most):
                 distance = abs(width / height - columns / rows)
                 if distance < nearest or (distance == nearest and width * height > 0.5 * 448**2 * tiles):
                     best, nearest = (rows, columns), distance
-        assert internvl2.tile_grid(width, height, least, most, 448) == best, (width, height)
+        assert internvl.tile_grid(width, height, least, most, 448) == best, (width, height)
 
 
 def test_tiles_stand_row_by_row_and_the_thumbnail_last():
     values = np.arange(6, dtype=np.uint8).reshape(2, 3).repeat(8, axis=0).repeat(8, axis=1)
     image = Image.fromarray(np.stack([values, 10 * values, 255 - values], axis=-1))
-    tiles = internvl2.split_tiles(image, 2, 3, 8, thumbnail=True)
+    tiles = internvl.split_tiles(image, 2, 3, 8, thumbnail=True)
     assert tiles.shape == (7, 8, 8, 3) and tiles.dtype == np.float32
     for number, tile in enumerate(tiles[:6]):
         colour = np.array([number, 10 * number, 255 - number]) / 255
         want = (colour - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         close(tile, np.broadcast_to(want, tile.shape), scale=3.0)
     small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
-    close(tiles[6] * internvl2.STD + internvl2.MEAN, small, scale=3.0)
-    np.testing.assert_array_equal(internvl2.split_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
+    close(tiles[6] * internvl.STD + internvl.MEAN, small, scale=3.0)
+    np.testing.assert_array_equal(internvl.split_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
 
 
 def test_one_tile_has_no_thumbnail():
     image = picture(16, 16)
-    tiles = internvl2.split_tiles(image, 1, 1, 16, thumbnail=True)
-    want = (np.asarray(image, np.float32) / 255 - internvl2.MEAN) / internvl2.STD
+    tiles = internvl.split_tiles(image, 1, 1, 16, thumbnail=True)
+    want = (np.asarray(image, np.float32) / 255 - internvl.MEAN) / internvl.STD
     close(tiles, want[None], scale=3.0)
 
 
 def test_fewer_crops_than_the_least_are_possible():
-    assert internvl2.tile_grid(900, 500, 4, 2, 448) == (1, 2)
+    assert internvl.tile_grid(900, 500, 4, 2, 448) == (1, 2)
 
 
 # ---- prompts ------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_prompt_is_the_official_string(processor, sizes):
     """One string with `<IMG_CONTEXT>` written out, read by the tokenizer as a whole."""
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
     counts = [
-        4 * internvl2.tile_count(*internvl2.tile_grid(*size, 1, 6, SIZE), thumbnail=True) for size in sizes
+        4 * internvl.tile_count(*internvl.tile_grid(*size, 1, 6, SIZE), thumbnail=True) for size in sizes
     ]
     question = "".join(f"<img>{'<IMG_CONTEXT>' * n}</img>\n" for n in counts) + "What is the area?"
     system = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型"
@@ -180,7 +180,7 @@ def test_prompt_is_the_official_string(processor, sizes):
     assert ids[0] == vocab["<s>"] and (ids == vocab["<s>"]).sum() == 1
     assert prompt.tokens.dtype == prompt.image_index.dtype == np.int32
     each = [
-        internvl2.split_tiles(image, *internvl2.tile_grid(*image.size, 1, 6, SIZE), SIZE, True)
+        internvl.split_tiles(image, *internvl.tile_grid(*image.size, 1, 6, SIZE), SIZE, True)
         for image in images
     ]
     assert len(prompt.pixels) == sum(counts) // 4
@@ -193,7 +193,7 @@ class Official:
     and nothing else."""
 
     def __init__(self, text, ids):
-        self.known = dict(zip(internvl2.SPECIAL, [0, 1, 2, *range(92538, 92553)], strict=True))
+        self.known = dict(zip(internvl.INTERNLM2, [0, 1, 2, *range(92538, 92553)], strict=True))
         self.cut = re.compile("(" + "|".join(map(re.escape, self.known)) + ")")
         self.segments, names = {"": []}, {i: token for token, i in self.known.items()}
         runs = [list(run) for special, run in itertools.groupby(ids, names.__contains__) if not special]
@@ -217,7 +217,7 @@ def test_prompt_ids_of_the_official_tokenizer():
     cases = json.loads((GOLDEN / "tokenizer_goldens.json").read_text())
     text = next(text for text in cases if "<IMG_CONTEXT>" in text)
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=92553))
-    processor = internvl2.InternVL2Processor(config, Official(text, cases[text]))
+    processor = internvl_chat.ChatProcessor(config, Official(text, cases[text]))
     prompt = processor.encode("What is in the picture?", [picture(16, 16)])
     assert np.where(prompt.image_index < 0, prompt.tokens, 92546).tolist() == cases[text]
     assert processor.stop_ids == (92542, 92543, 2)
@@ -238,7 +238,7 @@ MARKS += ["<s>", "<unk>", "<box>", "[UNUSED_TOKEN_7]", "[UNUSED_TOKEN_2]x", "<im
 @pytest.mark.parametrize("text", MARKS)
 def test_questions_cannot_write_control_tokens(processor, text):
     vocab = processor.tokenizer.get_vocab()
-    control = {vocab[token] for token in internvl2.SPECIAL}
+    control = {vocab[token] for token in internvl.INTERNLM2}
     assert text == "<image>" or control & set(
         processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     )
@@ -247,7 +247,7 @@ def test_questions_cannot_write_control_tokens(processor, text):
         assert [t for t in processor.encode(text, images).tokens.tolist() if t in control] == base
     response = processor.encode_response(text)
     assert [t for t in response if t in control] == [processor.stop_ids[0]]
-    assert not any(token in processor.decode(response) for token in (*internvl2.SPECIAL, "<image>"))
+    assert not any(token in processor.decode(response) for token in (*internvl.INTERNLM2, "<image>"))
 
 
 def test_response_round_trip(processor):
@@ -271,7 +271,7 @@ def test_stop_and_forbidden_ids(processor):
     assert processor.length_limit(1) == processor.length_limit(300) == 256
     small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=338))
     with pytest.raises(ValueError, match="the tokenizer has 339 tokens, the model's vocabulary 338"):
-        internvl2.InternVL2Processor(small, processor.tokenizer)
+        internvl_chat.ChatProcessor(small, processor.tokenizer)
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------
@@ -302,23 +302,23 @@ def test_tokens_equal_those_of_transformers_slow_tokenizer(words, processor):
 
 
 def test_folders_without_a_tokenizer(words, processor, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer.model: .*No such file"):
-        internvl2.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer.json; copy the tokenizer's files there"):
+        internvl.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"tokenizer.model: "):
-        internvl2.load_tokenizer(tmp_path)
+        internvl.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes((words / "tokenizer.model").read_bytes())
-    bare = internvl2.load_tokenizer(tmp_path)
+    bare = internvl.load_tokenizer(tmp_path)
     assert len(bare) == PIECES and bare.decode(bare("a <box>")["input_ids"]) == "a <box>"
     (tmp_path / "added_tokens.json").write_text('{"<r>": 330, "<r>x": 331}')
-    added = internvl2.load_tokenizer(tmp_path)
+    added = internvl.load_tokenizer(tmp_path)
     assert added("<r>x<r>", add_special_tokens=False)["input_ids"] == [331, 330], "the longest that fits"
     assert added.decode([331, 330, 400]) == "<r>x<r>" and not added.decode([331], skip_special_tokens=True)
     with pytest.raises(ValueError, match="the tokenizer has no <|plugin|>, .*, <img>"):
-        internvl2.InternVL2Processor(CONFIG, bare)
-    special = {"special": internvl2.SPECIAL, "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+        internvl_chat.ChatProcessor(CONFIG, bare)
+    special = {"special": internvl.INTERNLM2, "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
     tokenizer.make(tiny.TEXTS, tmp_path, VOCAB, **special)  # tokenizer.json takes precedence
-    fast = internvl2.InternVL2Processor(CONFIG, internvl2.load_tokenizer(tmp_path))
+    fast = internvl_chat.ChatProcessor(CONFIG, internvl.load_tokenizer(tmp_path))
     assert not isinstance(fast.tokenizer, tokenizer.SentencePiece)
     vocab, tokens = fast.tokenizer.get_vocab(), fast.encode("?", [picture(16, 16)]).tokens.tolist()
     assert tokens.count(vocab["<s>"]) == 1 and tokens[:2] == [vocab["<s>"], vocab["<|im_start|>"]]

@@ -15,21 +15,21 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
 
 from mstar_jax import models, sharding
-from mstar_jax.models import attention, hf, internvl2
+from mstar_jax.models import attention, hf, internvl, internvl_chat
 from mstar_jax.models.vision import patchify
 from mstar_jax.plan.official import INTERNVL2
 
 
 def model(seed=0):
     """A policy whose every parameter is random."""
-    return tiny.randomised(lambda: internvl2.InternVL2(CONFIG, nnx.Rngs(0)), seed)
+    return tiny.randomised(lambda: internvl.InternVL(CONFIG, nnx.Rngs(0)), seed)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny policy in the official format, in bfloat16."""
     path, words = tmp_path_factory.mktemp("policy"), make_words(tmp_path_factory.mktemp("words"))
-    models.FromScratch(internvl2.FAMILY, CONFIG, words).save(model(), path, "bfloat16")
+    models.FromScratch(internvl_chat.FAMILY, CONFIG, words).save(model(), path, "bfloat16")
     return path
 
 
@@ -43,9 +43,9 @@ def leaves(policy):
 def test_config_is_read_back(folder, tmp_path):
     assert models.Pretrained(folder).config == CONFIG
     assert models.Pretrained(folder, max_crops=3).config == dataclasses.replace(CONFIG, num_crops=3)
-    files = internvl2.config_files(INTERNVL2, "bfloat16")
+    files = internvl_chat.config_files(INTERNVL2, "bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(files["config.json"]))
-    assert internvl2.read_config(tmp_path) == INTERNVL2
+    assert internvl_chat.read_config(tmp_path) == INTERNVL2
 
 
 @golden
@@ -62,7 +62,7 @@ def test_config_of_the_official_code():
     vision = dataclasses.replace(
         INTERNVL2.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4
     )
-    assert internvl2.read_config(GOLDEN) == internvl2.InternVL2Config(decoder, vision, 12, 1, True)
+    assert internvl_chat.read_config(GOLDEN) == internvl_chat.ChatConfig(decoder, vision, 12, 1, True)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_config_of_the_official_code():
     [
         ("", "ps_version", "v1"),
         ("", "force_image_size", 448),
-        ("vision_config", "norm_type", "rms_norm"),
-        ("vision_config", "qk_normalization", True),
-        ("llm_config", "model_type", "qwen2"),
+        ("vision_config", "norm_type", "batch_norm"),
+        ("vision_config", "use_moe", True),
+        ("llm_config", "model_type", "internlm3"),
     ],
 )
 def test_siblings_of_another_architecture_are_refused(folder, tmp_path, part, key, value):
@@ -228,8 +228,8 @@ def final_hidden(policy, tokens, index, pixels):
 def test_official_image_prompt(official):
     case = np.load(GOLDEN / "golden_img_1tile.npz")
     image = Image.open(GOLDEN / "img_1tile.png").convert("RGB")
-    grid = internvl2.tile_grid(*image.size, 1, 12, 448)
-    pixels = internvl2.split_tiles(image, *grid, 448, thumbnail=True)
+    grid = internvl.tile_grid(*image.size, 1, 12, 448)
+    pixels = internvl.split_tiles(image, *grid, 448, thumbnail=True)
     close(pixels, np.moveaxis(case["pixel_values"], 1, -1), 128)
     features = jax.jit(lambda m, p: m.image_features(p))(official, pixels[None])
     close(features, case["vit_proj"], REFERENCE)

@@ -19,7 +19,7 @@ from test_internvl2 import CONFIG, SIZE, VOCAB
 
 from mstar_jax import models, sharding
 from mstar_jax.inference.draw import SamplingConfig
-from mstar_jax.models import internvl2
+from mstar_jax.models import internvl, internvl_chat
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def folder(llama, vit, projector, tmp_path_factory):
     out |= {f"mlp1.{name}": value for name, value in projector.state_dict().items()}
     path = tmp_path_factory.mktemp("official")
     save_file({name: value.numpy() for name, value in out.items()}, path / "model.safetensors")
-    for name, values in internvl2.config_files(CONFIG, "float32").items():
+    for name, values in internvl_chat.config_files(CONFIG, "float32").items():
         (path / name).write_text(json.dumps(values))
     return path
 
@@ -162,7 +162,7 @@ def row(length, grids=(), seed=0):
     tokens = rng.integers(12, VOCAB, length).astype(np.int32)
     index, at, first = np.full(length, -1, np.int32), 2, 0
     for grid in grids:
-        features = 4 * internvl2.tile_count(*grid, thumbnail=True)
+        features = 4 * internvl.tile_count(*grid, thumbnail=True)
         index[at : at + features] = np.arange(first, first + features)
         at, first = at + features + 1, first + features
     pixels = rng.normal(size=(first // 4, SIZE, SIZE, 3)).astype(np.float32)

@@ -4,18 +4,21 @@ import json
 
 import pytest
 import test_internvl2
+import test_internvl3
 import test_smolvlm
 import tiny
 import tiny_minicpm
 
 from mstar_jax import models
-from mstar_jax.models import hf, internvl2, minicpmv25, phi35, smolvlm
+from mstar_jax.models import hf, internvl_chat, internvl_hf, minicpmv25, phi35, smolvlm
 
 FAMILIES = {
     "phi": (phi35, tiny.config()),
-    "internvl": (internvl2, test_internvl2.CONFIG),
+    "internvl": (internvl_chat, test_internvl2.CONFIG),
     "minicpm": (minicpmv25, tiny_minicpm.config()),
     "smolvlm": (smolvlm, test_smolvlm.CONFIG),
+    "internvl3": (internvl_chat, test_internvl3.CHAT["qwen3"]),
+    "internvl3-hf": (internvl_hf, test_internvl3.HF["qwen2"]),
 }
 
 
@@ -100,6 +103,8 @@ def test_longrope_of_transformers_5_has_its_factors(tmp_path):
 def test_other_decoders_are_refused_by_name(name, key, value, message, tmp_path):
     def change(values):
         decoder_of(values)[key] = value
+        if key == "sliding_window":  # which Qwen's decoders leave alone by default
+            decoder_of(values)["use_sliding_window"] = True
         values |= {key: value} if key in values else {}
 
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):

@@ -28,6 +28,7 @@ def small():
     [
         ("phi35", 4_146_621_440),
         ("internvl2", 2_205_754_368),
+        ("internvl3", 2_088_957_440),
         ("minicpmv25", 8_537_092_336),
         ("smolvlm", 256_484_928 + 4_884_480),  # with its adapters
     ],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_internvl2
+import test_internvl3
 import test_smolvlm
 import tiny
 import tiny_minicpm
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from mstar_jax import evolve, export, finished, main, models, records, sharding
 from mstar_jax.data import figures, toy
 from mstar_jax.inference.generate import Stopped
-from mstar_jax.models import internvl2, minicpmv25, phi35, smolvlm, vlm
+from mstar_jax.models import internvl_chat, internvl_hf, minicpmv25, phi35, smolvlm, vlm
 from mstar_jax.report import page
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Stage
@@ -77,7 +78,7 @@ def phi35_policy(words):
 
 def internvl2_policy(words):
     test_internvl2.make_words(words)
-    return models.FromScratch(internvl2.FAMILY, roomy(test_internvl2.CONFIG), words)
+    return models.FromScratch(internvl_chat.FAMILY, roomy(test_internvl2.CONFIG), words)
 
 
 def minicpmv25_policy(words):
@@ -90,11 +91,24 @@ def smolvlm_policy(words):
     return models.FromScratch(smolvlm.FAMILY, roomy(test_smolvlm.CONFIG), words)
 
 
+def internvl3_policy(words):
+    test_internvl3.make_words(words)
+    return models.FromScratch(internvl_chat.FAMILY, roomy(test_internvl3.CHAT["qwen2"]), words)
+
+
+def internvl3_hf_policy(words):
+    """InternVL3.5 with a chat template that opens a `<think>` block."""
+    test_internvl3.make_words(words, test_internvl3.THINKING)
+    return models.FromScratch(internvl_hf.FAMILY, roomy(test_internvl3.HF["qwen3"]), words)
+
+
 FAMILIES = {
     "phi35": phi35_policy,
     "internvl2": internvl2_policy,
     "minicpmv25": minicpmv25_policy,
     "smolvlm": smolvlm_policy,
+    "internvl3": internvl3_policy,
+    "internvl3:hf": internvl3_hf_policy,
 }
 
 
@@ -112,7 +126,7 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
     data = toy.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
-    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+    config = runpy.run_path(str(CONFIGS / f"{name.partition(':')[0]}.py"))["get_config"]()
     config.update_from_flattened_dict(
         SMALL | {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
     )

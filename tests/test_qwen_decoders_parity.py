@@ -136,6 +136,7 @@ def test_import_then_export_is_bit_for_bit(pair, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_every_parameter_matters_and_is_sharded(pair):
     """By its gradient; and on a mesh the loss is the same."""
     _, _, policy = pair

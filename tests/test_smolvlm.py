@@ -86,7 +86,7 @@ def batch(prompts, responses=None):
     length = max(len(p.tokens) + sum(map(len, own)) for p, own in zip(prompts, responses))
     crops = max(len(p.pixels) for p in prompts)
     tokens, branch, index = (np.full((rows, length), fill, np.int32) for fill in (0, -1, -1))
-    pixels = np.zeros((rows, crops, SIDE, SIDE, 3), np.float32)
+    pixels = np.zeros((rows, crops, *prompts[0].pixels.shape[1:]), np.float32)
     for i, (prompt, own) in enumerate(zip(prompts, responses)):
         parts = [prompt.tokens, *(np.array(one, np.int32) for one in own)]
         n, size = len(prompt.tokens), sum(map(len, parts))

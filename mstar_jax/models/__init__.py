@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mstar_jax import sharding
-from mstar_jax.models import hf, internvl2, layers, minicpmv25, names, phi35, smolvlm, vlm
+from mstar_jax.models import hf, internvl_chat, internvl_hf, layers, minicpmv25, names, phi35, smolvlm, vlm
 from mstar_jax.structs import Processor
 
 FAMILIES: dict[str, hf.Family[Any]] = {
     "phi3_v": phi35.FAMILY,
-    "internvl_chat": internvl2.FAMILY,
+    "internvl_chat": internvl_chat.FAMILY,
+    "internvl": internvl_hf.FAMILY,
     "minicpmv": minicpmv25.FAMILY,
     "smolvlm": smolvlm.FAMILY,
     "idefics3": smolvlm.FAMILY,

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from mstar_jax import sharding
-from mstar_jax.models.names import Part, Tensor, layer_of, tensors
+from mstar_jax.models.names import JSON, Part, Tensor, layer_of, only, tensors
 from mstar_jax.models.vlm import PolicyConfig, VisionLanguageModel
 from mstar_jax.structs import Processor
 
@@ -63,6 +63,23 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def read_images(folder: pathlib.Path, wanted: JSON) -> JSON:
+    """How images are processed: the values of preprocessor_config.json or, as transformers 5 writes it, of
+    `image_processor` in processor_config.json; without either, none.
+
+    Raises:
+      ValueError: another value than a wanted one; the message names the file and the key.
+    """
+    found: JSON = {}
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
+        if (folder / name).exists():
+            values = read_json(folder / name)
+            values = (values.get(part) or {}) if part else values
+            only(values, wanted, f"{folder}/{name}:")
+            found |= values
+    return found
 
 
 class Stored(NamedTuple):

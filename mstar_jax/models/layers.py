@@ -62,10 +62,11 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: fl
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std, axes=axes)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm in float32; the weight is multiplied after the cast to x's dtype, as in Phi-3 and Llama."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """RMSNorm over `axis`, in float32; the weight is multiplied after the cast to x's dtype, as in Phi-3 and
+    Llama."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axis, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight
 
 

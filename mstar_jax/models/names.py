@@ -36,6 +36,17 @@ DECODER |= {"original_max_position": "original_max_position_embeddings"}
 
 JSON = dict[str, Any]  # values of a JSON object
 
+# What files leave out: the defaults of transformers' config classes, by `model_type` of the decoder.
+_LARGE: JSON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6}
+_QWEN: JSON = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_QWEN |= {"num_key_value_heads": 32, "use_sliding_window": False}
+DEFAULTS: dict[str, JSON] = {
+    "llama": {**_LARGE, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "qwen2": {**_LARGE, **_QWEN},
+    "qwen3": {**_LARGE, **_QWEN, "head_dim": 128},
+}
+ROPE_THETA = 10000.0  # their default of `rope_theta`
+
 
 ROPES = {  # our types of RoPE: what config.json may say about each besides its type
     "default": (),
@@ -66,6 +77,13 @@ def only(values: JSON, wanted: JSON, where: str) -> None:
     for key, value in wanted.items():
         if (found := values.get(key)) is not None and found != value:
             raise ValueError(f"{where} {key} is {found!r}, only {value!r} is supported")
+
+
+def chosen(values: JSON, key: str, choices: Sequence[str], where: str) -> str:
+    """The value of a key, which is one of the choices; else raises ValueError, as `only` does."""
+    if (found := values.get(key)) not in choices:
+        raise ValueError(f"{where} {key} is {found!r}, only {', '.join(map(repr, choices))} is supported")
+    return str(found)
 
 
 def check_numbers(values: JSON, where: str, flags: Sequence[str] = ("tie_word_embeddings",)) -> None:
@@ -200,6 +218,35 @@ def decoder_config(
             if type(factor) not in (int, float) or not 0 < factor < math.inf:
                 raise ValueError(f"{where} {name} holds {factor!r}; its entries are positive numbers")
     return DecoderConfig(**fields, qkv_bias=qkv_bias, qk_norm=qk_norm)
+
+
+def language_config(values: JSON, where: str, ropes: Sequence[str] = ("default",)) -> DecoderConfig:
+    """The dimensions of a decoder whose architecture, a key of `DEFAULTS`, is named by `model_type`.
+
+    Raises:
+      ValueError: it is another architecture, or see `decoder_config`.
+    """
+    kind = chosen(values, "model_type", tuple(DEFAULTS), where)
+    only(values, {"mlp_bias": False}, where)
+    return decoder_config(
+        DEFAULTS[kind] | values,
+        where,
+        ropes,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        rope_theta=ROPE_THETA,
+    )
+
+
+def language_type(config: DecoderConfig) -> str:
+    """The `model_type` of a decoder that `language_config` reads."""
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+
+
+def language_values(config: DecoderConfig) -> JSON:
+    """config.json's values for a decoder, as `language_config` reads them."""
+    kind = language_type(config)
+    return {"model_type": kind, **decoder_values(config), "head_dim": config.head_dim}
 
 
 def decoder_values(config: DecoderConfig) -> JSON:

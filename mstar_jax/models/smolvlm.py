@@ -263,20 +263,12 @@ class SmolVLMProcessor:
 
 
 def load_tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer with its chat template, which may be in chat_template.json; without one, with
-    the official template."""
-    found = tokenizer.load(folder)
-    path = folder / "chat_template.json"
-    if found.chat_template is None:
-        found.chat_template = hf.read_json(path)["chat_template"] if path.exists() else TEMPLATE
-    return found
+    """The folder's tokenizer with its chat template, or the official one."""
+    return tokenizer.load_with_template(folder, TEMPLATE)
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
-# What the released files leave out: defaults of transformers' LlamaConfig and SmolVLMVisionConfig.
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "rms_norm_eps": 1e-6}
-LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
-ROPE_THETA = 10000.0
+# What the released files leave out: defaults of transformers' SmolVLMVisionConfig.
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "layer_norm_eps": 1e-6}
 SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
 # The only values of these keys that the model supports.
@@ -286,41 +278,25 @@ IMAGES |= {"resample": int(Image.Resampling.LANCZOS), "rescale_factor": 1 / 255}
 IMAGES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def read_images(folder: pathlib.Path, vision: names.JSON) -> names.JSON:
-    """How images are processed: the values of preprocessor_config.json or, as transformers 5 writes it, of
-    `image_processor` in processor_config.json; without either, what config.json's `vision_config` says.
-
-    Raises:
-      ValueError: a value that is not supported; the message names the file and the key.
-    """
-    side = vision["image_size"]
-    wanted = IMAGES | {"max_image_size": {"longest_edge": side}}
-    found = {"size": {"longest_edge": 4 * side}, "do_image_splitting": True} | vision
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
-        if (folder / name).exists():
-            values = hf.read_json(folder / name)
-            values = (values.get(part) or {}) if part else values
-            names.only(values, wanted, f"{folder}/{name}:")
-            found |= values
-    return found
-
-
 def read_config(folder: pathlib.Path) -> SmolVLMConfig:
-    """The config in config.json and, for the tiles, the image processor's file (see `read_images`).
+    """The config in config.json and, for the tiles, the image processor's file (`hf.read_images`),
+    or what `vision_config` says of them.
 
     Raises:
       ValueError: it describes another architecture.
     """
     c, where = hf.read_json(folder / "config.json"), f"{folder}/config.json:"
-    text, v = LLAMA | c["text_config"], SIGLIP | c["vision_config"]
+    text, v = c["text_config"], SIGLIP | c["vision_config"]
     names.only(text, TEXT, f"{where} text_config")
     names.only(v, {"num_channels": 3}, f"{where} vision_config")
     if "tie_word_embeddings" in c:  # what text_config says is then not read
         text |= {"tie_word_embeddings": c["tie_word_embeddings"]}
-    images = read_images(folder, v)
+    side = v["image_size"]
+    images = {"size": {"longest_edge": 4 * side}, "do_image_splitting": True} | v
+    images |= hf.read_images(folder, IMAGES | {"max_image_size": {"longest_edge": side}})
     longest, split = images["size"]["longest_edge"], images["do_image_splitting"]
     return SmolVLMConfig(
-        names.decoder_config(text, f"{where} text_config", rope_theta=ROPE_THETA),
+        names.language_config({"model_type": "llama", **text}, f"{where} text_config"),
         names.vision_config(
             v,
             f"{where} vision_config",

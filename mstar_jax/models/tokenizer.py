@@ -7,20 +7,33 @@ from collections.abc import Sequence
 
 import sentencepiece
 import tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from mstar_jax.models import hf
 
 
 def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of `tokenizer.json`, whatever class the folder names: remote code is never run.
+    Without that file, Qwen's, of `vocab.json` and `merges.txt`.
 
     Raises:
-      ValueError: the folder has no tokenizer.json.
+      ValueError: the folder has none of these files.
     """
-    if not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder}: no tokenizer.json; copy the tokenizer's files there")
-    return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder))
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(os.fspath(folder))
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return Qwen2Tokenizer.from_pretrained(os.fspath(folder))
+    raise ValueError(f"{folder}: no tokenizer.json; copy the tokenizer's files there")
+
+
+def load_with_template(folder: pathlib.Path, default: str) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer with its chat template, which may be in chat_template.json; without one, with
+    the default template."""
+    found = load(folder)
+    path = folder / "chat_template.json"
+    if found.chat_template is None:
+        found.chat_template = hf.read_json(path)["chat_template"] if path.exists() else default
+    return found
 
 
 def vocabulary(

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mstar_jax import sharding
 from mstar_jax.models.attention import unmasked
-from mstar_jax.models.layers import layer_norm, param
+from mstar_jax.models.layers import layer_norm, param, rms_norm
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
@@ -32,6 +32,9 @@ class VitConfig:
       select_layer: the block whose output is used: -1 for the last one, -2 for the one before it.
       patch_bias, class_token, pre_norm, layer_scale: whether the model has these parameters.
       post_norm: whether there is a final norm; it is applied only when the last block is used.
+      qkv_bias: whether queries, keys and values have biases.
+      qk_norm: whether queries and keys have an RMSNorm, each over all heads together.
+      rms_norm: whether the blocks' norms are RMSNorms, without biases, instead of LayerNorms.
     """
 
     hidden_size: int
@@ -48,6 +51,9 @@ class VitConfig:
     pre_norm: bool = True
     post_norm: bool = True
     layer_scale: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    rms_norm: bool = False
 
     @property
     def side(self) -> int:
@@ -56,25 +62,30 @@ class VitConfig:
 
 
 class VitBlocks(nnx.Module):
-    """Pre-norm transformer blocks with biases, stacked over `layers`."""
+    """Pre-norm transformer blocks, stacked over `layers`."""
 
     def __init__(self, config: VitConfig, rngs: nnx.Rngs):
         n, d, f, h = config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads
         w, out = d // h, (2 * n) ** -0.5
-        heads = ("layers", "embed", "heads", "head_dim")
+        heads, each = ("layers", "embed", "heads", "head_dim"), ("layers", "heads", "head_dim")
         self.config = config
         self.norm1 = param(rngs, (n, d), ("layers", "embed"), 1.0)
-        self.norm1_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
         self.q = param(rngs, (n, d, h, w), heads, d**-0.5)
         self.k = param(rngs, (n, d, h, w), heads, d**-0.5)
         self.v = param(rngs, (n, d, h, w), heads, d**-0.5)
-        self.q_bias = param(rngs, (n, h, w), ("layers", "heads", "head_dim"), 0.0)
-        self.k_bias = param(rngs, (n, h, w), ("layers", "heads", "head_dim"), 0.0)
-        self.v_bias = param(rngs, (n, h, w), ("layers", "heads", "head_dim"), 0.0)
+        if config.qkv_bias:
+            self.q_bias = param(rngs, (n, h, w), each, 0.0)
+            self.k_bias = param(rngs, (n, h, w), each, 0.0)
+            self.v_bias = param(rngs, (n, h, w), each, 0.0)
+        if config.qk_norm:
+            self.q_norm = param(rngs, (n, h, w), each, 1.0)
+            self.k_norm = param(rngs, (n, h, w), each, 1.0)
         self.o = param(rngs, (n, h, w, d), ("layers", "heads", "head_dim", "embed"), d**-0.5 * out)
         self.o_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
         self.norm2 = param(rngs, (n, d), ("layers", "embed"), 1.0)
-        self.norm2_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
+        if not config.rms_norm:
+            self.norm1_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
+            self.norm2_bias = param(rngs, (n, d), ("layers", "embed"), 0.0)
         self.up = param(rngs, (n, d, f), ("layers", "embed", "mlp"), d**-0.5)
         self.up_bias = param(rngs, (n, f), ("layers", "mlp"), 0.0)
         self.down = param(rngs, (n, f, d), ("layers", "mlp", "embed"), f**-0.5 * out)
@@ -83,16 +94,31 @@ class VitBlocks(nnx.Module):
             self.scale1 = param(rngs, (n, d), ("layers", "embed"), 1.0)
             self.scale2 = param(rngs, (n, d), ("layers", "embed"), 1.0)
 
+    def _norm(self, x: jax.Array, name: str) -> jax.Array:
+        weight, eps = getattr(self, name)[...], self.config.layer_norm_eps
+        if self.config.rms_norm:
+            return rms_norm(x, weight, eps)
+        return layer_norm(x, weight, getattr(self, f"{name}_bias")[...], eps)
+
+    def _heads(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values [B, T, H, N]."""
+        c, out = self.config, []
+        for name in "qkv":
+            one = jnp.einsum("btd,dhn->bthn", x, getattr(self, name)[...])
+            if c.qkv_bias:
+                one = one + getattr(self, f"{name}_bias")[...]
+            if c.qk_norm and name != "v":
+                one = rms_norm(one, getattr(self, f"{name}_norm")[...], c.layer_norm_eps, axis=(-2, -1))
+            out.append(one)
+        return out
+
     def __call__(self, x, mask):
         """One block; `self` is one layer's slice. x [B, T, D], mask bool[B, T] over the keys or None."""
         c = self.config
-        h = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.layer_norm_eps)
-        q = jnp.einsum("btd,dhn->bthn", h, self.q[...]) + self.q_bias[...]
-        k = jnp.einsum("btd,dhn->bthn", h, self.k[...]) + self.k_bias[...]
-        v = jnp.einsum("btd,dhn->bthn", h, self.v[...]) + self.v_bias[...]
+        q, k, v = self._heads(self._norm(x, "norm1"))
         h = jnp.einsum("bthn,hnd->btd", attention(q, k, v, mask), self.o[...]) + self.o_bias[...]
         x = x + (h * self.scale1[...] if c.layer_scale else h)
-        h = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.layer_norm_eps)
+        h = self._norm(x, "norm2")
         h = c.activation(h @ self.up[...] + self.up_bias[...]) @ self.down[...] + self.down_bias[...]
         return x + (h * self.scale2[...] if c.layer_scale else h)
 

@@ -1,8 +1,12 @@
-"""Dimensions of the released models, by `model_type` of their config.json, for plans without a checkpoint."""
+"""Dimensions of the released models, for plans without a checkpoint.
+
+Their keys are the `model_type` of their config.json or, for a family of several sizes, that and the model's
+name: `internvl_chat:InternVL3-8B`.
+"""
 
 import dataclasses
 
-from mstar_jax.models.internvl2 import InternVL2Config
+from mstar_jax.models.internvl_chat import ChatConfig
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.minicpmv25 import MiniCPMV25Config
 from mstar_jax.models.phi35 import CLIP, Phi35Config
@@ -25,7 +29,7 @@ PHI35 = Phi35Config(
     ),
     CLIP,
 )
-INTERNVL2 = InternVL2Config(
+INTERNVL2 = ChatConfig(
     DecoderConfig(
         vocab_size=92553,
         hidden_size=2048,
@@ -54,6 +58,41 @@ INTERNVL2 = InternVL2Config(
         layer_scale=True,
     ),
 )
+
+
+def _internvl(
+    layers: int, width: int, mlp: int, heads: int, kv_heads: int, *, like: DecoderConfig, head_dim: int = 128
+) -> ChatConfig:
+    """InternVL2.5, 3 or 3.5 with a decoder of these sizes, and otherwise `like` this one."""
+    decoder = dataclasses.replace(
+        like,
+        num_layers=layers,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    return dataclasses.replace(INTERNVL2, decoder=decoder, template="internvl2_5")
+
+
+_INTERNLM2 = INTERNVL2.decoder
+_QWEN25 = dataclasses.replace(_INTERNLM2, vocab_size=151674, rms_norm_eps=1e-6, qkv_bias=True)
+_QWEN3 = dataclasses.replace(_QWEN25, vocab_size=151936, qkv_bias=False, qk_norm=True)
+_QWEN3 = dataclasses.replace(_QWEN3, max_position=40960, original_max_position=40960)
+INTERNVL = {  # layers, width, MLP, heads, key/value heads
+    "InternVL2_5-1B": _internvl(24, 896, 4864, 14, 2, head_dim=64, like=_QWEN25),
+    "InternVL2_5-2B": _internvl(24, 2048, 8192, 16, 8, like=_INTERNLM2),
+    "InternVL2_5-4B": _internvl(36, 2048, 11008, 16, 2, like=_QWEN25),
+    "InternVL2_5-8B": _internvl(32, 4096, 14336, 32, 8, like=_INTERNLM2),
+    "InternVL3-1B": _internvl(24, 896, 4864, 14, 2, head_dim=64, like=_QWEN25),
+    "InternVL3-2B": _internvl(28, 1536, 8960, 12, 2, like=_QWEN25),
+    "InternVL3-8B": _internvl(28, 3584, 18944, 28, 4, like=_QWEN25),
+    "InternVL3_5-1B": _internvl(28, 1024, 3072, 16, 8, like=_QWEN3),
+    "InternVL3_5-2B": _internvl(28, 2048, 6144, 16, 8, like=_QWEN3),
+    "InternVL3_5-4B": _internvl(36, 2560, 9728, 32, 8, like=_QWEN3),
+    "InternVL3_5-8B": _internvl(36, 4096, 12288, 32, 8, like=_QWEN3),
+}
 MINICPMV25 = MiniCPMV25Config(
     DecoderConfig(
         vocab_size=128256,
@@ -107,10 +146,11 @@ SMOLVLM2_256M = SmolVLMConfig(
     num_crops=16,
 )
 
-Dimensions = Phi35Config | InternVL2Config | MiniCPMV25Config | SmolVLMConfig
+Dimensions = Phi35Config | ChatConfig | MiniCPMV25Config | SmolVLMConfig
 OFFICIAL: dict[str, Dimensions] = {
     "phi3_v": PHI35,
     "internvl_chat": INTERNVL2,
     "minicpmv": MINICPMV25,
     "smolvlm": SMOLVLM2_256M,
+    **{f"internvl_chat:{name}": config for name, config in INTERNVL.items()},
 }

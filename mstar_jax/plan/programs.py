@@ -77,7 +77,8 @@ def policy_of(config: ml_collections.ConfigDict) -> tuple[models.hf.Family, offi
         raise ValueError(f"policy.family = {values.family!r}: set policy.path, or one of {known}")
     found = configure.adapted(official.OFFICIAL[values.family], config.train)
     crops = values.max_crops
-    return models.FAMILIES[values.family], dataclasses.replace(found, num_crops=crops) if crops else found
+    family = models.FAMILIES[values.family.partition(":")[0]]
+    return family, dataclasses.replace(found, num_crops=crops) if crops else found
 
 
 def own_bytes(tree: Any) -> int:
