@@ -35,19 +35,26 @@ def get_config(options: str = "mstar") -> ConfigDict:
 
     Args:
       options: a size, a method, or both with a comma between them.
+
+    Raises:
+      ValueError: an option is neither, or there are two of a kind.
     """
     chosen = options.split(",")
-    size = next((name for name in chosen if name in SIZES), "InternVL3-2B")
-    variant = next((name for name in chosen if name not in SIZES), "mstar")
+    sizes = [name for name in chosen if name in SIZES]
+    methods = [name for name in chosen if name not in SIZES]
+    if len(sizes) > 1 or len(methods) > 1 or not set(methods) <= set(variants.VARIANTS):
+        known = f"one size of {', '.join(SIZES)}, and one method of {', '.join(variants.VARIANTS)}"
+        raise ValueError(f"configs/internvl3.py:{options}: choose at most {known}")
+    [size], [method] = sizes or ["InternVL3-2B"], methods or ["mstar"]
     c = base.get_config()
     c.policy.family = f"internvl_chat:{size}"
     c.policy.max_crops = 12  # tiles, besides the thumbnail (official: 12)
     c.data.max_prompt = 4096  # 256 tokens per tile, so 3328 of an image, at most
     c.data.buckets = (768, 1280, 2048, 3072, 4096, 5120)
     # A query with 16 responses has up to 12,288 tokens in the cache: 0.4 GB for InternVL3-2B, 1.8 GB for
-    # InternVL3_5-8B. So all that are sampled together take at most 45 GB, on all devices of the mesh.
+    # InternVL3_5-8B. So all that are sampled together take at most 46 GB, on all devices of the mesh.
     c.sampling.batch = 64 if SIZES[size] < 50 else 32 if SIZES[size] < 120 else 16
     c.explore.batch = 8
     c.prm.score_batch = 16
     c.train.accumulate = 8
-    return variants.apply(c, variant)
+    return variants.apply(c, method)

@@ -12,9 +12,10 @@ import tokenize
 
 import pytest
 
-from configs import base, phi35, tiny, variants
+from configs import base, internvl3, phi35, tiny, variants
 from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
+from mstar_jax.plan import official
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLICIES = ("tiny", "phi35", "internvl2", "internvl3", "minicpmv25", "smolvlm", "smollm2")
@@ -88,6 +89,26 @@ def test_every_method_fits_every_policy(policy, variant):
     config = get(policy, variant)
     configure.check(config, sharding.make_mesh())
     json.loads(config.to_json_best_effort())
+
+
+@pytest.mark.parametrize("size", internvl3.SIZES)
+def test_sizes_of_internvl(size):
+    """What the config says of a token's cache is what the released dimensions say."""
+    config = get("internvl3", f"{size},rest_em")
+    configure.check(config, sharding.make_mesh())
+    assert config.evolve.start == "warmup" and get("internvl3", size).evolve.start == "last"
+    decoder = official.OFFICIAL[config.policy.family].decoder
+    token = 2 * 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+    assert round(token / 1e3) == internvl3.SIZES[size]
+    assert config.sampling.batch * 12_288 * token < 46e9
+
+
+def test_other_sizes_of_internvl_are_refused():
+    for options in ("InternVL4-8B", "InternVL3-2B,InternVL3-8B", "rest_em,sft", "InternVL3-2B,nonsense", ""):
+        with pytest.raises(
+            ValueError, match=f"{options}: choose at most one size of InternVL2_5-1B, .* method"
+        ):
+            get("internvl3", options)
 
 
 @pytest.mark.parametrize("variant", ["mstar", "continuous", "cpu", "smoke"])

@@ -188,6 +188,19 @@ def test_prompt_is_the_official_string(processor, sizes):
         np.testing.assert_array_equal(prompt.pixels[start : start + len(tiles)], tiles)
 
 
+def test_prompt_of_internvl2_5_with_the_same_decoder(processor):
+    """Another system message, and a newline after every message; `<s>` is still the first token."""
+    config = dataclasses.replace(CONFIG, template="internvl2_5")
+    newer = internvl_chat.ChatProcessor(config, processor.tokenizer)
+    prompt = newer.encode("What is the area?", [picture(16, 16)])
+    tokens = np.where(prompt.image_index < 0, prompt.tokens, newer.forbidden_ids[2])
+    system = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+    whole = f"<|im_start|>system\n{system}多模态大语言模型。<|im_end|>\n<|im_start|>user\n"
+    whole += f"<img>{'<IMG_CONTEXT>' * 4}</img>\nWhat is the area?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokens.tolist() == processor.tokenizer(whole)["input_ids"]
+    assert tokens[0] == processor.tokenizer.get_vocab()["<s>"]
+
+
 class Official:
     """The released tokenizer, as far as one of its outputs shows it: every segment between special tokens,
     and nothing else."""
