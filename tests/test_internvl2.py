@@ -25,7 +25,7 @@ golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no official outputs in
 
 PIECES, VOCAB, SIZE = 330, 345, 16
 VARIANT = {"activation": gelu, "select_layer": -1, "patch_bias": True, "pre_norm": False, "post_norm": False}
-CONFIG = internvl_chat.ChatConfig(
+CONFIG = internvl_chat.InternVLChatConfig(
     dataclasses.replace(
         tiny.DECODER,
         vocab_size=VOCAB,
@@ -72,7 +72,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(words):
-    return internvl_chat.ChatProcessor(CONFIG, internvl.load_tokenizer(words))
+    return internvl_chat.InternVLChatProcessor(CONFIG, internvl.load_tokenizer(words))
 
 
 def picture(width, height, seed=0):
@@ -191,7 +191,7 @@ def test_prompt_is_the_official_string(processor, sizes):
 def test_prompt_of_internvl2_5_with_the_same_decoder(processor):
     """Another system message, and a newline after every message; `<s>` is still the first token."""
     config = dataclasses.replace(CONFIG, template="internvl2_5")
-    newer = internvl_chat.ChatProcessor(config, processor.tokenizer)
+    newer = internvl_chat.InternVLChatProcessor(config, processor.tokenizer)
     prompt = newer.encode("What is the area?", [picture(16, 16)])
     tokens = np.where(prompt.image_index < 0, prompt.tokens, newer.forbidden_ids[2])
     system = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
@@ -230,7 +230,7 @@ def test_prompt_ids_of_the_official_tokenizer():
     cases = json.loads((GOLDEN / "tokenizer_goldens.json").read_text())
     text = next(text for text in cases if "<IMG_CONTEXT>" in text)
     config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=92553))
-    processor = internvl_chat.ChatProcessor(config, Official(text, cases[text]))
+    processor = internvl_chat.InternVLChatProcessor(config, Official(text, cases[text]))
     prompt = processor.encode("What is in the picture?", [picture(16, 16)])
     assert np.where(prompt.image_index < 0, prompt.tokens, 92546).tolist() == cases[text]
     assert processor.stop_ids == (92542, 92543, 2)
@@ -284,7 +284,7 @@ def test_stop_and_forbidden_ids(processor):
     assert processor.length_limit(1) == processor.length_limit(300) == 256
     small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=338))
     with pytest.raises(ValueError, match="the tokenizer has 339 tokens, the model's vocabulary 338"):
-        internvl_chat.ChatProcessor(small, processor.tokenizer)
+        internvl_chat.InternVLChatProcessor(small, processor.tokenizer)
 
 
 # ---- the tokenizer ------------------------------------------------------------------------------------
@@ -328,10 +328,10 @@ def test_folders_without_a_tokenizer(words, processor, tmp_path):
     assert added("<r>x<r>", add_special_tokens=False)["input_ids"] == [331, 330], "the longest that fits"
     assert added.decode([331, 330, 400]) == "<r>x<r>" and not added.decode([331], skip_special_tokens=True)
     with pytest.raises(ValueError, match="the tokenizer has no <|plugin|>, .*, <img>"):
-        internvl_chat.ChatProcessor(CONFIG, bare)
+        internvl_chat.InternVLChatProcessor(CONFIG, bare)
     special = {"special": internvl.INTERNLM2, "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
     tokenizer.make(tiny.TEXTS, tmp_path, VOCAB, **special)  # tokenizer.json takes precedence
-    fast = internvl_chat.ChatProcessor(CONFIG, internvl.load_tokenizer(tmp_path))
+    fast = internvl_chat.InternVLChatProcessor(CONFIG, internvl.load_tokenizer(tmp_path))
     assert not isinstance(fast.tokenizer, tokenizer.SentencePiece)
     vocab, tokens = fast.tokenizer.get_vocab(), fast.encode("?", [picture(16, 16)]).tokens.tolist()
     assert tokens.count(vocab["<s>"]) == 1 and tokens[:2] == [vocab["<s>"], vocab["<|im_start|>"]]

@@ -62,7 +62,7 @@ def test_config_of_the_official_code():
     vision = dataclasses.replace(
         INTERNVL2.vision, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4
     )
-    assert internvl_chat.read_config(GOLDEN) == internvl_chat.ChatConfig(decoder, vision, 12, 1, True)
+    assert internvl_chat.read_config(GOLDEN) == internvl_chat.InternVLChatConfig(decoder, vision, 12, 1, True)
 
 
 @pytest.mark.parametrize(

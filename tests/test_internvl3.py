@@ -44,12 +44,14 @@ QWEN3 = dataclasses.replace(QWEN2, hidden_size=24, qkv_bias=False, qk_norm=True)
 SMALL_TOWER = test_internvl2.CONFIG.vision
 LARGE_TOWER = dataclasses.replace(SMALL_TOWER, qkv_bias=False, qk_norm=True, rms_norm=True)  # as InternViT-6B
 CHAT = {
-    "qwen2": internvl_chat.ChatConfig(QWEN2, SMALL_TOWER, 6, template="internvl2_5"),
-    "qwen3": internvl_chat.ChatConfig(QWEN3, LARGE_TOWER, 6, template="internvl2_5", system="<think> first"),
+    "qwen2": internvl_chat.InternVLChatConfig(QWEN2, SMALL_TOWER, 6, template="internvl2_5"),
+    "qwen3": internvl_chat.InternVLChatConfig(
+        QWEN3, LARGE_TOWER, 6, template="internvl2_5", system="<think> first"
+    ),
 }
 HF = {
-    "qwen2": internvl_hf.HFConfig(QWEN2, SMALL_TOWER, 6, image_token_id=ID["<IMG_CONTEXT>"]),
-    "qwen3": internvl_hf.HFConfig(QWEN3, LARGE_TOWER, 6, image_token_id=ID["<IMG_CONTEXT>"]),
+    "qwen2": internvl_hf.InternVLHFConfig(QWEN2, SMALL_TOWER, 6, image_token_id=ID["<IMG_CONTEXT>"]),
+    "qwen3": internvl_hf.InternVLHFConfig(QWEN3, LARGE_TOWER, 6, image_token_id=ID["<IMG_CONTEXT>"]),
 }
 FORMATS = {"chat": (internvl_chat.FAMILY, CHAT), "hf": (internvl_hf.FAMILY, HF)}
 
@@ -93,12 +95,12 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat(words):
-    return internvl_chat.ChatProcessor(CHAT["qwen2"], internvl.load_tokenizer(words))
+    return internvl_chat.InternVLChatProcessor(CHAT["qwen2"], internvl.load_tokenizer(words))
 
 
 @pytest.fixture(scope="module")
 def processor(words):
-    return internvl_hf.HFProcessor(HF["qwen2"], internvl_hf.load_tokenizer(words))
+    return internvl_hf.InternVLHFProcessor(HF["qwen2"], internvl_hf.load_tokenizer(words))
 
 
 @pytest.fixture(scope="module", params=[("chat", "qwen3"), ("hf", "qwen2")], ids="-".join)
@@ -141,7 +143,7 @@ def test_prompts_of_the_original_code(chat, sizes, spans):
 def test_a_system_message_of_the_checkpoint(words):
     """InternVL3.5's thinking mode is a system message; its tags are ordinary tokens."""
     config = dataclasses.replace(CHAT["qwen3"], system="Think in <think> and </think>.")
-    thinking = internvl_chat.ChatProcessor(config, internvl.load_tokenizer(words))
+    thinking = internvl_chat.InternVLChatProcessor(config, internvl.load_tokenizer(words))
     text = shown(thinking, thinking.encode("Why?", []))
     assert text.startswith(
         "<|im_start|>system\nThink in <think> and </think>.<|im_end|>\n<|im_start|>user\nWhy?"
@@ -152,7 +154,7 @@ def test_a_system_message_of_the_checkpoint(words):
 def test_prompts_of_the_chat_template(tmp_path, template, opens):
     """Without one, the official one. A block that the template opens is the prompt's end."""
     words = make_words(tmp_path / "words", template)
-    processor = internvl_hf.HFProcessor(HF["qwen3"], internvl_hf.load_tokenizer(words))
+    processor = internvl_hf.InternVLHFProcessor(HF["qwen3"], internvl_hf.load_tokenizer(words))
     for sizes, spans in (([], ""), ([(16, 16)], SPAN), ([(33, 16), (17, 16)], SPANS + SPAN)):
         prompt = processor.encode("Why?", [picture(*size) for size in sizes])
         whole = f"<|im_start|>user\n{spans}Why?<|im_end|>\n<|im_start|>assistant\n{opens}"
@@ -170,12 +172,12 @@ def test_other_templates_are_refused(words, tmp_path):
     for template, made in (("{{ messages[0]['content'] }}", "'type': 'image'"), ("{{ x.y() }}", "Undefined")):
         (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
         with pytest.raises(ValueError, match=f"the chat template is not this policy's: .* it makes .*{made}"):
-            internvl_hf.HFProcessor(HF["qwen2"], internvl_hf.load_tokenizer(tmp_path))
+            internvl_hf.InternVLHFProcessor(HF["qwen2"], internvl_hf.load_tokenizer(tmp_path))
     config = dataclasses.replace(HF["qwen2"], image_token_id=7)
     with pytest.raises(
         ValueError, match=f"<IMG_CONTEXT> is {ID['<IMG_CONTEXT>']}, config.json's image_token_id 7"
     ):
-        internvl_hf.HFProcessor(config, internvl_hf.load_tokenizer(words))
+        internvl_hf.InternVLHFProcessor(config, internvl_hf.load_tokenizer(words))
 
 
 @pytest.mark.parametrize("name", ["chat", "processor"])
@@ -224,7 +226,7 @@ def test_older_tokenizer_files_are_the_same(words, tmp_path):
     for text in ("<|im_start|>user\n<img> area? </think>", "é 角度  √2\n\n 1234", "a<box>b"):
         assert old(text)["input_ids"] == new(text)["input_ids"]
         assert old.decode(old(text)["input_ids"]) == text
-    first, second = (internvl_hf.HFProcessor(HF["qwen2"], each) for each in (old, new))
+    first, second = (internvl_hf.InternVLHFProcessor(HF["qwen2"], each) for each in (old, new))
     assert first.encode("a<img>", []).tokens.tolist() == second.encode("a<img>", []).tokens.tolist()
 
 

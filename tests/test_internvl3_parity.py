@@ -264,7 +264,7 @@ def test_the_original_format_is_the_same_policy(reference, policy, tmp_path):
     there = test_internvl3.original(load_file(reference.folder / "model.safetensors"))
     save_file(there, tmp_path / "model.safetensors")
     fields = {field.name: getattr(ours, field.name) for field in dataclasses.fields(internvl.InternVLConfig)}
-    config = internvl_chat.ChatConfig(**fields, template="internvl2_5")
+    config = internvl_chat.InternVLChatConfig(**fields, template="internvl2_5")
     [values] = internvl_chat.config_files(config, "float32").values()
     (tmp_path / "config.json").write_text(json.dumps(values))
     source = models.Pretrained(tmp_path)

@@ -40,7 +40,7 @@ TEMPLATES = {  # by their official names: the default system message, and what f
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatConfig(InternVLConfig):
+class InternVLChatConfig(InternVLConfig):
     """Dimensions of the policy, and its prompt.
 
     Attributes:
@@ -52,11 +52,11 @@ class ChatConfig(InternVLConfig):
     system: str | None = None
 
 
-class ChatProcessor(InternVLProcessor):
+class InternVLChatProcessor(InternVLProcessor):
     """The processor of this format, see `structs.Processor`."""
 
     marks = ("<image>",)
-    config: ChatConfig
+    config: InternVLChatConfig
 
     def chunks(self, text: str, images: int) -> list[list[int]]:
         """Token ids before, between and after the images. The tokenizer may put one `<s>` before all."""
@@ -88,7 +88,7 @@ TILES = {  # our field: the key in config.json
 ROPES = ("default", "dynamic")
 
 
-def read_config(folder: pathlib.Path) -> ChatConfig:
+def read_config(folder: pathlib.Path) -> InternVLChatConfig:
     """The config in config.json.
 
     Raises:
@@ -112,10 +112,10 @@ def read_config(folder: pathlib.Path) -> ChatConfig:
     if c["min_dynamic_patch"] > c["max_dynamic_patch"]:
         raise ValueError(f"{where} min_dynamic_patch, {c['min_dynamic_patch']}, is above max_dynamic_patch")
     tiles = {ours: c[key] for ours, key in TILES.items()}
-    return ChatConfig(decoder, vision, **tiles, template=template, system=system)
+    return InternVLChatConfig(decoder, vision, **tiles, template=template, system=system)
 
 
-def config_files(config: ChatConfig, dtype: str) -> dict[str, names.JSON]:
+def config_files(config: InternVLChatConfig, dtype: str) -> dict[str, names.JSON]:
     """config.json for a policy of these dimensions, as `read_config` reads it."""
     kind = names.language_type(config.decoder)
     if kind == "llama":
@@ -148,7 +148,7 @@ def config_files(config: ChatConfig, dtype: str) -> dict[str, names.JSON]:
     }
 
 
-def table(config: ChatConfig) -> list[names.Tensor]:
+def table(config: InternVLChatConfig) -> list[names.Tensor]:
     """The checkpoint's tensors. InternViT concatenates all of q, k and v."""
     v, w = config.vision, config.vision.hidden_size
     qkv, ours = "vision_model.encoder.layers.{}.attn.qkv", "tower.blocks."
@@ -166,7 +166,7 @@ def table(config: ChatConfig) -> list[names.Tensor]:
     ]
 
 
-def _decoder_table(config: ChatConfig) -> list[names.Tensor]:
+def _decoder_table(config: InternVLChatConfig) -> list[names.Tensor]:
     """InternLM2 fuses q, k and v per key/value head: its queries, its key, its value."""
     c = config.decoder
     if names.language_type(c) != "llama":
@@ -194,4 +194,4 @@ def _decoder_table(config: ChatConfig) -> list[names.Tensor]:
     return out if tied else out + names.linear("language_model.output", d, c.vocab_size, "decoder.head")
 
 
-FAMILY = hf.Family(read_config, config_files, table, InternVL, ChatProcessor, load_tokenizer, pixels)
+FAMILY = hf.Family(read_config, config_files, table, InternVL, InternVLChatProcessor, load_tokenizer, pixels)

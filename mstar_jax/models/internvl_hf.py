@@ -38,7 +38,7 @@ TEMPLATE = (  # the official chat template, of images and texts
 
 
 @dataclasses.dataclass(frozen=True)
-class HFConfig(InternVLConfig):
+class InternVLHFConfig(InternVLConfig):
     """Dimensions of the policy.
 
     Attributes:
@@ -48,13 +48,13 @@ class HFConfig(InternVLConfig):
     image_token_id: int = 151667
 
 
-class HFProcessor(InternVLProcessor):
+class InternVLHFProcessor(InternVLProcessor):
     """The processor of this format, see `structs.Processor`."""
 
     marks = ("<video>",)
     tokenizer: PreTrainedTokenizerFast
 
-    def __init__(self, config: HFConfig, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, config: InternVLHFConfig, tokenizer: PreTrainedTokenizerFast):
         super().__init__(config, tokenizer)
         if (found := tokenizer.get_vocab()[PLACEHOLDER]) != config.image_token_id:
             raise ValueError(
@@ -116,7 +116,7 @@ def _side(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
 
 
-def read_config(folder: pathlib.Path) -> HFConfig:
+def read_config(folder: pathlib.Path) -> InternVLHFConfig:
     """The config in config.json and, for the tiles, the image processor's file.
 
     Raises:
@@ -139,7 +139,7 @@ def read_config(folder: pathlib.Path) -> HFConfig:
     names.check_numbers(tiles, f"{folder}: the image processor's")
     if tiles["min_patches"] > tiles["max_patches"]:
         raise ValueError(f"{folder}: min_patches, {tiles['min_patches']}, is above max_patches")
-    out = HFConfig(
+    out = InternVLHFConfig(
         decoder,
         vision,
         num_crops=tiles["max_patches"],
@@ -150,7 +150,7 @@ def read_config(folder: pathlib.Path) -> HFConfig:
     return out
 
 
-def config_files(config: HFConfig, dtype: str) -> dict[str, names.JSON]:
+def config_files(config: InternVLHFConfig, dtype: str) -> dict[str, names.JSON]:
     """config.json and the processor's files for a policy of these dimensions, as `read_config` and
     transformers read them."""
     side = config.vision.image_size
@@ -188,7 +188,7 @@ def config_files(config: HFConfig, dtype: str) -> dict[str, names.JSON]:
     }
 
 
-def table(config: HFConfig) -> list[names.Tensor]:
+def table(config: InternVLHFConfig) -> list[names.Tensor]:
     """The checkpoint's tensors."""
     v, w = config.vision, config.vision.hidden_size
     theirs = {"layers": "layer", "attention": "attention", "out": "projection_layer", "scale": "lambda_"}
@@ -203,4 +203,4 @@ def table(config: HFConfig) -> list[names.Tensor]:
     return out + projector_table(config, f"{at}layer_norm", f"{at}linear_1", f"{at}linear_2")
 
 
-FAMILY = hf.Family(read_config, config_files, table, InternVL, HFProcessor, load_tokenizer, pixels)
+FAMILY = hf.Family(read_config, config_files, table, InternVL, InternVLHFProcessor, load_tokenizer, pixels)

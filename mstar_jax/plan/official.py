@@ -6,7 +6,7 @@ name: `internvl_chat:InternVL3-8B`.
 
 import dataclasses
 
-from mstar_jax.models.internvl_chat import ChatConfig
+from mstar_jax.models.internvl_chat import InternVLChatConfig
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.minicpmv25 import MiniCPMV25Config
 from mstar_jax.models.phi35 import CLIP, Phi35Config
@@ -29,7 +29,7 @@ PHI35 = Phi35Config(
     ),
     CLIP,
 )
-INTERNVL2 = ChatConfig(
+INTERNVL2 = InternVLChatConfig(
     DecoderConfig(
         vocab_size=92553,
         hidden_size=2048,
@@ -62,7 +62,7 @@ INTERNVL2 = ChatConfig(
 
 def _internvl(
     layers: int, width: int, mlp: int, heads: int, kv_heads: int, *, like: DecoderConfig, head_dim: int = 128
-) -> ChatConfig:
+) -> InternVLChatConfig:
     """InternVL2.5, 3 or 3.5 with a decoder of these sizes, and otherwise `like` this one."""
     decoder = dataclasses.replace(
         like,
@@ -146,7 +146,7 @@ SMOLVLM2_256M = SmolVLMConfig(
     num_crops=16,
 )
 
-Dimensions = Phi35Config | ChatConfig | MiniCPMV25Config | SmolVLMConfig
+Dimensions = Phi35Config | InternVLChatConfig | MiniCPMV25Config | SmolVLMConfig
 OFFICIAL: dict[str, Dimensions] = {
     "phi3_v": PHI35,
     "internvl_chat": INTERNVL2,
