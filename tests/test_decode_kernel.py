@@ -106,14 +106,22 @@ def test_every_device_its_own_rows_and_heads(monkeypatch, cache):
 
 
 def test_who_takes_it():
-    q, other = jnp.zeros((1, 16, 2, 1, 96), jnp.bfloat16), jnp.zeros((1, 16, 2, 9, 96), jnp.bfloat16)
+    q, other = jnp.zeros((1, 57, 2, 9, 96), jnp.bfloat16), jnp.zeros((1, 16, 2, 1, 192), jnp.bfloat16)
     cached = jnp.zeros((1, 2, 96, 4), jnp.bfloat16)
     assert decode_kernel.takes(H100, q, cached) and decode_kernel.takes(
         H100, q, attention.stored(cached, "int8")
     )
     assert not decode_kernel.takes("cpu", q, cached) and not decode_kernel.takes("TPU v5 lite", q, cached)
     assert not decode_kernel.takes(H100, q, cached.astype(jnp.float32))
-    assert not decode_kernel.takes(H100, other, cached)  # 144 queries in a group
+    assert not decode_kernel.takes(H100, other, cached)  # heads that are too wide
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("cache", ["", "int8"])
+def test_branches_that_do_not_fit_a_tile_together(monkeypatch, each, cache):
+    monkeypatch.setattr(decode_kernel, "QUERIES", 8)  # 3 branches of 4 heads a group, as blocks of 2 and 1
+    found, expected = both(monkeypatch, *inputs(8, 2, 16, 600, each=each, cache=cache))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("heads", [2, 8])

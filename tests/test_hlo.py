@@ -269,6 +269,11 @@ LAYER, ROWS, OUT = 2 * 64 * 128, 2 * 8 * 64, 2 * 8 * 128
             "copy-start(%x)",
             ROWS,
         ),  # to the near memory
+        (  # of the cache a sixteenth goes to the near memory
+            "((bf16[16,512,64]{2,1,0}), bf16[1,512,64]{2,1,0:S(1)}, s32[]{:S(2)})",
+            "slice-start(%c), slice={[2:3], [0:512], [0:64]}",
+            2 * 512 * 64,
+        ),
         ("(bf16[8,64]{1,0}, bf16[64,64]{1,0})", "all-gather-start(%x), replica_groups=[1,8]<=[8]", 9 * ROWS),
     ],
 )

@@ -5,13 +5,12 @@ values with its greatest score and its sum of weights; the two are then normalis
 
     own      a program per row, branch and group; columns that a branch does not see are not read, and nothing
              of a branch that has ended
-    shared   a program per row, group and span of columns, for the queries of all branches at once
+    shared   a program per row, group, span of columns and block of branches, for the queries of these at once
 
 Tiles are powers of two: what is past the end of an array is masked. The alphabet is that of models/layers.py.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from mstar_jax.structs import Cached, Int8
 
 COLUMNS = 64  # that a program reads at once: of keys [N, P] in bfloat16 these are whole lines of 128 bytes
 PROGRAMS = 512  # about as many as an H100 (132 multiprocessors) holds at once; fewer leave it idle
+SPAN = 4 * COLUMNS  # of columns, at least: a span's results in float32 are to be less than its keys
 QUERIES, WIDTH = 128, 128  # the most that registers hold
 NEVER = -1e30  # a score that weighs nothing
 State = tuple[jax.Array, jax.Array, jax.Array]  # weighted sum of values, greatest score, sum of weights
@@ -37,18 +37,12 @@ Ref = Any  # of Pallas; its types are private
 
 def takes(kind: str, q: jax.Array, cached: Sequence[object]) -> bool:
     """Whether a kind of device has a kernel for q [B, K, G, H/G, N] and a cache's keys and values."""
-    _, branches, _, heads, width = q.shape
+    heads, width = q.shape[-2:]
     dtypes = {
         x.dtype for x in jax.tree.leaves(cached, is_leaf=lambda x: isinstance(x, Int8)) if hasattr(x, "dtype")
     }
     known = q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) and dtypes <= {q.dtype}
-    return (
-        triton is not None
-        and kind.startswith("NVIDIA")
-        and known
-        and math.prod(_queries(branches, heads)) <= QUERIES
-        and width <= WIDTH
-    )
+    return triton is not None and kind.startswith("NVIDIA") and known and heads <= QUERIES and width <= WIDTH
 
 
 def attend(
@@ -85,9 +79,9 @@ def _tile(size: int) -> int:
 
 
 def _queries(branches: int, heads: int) -> tuple[int, int]:
-    """The sides of a tile with the queries of a row's branches."""
+    """The sides of a tile with the queries of a row's branches, or of a block of them."""
     heads = pl.next_power_of_2(heads)
-    return max(pl.next_power_of_2(branches), 16 // heads), heads
+    return min(max(pl.next_power_of_2(branches), 16 // heads), QUERIES // heads), heads
 
 
 def _load(ref: Ref, mask: jax.Array) -> jax.Array:
@@ -210,9 +204,10 @@ def own(
 
 
 def _shared_kernel(q, k, v, visible, *refs, inside, length, span):
-    """q [K, H/G, N]; of a span of columns keys [N, P], values [P, N] and seen int8[1 or K, P]."""
+    """q [K, H/G, N] of a block of branches; keys [N, P], values [P, N] and seen int8[1 or K, P] of a span."""
     branches, heads, width = q.shape
     queries = branches * heads
+    inside = inside[0] - pl.program_id(3) * branches, *inside[1:]
     query = _load(q, _within(q.shape, inside)).reshape(queries, width)
     first, there = pl.program_id(2) * span, jnp.arange(width) < inside[-1]
 
@@ -243,30 +238,32 @@ def shared(
     (across, each), tile, length = _queries(branches, heads), _tile(width), visible.shape[-1]
     blocks = pl.cdiv(length, COLUMNS)
     span = COLUMNS * pl.cdiv(blocks, min(blocks, pl.cdiv(PROGRAMS, rows * groups)))
+    span = max(span, SPAN)
     spans = pl.cdiv(length, span)
 
     def cached(x, values, at):
-        values = pl.BlockSpec((None, None, *values), lambda b, g, s: (b, g, *at(s)))
-        scale = pl.BlockSpec((None, None, span), lambda b, g, s: (b, g, s))
+        values = pl.BlockSpec((None, None, *values), lambda b, g, s, k: (b, g, *at(s)))
+        scale = pl.BlockSpec((None, None, span), lambda b, g, s, k: (b, g, s))
         return Int8(values, scale) if isinstance(x, Int8) else values
 
     def out(size):
         block = (None, None, across, None, each, size)
-        return pl.BlockSpec(block, lambda b, g, s: (s, b, 0, g, 0, 0))
+        return pl.BlockSpec(block, lambda b, g, s, k: (s, b, k, g, 0, 0))
 
-    seen = (None, across if visible.shape[1] > 1 else 1, span)
+    each_sees = visible.shape[1] > 1
+    seen = (None, across if each_sees else 1, span)
     params = triton.CompilerParams(
         num_warps=4 if across * each < 64 else 8,
         num_stages=1 if q.dtype == jnp.float32 else 2,  # else float32 would not fit shared memory
     )
     return pl.pallas_call(
         functools.partial(_shared_kernel, inside=(branches, heads, width), length=length, span=span),
-        grid=(rows, groups, spans),
+        grid=(rows, groups, spans, pl.cdiv(branches, across)),
         in_specs=[
-            pl.BlockSpec((None, across, None, each, tile), lambda b, g, s: (b, 0, g, 0, 0)),
+            pl.BlockSpec((None, across, None, each, tile), lambda b, g, s, k: (b, k, g, 0, 0)),
             cached(prefix[0], (tile, span), lambda s: (0, s)),
             cached(prefix[1], (span, tile), lambda s: (s, 0)),
-            pl.BlockSpec(seen, lambda b, g, s: (b, 0, s)),
+            pl.BlockSpec(seen, lambda b, g, s, k: (b, k * each_sees, s)),
         ],
         out_specs=[out(tile), out(1), out(1)],
         out_shape=[jax.ShapeDtypeStruct((spans, *q.shape[:-1], size), jnp.float32) for size in (width, 1, 1)],

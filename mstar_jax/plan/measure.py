@@ -1,8 +1,9 @@
 """Runs programs on the local devices, with random weights and tokens, for their actual times."""
 
+import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,21 +19,28 @@ REPEATS = 3
 
 def filled(tree: Any, key: int = 0) -> Any:
     """Arrays in the place of shapes: small random numbers, and zeros for integers."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    for at, array in zip(places, _maker(tuple(leaves[at] for at in places))(key)):
+        leaves[at] = array
+    return jax.tree.unflatten(treedef, leaves)
 
-    def one(x: Any) -> Any:
-        if not isinstance(x, jax.ShapeDtypeStruct):
-            return x
+
+@functools.cache
+def _maker(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[int], list[jax.Array]]:
+    """One program for all arrays: to compile one for each would take longer than to run it."""
+
+    def one(x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.key(key)
+            return key
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(x.shape, x.dtype)
+        return 0.02 * jax.random.normal(key, x.shape, x.dtype)
 
-        def make() -> jax.Array:
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                return jnp.zeros(x.shape, x.dtype)
-            return 0.02 * jax.random.normal(jax.random.key(key), x.shape, x.dtype)
+    def make(key: int) -> list[jax.Array]:
+        return [one(x, jax.random.key(key)) for x in shapes]
 
-        return jax.jit(make, out_shardings=x.sharding)()
-
-    return jax.tree.map(one, tree)
+    return jax.jit(make, out_shardings=[x.sharding for x in shapes])
 
 
 def speeds(programs: Sequence[Program], mesh: jax.sharding.Mesh) -> list[Speed]:

@@ -30,6 +30,9 @@ def moved(op: Op, ops: Computation, program: Program) -> float:
     if op.code in UPDATES:  # the compiler has made sure that the first operand may be overwritten
         update = held(operands[UPDATES[op.code]])
         return update + sum(map(held, operands[1:]))
+    if op.code in ("slice-start", "dynamic-slice-start"):  # (the operand, what is taken of it, ...)
+        taken = op.shapes[1]
+        return held([taken]) + held([taken._replace(memory=operands[0][0].memory)])
     if op.code.endswith("-start"):
         read, whole = sum(map(held, operands)), held(op.shapes)
         return whole if len(op.shapes) > sum(map(len, operands)) else read + whole  # often it names both

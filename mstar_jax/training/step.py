@@ -142,7 +142,14 @@ def make_train_step(
     def summed(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> tuple[jax.Array, Metrics]:
         return loss(sharding.cast(join(Parts(trained, fixed)), dtype), batch, policy)
 
-    gradient = jax.value_and_grad(summed, has_aux=True)
+    differentiated = jax.value_and_grad(summed, has_aux=True)
+
+    def gradient(
+        trained: nnx.Module, fixed: nnx.Module, batch: Batch
+    ) -> tuple[tuple[jax.Array, Metrics], nnx.Module]:
+        # scattered at once: with several replicas the compiler would sum whole gradients in each microbatch
+        value, grads = differentiated(trained, fixed, batch)
+        return value, jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, sharding.TRAIN, mesh))
 
     def step(state: TrainState, batch: Batch, learning_rate: LearningRate) -> tuple[TrainState, Metrics]:
         trained, fixed = split(state.params, frozen)
@@ -165,7 +172,6 @@ def make_train_step(
             (value, extra, grads), _ = jax.lax.scan(add, (value, extra, grads), microbatches)
         tokens = jnp.maximum(extra["tokens"], 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        grads = jax.lax.with_sharding_constraint(grads, sharding.shardings(grads, sharding.TRAIN, mesh))
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, optax.tree.scale(-learning_rate, updates))
         metrics = {
