@@ -22,7 +22,7 @@ from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
-from mstar_jax.training.optimizer import make_optimizer, make_schedule
+from mstar_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def optimizer(values: ConfigDict) -> optax.GradientTransformation:
     return make_optimizer(b1=values.b1, b2=values.b2, weight_decay=values.weight_decay, clip=values.clip)
 
 
-def schedule(settings: ConfigDict) -> optax.Schedule:
+def schedule(settings: ConfigDict) -> Schedule:
     """A stage's learning rate schedule, from its section of the config.
 
     All iterations have one schedule, as long as all of them together, unless each starts its own.

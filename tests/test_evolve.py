@@ -279,6 +279,14 @@ def test_no_program_is_compiled_twice(started):
     assert [(name, count) for (name, _), count in collections.Counter(own).items() if count > 1] == []
 
 
+def test_what_takes_no_model_needs_few_programs(started):
+    """Outside of a jitted function every operation is a program: what needs no device belongs to numpy."""
+    tiny = {name for name, shapes in started[1] if shapes.count("ShapedArray") < 10}
+    allowed = {"jit(init)", "jit(cos)", "jit(_folded)", "jit(_blank)"}  # parameters, rates, keys, free slots
+    assert tiny <= allowed, f"{sorted(tiny - allowed)} of {started[1]}"
+    assert len(started[1]) <= 18, [name for name, _ in started[1]]
+
+
 def test_speeds(whole):
     records = json.loads((whole / "results.json").read_text())["stages"]
     passes = {}

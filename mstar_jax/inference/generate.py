@@ -4,6 +4,7 @@ What a store holds is not computed again, so a pass that was killed continues wh
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -173,7 +174,12 @@ class Task(NamedTuple):
 
 def pass_key(seed: int, name: str) -> jax.Array:
     """The PRNG key of a pass: it depends on the run's seed and the name alone."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return _folded(seed, np.uint32(zlib.crc32(name.encode())))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program for all passes of a run
+def _folded(seed: int, number: np.uint32) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def entering(batch: int, share: float, shards: int) -> int:

@@ -131,7 +131,7 @@ class Pretrained:
         model = vlm.RewardModel(self.load(dtype, mesh=mesh, rules=rules))
         layout = sharding.named(sharding.shardings(model, rules, mesh)) if mesh else {}
         for name, value in head.items():
-            getattr(model, name)[...] = jax.device_put(value, layout.get(name))
+            getattr(model, name).set_value(jax.device_put(value, layout.get(name)))
         return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -261,15 +262,17 @@ class RewardModel(nnx.Module):
     def __init__(self, trunk: VisionLanguageModel):
         """A reward model whose scores initially rank responses by their likelihood under the policy."""
         self.trunk = trunk
-        self.weight = nnx.Param(jnp.zeros(trunk.decoder.config.hidden_size, jnp.float32), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((), jnp.float32), axes=())
-        self.likelihood = nnx.Param(jnp.full((), 0.3, jnp.float32), axes=())
+        # made on the host, where they need no programs
+        width = trunk.decoder.config.hidden_size
+        self.weight = nnx.Param(jax.device_put(np.zeros(width, np.float32)), axes=("embed",))
+        self.bias = nnx.Param(jax.device_put(np.zeros((), np.float32)), axes=())
+        self.likelihood = nnx.Param(jax.device_put(np.full((), 0.3, np.float32)), axes=())
 
     def merged(self, dtype: DTypeLike | None = None) -> "RewardModel":
         """The equivalent model whose trunk has no adapters, see `VisionLanguageModel.merged`."""
         out = RewardModel(self.trunk.merged(dtype))
         for name in ("weight", "bias", "likelihood"):
-            getattr(out, name)[...] = getattr(self, name)[...]
+            setattr(out, name, getattr(self, name))
         return sharding.cast(out, dtype) if dtype else out
 
     def __call__(self, batch: Batch, remat: Remat | None = None) -> tuple[jax.Array, jax.Array]:

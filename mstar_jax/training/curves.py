@@ -10,9 +10,8 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import tensorboardX
-from clu import metrics as clu_metrics
 
 from mstar_jax import processes
 from mstar_jax.store import write_text
@@ -21,9 +20,6 @@ from mstar_jax.structs import Stage
 log = logging.getLogger(__name__)
 
 MEANS = ("loss", "accuracy", "grad_norm", "tokens")  # of a row: over the steps since the row before
-TrainMetrics = clu_metrics.Collection.create(
-    **{name: clu_metrics.Average.from_output(name) for name in MEANS}
-)
 
 
 class StageLog:
@@ -44,7 +40,9 @@ class StageLog:
         """
         self.path = workdir / "metrics" / f"{stage}.csv"
         self.writing = processes.first()
-        self.collected: clu_metrics.Collection | None = _metrics(pending) if pending else None
+        self.unread: list[dict[str, jax.Array]] = []  # of the steps since the row before
+        self.sums = {name: np.float32(pending[name][0]) if pending else np.float32(0) for name in MEANS}
+        self.count = int(pending["loss"][1]) if pending else 0  # of the steps in the sums
         if not self.writing:
             return
         kept = []
@@ -56,7 +54,7 @@ class StageLog:
             kept = [
                 row for _, row in sorted({int(row[0]): row for row in rows}.items()) if int(row[0]) <= start
             ]
-        last = start - int(pending["loss"][1] if pending else 0)  # the row that the sums go on from
+        last = start - self.count  # the row that the sums go on from
         if last != (there := int(kept[-1][0]) if kept else 0):
             log.warning("%s: ends at step %d, not %d; the rows between are lost", self.path, there, last)
         write_text(self.path, "".join(",".join(row) + "\n" for row in [list(self.FIELDS), *kept]))
@@ -66,8 +64,14 @@ class StageLog:
 
     def add(self, values: dict[str, jax.Array]) -> None:
         """Adds one step's metrics; they stay on the device until `write`."""
-        new = TrainMetrics.single_from_model_output(**values)
-        self.collected = new if self.collected is None else self.collected.merge(new)
+        self.unread.append(values)
+
+    def _read(self) -> None:
+        """Adds up on the host, in float32: on the device every sum would be a program."""
+        for values in jax.device_get(self.unread):
+            self.sums = {name: total + np.float32(values[name]) for name, total in self.sums.items()}
+        self.count += len(self.unread)
+        self.unread = []
 
     def write(
         self, step: int, learning_rate: float, speed: Callable[[], dict[str, float]] = dict
@@ -79,11 +83,12 @@ class StageLog:
           learning_rate: of the last one.
           speed: returns rates to write; called once the device has finished these steps.
         """
-        if self.collected is None:
+        self._read()
+        if not self.count:
             return {}
-        means = {name: float(value) for name, value in self.collected.compute().items()}
+        means = {name: float(total / np.float32(self.count)) for name, total in self.sums.items()}
         means["learning_rate"] = learning_rate
-        self.collected = None
+        self.sums, self.count = dict.fromkeys(MEANS, np.float32(0)), 0
         rates = speed()
         if self.writing:
             with open(self.path, "a", newline="") as file:
@@ -97,22 +102,10 @@ class StageLog:
 
     def pending(self) -> dict[str, list[float]]:
         """[sum, count] of every mean since the last row, so that a checkpoint between two rows keeps them."""
-        if self.collected is None:
-            return {}
-        found = {name: getattr(self.collected, name) for name in MEANS}
-        return {name: [float(mean.total), int(mean.count)] for name, mean in found.items()}
+        self._read()
+        return {name: [float(total), self.count] for name, total in self.sums.items()} if self.count else {}
 
     def close(self) -> None:
         """Flushes the events."""
         if self.writing:
             self.events.close()
-
-
-def _metrics(pending: dict[str, list[float]]) -> clu_metrics.Collection:
-    """The metrics that `StageLog.pending` summarised."""
-    empty = TrainMetrics.empty()
-    means = {
-        name: getattr(empty, name).replace(total=jnp.float32(total), count=jnp.int32(count))
-        for name, (total, count) in pending.items()
-    }
-    return empty.replace(**means)

@@ -7,7 +7,7 @@ one compiled program.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mstar_jax import sharding
 from mstar_jax.structs import TrainState
+
+Schedule = Callable[[np.ndarray], np.ndarray]  # optimizer steps -> their learning rates, float32
 
 
 def make_optimizer(
@@ -43,32 +45,50 @@ def make_optimizer(
     )
 
 
-def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> optax.Schedule:
+def make_schedule(peak: float, steps: int, warmup_steps: int, final_fraction: float) -> Schedule:
     """Linear warm-up, then a cosine decay to `final_fraction` of the peak (1 keeps the rate constant).
 
     The first step has a rate of `peak / warmup_steps`, not 0. `steps` is the length of the whole run. It is
     fixed at the start and never recomputed from the data of an iteration.
 
+    The rates are those of optax's `linear_schedule` and `cosine_decay_schedule`, outside of a program, to the
+    last bit: there each of a dozen operations is a program of its own, here the cosine alone is one.
+
     Returns:
-      float32 learning rates of optimizer steps; takes a step, or an array of steps.
+      float32 learning rates of optimizer steps; takes an array of steps.
 
     Raises:
       ValueError: the warm-up is longer than the run.
     """
     if not 0 <= warmup_steps < max(steps, 1):
         raise ValueError(f"the learning rate warms up over {warmup_steps} steps of a run of {steps}")
-    warmup = optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1))
-    decay = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), final_fraction)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
+    first = peak / max(warmup_steps, 1)
+    ramp, decay = max(warmup_steps - 1, 1), max(steps - warmup_steps, 1)
+    f32 = np.float32
+
+    def rates(at: np.ndarray) -> np.ndarray:
+        left = f32(1) - np.clip(at, 0, ramp).astype(f32) * (f32(1) / f32(ramp))  # as XLA divides
+        rising = f32(first - peak) * left + f32(peak)
+        along = np.minimum((at - warmup_steps).astype(f32), f32(decay))
+        cosine = _cosines(f32(np.pi) * along * (f32(1) / f32(decay)))
+        share = f32(1 - final_fraction) * (f32(0.5) * (f32(1) + cosine)) + f32(final_fraction)
+        return np.where(at < warmup_steps, rising, f32(peak) * share)
+
+    return rates
 
 
-BLOCK = 512  # rates that are computed together: stages of any length then share the compiled programs
+BLOCK = 512  # cosines that are computed together: stages of any length then share one program
 
 
-def learning_rates(schedule: optax.Schedule, first: int, steps: int) -> np.ndarray:
+def _cosines(x: np.ndarray) -> np.ndarray:
+    """float32[N]: the cosines of float32[N] as XLA computes them."""
+    padded = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
+    return np.concatenate([np.asarray(jnp.cos(block)) for block in padded])[: len(x)]
+
+
+def learning_rates(schedule: Schedule, first: int, steps: int) -> np.ndarray:
     """float32[steps], on the host: the rates of optimizer steps `first`, `first + 1`, ..."""
-    padded = -(-steps // BLOCK) * BLOCK
-    return np.asarray(schedule(np.arange(first, first + padded)), np.float32)[:steps]
+    return schedule(np.arange(first, first + steps))
 
 
 class Parts(NamedTuple):
