@@ -19,7 +19,7 @@ ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
     300: ("profiling",),
-    1520: ("plan",),  # reads three compilers' programs, and plays a whole run through
+    1560: ("plan",),  # reads three compilers' programs, and plays a whole run through
     1300: ("report",),
     3100: (
         "answers",

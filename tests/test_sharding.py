@@ -8,8 +8,11 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from configs import base
 from mstar_jax import sharding
 from mstar_jax.inference.sampler import for_sampling
+from mstar_jax.sharding import named
+from mstar_jax.stages import run
 from mstar_jax.training import optimizer
 
 
@@ -147,3 +150,15 @@ def test_constrain():
         odd = jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 3)), axes))()
         assert odd.sharding.spec[:2] == (None, ("data", "fsdp")) and len(odd.sharding.spec) == 2
     assert len(jax.jit(lambda: sharding.constrain(jnp.zeros((3, 8, 5, 4)), axes))().devices()) == 1
+
+
+def test_the_overview_says_how_the_mesh_divides_every_parameter():
+    config = base.get_config()
+    config.mesh.tensor = 2
+    policy = tiny.abstract()
+    lines = run.overview(policy, config).splitlines()
+    [row] = [line for line in lines if " decoder.blocks.q " in line]
+    shape = named(policy)["decoder.blocks.q"].shape
+    assert str(shape) in row and "(None, 'fsdp', 'tensor', None)" in row
+    count = sum(leaf.size for leaf in jax.tree.leaves(policy))
+    assert f"{count:,}" in lines[-1]

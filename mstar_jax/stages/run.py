@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import optax
+from clu import parameter_overview
 
 from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
 from mstar_jax.store import digest, write_text
-from mstar_jax.structs import Query, Stage
+from mstar_jax.structs import Model, Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import Loss, Step
@@ -96,7 +97,8 @@ def start(
         raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
     with processes.first_alone("policy"):  # and its tokenizer
         source = configure.make_policy(config, workdir, data.base)
-    optimizer.check_frozen(jax.eval_shape(source.build), config.train.frozen)
+    policy = jax.eval_shape(source.build)
+    optimizer.check_frozen(policy, config.train.frozen)
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
     with processes.first_alone("inputs"):
@@ -105,6 +107,8 @@ def start(
             names = ("labelled", "validation", "test", "unlabelled")
             ids = {name: [query.id for query in getattr(data, name)] for name in names}
             write_text(workdir / "splits.json", json.dumps(ids, indent=1))
+    if processes.first():
+        write_text(workdir / "parameters.txt", overview(policy, config) + "\n")
     known = workdir / TRUTH
     host = generate.inference(config, workdir, source.processor(), stop)
     return Run(
@@ -151,6 +155,13 @@ def inputs(
         if path:
             found[key] = of_checkpoint(models.Pretrained(path).folder)
     return found
+
+
+def overview(policy: Model, config: ml_collections.ConfigDict) -> str:
+    """A table of a policy's parameters, in the layout that they train in; the policy may be abstract."""
+    layout = sharding.shardings(policy, sharding.TRAIN, sharding.make_mesh(**config.mesh))
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), policy, layout)
+    return parameter_overview.get_parameter_overview(sharding.named(placed), include_stats="sharding")
 
 
 def superseded(run: Run, stage: Stage) -> bool:
