@@ -13,8 +13,8 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-# Much of it refuses or counts what would be misread; 40 lines read responses when they are asked for, and share
-# work between processes.
+# Much of it refuses or counts what would be misread; 40 lines read responses when they are asked for and
+# share work between processes.
 FILE_LINES, LIBRARY_LINES = 400, 8120
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
