@@ -13,9 +13,9 @@ import tokenize
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
-# Much of it refuses or counts what would be misread; 40 lines read responses when they are asked for and
+# Much of it refuses or counts what would be misread; 70 lines read responses when they are asked for and
 # share work between processes.
-FILE_LINES, LIBRARY_LINES = 400, 8120
+FILE_LINES, LIBRARY_LINES = 400, 8150
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
