@@ -147,12 +147,12 @@ def fate(item: dict[str, Any], g: Grade) -> str:
 # ---- 3. speed -------------------------------------------------------------------------------------------
 
 
-def ordinary(rng: random.Random) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """8 x (response, gold, arguments) of one query, as in training: a few steps, then the marked answer."""
+def ordinary(rng: random.Random, count: int = 8) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(response, gold, arguments) of so many responses to a query: a few steps, then the marked answer."""
     kind, value = rng.choice(("choice", "integer", "float")), rng.randint(2, 10**6)
     options = tuple(f"{value + i} cm" for i in range(4)) if kind == "choice" else None
     gold = {"choice": "B", "integer": str(value), "float": f"{value / 100:.2f}"}[kind]
-    for _ in range(8):
+    for _ in range(count):
         steps = [
             f"Step {i + 1}: the table lists {rng.randint(2, 9999)} and {rng.randint(2, 9999)}, so I compare "
             f"the two values of row {rng.randint(1, 99)} and add {rng.randint(2, 99)} to the first one."

@@ -60,9 +60,29 @@ def agree(asked: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array([asked])).any())
 
 
-def from_first(value: np.ndarray) -> np.ndarray:
-    """Process 0's value, on every process."""
-    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
+def mine(number: int) -> bool:
+    """Whether an item of work that the processes share is this one's."""
+    return number % jax.process_count() == jax.process_index()
+
+
+def shared(make: Callable[[int], bytes], count: int) -> list[bytes]:
+    """make(0), ..., make(count - 1) on every process: each is made by the process whose it is (`mine`), which
+    tells the others. They must not wait for each other in `make`."""
+    found = [make(number) if mine(number) else b"" for number in range(count)]
+    if jax.process_count() == 1:
+        return found
+    sizes = np.array([len(each) for each in found], np.int32)
+    told = np.asarray(multihost_utils.process_allgather(sizes))  # [processes, count]
+    room = 1 << int(told.sum(axis=1).max()).bit_length()  # few shapes: each is compiled
+    data = np.zeros(room, np.uint8)
+    data[: sizes.sum()] = np.frombuffer(b"".join(found), np.uint8)
+    parts = [each.tobytes() for each in np.asarray(multihost_utils.process_allgather(data))]
+    ends = np.cumsum(told, axis=1)
+    owners = np.arange(count) % len(parts)
+    return [
+        parts[owner][end - size : end]
+        for owner, end, size in zip(owners, ends[owners, range(count)], told[owners, range(count)])
+    ]
 
 
 @contextlib.contextmanager

@@ -12,20 +12,18 @@ A line of a shard of rollouts or scores is one query with its responses:
      "responses": [{"sample": 0, "text": "Bars ...", "verdict": "correct", "tokens": [311, 9], ...}, ...]}
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from mstar_jax import processes
-from mstar_jax.structs import Query, Response
+from mstar_jax.structs import Query, Response, int32
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -33,9 +31,14 @@ log = logging.getLogger(__name__)
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically: whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file atomically: whole or not at all."""
     part = path.with_name(f"{path.name}.part{uuid.uuid4().hex[:8]}")  # several hosts may write the same
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -58,11 +61,19 @@ def read_json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
 
 
 def digest(values: Iterable[object]) -> str:
-    """A digest of values that JSON can hold."""
+    """A digest of values that JSON can hold; an array counts as the list of its numbers."""
     found = hashlib.sha256()
     for value in values:
-        found.update(json.dumps(value).encode() + b"\n")
+        found.update(json.dumps(value, default=list).encode() + b"\n")
     return found.hexdigest()[:16]
+
+
+class Place(NamedTuple):
+    """Where a record is: the number of its shard, and the bytes of its line, without the line break."""
+
+    shard: int
+    start: int
+    end: int
 
 
 class Store:
@@ -94,17 +105,18 @@ class Store:
     def _shard(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05d}.jsonl"
 
-    def missing(self, asked: Sequence[str]) -> list[int]:
-        """Which shards do not exist yet, are damaged or answer something else, as process 0 sees it; the
-        last two kinds are named in the log.
+    def missing(self, shards: int, asked: Callable[[int], str]) -> list[int]:
+        """Which shards do not exist yet, are damaged or answer something else; the last two kinds are named
+        in the log. Each is read by one process only.
 
         Args:
-          asked: of each shard, a digest of what its records answer.
+          shards: how many there should be.
+          asked: of a shard by number, a digest of what its records answer; called for those that exist.
         """
-        there = np.array([self._is_whole(number, each) for number, each in enumerate(asked)])
-        return np.flatnonzero(~processes.from_first(there)).tolist() if asked else []
+        there = processes.shared(lambda number: b"+" if self._is_whole(number, asked) else b"", shards)
+        return [number for number, whole in enumerate(there) if not whole]
 
-    def _is_whole(self, number: int, asked: str) -> bool:
+    def _is_whole(self, number: int, asked: Callable[[int], str]) -> bool:
         path = self._shard(number)
         if not path.exists():
             return False
@@ -114,24 +126,26 @@ class Store:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             log.warning("%s: how much it should hold is not known, so it is made again", path)
             return False
-        if noted.get("asked") != asked:
+        now = asked(number)
+        if noted.get("asked") != now:
             log.warning("%s: it answers something else than is asked now, so it is made again", path)
             return False
         data = path.read_bytes()
-        if noted == _sum(data, asked):
+        if noted == _sum(data, now):
             return True
         lines = data.count(b"\n")
         log.warning("%s: damaged (%d of %d whole lines), so it is made again", path, lines, records)
         return False
 
-    def write(self, number: int, records: Iterable[Mapping[str, object]], asked: str) -> None:
-        """Writes shard `number`, a record a line, if this is process 0; for `asked` see `missing`."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    def write(self, number: int, lines: Iterable[bytes], asked: Callable[[int], str]) -> None:
+        """Writes the records of shard `number`, each as its `line`, if this is process 0; for `asked` see
+        `missing`."""
         if processes.first():
+            data = b"".join(lines)
             path = self._shard(number)
             path.unlink(missing_ok=True)  # a damaged one; the sum below is not its own
-            write_text(path.with_suffix(".sum"), json.dumps(_sum(text.encode(), asked)))
-            write_text(path, text)
+            write_text(path.with_suffix(".sum"), json.dumps(_sum(data, asked(number))))
+            write_bytes(path, data)
 
     def complete(self, shards: int) -> None:
         """Waits until all shards can be read here.
@@ -151,18 +165,68 @@ class Store:
         Raises:
           ValueError: a shard that is not whole, naming the file and line.
         """
-        for path in map(self._shard, range(shards)):
-            # not splitlines(): sampled text may hold U+2028 and the like, which JSON leaves as they are
-            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            for number, line in enumerate(lines if lines != [""] else [], start=1):
-                try:
-                    found = parse(json.loads(line))
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    where = f"{path}, line {number}"
-                    raise ValueError(
-                        f"{where}: not what this store holds ({error}); remove the file to redo it"
-                    ) from error
-                yield found
+        for place, line in self._lines(shards):
+            yield self._parsed(place, line, lambda line: parse(json.loads(line)))
+
+    def groups(self, shards: int) -> "Groups":
+        """The responses in the shards 0..shards-1, by query id; where they stand is all that is kept.
+
+        Raises:
+          ValueError: as `read`, now or when the responses are asked for.
+        """
+        places = {self._parsed(place, line, _query_id): place for place, line in self._lines(shards)}
+
+        def read(query_id: str) -> list[Response]:
+            place = places[query_id]
+            with open(self._shard(place.shard), "rb") as file:
+                file.seek(place.start)
+                line = file.read(place.end - place.start)
+            return self._parsed(place, line, lambda line: read_rollout(json.loads(line))[1])
+
+        return Groups(places, read)
+
+    def _lines(self, shards: int) -> Iterator[tuple[Place, bytes]]:
+        for shard in range(shards):
+            data, start = self._shard(shard).read_bytes(), 0
+            while start < len(data):
+                end = data.find(b"\n", start)
+                end = len(data) if end < 0 else end
+                yield Place(shard, start, end), data[start:end]
+                start = end + 1
+
+    def _parsed(self, place: Place, line: bytes, parse: Callable[[bytes], T]) -> T:
+        try:
+            return parse(line)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = self._shard(place.shard)
+            number = path.read_bytes().count(b"\n", 0, place.start) + 1
+            raise ValueError(
+                f"{path}, line {number}: not what this store holds ({error}); remove the file to redo it"
+            ) from error
+
+
+class Groups(Mapping[str, list[Response]]):
+    """Responses by query id that are read, or made, anew whenever they are asked for. An iteration's may be
+    more than fit into memory, so whoever goes through them keeps what is needed."""
+
+    def __init__(self, ids: Iterable[str], make: Callable[[str], list[Response]]):
+        """The responses to these queries, each query's as `make` gives them; it raises no KeyError."""
+        self.ids = dict.fromkeys(ids)
+        self.make = make
+
+    def __getitem__(self, query_id: str) -> list[Response]:
+        if query_id not in self.ids:
+            raise KeyError(query_id)
+        return self.make(query_id)
+
+    def __contains__(self, query_id: object) -> bool:  # by default it would make them
+        return query_id in self.ids
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def _sum(data: bytes, asked: str) -> dict[str, object]:
@@ -170,9 +234,16 @@ def _sum(data: bytes, asked: str) -> dict[str, object]:
     return {"records": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest(), "asked": asked}
 
 
+def line(record: Mapping[str, object]) -> bytes:
+    """A record as a line of a shard."""
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
 def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:
     """The record of a query with its responses."""
-    shown = [{k: v for k, v in dataclasses.asdict(r).items() if k != "query_id"} for r in responses]
+    shown = [{**vars(r), "tokens": list(r.tokens)} for r in responses]
+    for each in shown:
+        del each["query_id"]
     return {
         "query": query.id,
         "question": query.question,
@@ -188,7 +259,16 @@ def read_rollout(record: dict[str, Any]) -> tuple[str, list[Response]]:
     return record["query"], [_response(record["query"], r) for r in record["responses"]]
 
 
+_ID = re.compile(rb'\{"query": ("(?:[^"\\]|\\.)*")')
+
+
+def _query_id(line: bytes) -> str:
+    """The query of a record, without reading the rest of it."""
+    found = _ID.match(line)
+    return json.loads(found[1]) if found else json.loads(line)["query"]
+
+
 def _response(query_id: str, record: dict[str, Any]) -> Response:
     scores = record["step_scores"]
-    listed = {"tokens": tuple(record["tokens"]), "step_scores": None if scores is None else tuple(scores)}
+    listed = {"tokens": int32(record["tokens"]), "step_scores": None if scores is None else tuple(scores)}
     return Response(query_id=query_id, **record | listed)

@@ -4,8 +4,9 @@ Text lives in `Query` and `Response`, arrays in `Batch`, `KVCache` and `TrainSta
 places only: the loader's collate and `rollouts.rollouts`.
 """
 
+import array
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -116,13 +117,20 @@ class Prompt:
     crops: int
 
 
+def int32(tokens: Iterable[int]) -> "array.array[int]":
+    """Token ids as an int32 array: 4 bytes each, where a tuple takes 8, and 28 more for an id above 256. It
+    compares and slices as a list does, and numpy reads it without a copy."""
+    return array.array("i", tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A prompt and the responses that share it: to train on, to score, or to continue.
 
     Attributes:
       prompt: the shared prefix.
-      responses: token ids, ending in a stop id where one was reached; the branches 1, 2, ...
+      responses: token ids, ending in a stop id where one was reached; the branches 1, 2, ... Those of stored
+        responses are int32 arrays, see `int32`.
       weights: each response's weight in the loss on its tokens; empty means 1 for all.
       labels: each response's (index of a step's last token, label of the step); empty where no step counts.
       starts: where sampling continues, (branch, how many of its first tokens are kept, sample key), one for
@@ -130,7 +138,7 @@ class Row:
     """
 
     prompt: Prompt
-    responses: tuple[tuple[int, ...], ...] = ()
+    responses: tuple[Sequence[int], ...] = ()
     weights: tuple[float, ...] = ()
     labels: tuple[tuple[tuple[int, float], ...], ...] = ()
     starts: tuple[tuple[int, int, int], ...] = ()
@@ -149,8 +157,8 @@ class Response:
       query_id: the `Query.id` that it answers.
       sample: index among the K samples of its query.
       text: decoded text, without special tokens and cut before a stop string.
-      tokens: the sampled ids, with the stop id where one was reached; where a stop string cut the text, those
-        of what is left of it, closed by the stop id.
+      tokens: the sampled ids, an int32 array, with the stop id where one was reached; where a stop string cut
+        the text, those of what is left of it, closed by the stop id.
       logprob: sum of the sampled tokens' log probabilities (nats) under the distribution sampled from.
       truncated: the length cap ended it, not a stop id or stop string.
       answer: the extracted final answer, None where nothing could be extracted.
@@ -163,7 +171,7 @@ class Response:
     query_id: str
     sample: int
     text: str
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     logprob: float
     truncated: bool
     answer: str | None = None

@@ -47,3 +47,19 @@ def test_gpu(tmp_path):
     # 2 layers, 2 rows of 48 prompt tokens, keys and values of 64 numbers in bfloat16
     assert record["rollouts"]["a step reads prompts"] == f"{2 * 48 * 2 * 2 * 64 * 2 / 1e9:.4g} GB"
     assert {"vision", "language", "projector"} <= set(record["train"])
+
+
+def test_host_judging(tmp_path, monkeypatch):
+    """Every response is stored, with its verdict, and those with scores are the correct ones."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import host_judging
+
+    rows = host_judging.judging(tmp_path, 6, 16)
+    assert len(rows) == 5 and all(row.peak > 0 for row in rows)
+    counts = {}
+    for kind in ("rollouts", "scores"):
+        lines = (tmp_path / kind / "00000.jsonl").read_text().splitlines()
+        found = [r for line in lines for r in json.loads(line)["responses"]]
+        counts[kind] = len(found), sum(r["verdict"] == "correct" and not r["truncated"] for r in found)
+    assert counts["rollouts"][0] == 6 * 16
+    assert counts["scores"] == (counts["rollouts"][1],) * 2 and counts["scores"][0] > 0

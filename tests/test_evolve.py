@@ -92,7 +92,7 @@ from mstar_jax import main, sharding
 from mstar_jax.rewards import prm, selection
 selection.correct = list
 true = prm.prefixes
-first = lambda found: [r.tokens[:3] for r in found if len(r.tokens) > 3]
+first = lambda found: [tuple(r.tokens[:3]) for r in found if len(r.tokens) > 3]
 prm.prefixes = lambda found, texts: list(dict.fromkeys([*first(found), *true(found, texts)]))
 one = jax.devices()[:1]
 sharding.make_mesh = functools.partial(sharding.make_mesh, devices=one)
@@ -114,7 +114,7 @@ def run(config, workdir, stop=lambda: False):
 
 
 def first_tokens(found, texts, true=prm.prefixes):
-    first = [r.tokens[:3] for r in found if len(r.tokens) > 3]
+    first = [tuple(r.tokens[:3]) for r in found if len(r.tokens) > 3]
     return list(dict.fromkeys([*first, *true(found, texts)]))
 
 

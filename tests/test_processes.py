@@ -25,8 +25,7 @@ DEVICES = 4
 def test_one_process_is_free():
     assert processes.first()
     assert [processes.agree(asked) for asked in (True, False)] == [True, False]
-    value = np.array([1, 0])
-    assert processes.from_first(value) is value
+    assert processes.shared(lambda number: b"x" * number, 3) == [b"", b"x", b"xx"]
     with processes.first_alone("x"):
         processes.barrier("x")
     tree = processes.fetch({"a": jax.numpy.ones((2, 3))})
@@ -93,10 +92,16 @@ rows = np.arange(8)
 placed = sharding.put_batch(rows[share.rows(8)], mesh)
 assert processes.fetch(placed).tolist() == rows.tolist(), processes.fetch(placed)
 assert share.rows(8) == ([0, 1, 4, 5], [2, 3, 6, 7])[jax.process_index()], share
+made = []
+for count in (0, 1, 5):
+    want = [bytes([number]) * 3 * number for number in range(count)]
+    found = processes.shared(lambda number: made.append(number) or bytes([number]) * 3 * number, count)
+    assert found == want, found
+assert made == ([0, 0, 2, 4], [1, 3])[jax.process_index()], made  # each item is made by one process
 """
 
 
-def test_rows_of_processes_that_take_turns():
+def test_processes_take_turns_and_share_work():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

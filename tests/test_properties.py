@@ -134,15 +134,20 @@ def test_splits_share_no_picture(folder, pictures, seed):
 # ---- 3. stores ----------------------------------------------------------------------------------------
 
 
+def asked(number):
+    return "asked"
+
+
 def shard(folder, texts):
+    queries = [Query(f"q{i}", (), "?", answer="1") for i in range(len(texts))]
     made = store.Store(folder, {"seed": 0})
     made.write(
         0,
         [
-            store.rollout(Query(f"q{i}", (), "?", answer="1"), [Response(f"q{i}", 0, text, (1,), 0.0, False)])
-            for i, text in enumerate(texts)
+            store.line(store.rollout(query, [Response(query.id, 0, text, (1,), 0.0, False)]))
+            for query, text in zip(queries, texts)
         ],
-        "asked",
+        asked,
     )
     return made, (folder / "00000.jsonl").read_bytes()
 
@@ -156,10 +161,10 @@ def test_any_damage_to_a_shard_is_detected(tmp_path, texts, data):
     flipped = bytearray(whole)
     flipped[at] ^= data.draw(st.integers(1, 255))
     lines = whole.splitlines(keepends=True)
-    assert made.missing(["asked"]) == []
+    assert made.missing(1, asked) == []
     for damaged in (whole[:at], bytes(flipped), whole + lines[-1], b"".join(lines[1:]), whole[:-1]):
         (tmp_path / "00000.jsonl").write_bytes(damaged)
-        assert store.Store(tmp_path, {"seed": 0}).missing(["asked"]) == [0]
+        assert store.Store(tmp_path, {"seed": 0}).missing(1, asked) == [0]
     (tmp_path / "00000.jsonl").write_bytes(whole)
     assert [query for query, _ in made.read(1, store.read_rollout)] == [f"q{i}" for i in range(len(texts))]
 

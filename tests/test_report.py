@@ -21,7 +21,7 @@ from mstar_jax import records
 from mstar_jax.report import __main__ as report
 from mstar_jax.report import figure2, gallery, markup, page, relativity, runs, tables
 from mstar_jax.rewards import metrics
-from mstar_jax.store import Store, rollout
+from mstar_jax.store import Store, line, rollout
 from mstar_jax.structs import Query, Response
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -108,8 +108,8 @@ def make_run(path, prm=True, iterations=3, name="<b>run</b>"):
             store = Store(path / kind / each, {"seed": 1})
             images = [str(picture)], ["/nowhere/figures/a.png", "/nowhere/else.png"]
             queries = [Query(f"q{i}", images[i], f"{name} How many? {EVIL}", None, "6") for i in (0, 1)]
-            records = [rollout(q, group) for q, group in zip(queries, groups(kind == "scores"))]
-            store.write(0, records, "")
+            records = [line(rollout(q, group)) for q, group in zip(queries, groups(kind == "scores"))]
+            store.write(0, records, str)
     return path
 
 
@@ -374,7 +374,7 @@ def test_gallery_keeps_to_its_budget_and_to_the_run(tmp_path):
     (tmp_path / "secret.png").write_bytes((run / "figures" / "a.png").read_bytes())
     store = Store(run / "rollouts" / "warmup_test", {})
     queries = [Query(f"q{i}", ("../secret.png", "figures/../../secret.png"), "?" * 9000) for i in range(60)]
-    store.write(0, [rollout(q, groups(False)[0]) for q in queries], "")
+    store.write(0, [line(rollout(q, groups(False)[0])) for q in queries], str)
     found = runs.read_runs([run])[0]
     shown = gallery.Gallery()
     assert shown.add(found, store.folder, "all", 10**7) > gallery.QUERIES * 4000
@@ -389,7 +389,7 @@ def test_gallery_shows_the_options_of_a_question(tmp_path):
     run = make_run(tmp_path / "run")
     store = Store(run / "rollouts" / "warmup_test", {})
     query = Query("q", (), "Which?", ("red <b>", "blue"), "B", "choice")
-    store.write(0, [rollout(query, groups(False)[0]) | {"options": query.options}], "")
+    store.write(0, [line(rollout(query, groups(False)[0]) | {"options": query.options})], str)
     shown = gallery.Gallery()
     shown.add(runs.read_runs([run])[0], store.folder, "all", 10**6)
     (found,) = shown.stages[0]["queries"]

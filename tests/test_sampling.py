@@ -283,7 +283,7 @@ def test_endings(processor, responses):
             assert len(response.tokens) == limit or not response.truncated
             stopped += not response.truncated
     assert 3 < stopped < 28 - 3, "both endings must occur"
-    assert all(r.tokens == () and r.truncated and r.logprob == 0.0 for r in responses[NAMES[5]])
+    assert all(len(r.tokens) == 0 and r.truncated and r.logprob == 0.0 for r in responses[NAMES[5]])
 
 
 def test_limits_are_the_processors(processor):
@@ -321,7 +321,7 @@ def test_samples_do_not_depend_on_the_devices(policy, processor, rows, responses
 def test_branches_differ_and_keys_matter(responses):
     for name, limit in zip(NAMES, LIMITS):
         if limit == ROOM:
-            assert len({r.tokens for r in responses[name]}) == BRANCHES
+            assert len({tuple(r.tokens) for r in responses[name]}) == BRANCHES
     assert rollouts.query_key("123456789") == 0xCBF43926, "CRC-32's check value; stored rollouts depend on it"
 
 
@@ -365,7 +365,7 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows):
             text = so_far[size - 1] if size else ""
             assert r.text == min((text.split(stop)[0] for stop in stops), key=len)
             kept = ascii_only.encode_response(r.text) if ends else want.tokens
-            assert r.tokens == tuple(kept) and r.truncated == (not ends)
+            assert list(r.tokens) == list(kept) and r.truncated == (not ends)
             found += bool(ends)
     assert found >= 1 and len(cut[NAMES[0]][1].tokens) <= 6
 
@@ -381,9 +381,9 @@ def test_what_a_stop_string_cuts_has_the_same_steps_everywhere(tmp_path, written
     host = Generated(np.array([ids]), np.zeros((1, len(ids))), np.array([len(ids)]), np.array([True]))
     row = Row(Prompt(Query("q", (), "area?", answer="6"), "area?", 5, 0))
     config = SamplingConfig(1, len(ids), stop_strings=("###",))
-    [found] = rollouts._responses(row, host, processor, config, np.ones(1, np.float32), 0)
+    [found] = rollouts._responses(row, host, [0.0], processor, config, np.ones(1, np.float32), 0)
     left = written.partition("###")[0]
-    assert found.text == left and found.tokens == tuple(processor.encode_response(left))
+    assert found.text == left and list(found.tokens) == processor.encode_response(left)
     assert found.tokens[-1] == processor.stop_ids[0] and not found.truncated
     assert prm.same_steps(found.text, found.tokens, texts)
     prefixes = prm.prefixes([found], texts)
@@ -425,7 +425,7 @@ def refilled(
         temperatures=TEMPERATURES,
         iteration=3,
         mesh=mesh,
-        each=each or (lambda ended, _: counts.append(ended)),
+        each=each or (lambda ended, *_: counts.append(ended)),
     )
     return {group[0].query_id: group for group in groups}, counts
 
@@ -519,10 +519,32 @@ def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, row
     assert len(clocks) == len(counted)
 
 
+def test_processes_share_the_rows(policy, processor, rows, responses, monkeypatch):
+    """Each makes the text of its own rows, and all together what one makes."""
+    one, found = sharding.make_mesh(devices=jax.devices()[:1]), {}
+    asked = tuple(Row(Prompt(query(name), "", n, 0)) for name, n in zip(NAMES, PREFIXES))
+    for index in range(2):
+        monkeypatch.setattr(rollouts.processes, "mine", lambda number, index=index: number % 2 == index)
+        [groups] = rollouts.rollouts(
+            sampler_for(processor, CONFIG, one),
+            policy,
+            [asked],
+            iter([(asked, tiny.stack(rows))]),
+            processor,
+            key=jax.random.key(11),
+            temperatures=TEMPERATURES,
+            iteration=3,
+            mesh=one,
+        )
+        assert [bool(group) for group in groups] == [number % 2 == index for number in range(8)]
+        found |= {group[0].query_id: group for group in groups if group}
+    same(found, responses)
+
+
 def test_stopping_between_segments(policy, processor, rows):
     one, seen = sharding.make_mesh(devices=jax.devices()[:1]), []
 
-    def stop(count, _):
+    def stop(count, *_):
         seen.append(count)
         if len(seen) == 2:
             raise KeyboardInterrupt
@@ -566,7 +588,7 @@ def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, respon
 # ---- continuing from the steps of a response -----------------------------------------------------------
 
 
-def continued(policy, processor, rows, starts_of, held, mesh):
+def continued(policy, processor, rows, starts_of, held, mesh, each=lambda *_: None):
     """Continuations of the responses that every row holds; the batch is prompt and responses."""
     length, stems, arrays = LENGTH + BRANCHES * ROOM, [], []
     for row, name, size in zip(rows, NAMES, PREFIXES):
@@ -587,6 +609,7 @@ def continued(policy, processor, rows, starts_of, held, mesh):
         temperatures=TEMPERATURES,
         iteration=0,
         mesh=mesh,
+        each=each,
     )
     [groups] = list(out)
     return {group[0].query_id: group for group in groups}
@@ -594,7 +617,7 @@ def continued(policy, processor, rows, starts_of, held, mesh):
 
 def test_continuations(policy, processor, rows, responses):
     one, rng = sharding.make_mesh(devices=jax.devices()[:1]), np.random.default_rng(3)
-    held = {name: [r.tokens for r in responses[name]] for name in NAMES}
+    held = {name: [tuple(r.tokens) for r in responses[name]] for name in NAMES}
     parents = {name: rng.integers(1, BRANCHES + 1, BRANCHES) for name in NAMES}
     kept = {name: [int(rng.integers(0, len(held[name][p - 1]) + 1)) for p in parents[name]] for name in NAMES}
 
@@ -603,14 +626,15 @@ def test_continuations(policy, processor, rows, responses):
             (int(p) if n else 0, n, 100 + k) for k, (p, n) in enumerate(zip(parents[name], kept[name]))
         )
 
-    found = continued(policy, processor, rows, starts, held, one)
+    told: list[int] = []
+    found = continued(policy, processor, rows, starts, held, one, lambda *seen: told.append(seen[-1]))
     added = 0
     for name, limit in zip(NAMES, LIMITS):
         for (parent, n, _), response in zip(starts(name), found[name], strict=True):
-            assert response.tokens[:n] == (held[name][parent - 1][:n] if n else ())
+            assert tuple(response.tokens[:n]) == (held[name][parent - 1][:n] if n else ())
             assert len(response.tokens) <= limit and response.text == processor.decode(response.tokens)
             added += len(response.tokens) - n
-    assert added > 20
+    assert added > 20 and sum(told) == added  # only the new tokens count as decoded
     # what was drawn, each alone after its prompt in a full forward pass, has the same probabilities
     length = LENGTH + BRANCHES * ROOM
     whole = []

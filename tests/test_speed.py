@@ -11,7 +11,7 @@ import tiny
 
 from mstar_jax import records, sharding
 from mstar_jax.profiling import flops, speed
-from mstar_jax.structs import Batch, Prompt, Query, Response, Row, TrainState
+from mstar_jax.structs import Batch, Prompt, Query, Row, TrainState
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import make_train_step, token_loss
 
@@ -95,12 +95,8 @@ def test_mfu_is_of_all_chips(clock, compiling, monkeypatch):
     assert {k: v for k, v in rates.items() if k.startswith("mfu")} == {"mfu/vision": 0.1, "mfu/language": 0.4}
 
 
-def query_row(name, length, responses=(), starts=()):
-    return Row(Prompt(Query(name, (), "?"), "?", length, 0), responses, starts=starts)
-
-
-def sampled(row, lengths):
-    return [Response(row.prompt.query.id, i, "", (1,) * n, 0.0, False) for i, n in enumerate(lengths)]
+def query_row(name, length):
+    return Row(Prompt(Query(name, (), "?"), "?", length, 0))
 
 
 def test_rollouts_are_counted_by_the_shard(clock, compiling):
@@ -109,19 +105,12 @@ def test_rollouts_are_counted_by_the_shard(clock, compiling):
     watch = speeds.of("rollouts", "iteration_01")
     one, two, three = query_row("a", 5), query_row("b", 3), query_row("c", 6)
     clock(50.0)  # weights are moved before the first batch is requested
-    shards, steps = [[one, two], [three]], []
-
-    def work(batches):
-        for rows, taken in zip(shards, (6, 7)):
-            for _ in rows:
-                next(batches)
-            clock(2.0)
-            steps.append(taken)
-            yield [sampled(row, (4, 1) if len(rows) == 2 else (7, 2)) for row in rows]
-
     fed = watch.fed(iter([((one,), batch(5, 1)), ((two,), batch(3, 1)), ((three,), batch(6))]))
-    found = watch.sampled(shards, work(fed), lambda: steps[-1] * 2 * 2)
-    assert [len(groups) for groups in found] == [2, 1]
+    for batches, decoded, steps in ((2, 2 * (4 + 1), 6), (1, 7 + 2, 7)):
+        for _ in range(batches):
+            next(fed)
+        clock(2.0)
+        watch.done(decoded=decoded, decode_slots=steps * 2 * 2)
     [[record]] = [list(passes.values()) for passes in speeds.lap().values()]
     assert record == {
         "tokens": 14,
@@ -134,18 +123,6 @@ def test_rollouts_are_counted_by_the_shard(clock, compiling):
         "decoded_per_second": 19 / 4,
     }
     assert speeds.lap() == {}
-
-
-def test_only_new_tokens_are_decoded(clock, compiling):
-    watch = speed.Speeds(chips=1).of("labels", "prm")
-    row = query_row("a", 4, responses=((1, 1, 1),), starts=((1, 3, 0), (1, 2, 1), (0, 0, 2)))
-    results = iter([[sampled(row, (5, 6, 2))]])
-    fed = watch.fed(iter([((row,), batch(7))]))
-    clock(1.0)
-    next(fed)
-    list(watch.sampled([[row]], results, lambda: 4 * 3 * 2))
-    record = watch.record()
-    assert (record["tokens"], record["decoded"], record["decode_slots"]) == (7, 2 + 4 + 2, 24)
 
 
 def test_table():

@@ -4,24 +4,29 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import pytest
 
 from mstar_jax import store
-from mstar_jax.structs import Query, Response
+from mstar_jax.structs import Query, Response, int32
 
-ASKED = ("a", "b", "c", "d")  # what each shard answers
+asked = ("a", "b", "c", "d").__getitem__  # what each shard answers
 SETTINGS = {"branches": 4, "temperatures": (0.0, 0.7), "prompt": "{question}", "seed": 0}
 
 
 def records(*args):
-    return [store.rollout(*group) for group in groups(*args)]
+    return [store.line(store.rollout(*group)) for group in groups(*args)]
+
+
+def groups_by_id(*args):
+    return [(query.id, responses) for query, responses in groups(*args)]
 
 
 def groups(first, count, text="Sum 1 + 2 = 3"):
     out = []
     for i in range(first, first + count):
         query = Query(f"q{i}", (f"/images/{i}.png",), "How many?", answer=None if i % 2 else "3")
-        bare = Response(query.id, 0, text, (5, 9, 7), -0.1 - i / 3, i % 2 == 0)
+        bare = Response(query.id, 0, text, int32((5, 9, 70_000)), -0.1 - i / 3, i % 2 == 0)
         full = dataclasses.replace(
             bare,
             sample=1,
@@ -38,17 +43,78 @@ def groups(first, count, text="Sum 1 + 2 = 3"):
 @pytest.mark.parametrize("text", ["", 'a\nb\t"c" ½', "cut\u2028here\x85and\u2029there\x0c\x1e", "\ufffd\x00"])
 def test_round_trip(tmp_path, text):
     one = store.Store(tmp_path / "iteration_01", SETTINGS)
-    one.write(1, records(2, 3, text), ASKED[1])
-    one.write(0, records(0, 2, text), ASKED[0])
+    one.write(1, records(2, 3, text), asked)
+    one.write(0, records(0, 2, text), asked)
     again = store.Store(tmp_path / "iteration_01", SETTINGS)
     assert list(again.read(2, store.read_rollout)) == [
         (query.id, responses) for query, responses in groups(0, 5, text)
     ]
-    assert again.missing(ASKED) == [2, 3]
+    assert again.missing(4, asked) == [2, 3]
+
+
+def test_groups_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
+    """Only ids and places are in memory; of a query that was asked twice, the last record counts."""
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(0, records(0, 2, "½\u2028"), asked)
+    one.write(1, [*records(2, 2), *records(1, 1, "again")], asked)
+    found = one.groups(2)
+    want = dict([*groups_by_id(0, 2, "½\u2028"), *groups_by_id(2, 2), *groups_by_id(1, 1, "again")])
+    assert list(found) == list(want) and len(found) == 4 and found == want
+    assert found["q3"] is not found["q3"] and found.get("q9", []) == []
+    parsed: list[str] = []
+    monkeypatch.setattr(store, "read_rollout", parsed.append)
+    assert "q1" in found and "q9" not in found and not parsed
+
+
+def test_a_broken_record_is_named_when_it_is_asked_for(tmp_path):
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(0, [*records(0, 1), b'{"query": "q7", "responses": [3]}\n'], asked)
+    found = one.groups(1)
+    assert len(found["q0"]) == 2
+    for ask in (found.__getitem__, found.get):
+        with pytest.raises(
+            ValueError, match=r"00000\.jsonl, line 2: not what this store holds .*remove the file"
+        ):
+            ask("q7")
+
+
+def test_a_line_of_a_shard_has_the_form_that_older_ones_have():
+    """As `json.dumps` wrote `dataclasses.asdict`: a run that began before goes on with the same digests."""
+    [(query, responses)] = groups(0, 1, "½")
+    shown = [dataclasses.asdict(r) | {"tokens": list(r.tokens)} for r in responses]
+    for each in shown:
+        del each["query_id"]
+    whole = {
+        "query": "q0",
+        "question": "How many?",
+        "options": None,
+        "images": ["/images/0.png"],
+        "gold": "3",
+    }
+    text = json.dumps(whole | {"responses": shown}, ensure_ascii=False) + "\n"
+    assert store.line(store.rollout(query, responses)) == text.encode()
+    assert store.digest([[r.tokens for r in responses]]) == store.digest(
+        [[list(r.tokens) for r in responses]]
+    )
+
+
+def test_tokens_are_int32():
+    tokens = int32([5, 70_000])
+    assert memoryview(tokens).nbytes == 8 and np.asarray(tokens).dtype == np.int32
+    with pytest.raises(OverflowError):
+        int32([2**31])
+
+
+def test_a_digest_is_made_only_of_shards_that_exist(tmp_path):
+    one = store.Store(tmp_path, SETTINGS)
+    one.write(1, records(0, 1), asked)
+    of: list[int] = []
+    assert one.missing(3, lambda number: of.append(number) or asked(number)) == [0, 2]
+    assert of == [1]
 
 
 def test_a_person_can_read_a_shard(tmp_path):
-    store.Store(tmp_path, SETTINGS).write(0, records(0, 1, "½"), ASKED[0])
+    store.Store(tmp_path, SETTINGS).write(0, records(0, 1, "½"), asked)
     record = json.loads((tmp_path / "00000.jsonl").read_text("utf-8"))
     assert {k: record[k] for k in ("query", "question", "images", "gold")} == {
         "query": "q0",
@@ -61,28 +127,28 @@ def test_a_person_can_read_a_shard(tmp_path):
 
 def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):
     one = store.Store(tmp_path, SETTINGS)
-    one.write(0, records(0, 1), ASKED[0])
+    one.write(0, records(0, 1), asked)
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        one.write(1, records(1, 2), ASKED[1])
+        one.write(1, records(1, 2), asked)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.glob("00001.*.part*")]  # left by the kill
     again = store.Store(tmp_path, SETTINGS)
-    assert again.missing(ASKED[:2]) == [1]
+    assert again.missing(2, asked) == [1]
     assert [name for name, _ in again.read(1, store.read_rollout)] == ["q0"]
-    again.write(1, records(1, 2), ASKED[1])
+    again.write(1, records(1, 2), asked)
     assert [name for name, _ in again.read(2, store.read_rollout)] == ["q0", "q1", "q2"]
 
 
 def test_what_is_no_shard_is_not_read(tmp_path, caplog):
     """A copy under another name, and a shard beyond the last one, as of another run."""
     made = store.Store(tmp_path, SETTINGS)
-    made.write(0, records(0, 2), ASKED[0])
-    made.write(1, records(2, 1), ASKED[1])
+    made.write(0, records(0, 2), asked)
+    made.write(1, records(2, 1), asked)
     for name in ("00000 copy.jsonl", "00000_2.jsonl", "00007.jsonl"):
         (tmp_path / name).write_bytes((tmp_path / "00000.jsonl").read_bytes())
     made.complete(2)
@@ -112,7 +178,7 @@ def test_other_settings_are_refused(tmp_path):
 )
 def test_broken_line_is_named(tmp_path, broken):
     one = store.Store(tmp_path, SETTINGS)
-    one.write(0, records(0, 1), ASKED[0])
+    one.write(0, records(0, 1), asked)
     path = tmp_path / "00000.jsonl"
     path.write_text(path.read_text() + broken + "\n" + path.read_text())
     with pytest.raises(
@@ -136,28 +202,28 @@ def swapped(data):
 @pytest.mark.parametrize("damage", [cut_at_a_line, cut_within_a_line, swapped, lambda data: b""])
 def test_a_damaged_shard_is_made_again_and_named(tmp_path, caplog, damage):
     one = store.Store(tmp_path, SETTINGS)
-    one.write(0, records(0, 2), ASKED[0])
-    one.write(1, records(2, 2), ASKED[1])
+    one.write(0, records(0, 2), asked)
+    one.write(1, records(2, 2), asked)
     path = tmp_path / "00001.jsonl"
     path.write_bytes(damage(path.read_bytes()))
     again = store.Store(tmp_path, SETTINGS)
-    assert again.missing(ASKED[:3]) == [1, 2]
+    assert again.missing(3, asked) == [1, 2]
     [line] = caplog.messages
     assert str(path) in line and "of 2 whole lines), so it is made again" in line
-    again.write(1, records(2, 2), ASKED[1])
-    assert again.missing(ASKED[:2]) == []
+    again.write(1, records(2, 2), asked)
+    assert again.missing(2, asked) == []
     assert [name for name, _ in again.read(2, store.read_rollout)] == ["q0", "q1", "q2", "q3"]
 
 
 def test_an_empty_shard_that_was_meant_is_whole(tmp_path):
-    store.Store(tmp_path, SETTINGS).write(0, [], ASKED[0])
-    assert store.Store(tmp_path, SETTINGS).missing(ASKED[:1]) == []
+    store.Store(tmp_path, SETTINGS).write(0, [], asked)
+    assert store.Store(tmp_path, SETTINGS).missing(1, asked) == []
 
 
 def test_a_shard_without_its_sum_is_made_again(tmp_path, caplog):
-    store.Store(tmp_path, SETTINGS).write(0, records(0, 2), ASKED[0])
+    store.Store(tmp_path, SETTINGS).write(0, records(0, 2), asked)
     (tmp_path / "00000.sum").unlink()
-    assert store.Store(tmp_path, SETTINGS).missing(ASKED[:1]) == [0]
+    assert store.Store(tmp_path, SETTINGS).missing(1, asked) == [0]
     assert "00000.jsonl: how much it should hold is not known" in caplog.text
 
 
@@ -165,15 +231,15 @@ def test_a_shard_that_answers_something_else_is_made_again(tmp_path, caplog):
     """As one does whose questions have changed since, or of a pass that asked more or fewer of them."""
     one = store.Store(tmp_path, SETTINGS)
     for number in range(3):
-        one.write(number, records(number, 1), ASKED[number])
+        one.write(number, records(number, 1), asked)
     again = store.Store(tmp_path, SETTINGS)
-    assert again.missing(["a", "other"]) == [1]
+    assert again.missing(2, ["a", "other"].__getitem__) == [1]
     [line] = caplog.messages
     assert line.startswith(f"{tmp_path}/00001.jsonl: it answers something else than is asked now")
-    again.write(1, records(7, 1), "other")
-    assert again.missing(["a", "other"]) == []
+    again.write(1, records(7, 1), ["", "other"].__getitem__)
+    assert again.missing(2, ["a", "other"].__getitem__) == []
     assert [name for name, _ in again.read(2, store.read_rollout)] == ["q0", "q7"]  # 2 is not of this pass
-    assert again.missing(["a", "other", "c"]) == []
+    assert again.missing(3, ["a", "other", "c"].__getitem__) == []
 
 
 def test_damaged_settings_are_named(tmp_path):

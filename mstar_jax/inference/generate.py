@@ -11,8 +11,8 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,12 @@ from mstar_jax.inference import draw, rollouts
 from mstar_jax.inference.sampler import Sampler, for_sampling
 from mstar_jax.profiling import speed
 from mstar_jax.rewards import selection
-from mstar_jax.store import Store, digest, read_rollout, rollout
+from mstar_jax.store import Store, digest, line, rollout
 from mstar_jax.structs import Model, Processor, Prompt, Query, Response, Row
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Groups = dict[str, list[Response]]  # by query id
+Groups = Mapping[str, list[Response]]  # by query id; see `store.Groups`
 
 
 class Stopped(Exception):
@@ -249,7 +248,8 @@ def sample(
         query = row.prompt.query
         return rollout(query, [selection.judge(query, response) for response in responses])
 
-    return dict(sample_rows(host, task, sampler, rows, params, record, read_rollout))
+    store, shards = sample_rows(host, task, sampler, rows, params, record)
+    return store.groups(shards)
 
 
 def sample_rows(
@@ -259,9 +259,9 @@ def sample_rows(
     rows: Sequence[Row],
     params: Callable[[], Model],
     record: Callable[[Row, Sequence[Response]], Mapping[str, object]],
-    parse: Callable[[dict[str, Any]], T],
-) -> Iterator[T]:
-    """The records of a task, from its store; missing shards are sampled.
+) -> tuple[Store, int]:
+    """The store of a task, and how many shards it has; missing ones are sampled. Several processes share the
+    making of the records: text, verdicts and JSON.
 
     Args:
       host: see `Inference`.
@@ -270,7 +270,6 @@ def sample_rows(
       rows: what is sampled from.
       params: the policy, called only where something is missing.
       record: (a row, its responses) -> what the store keeps of them.
-      parse: what to make of such a record.
     """
     s, data, batch = host.sampling, host.data, sampler.slots
     plans = loader.plan_batches(rows, batch * s.shard, data.buckets)
@@ -279,20 +278,28 @@ def sample_rows(
         host.workdir / task.folder,
         {**task.settings, "seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
     )
-    asked = [digest_of(host.workdir, these) for _, these in plans]
-    if missing := store.missing(asked):
+
+    def asked(number: int) -> str:
+        return digest_of(host.workdir, plans[number][1])
+
+    def lines(rows: Sequence[Row], responses: Sequence[Sequence[Response]]) -> list[bytes]:
+        return processes.shared(lambda at: line(record(rows[at], responses[at])), len(rows))
+
+    if missing := store.missing(len(plans), asked):
         kind, _, name = task.folder.partition("/")
         title = f"{name}: {kind}"
         shards = [plans[number][1] for number in missing]
         watch = host.speeds.of(task.kind, name)
         whole = set(itertools.accumulate(map(len, shards)))
         steps_taken = 0
+        tokens_taken = 0
         ended = 0
         with progress.bar(len(rows), title, len(rows) - sum(map(len, shards)), "row") as bar:
 
-            def each(count: int, steps: int) -> None:
-                nonlocal steps_taken, ended
+            def each(count: int, steps: int, tokens: int) -> None:
+                nonlocal steps_taken, tokens_taken, ended
                 steps_taken = steps
+                tokens_taken += tokens
                 ended += count
                 bar.update(count)
                 if ended not in whole:  # a complete shard is written before the run may stop
@@ -318,13 +325,13 @@ def sample_rows(
                 each=each,
             )
             room = batch * len(task.temperatures)
-            answered = watch.sampled(shards, answered, lambda: steps_taken * room)
             for number, these, responses in zip(missing, shards, answered):
-                records = [record(row, group) for row, group in zip(these, responses)]
-                store.write(number, records, asked[number])
+                watch.done(decoded=tokens_taken, decode_slots=steps_taken * room)
+                tokens_taken = 0
+                store.write(number, lines(these, responses), asked)
                 check_stop(host.stop, title)
     store.complete(len(plans))
-    return store.read(len(plans), parse)
+    return store, len(plans)
 
 
 def digest_of(workdir: pathlib.Path, rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mstar_jax import processes, sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.inference.sampler import Entry, Generated, Sampler
-from mstar_jax.structs import Batch, Model, Processor, Response, Row, ring
+from mstar_jax.structs import Batch, Model, Processor, Response, Row, int32, ring
 
 
 def query_key(query_id: str) -> int:
@@ -33,7 +33,7 @@ def rollouts(
     temperatures: np.ndarray,
     iteration: int,
     mesh: Mesh,
-    each: Callable[[int, int], None] = lambda rows, steps: None,
+    each: Callable[[int, int, int], None] = lambda rows, steps, tokens: None,
 ) -> Iterator[list[list[Response]]]:
     """Samples K responses for every row: new ones, or the continuations of those that the row holds.
 
@@ -49,12 +49,13 @@ def rollouts(
       temperatures: float32[K], one per sample; 0 is greedy.
       iteration: written into the responses.
       mesh: the device mesh.
-      each: called between the segments of decoding with how many rows have ended since the last call, and how
-        many steps the shard has taken; it may raise to stop.
+      each: called between the segments of decoding with how many rows have ended since the last call, how
+        many steps the shard has taken, and how many tokens those rows were given; it may raise to stop.
 
     Yields:
       For each shard, in order, the K responses of each of its rows; a continuation's tokens and text are
-      those of the whole response, its logprob that of the new tokens.
+      those of the whole response, its logprob that of the new tokens. Several processes share the rows: those
+      that are not `processes.mine` have no responses here.
     """
     config, temperatures = sampler.config, np.asarray(temperatures, np.float32)
     if temperatures.shape != (config.branches,):
@@ -65,6 +66,13 @@ def rollouts(
     chunked, chunk = ring(config.max_new_tokens)
     share = sharding.share_of(mesh)
     mine = share.rows(count)
+
+    def decoded(rows: Sequence[Row], at: int, host: Generated) -> list[Response]:
+        logprobs = _logprobs(rows[at], host)
+        if not processes.mine(at):
+            return []
+        return _responses(rows[at], host, logprobs, processor, config, temperatures, iteration)
+
     for rows in shards:
         answered: list[list[Response]] = [[] for _ in rows]
         slots, entered = None, 0
@@ -90,7 +98,7 @@ def rollouts(
             chunks, before = sampler.chunks(age[~free], clock), clock
             slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
             for row, host in ended:  # finished rows are decoded to text while the device continues
-                answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+                answered[row] = decoded(rows, row, host)
             here = slots.done, slots.out, slots.cache.age, slots.cache.clock
             done, out, age, clock = processes.fetch(here)
             if chunked > 1 and clock % chunk == 0 and clock > before:
@@ -99,9 +107,9 @@ def rollouts(
             free[new] = True
             first = (clock - age) % config.max_new_tokens
             ended = [(owner[b], _unrolled(Generated(*(x[b] for x in out)), first[b])) for b in new]
-            each(len(new), int(clock))
+            each(len(new), int(clock), sum(int(host.length.sum()) for _, host in ended))
         for row, host in ended:
-            answered[row] = _responses(rows[row], host, processor, config, temperatures, iteration)
+            answered[row] = decoded(rows, row, host)
         yield answered
 
 
@@ -140,19 +148,35 @@ def _places(rows: Sequence[Row], size: int, processor: Processor, config: Sampli
     return query_keys, limits, sample_keys, (parent, kept) if rows[0].starts else None
 
 
+def _logprobs(row: Row, host: Generated) -> list[float]:
+    """Of each of a row's K responses, the log probability of its tokens.
+
+    Raises:
+      ValueError: the policy's logits were not finite.
+    """
+    found = []
+    for sample, length in enumerate(host.length):
+        logprob = float(host.logprobs[sample, : int(length)].sum())
+        if not math.isfinite(logprob):
+            raise ValueError(
+                f"query {row.prompt.query.id!r}, sample {sample}: the log probability of its tokens is "
+                f"{logprob}, so the policy's logits are not finite. Set sampling.dtype to bfloat16 or "
+                "float32 (float16 ends at 65504); if that does not help, its parameters have diverged"
+            )
+        found.append(logprob)
+    return found
+
+
 def _responses(
     row: Row,
     host: Generated,
+    logprobs: Sequence[float],
     processor: Processor,
     config: SamplingConfig,
     temperatures: np.ndarray,
     iteration: int,
 ) -> list[Response]:
-    """The K responses of a row that has ended.
-
-    Raises:
-      ValueError: the policy's logits were not finite.
-    """
+    """The K responses of a row that has ended."""
     out = []
     for sample in range(config.branches):
         parent, kept, _ = row.starts[sample] if row.starts else (0, 0, 0)
@@ -163,20 +187,13 @@ def _responses(
         if cuts:  # what is read is what is trained on, without the stop string and closed by the stop id
             text = text[: min(cuts)]
             tokens = processor.encode_response(text)
-        logprob = float(host.logprobs[sample, : int(host.length[sample])].sum())
-        if not math.isfinite(logprob):
-            raise ValueError(
-                f"query {row.prompt.query.id!r}, sample {sample}: the log probability of its tokens is "
-                f"{logprob}, so the policy's logits are not finite. Set sampling.dtype to bfloat16 or "
-                "float32 (float16 ends at 65504); if that does not help, its parameters have diverged"
-            )
         out.append(
             Response(
                 query_id=row.prompt.query.id,
                 sample=sample,
                 text=text,
-                tokens=tuple(tokens),
-                logprob=logprob,
+                tokens=int32(tokens),
+                logprob=logprobs[sample],
                 truncated=not bool(host.stopped[sample]),
                 iteration=iteration,
                 temperature=round(float(temperatures[sample]), 6),

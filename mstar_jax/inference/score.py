@@ -11,7 +11,7 @@ from mstar_jax.data import loader
 from mstar_jax.inference.generate import Asked, Groups, Inference, check_stop, plan, told
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm, selection
-from mstar_jax.store import Store, digest, read_rollout, rollout
+from mstar_jax.store import Store, digest, line, rollout
 from mstar_jax.structs import Processor, Query, Response, Row, ScoringModel
 
 log = logging.getLogger(__name__)
@@ -65,20 +65,22 @@ def score(
     own = {"only_correct": only_correct, "batch": batch, "chunk": size}
     own["dtype"] = host.sampling.dtype
     store = Store(host.workdir / "scores" / name, {**settings, **own})
-    digests = [digest_of(host.workdir, chunk, responses) for chunk in chunks]
-    missing = store.missing(digests)
+
+    def asked_in(responses: Groups, number: int) -> str:
+        return digest_of(host.workdir, chunks[number], responses)
+
     model = None
-    for number in missing:
+    for number in store.missing(len(chunks), functools.partial(asked_in, responses)):
         model = model or scorer.load()
         part = {each.query.id: responses[each.query.id] for each in chunks[number]}
         some = {key: selection.correct(group) for key, group in part.items()} if only_correct else part
         found = score_with(host, scorer, model, chunks[number], some, longest=longest, name=name)
         queries = [each.query for each in chunks[number]]
-        records = [rollout(query, found.get(query.id, part[query.id])) for query in queries]
-        store.write(number, records, digests[number])
+        lines = (line(rollout(query, found.get(query.id, part[query.id]))) for query in queries)
+        store.write(number, lines, functools.partial(asked_in, part))
         check_stop(host.stop, f"{name}: scores")
     store.complete(len(chunks))
-    return dict(store.read(len(chunks), read_rollout))
+    return store.groups(len(chunks))
 
 
 def digest_of(workdir: pathlib.Path, asked: Sequence[Asked], responses: Groups) -> str:
@@ -133,8 +135,8 @@ def score_with(
     fed = watch.fed(batches, functools.partial(flops.count, prm.token_scores, model))
     for (_, these), values in zip(plans, watch.read(prm.scores(model, fed, host.mesh))):
         for row, each in zip(these, values):
-            keys = [(row.prompt.query.id, tokens) for tokens in row.responses]
-            found.update(zip(keys, each))
+            keys = [(row.prompt.query.id, tuple(tokens)) for tokens in row.responses]
+            found.update(zip(keys, each, strict=True))
     if odd:
         log.warning("scores: %d responses get 0: their steps cannot be told from their tokens", odd)
 

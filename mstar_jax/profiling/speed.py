@@ -21,7 +21,7 @@ import jax
 
 from mstar_jax import sharding
 from mstar_jax.profiling import flops
-from mstar_jax.structs import Batch, Response, Row
+from mstar_jax.structs import Batch, Row
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -148,28 +148,6 @@ class Pass:
         for result in results:
             self.done(1)
             yield result
-
-    def sampled(
-        self,
-        shards: Iterable[Sequence[Row]],
-        results: Iterable[list[list[Response]]],
-        places: Callable[[], int],
-    ) -> Iterator[list[list[Response]]]:
-        """Passes on the results of `rollouts.rollouts`, shard by shard.
-
-        Args:
-          shards: the rows of each shard.
-          results: the responses to each row.
-          places: called after each result; the number of tokens that its decoding steps had room for.
-        """
-        for rows, groups in zip(shards, results):
-            new = [
-                len(r.tokens) - (row.starts[r.sample][1] if row.starts else 0)
-                for row, group in zip(rows, groups)
-                for r in group
-            ]
-            self.done(decoded=sum(new), decode_slots=places())
-            yield groups
 
     def record(self) -> dict[str, float]:
         """The entry in results.json: counts of all the work, and rates over the `seconds` that count."""

@@ -41,7 +41,7 @@ def prefixes(responses: Sequence[Response], texts: Sequence[str]) -> list[Prefix
     found = dict[Prefix, None]()
     for response in responses:
         for end in steps.ends(response.tokens, texts)[:-1]:
-            found[response.tokens[: end + 1]] = None
+            found[tuple(response.tokens[: end + 1])] = None
     return list(found)
 
 
@@ -103,7 +103,7 @@ def label(
     Raises:
       KeyError: a step prefix is not among the values.
     """
-    found = [values[response.tokens[: end + 1]] for end in steps.ends(response.tokens, texts)[:-1]]
+    found = [values[tuple(response.tokens[: end + 1])] for end in steps.ends(response.tokens, texts)[:-1]]
     if hard:
         found = [float(value > 0) for value in found]
     return (*found, float(selection.is_correct(response))) if steps.split(response.text) else ()

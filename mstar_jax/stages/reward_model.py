@@ -153,9 +153,9 @@ def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups)
     )
     sampled_by = sampler_for(run, settings.samples, settings.rows)
     record = functools.partial(label_record, run)
-    labelled = sample_rows(run, task, sampled_by, rows, lambda: policy.params, record, read_labels)
+    store, shards = sample_rows(run, task, sampled_by, rows, lambda: policy.params, record)
     values: dict[str, dict[prm.Prefix, float]] = {query.id: {} for query in queries}
-    for query_id, reached in labelled:
+    for query_id, reached in store.read(shards, read_labels):
         values[query_id].update(reached)
     return {
         (query.id, r.sample): prm.label(r, values[query.id], run.texts, hard=settings.hard)
@@ -175,7 +175,7 @@ def label_record(host: Inference, row: Row, completions: Sequence[Response]) -> 
             tokens = row.responses[branch - 1][:kept]
             reached = len(selection.correct(judged))
             text = host.processor.decode(tokens)
-            steps.append({"text": text, "reached": reached, "of": count, "tokens": tokens})
+            steps.append({"text": text, "reached": reached, "of": count, "tokens": list(tokens)})
     return {"query": query.id, "question": query.question, "gold": query.answer, "steps": steps}
 
 

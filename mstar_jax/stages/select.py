@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
+from mstar_jax import store
 from mstar_jax.data import truth
 from mstar_jax.inference.generate import Asked, Groups, ask, plan
 from mstar_jax.inference.score import Scorer, score
@@ -41,8 +42,9 @@ def select(
     scored = responses
     if reward is not None and evolve.select in ("prm", "likelihood"):
         scored = scores(run, reward, name, queries, responses, only_correct=True)
-    chosen = [
-        keep(
+
+    def kept(query: Query) -> list[Response]:
+        return keep(
             query,
             scored.get(query.id, []),
             settings=evolve,
@@ -50,9 +52,8 @@ def select(
             draw=draw(run.seed, name, query),
             known=run.truth.get(query.id),
         )
-        for query in queries
-    ]
-    return source(run, queries, chosen, responses)
+
+    return source(run, queries, kept, responses)
 
 
 def keep(
@@ -94,12 +95,13 @@ def keep(
 def select_rationales(run: Run, queries: Sequence[Query], responses: Groups) -> Source:
     """What the warm-up trains on: for each query, `warmup.keep` different correct responses, drawn uniformly
     at random."""
-    chosen = []
-    for query in queries:
+
+    def kept(query: Query) -> list[Response]:
         found = selection.distinct(selection.correct(responses.get(query.id, [])))
         random = draw(run.seed, Stage.warmup.name, query)
-        chosen.append(selection.random_k(found, run.config.warmup.keep, random))
-    return source(run, queries, chosen, responses)
+        return selection.random_k(found, run.config.warmup.keep, random)
+
+    return source(run, queries, kept, responses)
 
 
 def gold_answers(run: Run, queries: Sequence[Query]) -> Source:
@@ -125,7 +127,12 @@ def select_unlabelled(
         settings=settings,
         aggregate=run.config.prm.aggregate if reward is not None else "",
     )
-    judged = {q.id: [selection.judge(q, r) for r in responses.get(q.id, [])] for q in answered}
+    by_id = {query.id: query for query in answered}
+
+    def judge(query_id: str) -> list[Response]:
+        return [selection.judge(by_id[query_id], r) for r in responses.get(query_id, [])]
+
+    judged = store.Groups(by_id, judge)
     chosen = select(run, stage, reward, answered, judged, part=part)
     return chosen._replace(weight=settings.weight, notes=notes)
 
@@ -190,28 +197,31 @@ def draw(seed: int, name: str, query: Query) -> np.random.Generator:
 
 
 def source(
-    run: Run, queries: Sequence[Query], chosen: Sequence[Sequence[Response]], responses: Groups
+    run: Run, queries: Sequence[Query], kept: Callable[[Query], list[Response]], responses: Groups
 ) -> Source:
-    """Training rows: each query's prompt, without a hint, and its chosen responses. Where there are none, the
-    notes say what became of all responses."""
-    some = [(query, group) for query, group in zip(queries, chosen) if group]
+    """Training rows: each query's prompt, without a hint, and the responses that are kept of it. Where there
+    are none, the notes say what became of all responses."""
+    chosen = [tuple(r.tokens for r in kept(query)) for query in queries]  # without their texts: they are many
+    some = [(query, tokens) for query, tokens in zip(queries, chosen) if tokens]
     asked = ask([query for query, _ in some], run.config.prompts.cot)
-    rows = training_rows(run, asked, [tuple(r.tokens for r in group) for _, group in some])
+    rows = training_rows(run, asked, [tokens for _, tokens in some])
     return Source(rows, notes={} if rows else {"dropped": dropped(queries, responses)})
 
 
 def dropped(queries: Sequence[Query], responses: Groups) -> dict[str, int]:
     """How many of the responses were truncated, and of the others how many had which verdict; `correct` ones
     were not selected. `unanswered` counts queries without any response: their prompts are too long."""
-    groups = [responses.get(query.id, []) for query in queries]
-    causes = collections.Counter(
-        "truncated" if r.truncated else str(r.verdict) for group in groups for r in group
-    )
-    return {**causes, "unanswered": sum(not group for group in groups)}
+    causes = collections.Counter[str]()
+    unanswered = 0
+    for query in queries:
+        group = responses.get(query.id, [])
+        causes.update("truncated" if r.truncated else str(r.verdict) for r in group)
+        unanswered += not group
+    return {**causes, "unanswered": unanswered}
 
 
 def training_rows(
-    run: Run, asked: Sequence[Asked], responses: Sequence[tuple[tuple[int, ...], ...]]
+    run: Run, asked: Sequence[Asked], responses: Sequence[tuple[Sequence[int], ...]]
 ) -> list[Row]:
     """Each prompt that fits, with the token ids of its responses."""
     prompts = plan(run, asked, "rows")
