@@ -169,7 +169,8 @@ class Bench:
     def crops(self, count: int) -> torch.Tensor:
         """The images of the first prompts, for transformers' tower, whose features are compared with ours."""
         (_, batch), *_ = self.batches([Row(p) for p in self.prompts[:count]], count)
-        pixels = batch.pixels.reshape(-1, *batch.pixels.shape[2:])
+        seen = np.asarray(jax.jit(lambda model, crops: model.normalised(crops))(self.policy, batch.pixels))
+        pixels = seen.reshape(-1, *seen.shape[2:])
         crops = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous()
         patches = vision.patchify(jnp.asarray(pixels[:1]), self.sizes.config.vision.patch_size)
         ours = np.asarray(jax.jit(lambda tower, patches: tower(patches))(self.policy.tower, patches))

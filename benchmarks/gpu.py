@@ -31,8 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from machine import machine, show, spread, timed, versions
+from PIL import Image
 
 from mstar_jax import sharding
+from mstar_jax.crops.arrays import Crops, gathered, placed
 from mstar_jax.data import loader
 from mstar_jax.inference import draw
 from mstar_jax.inference.rollouts import rollouts as answers
@@ -43,7 +45,7 @@ from mstar_jax.models.vision import VitConfig
 from mstar_jax.plan import official
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm
-from mstar_jax.structs import EncodedPrompt, Prompt, Query, Row
+from mstar_jax.structs import Prompt, Query, Row
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import REMAT, init_state, make_train_step, token_loss
 
@@ -65,16 +67,20 @@ class Host:
         self.crops = 1 + self.grid[0] * self.grid[1]
         self.rng = np.random.default_rng(0)
 
-    def encode(self, text: str, images: list[Any]) -> EncodedPrompt:
-        side = self.config.vision.image_size
+    def cut(self, images: Sequence[Image.Image]) -> Crops[np.ndarray]:
+        """Random crops of an image that is not there."""
+        side, places = self.config.vision.image_size, [(*self.grid, -1, -1), *placed(*self.grid)]
+        parts = [self.rng.integers(0, 256, (self.crops, side, side, 3), np.uint8)]
+        return gathered(parts, places, side)
+
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         span = phi35.feature_layout(*self.grid, self.config.vision.side // 2, 2)
         if len(span) > self.prompt - 2:
             raise SystemExit(f"--prompt={self.prompt}: the image takes {len(span)} tokens")
         index = np.full(self.prompt, -1, np.int32)
         index[1 : 1 + len(span)] = span
         tokens = np.where(index < 0, self.rng.integers(0, self.vocab_size, self.prompt), 0).astype(np.int32)
-        pixels = self.rng.normal(size=(self.crops, side, side, 3)).astype(np.float32)
-        return EncodedPrompt(tokens, index, pixels)
+        return tokens, index
 
     def decode(self, tokens: Any) -> str:
         return ""

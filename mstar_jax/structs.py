@@ -202,7 +202,7 @@ class Source(NamedTuple):
 
 
 Array = Any  # numpy's on the host, JAX's on a device, a ShapeDtypeStruct in `plan`; a union would need casts
-Pixels = Any  # such an array, or a family's own tuple of them
+Pixels = Any  # a tuple of such arrays, of a family's own type
 Remat = Callable[..., bool]  # a policy of `jax.checkpoint`: which values the forward pass saves
 
 
@@ -217,8 +217,8 @@ class Batch(NamedTuple):
       branch: int32[B, T]; 0 prefix, 1..K the branches, -1 padding.
       loss_mask: float32[B, T]; weight of *predicting* the token at that position.
       image_index: int32[B, T]; the row of the query's feature table at that position, -1 for text.
-      pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C. A family whose
-        crops have no common shape has a tuple of arrays instead, each with [B, C] in front.
+      pixels: a tuple of arrays with [B, C] in front, `crops.arrays.Crops` or a family's own: pixels in 8
+        bits, and where they are; zeros where a row has fewer than C.
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
     """
 
@@ -236,7 +236,7 @@ class EncodedPrompt(NamedTuple):
     Attributes:
       tokens: int32[P], 0 at the positions of image features.
       image_index: int32[P], -1 for text.
-      pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
+      pixels: a tuple of arrays with C crops in front, see `Batch`.
     """
 
     tokens: np.ndarray
@@ -245,18 +245,28 @@ class EncodedPrompt(NamedTuple):
 
 
 class Processor(Protocol):
-    """The host side of a model family: text and images to arrays and back. It is sent to worker processes, so
-    it holds plain data."""
+    """The host side of a model family: text and images to arrays and back.
+
+    Attributes:
+      stop_ids, forbidden_ids: tokens that end a response, and those that none may hold.
+      vocab_size: of the model, padding included.
+      cut: the crops of a query's RGB images, in order. It is sent to processes that have no jax: it and what
+        it returns are values of the room `crops`.
+    """
 
     stop_ids: tuple[int, ...]
     forbidden_ids: tuple[int, ...]
     vocab_size: int
 
+    @property
+    def cut(self) -> Callable[[Sequence[Image.Image]], Pixels]: ...
+
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
 
-    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The prompt's tokens with every image span whole; one image per mark, in order."""
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """int32[P] tokens of a prompt, 0 at image features, and int32[P] which feature is there, -1 for text;
+        every image span is whole."""
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, closed by the stop id."""

@@ -22,6 +22,7 @@ ROOMS = {
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
     300: ("profiling",),
     1560: ("plan",),  # reads three compilers' programs, and plays a whole run through
+    280: ("crops",),  # what decodes images without jax; the models' files held it before
     1300: ("report",),
     3100: (
         "answers",
@@ -46,7 +47,8 @@ ALLOWED = {
     "__init__": (),
     "structs": (),
     "sharding": ("structs",),
-    "models.*": ("models", "structs", "sharding"),
+    "crops.*": ("crops",),
+    "models.*": ("models", "crops", "structs", "sharding"),
     "*.__init__": (),  # a room's own name stands for nothing
     "plan.official": ("models", "structs", "sharding"),
     "answers.units": (),
@@ -118,7 +120,10 @@ TEXT = tuple(
             "images",
             "splits",
             "prompts",
+            "pixels",
+            "workers",
         ),
+        "crops": ("arrays", "hd", "tiles", "slicing", "splitting"),
     }.items()
     for name in names
 )

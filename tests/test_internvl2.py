@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiny
-from close import close
 from PIL import Image
 
+from mstar_jax.crops import tiles
 from mstar_jax.models import internvl, internvl_chat, tokenizer
 from mstar_jax.models.vision import VitConfig, gelu
 
@@ -84,7 +84,7 @@ def picture(width, height, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "most", "grid", "tiles"),
+    ("width", "height", "most", "grid", "count"),
     [  # checked against the official code; grids are (rows, columns)
         (448, 448, 12, (1, 1), 1),
         (800, 600, 12, (3, 4), 13),
@@ -92,17 +92,17 @@ def picture(width, height, seed=0):
         (300, 900, 12, (3, 1), 4),
     ],
 )
-def test_grids_of_the_official_code(width, height, most, grid, tiles):
-    assert internvl.tile_grid(width, height, 1, most, 448) == grid
-    assert internvl.tile_count(*grid, thumbnail=True) == tiles
+def test_grids_of_the_official_code(width, height, most, grid, count):
+    assert tiles.tile_grid(width, height, 1, most, 448) == grid
+    assert tiles.tile_count(*grid, thumbnail=True) == count
 
 
 @golden
 def test_grids_equal_the_official_ones():
     cases = np.load(GOLDEN / "golden_tiles.npy").tolist()
-    for width, height, most, columns, rows, tiles in cases:
-        assert internvl.tile_grid(width, height, 1, most, 448) == (rows, columns), (width, height, most)
-        assert internvl.tile_count(rows, columns, thumbnail=True) == tiles
+    for width, height, most, columns, rows, count in cases:
+        assert tiles.tile_grid(width, height, 1, most, 448) == (rows, columns), (width, height, most)
+        assert tiles.tile_count(rows, columns, thumbnail=True) == count
     assert len(cases) > 50
 
 
@@ -111,40 +111,37 @@ def test_grid_is_the_one_a_scan_would_end_at(least, most):
     sizes = np.random.default_rng(most).integers(1, 2000, (300, 2)).tolist()
     for width, height in [*sizes, (448, 448), (634, 634), (633, 633), (896, 448), (448, 1344), (2000, 2000)]:
         best, nearest = None, math.inf
-        for tiles in range(least, most + 1):
-            for columns in range(1, tiles + 1):
-                if tiles % columns:
+        for count in range(least, most + 1):
+            for columns in range(1, count + 1):
+                if count % columns:
                     continue
-                rows = tiles // columns
+                rows = count // columns
                 distance = abs(width / height - columns / rows)
-                if distance < nearest or (distance == nearest and width * height > 0.5 * 448**2 * tiles):
+                if distance < nearest or (distance == nearest and width * height > 0.5 * 448**2 * count):
                     best, nearest = (rows, columns), distance
-        assert internvl.tile_grid(width, height, least, most, 448) == best, (width, height)
+        assert tiles.tile_grid(width, height, least, most, 448) == best, (width, height)
 
 
 def test_tiles_stand_row_by_row_and_the_thumbnail_last():
     values = np.arange(6, dtype=np.uint8).reshape(2, 3).repeat(8, axis=0).repeat(8, axis=1)
     image = Image.fromarray(np.stack([values, 10 * values, 255 - values], axis=-1))
-    tiles = internvl.split_tiles(image, 2, 3, 8, thumbnail=True)
-    assert tiles.shape == (7, 8, 8, 3) and tiles.dtype == np.float32
-    for number, tile in enumerate(tiles[:6]):
-        colour = np.array([number, 10 * number, 255 - number]) / 255
-        want = (colour - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        close(tile, np.broadcast_to(want, tile.shape), scale=3.0)
-    small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), np.float32) / 255
-    close(tiles[6] * internvl.STD + internvl.MEAN, small, scale=3.0)
-    np.testing.assert_array_equal(internvl.split_tiles(image, 2, 3, 8, thumbnail=False), tiles[:6])
+    found = tiles.split_tiles(image, 2, 3, 8, thumbnail=True)
+    assert found.shape == (7, 8, 8, 3) and found.dtype == np.uint8
+    for number, tile in enumerate(found[:6]):
+        np.testing.assert_array_equal(tile, np.broadcast_to([number, 10 * number, 255 - number], tile.shape))
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(found[6], small)
+    np.testing.assert_array_equal(tiles.split_tiles(image, 2, 3, 8, thumbnail=False), found[:6])
 
 
 def test_one_tile_has_no_thumbnail():
     image = picture(16, 16)
-    tiles = internvl.split_tiles(image, 1, 1, 16, thumbnail=True)
-    want = (np.asarray(image, np.float32) / 255 - internvl.MEAN) / internvl.STD
-    close(tiles, want[None], scale=3.0)
+    found = tiles.split_tiles(image, 1, 1, 16, thumbnail=True)
+    np.testing.assert_array_equal(found, np.asarray(image)[None])
 
 
 def test_fewer_crops_than_the_least_are_possible():
-    assert internvl.tile_grid(900, 500, 4, 2, 448) == (1, 2)
+    assert tiles.tile_grid(900, 500, 4, 2, 448) == (1, 2)
 
 
 # ---- prompts ------------------------------------------------------------------------------------------
@@ -155,17 +152,16 @@ def test_prefix_shape_needs_no_image(processor):
     for images in (0, 1, 2, 1, 2, 3):
         sizes = [tuple(s) for s in rng.integers(1, 90, (images, 2)).tolist()]
         prompt = processor.encode("How many?", [picture(*size) for size in sizes])
-        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels))
-        assert prompt.pixels.shape[1:] == (SIZE, SIZE, 3) and prompt.pixels.dtype == np.float32
+        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels.places))
+        pixels = prompt.pixels.pixels
+        assert pixels.shape[1:] == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
 
 
 @pytest.mark.parametrize("sizes", [[], [(16, 16)], [(48, 30), (16, 17), (20, 60)]])
 def test_prompt_is_the_official_string(processor, sizes):
     """One string with `<IMG_CONTEXT>` written out, read by the tokenizer as a whole."""
     images = [picture(*size, seed) for seed, size in enumerate(sizes)]
-    counts = [
-        4 * internvl.tile_count(*internvl.tile_grid(*size, 1, 6, SIZE), thumbnail=True) for size in sizes
-    ]
+    counts = [4 * tiles.tile_count(*tiles.tile_grid(*size, 1, 6, SIZE), thumbnail=True) for size in sizes]
     question = "".join(f"<img>{'<IMG_CONTEXT>' * n}</img>\n" for n in counts) + "What is the area?"
     system = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型"
     system += "，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -180,12 +176,10 @@ def test_prompt_is_the_official_string(processor, sizes):
     assert ids[0] == vocab["<s>"] and (ids == vocab["<s>"]).sum() == 1
     assert prompt.tokens.dtype == prompt.image_index.dtype == np.int32
     each = [
-        internvl.split_tiles(image, *internvl.tile_grid(*image.size, 1, 6, SIZE), SIZE, True)
-        for image in images
+        tiles.split_tiles(image, *tiles.tile_grid(*image.size, 1, 6, SIZE), SIZE, True) for image in images
     ]
-    assert len(prompt.pixels) == sum(counts) // 4
-    for start, tiles in zip(np.cumsum([0, *map(len, each)]), each):
-        np.testing.assert_array_equal(prompt.pixels[start : start + len(tiles)], tiles)
+    assert len(prompt.pixels.places) == sum(counts) // 4
+    np.testing.assert_array_equal(prompt.pixels.pixels, np.concatenate([np.zeros((0, SIZE, SIZE, 3)), *each]))
 
 
 def test_prompt_of_internvl2_5_with_the_same_decoder(processor):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, GOLDEN, golden, make_words, picture
 
 from mstar_jax import models, sharding
+from mstar_jax.crops import tiles
 from mstar_jax.models import attention, hf, internvl, internvl_chat
 from mstar_jax.models.vision import patchify
 from mstar_jax.plan.official import INTERNVL2
@@ -145,18 +146,34 @@ def test_straight_into_a_sharding(folder):
 # ---- features -----------------------------------------------------------------------------------------
 
 
+def test_tiles_are_normalised_on_the_device():
+    """With ImageNet's mean and deviation; what is no tile is 0."""
+    crops = tiles.Tiles(1, 6, 16, True)([picture(48, 32), picture(16, 16)])
+    assert crops.places.tolist() == [
+        *([2, 3, row, column] for row in range(2) for column in range(3)),
+        *([2, 3, -1, -1], [1, 1, 0, 0]),
+    ]
+    padded = jax.tree.map(lambda x: np.pad(x, [(0, 2), *[(0, 0)] * (x.ndim - 1)])[None], crops)
+    seen = np.asarray(jax.jit(lambda m, c: m.normalised(c))(model(), padded))[0]
+    want = (crops.pixels / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    close(seen[:8], want, scale=3.0)
+    assert not seen[8:].any()
+
+
 def test_each_place_finds_its_feature(folder):
     """Feature 4 t + 2 i + j of the table is the merged patches (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1)
     of tile t, projected."""
     policy, processor = models.load(folder, jnp.float32)
     prompt = processor.encode("?", [picture(48, 32)])
-    assert len(prompt.pixels) == 7
+    assert len(prompt.pixels.places) == 7
 
     @jax.jit
     def run(m, p, t, i):
-        return m.image_features(p)[0], m.tower(patchify(p[0], 4)), m.embed(t[None], i[None], p)[0]
+        patches = patchify(m.normalised(p)[0], 4)
+        return m.image_features(p)[0], m.tower(patches), m.embed(t[None], i[None], p)[0]
 
-    table, patches, x = run(policy, prompt.pixels[None], prompt.tokens, prompt.image_index)
+    pixels = jax.tree.map(lambda x: x[None], prompt.pixels)
+    table, patches, x = run(policy, pixels, prompt.tokens, prompt.image_index)
     there = prompt.image_index >= 0
     assert table.shape == (28, 32)
     close(x[there], table, POLICY)  # of one program, but fused differently
@@ -192,12 +209,14 @@ def test_the_branches_of_an_image_prompt_do_not_see_each_other(folder):
     policy, processor = models.load(folder, jnp.float32)
     prompt = processor.encode("Area?", [picture(16, 16), picture(30, 16)])
     answers = [processor.encode_response(text) for text in ("12", "Step 1: 3 cm")]
+    crops = jax.tree.map(lambda x: x[None], prompt.pixels)
+    seen = np.asarray(jax.jit(lambda m, p: m.normalised(p))(policy, crops))[0]
 
     def row(*branches):
         tokens = np.concatenate([prompt.tokens, *branches]).astype(np.int32)
         number = np.repeat(np.arange(len(branches) + 1), [len(prompt.tokens), *map(len, branches)])
         index = np.pad(prompt.image_index, (0, len(tokens) - len(prompt.tokens)), constant_values=-1)
-        return {"tokens": tokens, "branch": number, "image_index": index, "pixels": prompt.pixels}
+        return {"tokens": tokens, "branch": number, "image_index": index, "pixels": seen}
 
     both = np.asarray(tiny.logits(policy, tiny.stack([row(*answers)])))[0]
     one = np.asarray(tiny.logits(policy, tiny.stack([row(answers[1])])))[0]
@@ -228,8 +247,8 @@ def final_hidden(policy, tokens, index, pixels):
 def test_official_image_prompt(official):
     case = np.load(GOLDEN / "golden_img_1tile.npz")
     image = Image.open(GOLDEN / "img_1tile.png").convert("RGB")
-    grid = internvl.tile_grid(*image.size, 1, 12, 448)
-    pixels = internvl.split_tiles(image, *grid, 448, thumbnail=True)
+    crops = jax.tree.map(lambda x: x[None], tiles.Tiles(1, 12, 448, True)([image]))
+    pixels = np.asarray(jax.jit(lambda m, p: m.normalised(p))(official, crops))[0]
     close(pixels, np.moveaxis(case["pixel_values"], 1, -1), 128)
     features = jax.jit(lambda m, p: m.image_features(p))(official, pixels[None])
     close(features, case["vit_proj"], REFERENCE)

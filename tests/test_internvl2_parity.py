@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 from test_internvl2 import CONFIG, SIZE, VOCAB
 
 from mstar_jax import models, sharding
+from mstar_jax.crops import tiles
 from mstar_jax.inference.draw import SamplingConfig
-from mstar_jax.models import internvl, internvl_chat
+from mstar_jax.models import internvl_chat
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -162,7 +163,7 @@ def row(length, grids=(), seed=0):
     tokens = rng.integers(12, VOCAB, length).astype(np.int32)
     index, at, first = np.full(length, -1, np.int32), 2, 0
     for grid in grids:
-        features = 4 * internvl.tile_count(*grid, thumbnail=True)
+        features = 4 * tiles.tile_count(*grid, thumbnail=True)
         index[at : at + features] = np.arange(first, first + features)
         at, first = at + features + 1, first + features
     pixels = rng.normal(size=(first // 4, SIZE, SIZE, 3)).astype(np.float32)

@@ -137,7 +137,7 @@ def test_prompts_of_the_original_code(chat, sizes, spans):
     places = np.array(ids) == ID["<IMG_CONTEXT>"]
     np.testing.assert_array_equal(prompt.tokens, np.where(places, 0, ids))
     assert prompt.image_index[places].tolist() == list(range(places.sum()))
-    assert chat.prefix_shape("How many?", sizes) == (len(ids), len(prompt.pixels))
+    assert chat.prefix_shape("How many?", sizes) == (len(ids), len(prompt.pixels.places))
 
 
 def test_a_system_message_of_the_checkpoint(words):
@@ -161,7 +161,7 @@ def test_prompts_of_the_chat_template(tmp_path, template, opens):
         assert shown(processor, prompt) == whole
         ids = np.array(processor.tokenizer(whole)["input_ids"])
         np.testing.assert_array_equal(prompt.tokens, np.where(ids == ID["<IMG_CONTEXT>"], 0, ids))
-        assert processor.prefix_shape("Why?", sizes) == (len(ids), len(prompt.pixels))
+        assert processor.prefix_shape("Why?", sizes) == (len(ids), len(prompt.pixels.places))
     if opens:
         assert prompt.tokens[-2] == ID["<think>"]
 

@@ -1,16 +1,20 @@
 """The loader: planned shapes hold, nothing is cut, and a stream continues with the very next batch."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
-from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from mstar_jax import sharding
-from mstar_jax.data import loader
+from mstar_jax.data import images, loader, pixels, workers
 from mstar_jax.structs import Prompt, Query, Row
 from tests import tiny
 
@@ -53,6 +57,11 @@ def text_rows(processor, count, name="t", length=3):
     return [Row(p, ((20 + i,) * length,)) for i, p in enumerate(planned)]
 
 
+def encode_row(row, processor, length, crops):
+    """A batch of one row, without its leading dimension."""
+    return jax.tree.map(lambda x: x[0], loader.encode_rows([row], processor, length, crops))
+
+
 def stream(sources, processor, size=4, **how):
     return loader.train_batches(sources, processor, size, (64, 128, 256), **({"seed": 5} | how))
 
@@ -71,7 +80,7 @@ def assert_equal(a, b):
     assert len(a) == len(b)
     for one, other in zip(a, b):
         for name in one._fields:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+            jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
 
 
 # ---- plans -------------------------------------------------------------------------------------------
@@ -90,14 +99,15 @@ def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
         assert processor.prefix_shape(query.question, sizes)[0] > longest
     for prompt in planned:
         assert prompt.length <= longest
-        row = loader.encode_row(Row(prompt, ((7, 8),)), processor, longest + 2, 20)
-        encoded = processor.encode(prompt.text, [loader.load_image(path) for path in prompt.query.images])
+        row = encode_row(Row(prompt, ((7, 8),)), processor, longest + 2, 20)
+        encoded = processor.encode(prompt.text, [images.load_image(path) for path in prompt.query.images])
         span = encoded.image_index[encoded.image_index >= 0]
         assert np.sum(row.image_index >= 0) == len(span) > 0 or not prompt.query.images
         np.testing.assert_array_equal(row.image_index[: prompt.length], encoded.image_index)
         np.testing.assert_array_equal(row.tokens[: prompt.length], encoded.tokens)
         assert (row.branch == 0).sum() == prompt.length and (row.image_index[row.branch != 0] == -1).all()
-        assert len(encoded.pixels) == prompt.crops and not row.pixels[prompt.crops :].any()
+        assert len(encoded.pixels.pixels) == prompt.crops
+        assert not any(x[prompt.crops :].any() for x in row.pixels)
 
 
 def test_sizes_are_those_of_the_rotated_image(processor, tmp_path):
@@ -106,7 +116,7 @@ def test_sizes_are_those_of_the_rotated_image(processor, tmp_path):
     Image.new("RGB", (70, 12)).save(tmp_path / "rotated.jpg", exif=exif)
     query = Query("rotated", (str(tmp_path / "rotated.jpg"),), "area")
     [prompt] = loader.plan_prompts([(query, "area")], processor, 1000)
-    loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops)
+    encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops)
 
 
 def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
@@ -118,25 +128,25 @@ def test_an_image_changed_on_disk_names_the_query(processor, tmp_path):
     with pytest.raises(
         ValueError, match=r"query train_000012_0: planned \d+ prompt tokens .*did one of its images change"
     ):
-        loader.encode_row(Row(prompt, ()), processor, 1000, 50)
+        encode_row(Row(prompt, ()), processor, 1000, 50)
 
 
 def test_a_row_that_does_not_fit_names_the_query(processor, prompts):
     prompt = prompts[4]
     with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
-        loader.encode_row(Row(prompt, ((7,),)), processor, prompt.length, prompt.crops)
+        encode_row(Row(prompt, ((7,),)), processor, prompt.length, prompt.crops)
     with pytest.raises(ValueError, match=f"query {prompt.query.id}: .* do not fit"):
-        loader.encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops - 1)
+        encode_row(Row(prompt, ()), processor, prompt.length, prompt.crops - 1)
 
 
 def test_encode_row(processor, prompts):
     prompt = prompts[2]
     n = prompt.length
-    row = loader.encode_row(Row(prompt, ((5, 6, 7), (8, 9))), processor, n + 8, prompt.crops + 1)
+    row = encode_row(Row(prompt, ((5, 6, 7), (8, 9))), processor, n + 8, prompt.crops + 1)
     assert row.branch.tolist() == [0] * n + [1, 1, 1, 2, 2, -1, -1, -1]
     assert row.tokens[n:].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert row.loss_mask.tolist() == [0] * n + [1] * 5 + [0] * 3
-    assert row.pixels.shape == (prompt.crops + 1, tiny.SIZE, tiny.SIZE, 3)
+    assert row.pixels.pixels.shape == (prompt.crops + 1, tiny.SIZE, tiny.SIZE, 3)
 
 
 def test_buckets():
@@ -176,7 +186,7 @@ def test_full_batches_leave_one_short_batch(processor, prompts):
     for (length, group), (found, batch) in zip(plans, loader.row_batches(plans, processor, 4), strict=True):
         crops = max(row.prompt.crops for row in group)
         assert list(found) == group
-        assert batch.tokens.shape == (4, length) and batch.pixels.shape[:2] == (4, crops)
+        assert batch.tokens.shape == (4, length) and batch.pixels.pixels.shape[:2] == (4, crops)
     assert loader.full_batches([], 4, buckets) == []
 
 
@@ -190,19 +200,23 @@ def test_row_batches(processor, prompts):
     assert len(batches) == len(plans) and any(len(group) < 3 for _, group in plans)
     for (length, group), (found, batch) in zip(plans, batches):
         assert list(found) == group
-        assert batch.tokens.shape == (3, length) and batch.pixels.shape[:2] == (3, group[0].prompt.crops)
+        assert batch.tokens.shape == (3, length) and batch.pixels.pixels.shape[:2] == (
+            3,
+            group[0].prompt.crops,
+        )
         for i, row in enumerate(group):
             n = row.prompt.length
             if row.responses:
                 assert batch.loss_mask[i].tolist() == [0.0] * n + [0.5] * 3 + [0.0] * (length - n - 3)
                 assert batch.labels[i, n : n + 5].tolist() == [0.25, -1.0, 1.0, -1.0, 0.0]
             assert (batch.labels[i] >= 0).sum() == (3 if row.responses else 0)
-            alone = loader.encode_row(row, processor, length, row.prompt.crops)
+            alone = encode_row(row, processor, length, row.prompt.crops)
             for name in batch._fields:
-                np.testing.assert_array_equal(getattr(batch, name)[i], getattr(alone, name))
+                own = jax.tree.map(lambda x, i=i: x[i], getattr(batch, name))
+                jax.tree.map(np.testing.assert_array_equal, own, getattr(alone, name))
         empty = slice(len(group), None)
         assert (batch.branch[empty] == -1).all() and (batch.image_index[empty] == -1).all()
-        assert not batch.loss_mask[empty].any() and not batch.pixels[empty].any()
+        assert not batch.loss_mask[empty].any() and not any(x[empty].any() for x in batch.pixels)
         assert (batch.labels[empty] == -1).all()
     assert list(loader.row_batches([], processor, 3)) == []
 
@@ -282,7 +296,7 @@ def test_sources_of_different_shapes_take_turns(processor, prompts):
     long = [Row(p, ((7, 8),)) for p in prompts if p.crops]
     sources = [(short, 0.75), (long, 0.25)]
     batches = take(stream(sources, processor), 40)
-    shapes = [(batch.tokens.shape[1], batch.pixels.shape[1]) for batch in batches]
+    shapes = [(batch.tokens.shape[1], batch.pixels.pixels.shape[1]) for batch in batches]
     assert len(set(shapes)) == 2 and shapes.count((64, 0)) == 30
     for batch, (length, _) in zip(batches, shapes):
         assert (7 in marks(batch)) == (length != 64), "a batch holds rows of one shape only"
@@ -293,7 +307,9 @@ def test_sources_of_different_shapes_take_turns(processor, prompts):
 
 def test_a_source_has_one_shape(processor, prompts):
     rows = [Row(p, ((7, 8),)) for p in prompts if p.length < 200]
-    shapes = {tuple(x.shape for x in batch) for batch in take(stream([(rows, 1.0)], processor), 6)}
+    shapes = {
+        tuple(x.shape for x in jax.tree.leaves(batch)) for batch in take(stream([(rows, 1.0)], processor), 6)
+    }
     assert len(shapes) == 1
     length, crops = shapes.pop()[0][1], max(row.prompt.crops for row in rows)
     assert length == loader.bucket(max(row.length for row in rows), (64, 128, 256)) and crops > 1
@@ -306,7 +322,7 @@ def test_grouped_rows_keep_their_share(processor, prompts):
     other = [Row(prompts[0], ((6,) * 70,))] * 4
     sources = [(short + longer, 0.8), (other, 0.2)]
     batches = take(stream(sources, processor, grouped=True), 40)
-    (brief, _), (long, _) = sorted({(b.tokens.shape[1], b.pixels.shape[1]) for b in batches})
+    (brief, _), (long, _) = sorted({(b.tokens.shape[1], b.pixels.pixels.shape[1]) for b in batches})
     assert brief < long
     seen = [
         (tuple(tokens[branch > 0].tolist()), batch.tokens.shape[1])
@@ -356,16 +372,61 @@ def test_a_response_that_never_fits_names_the_query():
         loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
 
 
-@pytest.mark.slow
+# ---- processes that decode ---------------------------------------------------------------------------
+
+
 def test_worker_processes_give_the_same_batches(processor, prompts):
-    flags.FLAGS.mark_as_parsed()  # as app.run does; Grain's workers ask for a flag of theirs
+    """And a stream goes on with another number of them, or with none."""
     sources = [(text_rows(processor, 7), 0.5), ([Row(p, ((7, 8),)) for p in prompts], 0.5)]
     whole = take(stream(sources, processor), 6)
     iterator = stream(sources, processor, workers=2)
     assert_equal(whole[:3], take(iterator, 3))
     state = json.loads(json.dumps(iterator.get_state()))
-    assert_equal(whole[3:], take(stream(sources, processor, workers=2, state=state), 3))
+    assert_equal(whole[3:5], take(stream(sources, processor, workers=2, state=state), 2))
+    assert_equal(whole[3:5], take(stream(sources, processor, workers=0, state=state), 2))
     plans = loader.plan_batches([Row(p) for p in prompts], 3, (64, 128, 256))
-    threads, workers = (list(loader.row_batches(plans, processor, 3, workers=n)) for n in (0, 2))
-    assert [queries for queries, _ in threads] == [queries for queries, _ in workers]
-    assert_equal([batch for _, batch in threads], [batch for _, batch in workers])
+    threads, processes = (list(loader.row_batches(plans, processor, 3, workers=n)) for n in (0, 2))
+    assert [queries for queries, _ in threads] == [queries for queries, _ in processes]
+    assert_equal([batch for _, batch in threads], [batch for _, batch in processes])
+    assert workers.workers(2) is workers.workers(2), "they serve one stream after the other"
+
+
+def test_a_worker_names_an_image_that_is_gone(processor, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16)).save(path)
+    [prompt] = loader.plan_prompts([(Query("q", (str(path),), "area"), "area")], processor, 1000)
+    path.unlink()
+    pool = workers.workers(2)
+    for _ in range(2):  # it goes on after an error
+        with pytest.raises(images.ImageError, match=f"{path}: no such image file") as error:
+            loader.encode_rows([Row(prompt)], processor, 1000, 5, find=pool.find)
+        assert error.value.cause == "missing image"
+
+
+def test_a_worker_that_was_killed_is_replaced(processor, prompts):
+    pool = workers.Workers(1)
+    want = encode_row(Row(prompts[4]), processor, 256, 5)
+    for _ in range(2):
+        got = loader.encode_rows([Row(prompts[4])], processor, 256, 5, find=pool.find)
+        assert_equal([want], [jax.tree.map(lambda x: x[0], got)])
+        worker = pool.idle.queue[0]
+        os.kill(worker.process.pid, signal.SIGTERM)  # as a scheduler that ends the job; it is not for them
+        os.kill(worker.process.pid, signal.SIGKILL)
+    pool.close()
+
+
+def test_a_job_that_ends_two_workers_is_an_error(prompts):
+    pool = workers.Workers(1)
+    job = pixels.Job(sys.exit, [prompts[4].query.images], [prompts[4].crops], 5, 1)
+    with pytest.raises(RuntimeError, match=r"two of data.workers=1 .* exit code 1 .* 1 images, .*40x12"):
+        pool.find(job)
+
+
+def test_workers_import_nothing_slow():
+    """No jax above all: it takes seconds to start and, on an accelerator, memory."""
+    names = ("data.pixels", *(f"crops.{name}" for name in ("hd", "tiles", "slicing", "splitting")))
+    code = "".join(f"import mstar_jax.{name}\n" for name in names) + "import sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert {"numpy", "PIL", "mstar_jax"} <= loaded
+    assert not loaded & {"jax", "jaxlib", "flax", "optax", "grain", "transformers", "tokenizers", "torch"}

@@ -15,8 +15,9 @@ from close import REFERENCE, close
 from PIL import Image
 
 from mstar_jax import models, sharding
+from mstar_jax.crops import slicing
 from mstar_jax.data import loader
-from mstar_jax.models import attention, hf, minicpmv25, slicing, tokenizer
+from mstar_jax.models import attention, hf, minicpmv25, tokenizer
 from mstar_jax.structs import Query, Row
 
 GOLDENS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent"))  # official outputs, if at hand
@@ -201,17 +202,14 @@ def test_images_of_a_conversation_are_padded_to_the_longest(processor):
 
 
 def test_one_length_for_all_but_very_long_images(processor):
-    full = minicpmv25.MiniCPMV25Processor(tiny.config(scale_resolution=448), processor.tokenizer)
-    full.config = dataclasses.replace(
-        full.config, vision=dataclasses.replace(tiny.SIGLIP, image_size=980, patch_size=14)
-    )
+    full = slicing.Slicing(9, 448, 14, 70, corrected_mask=False)
     rng, longest = np.random.default_rng(0), 0
     for height, ratio in zip(rng.integers(20, 2000, 500), np.exp(rng.uniform(-2.5, 2.5, 500))):
-        cut = full._layout((max(1, int(height * ratio)), int(height)))
+        cut = full.layout((max(1, int(height * ratio)), int(height)))
         longest = max(longest, *(w * h // 196 for w, h in (cut.source, cut.slice)))
     assert 1024 < longest <= 1152
     grids = [(1, 1000), (1, 1152), (1, 1153)]
-    shapes = [full._slices([(np.ones((h * w, 588), np.float32), (h, w))]).patches.shape for h, w in grids]
+    shapes = [full.padded([(np.ones((h * w, 588), np.uint8), (h, w))]).patches.shape for h, w in grids]
     assert shapes == [(1, 1152, 588), (1, 1152, 588), (1, 1280, 588)]
 
 
@@ -238,11 +236,11 @@ def test_our_own_padding_does_not_matter(processor, policy):
         positions=np.pad(pixels.positions, [(0, 0), (0, 0), (0, 128)]),
     )
     for i, seen in enumerate(pixels.attended[0]):
-        wide.patches[0, i, seen:] = rng.normal(size=wide.patches[0, i, seen:].shape)
+        wide.patches[0, i, seen:] = rng.integers(0, 256, wide.patches[0, i, seen:].shape)
         wide.positions[0, i, seen:] = rng.integers(0, 49, 256 - seen)
     close(features(policy, wide), base, REFERENCE)
     inner = pixels._replace(patches=pixels.patches.copy())
-    inner.patches[0, :, pixels.attended[0].max() - 1] += 1.0  # the last attended one does matter
+    inner.patches[0, :, pixels.grid[0].prod(axis=1).min() - 1] ^= 128  # an image's own does matter
     assert np.abs(features(policy, inner) - base).max() > 1e-2
 
 
@@ -273,8 +271,7 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
     assert [prompt.crops for prompt in prompts] == [5, 0, 1]
     branches = tuple(tuple(processor.encode_response(text)) for text in ("one", "Step 2"))
     rows = [Row(prompt, branches) for prompt in prompts]
-    encoded = [loader.encode_row(row, processor, 160, 5) for row in rows]
-    batch = loader._stack(encoded, 4, encoded[0])
+    batch = loader.encode_rows(rows, processor, 160, 5, share=range(4))
 
     @jax.jit
     def run(model, batch):
@@ -284,9 +281,9 @@ def test_a_batch_gives_what_each_row_gives_alone(processor, policy, tmp_path):
     hidden, table = map(np.asarray, run(policy, batch))
     assert np.isfinite(table).all() and np.isfinite(hidden).all()
     for i, row in enumerate(rows):
-        one = loader.encode_row(row, processor, 160, row.prompt.crops)
-        own_hidden, own_table = run(policy, jax.tree.map(lambda x: x[None], one))
-        there = one.branch >= 0
+        one = loader.encode_rows([row], processor, 160, row.prompt.crops)
+        own_hidden, own_table = run(policy, one)
+        there = one.branch[0] >= 0
         close(hidden[i][there], np.asarray(own_hidden)[0][there], REFERENCE)
         if row.prompt.crops:
             assert own_table.shape[1] == 3 * row.prompt.crops
@@ -323,13 +320,14 @@ def slices_of(name, case, processor, corrected=False):
     """Our pixels of a case's picture, compared with the official ones."""
     full = minicpmv25.read_config(GOLDEN)
     image = Image.open(GOLDEN / f"{name}_0.png").convert("RGB")
-    host = minicpmv25.MiniCPMV25Processor(full, processor.tokenizer)
-    host.config = dataclasses.replace(full, corrected_mask=corrected)
-    pixels = host.encode("?", [image]).pixels
+    cut = slicing.Slicing(
+        full.num_crops, full.scale_resolution, full.vision.patch_size, full.vision.side, corrected
+    )
+    pixels = cut([image])
     assert pixels.grid.tolist() == case["tgt_sizes"].tolist()
     for i, (rows, columns) in enumerate(pixels.grid):
         want = case[f"pixel_values_{i}"].reshape(3, 14, rows * columns, 14).transpose(2, 0, 1, 3)
-        got = pixels.patches[i, : rows * columns]
+        got = pixels.patches[i, : rows * columns] / 127.5 - 1.0
         close(got, want.reshape(rows * columns, -1))
     return jax.tree.map(lambda x: x[None], pixels)
 

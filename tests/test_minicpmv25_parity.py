@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from tiny import generate
 
 from mstar_jax import models, sharding
+from mstar_jax.crops import slicing
 from mstar_jax.inference.draw import SamplingConfig
-from mstar_jax.models import attention, minicpmv25, slicing
+from mstar_jax.models import attention, minicpmv25
 from mstar_jax.structs import Batch
 
 torch = pytest.importorskip("torch")
@@ -160,7 +161,10 @@ def official_features(vit, resampler, crops):
 
 
 def sliced(image):
-    return slicing.slice_image(image, CONFIG.num_crops, CONFIG.scale_resolution, CONFIG.vision.patch_size)
+    """Patches and grids of an image and its slices, normalised as officially."""
+    c = CONFIG
+    found = slicing.slice_image(image, c.num_crops, c.scale_resolution, c.vision.patch_size)
+    return [((patches.astype(np.float32) / 255 - 0.5) / 0.5, grid) for patches, grid in found]
 
 
 @jax.jit

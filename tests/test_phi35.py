@@ -1,5 +1,6 @@
 """Phi-3.5-vision's host side (HD transform, spans, prompts) and the official implementation's outputs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from mstar_jax import models
+from mstar_jax.crops import hd
 from mstar_jax.models import attention, phi35
-from mstar_jax.models.vision import patchify
+from mstar_jax.models.vision import normalised, patchify
 
 GOLDEN = (
     pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent")) / "phi3v"
@@ -37,7 +39,7 @@ def picture(width, height, seed=0):
 
 
 def span_length(width, height, num_crops):
-    rows, columns = phi35.hd_grid(width, height, num_crops, 336)
+    rows, columns = hd.hd_grid(width, height, num_crops, 336)
     return rows, columns, len(phi35.feature_layout(rows, columns, 12, 2))
 
 
@@ -70,8 +72,8 @@ def test_grids_and_counts_equal_the_official_ones():
 def test_grid_is_the_largest_that_fits(num_crops):
     rng = np.random.default_rng(0)
     for width, height in rng.integers(1, 3000, (200, 2)).tolist():
-        rows, columns = phi35.hd_grid(width, height, num_crops, 336)
-        assert phi35.hd_grid(height, width, num_crops, 336) == (columns, rows)
+        rows, columns = hd.hd_grid(width, height, num_crops, 336)
+        assert hd.hd_grid(height, width, num_crops, 336) == (columns, rows)
         ratio, long = max(width, height) / min(width, height), max(rows, columns)
         fits = [s for s in range(1, num_crops + 1) if s * math.ceil(s / ratio) <= num_crops]
         assert long == max(fits)
@@ -104,20 +106,18 @@ def test_feature_layout_equals_a_literal_mosaic():
 
 
 def test_one_crop_is_its_own_global_view():
-    crops, grid = phi35.hd_transform(picture(16, 16), 1, 16)
-    assert grid == (1, 1) and crops.shape == (2, 16, 16, 3)
-    np.testing.assert_array_equal(crops[0], crops[1])
-    want = (np.asarray(picture(16, 16), np.float32) / 255 - phi35.MEAN) / phi35.STD
-    close(crops[0], want)
+    crops, grid = hd.hd_transform(picture(16, 16), 1, 16)
+    assert grid == (1, 1) and crops.shape == (2, 16, 16, 3) and crops.dtype == np.uint8
+    np.testing.assert_array_equal(crops, np.stack([np.asarray(picture(16, 16))] * 2))
 
 
 @pytest.mark.parametrize("size", [(50, 20), (31, 17), (64, 16), (40, 39)])
 def test_portrait_is_transposed_landscape(size):
     image = picture(*size)
-    wide, (rows, columns) = phi35.hd_transform(image, 6, 16)
-    tall, grid = phi35.hd_transform(image.transpose(Image.Transpose.TRANSPOSE), 6, 16)
+    wide, (rows, columns) = hd.hd_transform(image, 6, 16)
+    tall, grid = hd.hd_transform(image.transpose(Image.Transpose.TRANSPOSE), 6, 16)
     assert grid == (columns, rows)
-    close(tall[0], wide[0].transpose(1, 0, 2), 128)
+    np.testing.assert_array_equal(tall[0], wide[0].transpose(1, 0, 2))
     for y in range(rows):
         for x in range(columns):
             np.testing.assert_array_equal(
@@ -126,26 +126,79 @@ def test_portrait_is_transposed_landscape(size):
 
 
 def test_padding_is_white_and_splits_evenly():
-    crops, grid = phi35.hd_transform(Image.new("RGB", (32, 11), (0, 0, 0)), 4, 16)
+    crops, grid = hd.hd_transform(Image.new("RGB", (32, 11), (0, 0, 0)), 4, 16)
     assert grid == (1, 2)
-    black, white = (-phi35.MEAN) / phi35.STD, (1 - phi35.MEAN) / phi35.STD
     for crop in crops[1:]:
-        close(crop[:2], np.broadcast_to(white, (2, 16, 3)))
-        close(crop[2:13], np.broadcast_to(black, (11, 16, 3)))
-        close(crop[13:], np.broadcast_to(white, (3, 16, 3)))
+        assert (crop[:2] == 255).all() and (crop[2:13] == 0).all() and (crop[13:] == 255).all()
 
 
-def test_bicubic_weights():
-    weights = phi35._cubic_weights(24, 16)
-    close(weights.sum(axis=1), np.ones(16), 4)
-    assert (weights != 0).sum(axis=1).max() == 4, "no antialias: four taps"
-    np.testing.assert_array_equal(phi35._cubic_weights(16, 16), np.eye(16, dtype=np.float32))
-    ramp = weights @ np.arange(
-        24, dtype=np.float32
-    )  # a cubic of any `a` is exact on a constant, near on a ramp
-    np.testing.assert_allclose(ramp[2:-2], (np.arange(16) + 0.5)[2:-2] * 1.5 - 0.5, atol=0.15)
-    half = phi35._cubic_weights(32, 16)[4]  # centre between two taps: -0.09375, 0.59375 for a = -0.75
-    close(half[7:11], [-0.09375, 0.59375, 0.59375, -0.09375])
+# ---- views, which the device makes --------------------------------------------------------------------
+
+
+def cubic_weights(size, out):
+    """float64[out, size]: PyTorch's bicubic interpolation (a = -0.75, no antialiasing, clamped borders), for
+    any scale and tap by tap."""
+    a = -0.75
+    weights = np.zeros((out, size))
+    for row in range(out):
+        centre = (row + 0.5) * size / out - 0.5
+        left = math.floor(centre)
+        for tap in range(left - 1, left + 3):
+            d = abs(centre - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            weights[row, min(max(tap, 0), size - 1)] += near if d <= 1 else (far if d < 2 else 0.0)
+    return weights
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_taps(count):
+    """The whole-numbered scales of the HD transform, whose weights are multiples of 1/32."""
+    parts = phi35._taps(jnp.full(count, count), jnp.arange(count), 16)
+    weights = np.concatenate(list(parts), axis=1)
+    np.testing.assert_array_equal(weights, cubic_weights(16 * count, 16))
+    assert (weights != 0).sum(axis=1).max() == (1 if count % 2 else 4), "no antialias: four taps"
+
+
+VIEWED = [[(60, 60)], [(16, 96), (40, 20)], [(48, 16)], [(16, 16), (70, 30), (90, 16)], []]
+
+
+def test_views_are_the_interpolated_grids():
+    """Several images in a row and rows of other numbers of crops, to the bit; padding is 0 afterwards."""
+    cut = hd.HD(6, 16)
+    made = [cut([picture(*size, seed) for seed, size in enumerate(sizes)]) for sizes in VIEWED]
+    slots = max(len(one.pixels) for one in made) + 1
+    crops = jax.tree.map(
+        lambda *xs: np.stack([np.pad(x, [(0, slots - len(x)), *[(0, 0)] * (x.ndim - 1)]) for x in xs]), *made
+    )
+    policy = tiny.model(dataclasses.replace(tiny.config(), num_crops=6))
+    raw, seen = jax.jit(lambda m, c: (phi35.with_views(c), m.normalised(c)))(policy, crops)
+    raw, seen = np.asarray(raw), np.asarray(seen)
+    grids = set()
+    for row, sizes in enumerate(VIEWED):
+        at = 0
+        for seed, size in enumerate(sizes):
+            pixels, (rows, columns) = hd.hd_transform(picture(*size, seed), 6, 16)
+            grids.add((rows, columns))
+            whole = pixels[1:].reshape(rows, columns, 16, 16, 3).swapaxes(1, 2).reshape(16 * rows, -1, 3)
+            across = np.einsum("jw,hwk->hjk", cubic_weights(16 * columns, 16), whole.astype(np.float64))
+            view = np.einsum("ih,hjk->ijk", cubic_weights(16 * rows, 16), across)
+            np.testing.assert_array_equal(raw[row, at], view)
+            np.testing.assert_array_equal(raw[row, at + 1 : at + len(pixels)], pixels[1:])
+            official = (np.concatenate([view[None], pixels[1:]]) / 255 - phi35.MEAN) / phi35.STD
+            close(seen[row, at : at + len(pixels)], official)
+            at += len(pixels)
+        assert not seen[row, at:].any()
+    assert {(2, 2), (6, 1), (2, 3), (1, 3)} <= grids and raw.max() > 255, "an overshoot is kept"
+
+
+def test_pixels_have_the_bits_of_numpy():
+    """Every value of every channel, normalised by a compiled program and by numpy in float32."""
+    values = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 3))
+    args = (np.ones((256, 1), bool), phi35.MEAN, phi35.STD, jnp.float32)
+    got = jax.jit(lambda x, there: normalised(x, there, *args[1:]))(values, args[0])
+    mean, std = np.array(phi35.MEAN, np.float32), np.array(phi35.STD, np.float32)
+    np.testing.assert_array_equal(got, (values.astype(np.float32) / 255.0 - mean) / std)
 
 
 def test_prefix_shape_needs_no_image():
@@ -154,9 +207,10 @@ def test_prefix_shape_needs_no_image():
     for images in (0, 1, 2, 1, 2, 0, 1, 2):
         sizes = [tuple(s) for s in rng.integers(1, 90, (images, 2)).tolist()]
         prompt = processor.encode("How many?", [picture(*size) for size in sizes])
-        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels))
+        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels.places))
         assert len(prompt.image_index) == len(prompt.tokens)
-        assert prompt.pixels.shape[1:] == (16, 16, 3) and prompt.pixels.dtype == np.float32
+        pixels = prompt.pixels.pixels
+        assert pixels.shape[1:] == (16, 16, 3) and pixels.dtype == np.uint8
 
 
 class Bytes:
@@ -204,11 +258,11 @@ def test_prompt_is_the_official_one_with_whole_spans():
     assert runs[0] == [bos, user, newline]
     assert runs[2] == [bos, newline], "the official processor writes <s> after every image"
     assert runs[4] == [bos, newline, *why, end, newline, assistant, newline]
-    first, grid1 = phi35.hd_transform(images[0], 4, 16)
-    second, grid2 = phi35.hd_transform(images[1], 4, 16)
+    first, grid1 = hd.hd_transform(images[0], 4, 16)
+    second, grid2 = hd.hd_transform(images[1], 4, 16)
     assert runs[1] == tuple(phi35.feature_layout(*grid1, 2, 2))
     assert runs[3] == tuple(phi35.feature_layout(*grid2, 2, 2 + 4 * len(first)))
-    np.testing.assert_array_equal(prompt.pixels, np.concatenate([first, second]))
+    np.testing.assert_array_equal(prompt.pixels.pixels, np.concatenate([first, second]))
 
 
 def test_a_mosaic_finds_its_features():
@@ -219,13 +273,15 @@ def test_a_mosaic_finds_its_features():
 
     @jax.jit
     def run(m, p, t, i):
-        return m.image_features(p)[0], m.tower(patchify(p[0], 4)), m.embed(t[None], i[None], p)[0]
+        patches = patchify(m.normalised(p)[0], 4)
+        return m.image_features(p)[0], m.tower(patches), m.embed(t[None], i[None], p)[0]
 
-    table, patches, x = run(policy, prompt.pixels[None], prompt.tokens, prompt.image_index)
+    pixels = jax.tree.map(lambda x: x[None], prompt.pixels)
+    table, patches, x = run(policy, pixels, prompt.tokens, prompt.image_index)
     there = prompt.image_index >= 0
     close(x[there], table[prompt.image_index[there]], POLICY)
     np.testing.assert_array_equal(x[~there], policy.decoder.embedding[...][prompt.tokens[~there]])
-    assert table.shape == (2 + len(prompt.pixels) * 4, 32)
+    assert table.shape == (2 + len(prompt.pixels.places) * 4, 32)
 
     def project(x):
         x = jax.nn.gelu(x @ policy.project_up[...] + policy.project_up_bias[...], approximate=False)
@@ -327,7 +383,9 @@ def final_hidden(policy, tokens, index, pixels):
 def test_official_image_prompt(official):
     case = np.load(GOLDEN / "golden_img_land_nc4.npz")
     image = Image.open(GOLDEN / "img_land_nc4_0.png").convert("RGB")
-    pixels, grid = phi35.hd_transform(image, 4, 336)
+    grid = hd.hd_grid(*image.size, 4, 336)
+    crops = jax.tree.map(lambda x: x[None], hd.HD(4, 336)([image]))
+    pixels = np.asarray(jax.jit(lambda m, c: m.normalised(c))(official, crops))[0]
     want = np.moveaxis(case["pixel_values"][0], 1, -1)
     close(pixels, want[: len(pixels)], 128)
     assert not want[len(pixels) :].any()

@@ -189,7 +189,8 @@ def test_assembled_answers_as_smollm2(tmp_path):
     prompt = processor.encode("What is the capital of France?", [])
     tokens = prompt.tokens[None]
     nothing = np.zeros(tokens.shape, np.float32)
-    batch = Batch(tokens, np.zeros_like(tokens), nothing, prompt.image_index[None], prompt.pixels[None])
+    pixels = jax.tree.map(lambda x: x[None], prompt.pixels)
+    batch = Batch(tokens, np.zeros_like(tokens), nothing, prompt.image_index[None], pixels)
     out = generate(processor, SamplingConfig(branches=1, max_new_tokens=STEPS), policy, batch)
     answer = np.asarray(out.tokens)[0, 0, : int(out.length[0, 0])]
     with torch.no_grad():

@@ -23,6 +23,9 @@ class ImageError(ValueError):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:  # a worker hands it to its parent
+        return ImageError, (self.cause, str(self))
+
 
 def resolve(root: str, relative: str) -> str:
     """The absolute path of `relative` inside `root`, with symbolic links resolved.

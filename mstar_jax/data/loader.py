@@ -1,4 +1,4 @@
-"""From queries and responses to batches: planned on the host, decoded in Grain workers.
+"""From queries and responses to batches: planned on the host, decoded in processes that only do that.
 
 A plan needs image headers and token counts only, so before any image is decoded the shapes are known, few,
 and the same on every process. A stage's stream of batches is a function of its plan and seed, and its state
@@ -7,7 +7,7 @@ is a small dictionary, so a restart continues with the next batch.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mstar_jax import sharding
-from mstar_jax.data.images import load_image
+from mstar_jax.data import pixels, workers
 from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
 
 
@@ -65,68 +65,75 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     )
 
 
-def encode_row(row: Row, processor: Processor, length: int, crops: int) -> Batch:
-    """Decodes a row's images and lays out its prefix and branches, padded to `length` and `crops`.
+def encode_rows(
+    rows: Sequence[Row],
+    processor: Processor,
+    length: int,
+    crops: int,
+    *,
+    share: Sequence[int] | None = None,
+    find: Callable[[pixels.Job], pixels.Found] = pixels.find,
+) -> Batch:
+    """Decodes the images of rows and lays out their prefixes and branches, padded to `length` and `crops`.
 
-    Returns:
-      A batch whose arrays have no leading B.
+    Args:
+      rows: the first rows of a batch.
+      processor: the policy's processor.
+      length, crops: of the batch.
+      share: indices of the wanted rows; rows beyond the last one are empty. None for all.
+      find: decodes images, here or in another process.
 
     Raises:
-      ValueError: the prompt differs from its plan, or the row does not fit; the message names the query. The
+      ValueError: a prompt differs from its plan, or a row does not fit; the message names the query. The
         device is never given such a row.
     """
-    query = row.prompt.query
-    prefix = processor.encode(row.prompt.text, [load_image(path) for path in query.images])
-    n, c = len(prefix.tokens), len(jax.tree.leaves(prefix.pixels)[0])
-    if (n, c) != (row.prompt.length, row.prompt.crops):
-        raise ValueError(
-            f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, but "
-            f"encoded {n} and {c}; did one of its images change on disk? {list(query.images)}"
-        )
-    if row.length > length or c > crops:
-        raise ValueError(
-            f"query {query.id}: {row.length} tokens and {c} crops do not fit into {length} and {crops}"
-        )
-    tokens = np.zeros(length, np.int32)
-    branch = np.full(length, -1, np.int32)
-    index = np.full(length, -1, np.int32)
-    mask = np.zeros(length, np.float32)
-    labels = np.full(length, -1, np.float32)
-    tokens[:n] = prefix.tokens
-    branch[:n] = 0
-    index[:n] = prefix.image_index
-    at = n
-    for number, response in enumerate(row.responses):
-        end = at + len(response)
-        tokens[at:end] = response
-        branch[at:end] = number + 1
-        mask[at:end] = row.weights[number] if row.weights else 1.0
-        for place, label in row.labels[number] if row.labels else ():
-            labels[at + place] = label
-        at = end
-    pixels = jax.tree.map(lambda x: _padded(x, (crops, *x.shape[1:])), prefix.pixels)
-    return Batch(tokens, branch, mask, index, pixels, labels)
-
-
-def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.pad(x, [(0, size - there) for there, size in zip(x.shape, shape)])
-
-
-def _stack(rows: Sequence[Batch], size: int, like: Batch) -> Batch:
-    """Stacks rows, pads images to a common shape, and adds empty rows of the shapes of `like` up to
-    `size`."""
-    empty = jax.tree.map(np.zeros_like, like)._replace(
-        branch=np.full_like(like.branch, -1),
-        image_index=np.full_like(like.image_index, -1),
-        labels=np.full_like(like.labels, -1),
+    share = range(len(rows)) if share is None else share
+    mine = [rows[i] for i in share if i < len(rows)]
+    decoded = mine or rows[:1]  # a share without rows gets the shapes of the first row
+    for row in decoded:
+        if row.length > length or row.prompt.crops > crops:
+            raise ValueError(
+                f"query {row.prompt.query.id}: {row.length} tokens and {row.prompt.crops} crops do not fit "
+                f"into {length} and {crops}"
+            )
+    paths = [row.prompt.query.images for row in decoded]
+    planned = [row.prompt.crops for row in decoded]
+    found = find(pixels.Job(processor.cut, paths, planned, crops, len(share)))
+    batch = Batch(
+        tokens=np.zeros((len(share), length), np.int32),
+        branch=np.full((len(share), length), -1, np.int32),
+        loss_mask=np.zeros((len(share), length), np.float32),
+        image_index=np.full((len(share), length), -1, np.int32),
+        pixels=found.pixels,
+        labels=np.full((len(share), length), -1, np.float32),
     )
-    rows = [*rows, *[empty] * (size - len(rows))]
+    for at, (row, sizes, count) in enumerate(zip(decoded, found.sizes, found.counts, strict=True)):
+        tokens, index = processor.prefix(row.prompt.text, sizes)
+        if (len(tokens), count) != (row.prompt.length, row.prompt.crops):
+            query = row.prompt.query
+            raise ValueError(
+                f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, "
+                f"but encoded {len(tokens)} and {count}; did one of its images change on disk? "
+                f"{list(query.images)}"
+            )
+        if mine:
+            _lay_out(batch, at, row, tokens, index)
+    return batch if mine else batch._replace(pixels=jax.tree.map(np.zeros_like, batch.pixels))
 
-    def stack(*parts):
-        shape = tuple(map(max, zip(*(x.shape for x in parts))))
-        return np.stack([x if x.shape == shape else _padded(x, shape) for x in parts])
 
-    return jax.tree.map(stack, *rows)
+def _lay_out(batch: Batch, at: int, row: Row, tokens: np.ndarray, index: np.ndarray) -> None:
+    """Writes a row's prefix and branches into row `at` of a batch; its pixels are there already."""
+    end = len(tokens)
+    batch.tokens[at, :end] = tokens
+    batch.branch[at, :end] = 0
+    batch.image_index[at, :end] = index
+    for number, response in enumerate(row.responses):
+        start, end = end, end + len(response)
+        batch.tokens[at, start:end] = response
+        batch.branch[at, start:end] = number + 1
+        batch.loss_mask[at, start:end] = row.weights[number] if row.weights else 1.0
+        for place, label in row.labels[number] if row.labels else ():
+            batch.labels[at, start + place] = label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +143,14 @@ class _EncodeRows(grain.transforms.Map):
     processor: Processor
     size: int
     share: sharding.Share
+    workers: int
 
     def map(self, plan):
         length, rows = plan
         crops = max(row.prompt.crops for row in rows)
-        encoded = [
-            encode_row(row, self.processor, length, crops)
-            for row in (rows[i] for i in self.share.rows(self.size) if i < len(rows))
-        ]
-        # a share without rows gets the shapes of the first row
-        like = encoded[0] if encoded else encode_row(rows[0], self.processor, length, crops)
-        return tuple(rows), _stack(encoded, len(self.share.rows(self.size)), like)
+        share = self.share.rows(self.size)
+        batch = encode_rows(rows, self.processor, length, crops, share=share, find=_finder(self.workers))
+        return tuple(rows), batch
 
 
 def plan_batches(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[tuple[int, list[Row]]]:
@@ -205,7 +209,7 @@ def row_batches(
     parts = [(length, rows[at : at + size]) for length, rows in plans for at in range(0, len(rows), size)]
     if not parts:
         return iter(())
-    data = grain.MapDataset.source(parts).map(_EncodeRows(processor, size, share))
+    data = grain.MapDataset.source(parts).map(_EncodeRows(processor, size, share, workers))
     return iter(_prefetched(data, workers))
 
 
@@ -217,11 +221,11 @@ class _EncodeBatch(grain.transforms.Map):
     length: int
     crops: int
     share: sharding.Share
+    workers: int
 
     def map(self, rows):
-        mine = [rows[i] for i in self.share.rows(len(rows))]
-        encoded = [encode_row(row, self.processor, self.length, self.crops) for row in mine]
-        return _stack(encoded, len(mine), encoded[0])
+        share, find = self.share.rows(len(rows)), _finder(self.workers)
+        return encode_rows(rows, self.processor, self.length, self.crops, share=share, find=find)
 
 
 def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
@@ -319,7 +323,7 @@ def train_batches(
         # global: independent of the number of processes. Endless, so nothing is dropped; without
         # drop_remainder Grain overflows for batches of one row
         batches = _mix(parts).batch(size, drop_remainder=True, batch_fn=list)
-        encoded = batches.map(_EncodeBatch(processor, length, crops, share))
+        encoded = batches.map(_EncodeBatch(processor, length, crops, share, workers))
         streams.append((encoded, sum(weight for _, weight in parts)))
     encoded = _mix(streams)
     iterator = iter(_prefetched(encoded, workers))
@@ -333,8 +337,12 @@ def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
-def _prefetched(data: grain.MapDataset, workers: int) -> grain.IterDataset:
-    if workers:
-        stream = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    return data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+def _finder(count: int) -> Callable[[pixels.Job], pixels.Found]:
+    return workers.workers(count).find if count else pixels.find
+
+
+def _prefetched(data: grain.MapDataset, count: int) -> grain.IterDataset:
+    """The elements in order, made ahead of their use by threads, each of which waits for a worker."""
+    return data.to_iter_dataset(
+        grain.ReadOptions(num_threads=count or 2, prefetch_buffer_size=max(4, 2 * count))
+    )

@@ -16,10 +16,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from mstar_jax import sharding
+from mstar_jax import sharding, structs
 from mstar_jax.models.names import JSON, Part, Tensor, layer_of, only, tensors
 from mstar_jax.models.vlm import PolicyConfig, VisionLanguageModel
-from mstar_jax.structs import Processor
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
@@ -393,6 +392,6 @@ class Family(Generic[Config]):
     config_files: Callable[[Config, str], dict[str, dict[str, Any]]]
     table: Callable[[Config], list[Tensor]]
     model: Callable[[Config, nnx.Rngs], VisionLanguageModel]
-    processor: Callable[[Config, Any], Processor]
+    processor: Callable[[Config, Any], structs.Processor]
     load_tokenizer: Callable[[pathlib.Path], Any]
     pixels: Callable[[Config, int], Shapes]

@@ -1,13 +1,13 @@
-"""InternVL 2 to 3.5: the model, its image tiles, and what prompts of both of its formats share.
+"""InternVL 2 to 3.5: the model, and what prompts of both of its formats share.
 
 Source: OpenGVLab's InternVL2-2B and its successors. InternViT on every 448 px tile, a 2x2 merge (pixel
 shuffle v2), a LayerNorm and MLP projector, and a decoder: InternLM2, which is Llama with other names, Qwen2.5
-or Qwen3. Every dimension comes from the config, so the tiny policy runs the same code. Checkpoints have the
-format of the original code (`internvl_chat`) or that of transformers (`internvl_hf`).
+or Qwen3. How an image becomes tiles is in `crops.tiles`. Every dimension comes from the config, so the tiny
+policy runs the same code. Checkpoints have the format of the original code (`internvl_chat`) or that of
+transformers (`internvl_hf`).
 """
 
 import dataclasses
-import functools
 import itertools
 import pathlib
 import re
@@ -16,18 +16,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mstar_jax.models import hf, names, tokenizer
+from mstar_jax.crops import tiles
+from mstar_jax.crops.arrays import Crops
+from mstar_jax.models import hf, names, processor, tokenizer
 from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, patchify
+from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, normalised, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
-from mstar_jax.structs import EncodedPrompt
 
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of red, green and blue in [0, 1]
-MEAN, STD = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
 PROJECTOR_EPS = 1e-5  # PyTorch's default; the tower's norms have their own
 UNK, START, END = "<unk>", "<|im_start|>", "<|im_end|>"
 OPEN, CLOSE, PLACEHOLDER = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -75,10 +74,17 @@ class InternVL(VisionLanguageModel):
         self.project_out_bias = param(rngs, (width,), ("embed",), 0.0)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> [B, C * (M/2)**2, D]: the tiles in order, each line by line."""
-        rows, tiles = pixels.shape[:2]
-        patches = patchify(pixels.reshape(rows * tiles, *pixels.shape[2:]), self.config.vision.patch_size)
+    def normalised(self, crops: Crops[jax.Array]) -> jax.Array:
+        """`Crops` with leading [B, C] as the tower reads them: [B, C, S, S, 3]."""
+        there = crops.places[..., :1, None, None] > 0
+        return normalised(crops.pixels, there, IMAGE_MEAN, IMAGE_STD, self.tower.patch[...].dtype)
+
+    def image_features(self, pixels: Crops[jax.Array] | jax.Array, remat: Remat | None = None) -> jax.Array:
+        """`Crops` with leading [B, C], or their normalised pixels -> [B, C * (M/2)**2, D]: the tiles in
+        order, each line by line."""
+        pixels = self.normalised(pixels) if isinstance(pixels, Crops) else pixels
+        rows, count = pixels.shape[:2]
+        patches = patchify(pixels.reshape(rows * count, *pixels.shape[2:]), self.config.vision.patch_size)
         x = merge(self.tower(patches, remat), 2)
         x = layer_norm(x, self.project_norm[...], self.project_norm_bias[...], PROJECTOR_EPS)
         x = gelu(x @ self.project_up[...] + self.project_up_bias[...])
@@ -86,60 +92,8 @@ class InternVL(VisionLanguageModel):
         return x.reshape(rows, -1, x.shape[-1])
 
 
-# ---------------------------------------------------------------------------------------- the tiles
-@functools.lru_cache(maxsize=64)
-def _grids(least: int, most: int) -> np.ndarray:
-    """int64[N, 2]: every (columns, rows) with `least` to `most` tiles, the fewest tiles first."""
-    pairs = itertools.product(range(1, most + 1), repeat=2)
-    return np.array(sorted((c * r, c, r) for c, r in pairs if least <= c * r <= most))[:, 1:]
-
-
-def tile_grid(width: int, height: int, least: int, most: int, size: int) -> tuple[int, int]:
-    """(rows, columns) of tiles for an image.
-
-    This is the grid whose aspect ratio is nearest to the image's. Among equally near ones (1x1, 2x2, ...) it
-    is the largest that the image fills by more than half of its area, or the smallest if it fills none.
-
-    Args:
-      width, height: of the image, in pixels.
-      least, most: bounds for the number of tiles.
-      size: side of a tile, in pixels.
-    """
-    grids = _grids(min(least, most), most)
-    distance = np.abs(width / height - grids[:, 0] / grids[:, 1])
-    near = grids[distance == distance.min()]
-    filled = near[width * height > 0.5 * size * size * near.prod(axis=1)]
-    columns, rows = (filled[-1] if len(filled) else near[0]).tolist()
-    return rows, columns
-
-
-def tile_count(rows: int, columns: int, thumbnail: bool) -> int:
-    """The number of tiles for this grid, including the thumbnail, which a single tile does not have."""
-    return rows * columns + (thumbnail and rows * columns > 1)
-
-
-def split_tiles(image: Image.Image, rows: int, columns: int, size: int, thumbnail: bool) -> np.ndarray:
-    """Resizes an image to its grid and splits it into tiles.
-
-    Args:
-      image: RGB.
-      rows, columns: from `tile_grid`.
-      size: side of a tile in pixels (448 for the released model).
-      thumbnail: whether a thumbnail follows if there are several tiles.
-
-    Returns:
-      float32[T, size, size, 3]: normalised tiles row by row, then the thumbnail.
-    """
-    whole = np.asarray(image.resize((size * columns, size * rows), Image.Resampling.BICUBIC))
-    tiles = whole.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
-    if tile_count(rows, columns, thumbnail) > len(tiles):
-        small = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-        tiles = np.concatenate([tiles, small[None]])
-    return (tiles.astype(np.float32) / 255.0 - MEAN) / STD
-
-
 # --------------------------------------------------------------------------------------- the prompt
-class InternVLProcessor:
+class InternVLProcessor(processor.Processor[tiles.Tiles]):
     """Text and images to arrays, see `structs.Processor`; each format writes its own prompt (`chunks`)."""
 
     marks: tuple[str, ...] = ()  # text that the official code replaces by images or videos
@@ -148,6 +102,9 @@ class InternVLProcessor:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.decoder.vocab_size
+        self.cut = tiles.Tiles(
+            config.min_crops, config.num_crops, config.vision.image_size, config.use_thumbnail
+        )
         qwen = names.language_type(config.decoder) != "llama"
         control = [*(QWEN if qwen else INTERNLM2)]
         known = vocabulary(tokenizer, control, self.vocab_size)
@@ -174,35 +131,27 @@ class InternVLProcessor:
         """Token ids before, between and after the features of images."""
         raise NotImplementedError
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
-        c = self.config
-        return tile_grid(width, height, c.min_crops, c.num_crops, c.vision.image_size)
+    def _tiles(self, width: int, height: int) -> int:
+        return tiles.tile_count(*self.cut.grid(width, height), self.cut.thumbnail)
 
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, tiles) without decoding an image; sizes are (width, height)."""
-        tiles = sum(tile_count(*self._grid(*size), self.config.use_thumbnail) for size in sizes)
-        return sum(map(len, self.chunks(text, len(sizes)))) + tiles * self.config.features, tiles
+        count = sum(self._tiles(*size) for size in sizes)
+        return sum(map(len, self.chunks(text, len(sizes)))) + count * self.config.features, count
 
-    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The official chat prompt, with complete image spans. Images precede the text, each as
         `<img>` features `</img>\\n`."""
-        chunks = self.chunks(text, len(images))
-        size = self.config.vision.image_size
+        chunks = self.chunks(text, len(sizes))
         first = 0  # feature of the next image
         tokens: list[Sequence[int]] = [chunks[0]]
         index: list[Sequence[int]] = [[-1] * len(chunks[0])]
-        pixels = [np.zeros((0, size, size, 3), np.float32)]
-        for image, chunk in zip(images, chunks[1:], strict=True):
-            pixels.append(split_tiles(image, *self._grid(*image.size), size, self.config.use_thumbnail))
-            length = len(pixels[-1]) * self.config.features
+        for size, chunk in zip(sizes, chunks[1:], strict=True):
+            length = self._tiles(*size) * self.config.features
             tokens += [[0] * length, chunk]
             index += [range(first, first + length), [-1] * len(chunk)]
             first += length
-        return EncodedPrompt(
-            np.concatenate(tokens).astype(np.int32),
-            np.concatenate(index).astype(np.int32),
-            np.concatenate(pixels),
-        )
+        return np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32)
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|im_end|>`."""
@@ -303,8 +252,3 @@ def projector_table(config: InternVLConfig, norm: str, up: str, out: str) -> lis
         *names.linear(up, merged, d, "project_up", bias=True),
         *names.linear(out, d, d, "project_out", bias=True),
     ]
-
-
-def pixels(config: InternVLConfig, crops: int) -> jax.ShapeDtypeStruct:
-    """The pixels' shape for a prompt with this many tiles, thumbnails included."""
-    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")

@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 
-from mstar_jax.models import hf, names
+from mstar_jax.models import hf, names, processor
 from mstar_jax.models.internvl import (
     CLOSE,
     END,
@@ -19,7 +19,6 @@ from mstar_jax.models.internvl import (
     InternVLConfig,
     InternVLProcessor,
     load_tokenizer,
-    pixels,
     projector_table,
     tower_config,
     tower_table,
@@ -194,4 +193,6 @@ def _decoder_table(config: InternVLChatConfig) -> list[names.Tensor]:
     return out if tied else out + names.linear("language_model.output", d, c.vocab_size, "decoder.head")
 
 
-FAMILY = hf.Family(read_config, config_files, table, InternVL, InternVLChatProcessor, load_tokenizer, pixels)
+FAMILY = hf.Family(
+    read_config, config_files, table, InternVL, InternVLChatProcessor, load_tokenizer, processor.square
+)

@@ -12,7 +12,7 @@ import jinja2
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mstar_jax.models import hf, names, tokenizer
+from mstar_jax.models import hf, names, processor, tokenizer
 from mstar_jax.models.internvl import (
     CLOSE,
     IMAGE_MEAN,
@@ -22,7 +22,6 @@ from mstar_jax.models.internvl import (
     InternVL,
     InternVLConfig,
     InternVLProcessor,
-    pixels,
     projector_table,
     tower_config,
     tower_table,
@@ -203,4 +202,6 @@ def table(config: InternVLHFConfig) -> list[names.Tensor]:
     return out + projector_table(config, f"{at}layer_norm", f"{at}linear_1", f"{at}linear_2")
 
 
-FAMILY = hf.Family(read_config, config_files, table, InternVL, InternVLHFProcessor, load_tokenizer, pixels)
+FAMILY = hf.Family(
+    read_config, config_files, table, InternVL, InternVLHFProcessor, load_tokenizer, processor.square
+)

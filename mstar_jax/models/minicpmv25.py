@@ -2,28 +2,27 @@
 
 Source: openbmb/MiniCPM-Llama3-V-2_5. SigLIP-400M (as in Idefics2) on images of any aspect ratio, a
 resampler that compresses every image to 96 features by cross-attention, and Llama 3. How an image is divided
-into slices is in `slicing`. Every dimension comes from the config, so a tiny policy runs the same code.
+into slices is in `crops.slicing`. Every dimension comes from the config, so a tiny policy runs the same code.
 """
 
 import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mstar_jax.models import hf, names, slicing, tokenizer
+from mstar_jax.crops import slicing
+from mstar_jax.crops.slicing import Slices
+from mstar_jax.models import hf, names, processor, tokenizer
 from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, attention, tanh_gelu
+from mstar_jax.models.vision import Vit, attention, normalised, tanh_gelu
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
-from mstar_jax.structs import EncodedPrompt
 
 BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -34,7 +33,7 @@ SPECIAL = (BOS, EOS, END, *MARKERS)
 CONTROL = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 HEAD = 128  # width of the resampler's heads
 EPS = 1e-6  # of the resampler's norms
-LENGTH = 128  # the number of patches is padded to a multiple of this
+MEAN = STD = (0.5,)  # of every channel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +60,6 @@ class MiniCPMV25Config(PolicyConfig):
             raise ValueError(
                 f"hidden_size = {self.decoder.hidden_size}: the resampler needs a multiple of {HEAD}"
             )
-
-
-Array = TypeVar("Array", np.ndarray, jax.Array, jax.ShapeDtypeStruct)
-
-
-class Slices(NamedTuple, Generic[Array]):
-    """The images of a query, each with its own grid of patches; in a `Batch`, with a leading B.
-
-    Attributes:
-      patches: float32[C, L, 3 * patch_size**2]; zeros after an image's own patches.
-      positions: int32[C, L], rows of the encoder's position table.
-      attended: int32[C], the number of columns that the encoder attends to, padding or not; 0 for no image.
-      grid: int32[C, 2], rows and columns of the image's own patches, which the resampler attends to.
-    """
-
-    patches: Array
-    positions: Array
-    attended: Array
-    grid: Array
 
 
 def grid_positions(grid: jax.Array, length: int, width: int) -> jax.Array:
@@ -145,8 +125,10 @@ class MiniCPMV25(VisionLanguageModel):
         """`Slices` with leading [B, C] -> [B, C * query_num, D], the images in order."""
 
         def one(crop):  # one image of every row at a time, since the attention scores of all C would be large
-            attended = jnp.arange(crop.patches.shape[1]) < crop.attended[:, None]
-            x = self.tower(crop.patches, remat, positions=crop.positions, mask=attended)
+            place = jnp.arange(crop.patches.shape[1])
+            attended, own = place < crop.attended[:, None], place < crop.grid.prod(axis=-1)[:, None]
+            patches = normalised(crop.patches, own[..., None], MEAN, STD, self.tower.patch[...].dtype)
+            x = self.tower(patches, remat, positions=crop.positions, mask=attended)
             return self.resampler(x, crop.grid)
 
         features = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), pixels))
@@ -162,7 +144,7 @@ def placeholder(layout: slicing.Layout, query_num: int) -> str:
     return image + (SLICE + lines + SLICE_END if lines else "")
 
 
-class MiniCPMV25Processor:
+class MiniCPMV25Processor(processor.Processor[slicing.Slicing]):
     """Text and images to arrays, see `structs.Processor`."""
 
     def __init__(self, config: MiniCPMV25Config, tokenizer: PreTrainedTokenizerFast):
@@ -172,6 +154,13 @@ class MiniCPMV25Processor:
         known = vocabulary(tokenizer, SPECIAL, self.vocab_size)
         self.stop_ids: tuple[int, ...] = (known[END], known[EOS])
         self.unk_id = known[UNK]
+        self.cut = slicing.Slicing(
+            config.num_crops,
+            config.scale_resolution,
+            config.vision.patch_size,
+            config.vision.side,
+            config.corrected_mask,
+        )
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.control = tuple(dict.fromkeys([*SPECIAL, *filter(CONTROL.fullmatch, added)]))
         self._control_ids = frozenset(known[token] for token in self.control)
@@ -184,10 +173,6 @@ class MiniCPMV25Processor:
             text = text.replace(token, token[0] + " " + token[1:])
         return text
 
-    def _layout(self, size: tuple[int, int]) -> slicing.Layout:
-        c = self.config
-        return slicing.layout(*size, c.num_crops, c.scale_resolution, c.vision.patch_size)
-
     def _prompt(self, text: str, layouts: list[slicing.Layout]) -> list[int]:
         """Token ids of Llama 3's chat template with one BOS; `<unk>` stands for each image feature."""
         images = [placeholder(layout, self.config.query_num) for layout in layouts]
@@ -197,39 +182,15 @@ class MiniCPMV25Processor:
 
     def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, images and slices) without decoding an image; sizes are (width, height)."""
-        layouts = [self._layout(size) for size in sizes]
+        layouts = [self.cut.layout(size) for size in sizes]
         return len(self._prompt(text, layouts)), sum(layout.crops for layout in layouts)
 
-    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
-        """The official prompt, with images before the text; `pixels` are `Slices`."""
-        c = self.config
-        tokens = np.array(self._prompt(text, [self._layout(image.size) for image in images]), np.int32)
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The official prompt, with images before the text."""
+        tokens = np.array(self._prompt(text, [self.cut.layout(size) for size in sizes]), np.int32)
         places = tokens == self.unk_id
-        crops = [
-            crop
-            for image in images
-            for crop in slicing.slice_image(image, c.num_crops, c.scale_resolution, c.vision.patch_size)
-        ]
         index = np.where(places, np.cumsum(places) - 1, -1)
-        return EncodedPrompt(np.where(places, 0, tokens), index.astype(np.int32), self._slices(crops))
-
-    def _slices(self, crops: list[tuple[np.ndarray, slicing.Size]]) -> Slices[np.ndarray]:
-        """Pads the images of a prompt to one length (see `padded_length`)."""
-        c = self.config
-        longest = max((len(patches) for patches, _ in crops), default=0)
-        length = padded_length(c, longest)
-        out = Slices(
-            np.zeros((len(crops), length, 3 * c.vision.patch_size**2), np.float32),
-            np.zeros((len(crops), length), np.int32),
-            np.zeros(len(crops), np.int32),
-            np.array([grid for _, grid in crops], np.int32).reshape(-1, 2),
-        )
-        for i, (patches, _) in enumerate(crops):
-            out.patches[i, : len(patches)] = patches
-            out.attended[i] = len(patches) if c.corrected_mask else longest
-            ids = slicing.position_ids(int(out.attended[i]), c.vision.side)
-            out.positions[i, : len(ids)] = ids
-        return out
+        return np.where(places, 0, tokens), index.astype(np.int32)
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|eot_id|>`."""
@@ -244,13 +205,6 @@ class MiniCPMV25Processor:
     def length_limit(self, prefix_tokens: int) -> int:
         """The longest sequence: the decoder's context."""
         return self.config.decoder.max_position
-
-
-def padded_length(config: MiniCPMV25Config, longest: int) -> int:
-    """The number of patches that images are padded to, the same for all but very long images."""
-    square = (config.scale_resolution // config.vision.patch_size) ** 2
-    usual = 9 * square // 8  # images that are not square may have a few more patches
-    return -(-max(longest, usual) // LENGTH) * LENGTH
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
@@ -351,9 +305,9 @@ def table(config: MiniCPMV25Config) -> list[names.Tensor]:
 
 def pixels(config: MiniCPMV25Config, crops: int) -> Slices[jax.ShapeDtypeStruct]:
     """The pixels' shapes for a prompt with this many images and slices, none of them very long."""
-    length = padded_length(config, 0)
+    length = slicing.padded_length(0, config.scale_resolution, config.vision.patch_size)
     return Slices(
-        jax.ShapeDtypeStruct((crops, length, 3 * config.vision.patch_size**2), jnp.float32),
+        jax.ShapeDtypeStruct((crops, length, 3 * config.vision.patch_size**2), jnp.uint8),
         jax.ShapeDtypeStruct((crops, length), jnp.int32),
         jax.ShapeDtypeStruct((crops,), jnp.int32),
         jax.ShapeDtypeStruct((crops, 2), jnp.int32),

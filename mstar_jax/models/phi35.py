@@ -1,13 +1,13 @@
-"""Phi-3.5-vision: config, HD image transform, prompt layout, model.
+"""Phi-3.5-vision: config, prompt layout, model.
 
 Source: microsoft/Phi-3.5-vision-instruct. The second-to-last layer of CLIP ViT-L/14-336, a 2x2 merge, learned
-separators after every line of merged features, an MLP projector, and the Phi-3 decoder with LongRoPE. Every
-dimension comes from the config, so the tiny policy runs the same code.
+separators after every line of merged features, an MLP projector, and the Phi-3 decoder with LongRoPE. The HD
+transform of images is in `crops.hd`. Every dimension comes from the config, so the tiny policy runs the same
+code.
 """
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
-from mstar_jax.models import hf, names, tokenizer
+from mstar_jax.crops import hd
+from mstar_jax.crops.arrays import Crops
+from mstar_jax.models import hf, names, processor, tokenizer
 from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, patchify
+from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, normalised, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
-from mstar_jax.structs import EncodedPrompt
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 BOS, END, PLACEHOLDER = "<s>", "<|end|>", "<|image|>"
 SPECIAL = ("<unk>", BOS, "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", END, "<|user|>", PLACEHOLDER)
 STOPS = (END, "<|endoftext|>", "</s>")
@@ -59,8 +59,17 @@ class Phi35Vision(VisionLanguageModel):
         self.project_out_bias = param(rngs, (width,), ("embed",), 0.0)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> [B, 2 + C * (M/2)**2, D]: the two separators, then the crops in order."""
+    def normalised(self, crops: Crops[jax.Array]) -> jax.Array:
+        """`Crops` with leading [B, C] as the tower reads them, views too: [B, C, S, S, 3]."""
+        several = self.config.num_crops > 1  # one crop is its own view
+        whole = with_views(crops) if several else crops.pixels
+        there = crops.places[..., :1, None, None] > 0
+        return normalised(whole, there, MEAN, STD, self.tower.patch[...].dtype)
+
+    def image_features(self, pixels: Crops[jax.Array] | jax.Array, remat: Remat | None = None) -> jax.Array:
+        """`Crops` with leading [B, C], or their normalised pixels -> [B, 2 + C * (M/2)**2, D]: the two
+        separators, then the crops in order."""
+        pixels = self.normalised(pixels) if isinstance(pixels, Crops) else pixels
         rows, crops = pixels.shape[:2]
         patches = patchify(pixels.reshape(rows * crops, *pixels.shape[2:]), self.config.vision.patch_size)
         features = merge(self.tower(patches, remat), 2)
@@ -72,71 +81,45 @@ class Phi35Vision(VisionLanguageModel):
         return x @ self.project_out[...] + self.project_out_bias[...]
 
 
-def hd_size(width: int, height: int, num_crops: int, size: int) -> tuple[int, int, int]:
-    """(width, height, padded height) of a landscape image after the HD transform, in pixels."""
-    ratio = width / height
-    scale = 1  # crops along the long side
-    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
-        scale += 1
-    new_height = max(1, int(size * scale / ratio))
-    return size * scale, new_height, math.ceil(new_height / size) * size
+def _taps(count: jax.Array, number: jax.Array, size: int) -> jax.Array:
+    """What each pixel of one of `count` crops in a line adds to a view of all: float32[..., size, size].
 
-
-def hd_grid(width: int, height: int, num_crops: int, size: int) -> tuple[int, int]:
-    """(rows, columns) of high-resolution crops for an image of this size; a portrait is transposed."""
-    long, _, short = hd_size(max(width, height), min(width, height), num_crops, size)
-    return (long // size, short // size) if width < height else (short // size, long // size)
-
-
-@functools.lru_cache(maxsize=64)
-def _cubic_weights(size: int, out: int) -> np.ndarray:
-    """float32[out, size]: PyTorch's bicubic interpolation (a = -0.75, no antialiasing, clamped borders)."""
-    a = -0.75
-    weights = np.zeros((out, size), np.float64)
-    for row in range(out):
-        centre = (row + 0.5) * size / out - 0.5
-        left = math.floor(centre)
-        for tap in range(left - 1, left + 3):
-            d = abs(centre - tap)
-            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            weights[row, min(max(tap, 0), size - 1)] += near if d <= 1 else (far if d < 2 else 0.0)
-    return weights.astype(np.float32)
-
-
-def hd_transform(image: Image.Image, num_crops: int, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The official HD transform.
-
-    Args:
-      image: RGB.
-      num_crops: the most crops.
-      size: side of a crop in pixels (336 for the released model).
-
-    Returns:
-      float32[1 + rows * columns, size, size, 3], the global view and then the crops row by row; and
-      (rows, columns).
+    Row i of the matrix of crop `number` weighs its pixels for pixel i of the view, as PyTorch's bicubic
+    interpolation does (a = -0.75, no antialiasing, clamped borders) for a whole-numbered scale.
     """
-    portrait = image.width < image.height
-    if portrait:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    width, height, target = hd_size(image.width, image.height, num_crops, size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    canvas = np.full((target, width, 3), 255, np.uint8)
-    top = (target - height) // 2
-    canvas[top : top + height] = np.asarray(image)
-    if portrait:
-        canvas = canvas.transpose(1, 0, 2)
-    pixels = (canvas.astype(np.float32) / 255.0 - MEAN) / STD
-    rows = pixels.shape[0] // size
-    columns = pixels.shape[1] // size
-    view = pixels
-    if (rows, columns) != (1, 1):
-        vertical, horizontal = (_cubic_weights(n, size) for n in pixels.shape[:2])
-        view = np.einsum("ih,hwc->iwc", vertical, pixels, optimize=True)
-        view = np.einsum("jw,iwc->ijc", horizontal, view, optimize=True)
-    crops = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, size, size, 3)
-    return np.concatenate([view[None], crops]).astype(np.float32), (rows, columns)
+    count, number = (x[..., None, None].astype(jnp.float32) for x in (count, number))
+    i, y = jnp.arange(size, dtype=jnp.float32)[:, None], jnp.arange(size, dtype=jnp.float32)
+    centre = (i + 0.5) * count - 0.5
+    place, last = y + number * size, count * size - 1
+    distance = jnp.abs(place - centre)  # whole for an odd count; 0.5, 1.5 and so on for an even one
+    weight = jnp.where(distance == 0, 1.0, 0.0)
+    weight = jnp.where(distance == 0.5, 19 / 32, weight)
+    weight = jnp.where(distance == 1.5, -3 / 32, weight)
+    first_edge = (place == 0) & (centre == 0.5)  # the fourth pixel would be outside
+    last_edge = (place == last) & (centre == last - 0.5)
+    return weight + jnp.where(first_edge | last_edge, -3 / 32, 0.0)
+
+
+@jax.named_scope("vision")
+def with_views(crops: Crops[jax.Array]) -> jax.Array:
+    """The pixels with the views that `crops.hd` leaves to the device: `Crops` with leading [B, C] ->
+    float32[B, C, S, S, 3], values of 0 to 255 and a little beyond.
+
+    They are sums of pixels times multiples of 1/1024, below 2**24 of these: exact in float32, in any order.
+    Officially, normalised pixels are interpolated, which is the same up to rounding.
+    """
+    rows, columns, row, column = jnp.moveaxis(crops.places, -1, 0)
+    size, slots = crops.pixels.shape[2], jnp.arange(crops.places.shape[1])
+    left = (rows > 0) & ((rows % 2 == 0) | (columns % 2 == 0))  # to the device
+    whole = row < 0
+    view = slots - 1 - (row * columns + column)  # the slot of a crop's view
+    own = (view[:, None] == slots[:, None]) & (left & ~whole)[:, None]
+    exactly = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    x = crops.pixels.astype(jnp.float32)
+    low = exactly("bciy,bcyxk->bcixk", _taps(rows, row, size), x)
+    low = exactly("bcjx,bcixk->bcijk", _taps(columns, column, size), low)
+    views = exactly("bvc,bcijk->bvijk", own.astype(jnp.float32), low)
+    return jnp.where((whole & left)[..., None, None, None], views, x)
 
 
 def feature_layout(rows: int, columns: int, side: int, first: int) -> np.ndarray:
@@ -171,7 +154,7 @@ def without_control(text: str) -> str:
     return text
 
 
-class Phi35Processor:
+class Phi35Processor(processor.Processor[hd.HD]):
     """Text and images to arrays, see `structs.Processor`."""
 
     def __init__(self, config: Phi35Config, tokenizer: hf.Tokenizer):
@@ -181,6 +164,7 @@ class Phi35Processor:
         known = vocabulary(tokenizer, (*STOPS, PLACEHOLDER), self.vocab_size)
         self.stop_ids = tuple(known[token] for token in STOPS)
         self.forbidden_ids = (known[PLACEHOLDER], *range(len(tokenizer), self.vocab_size))
+        self.cut = hd.HD(config.num_crops, config.vision.image_size)
 
     @property
     def _side(self) -> int:
@@ -198,32 +182,25 @@ class Phi35Processor:
         tokens = sum(map(len, self._chunks(text, len(sizes))))
         crops = 0
         for width, height in sizes:
-            rows, columns = hd_grid(width, height, self.config.num_crops, self.config.vision.image_size)
+            rows, columns = hd.hd_grid(width, height, self.cut.num_crops, self.cut.size)
             tokens += self._side**2 * (rows * columns + 1) + 1 + self._side * (rows + 1)
             crops += rows * columns + 1
         return tokens, crops
 
-    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, with complete image
         spans."""
-        chunks = self._chunks(text, len(images))
-        size = self.config.vision.image_size
+        chunks = self._chunks(text, len(sizes))
         first = 2  # feature of the next image: after the separators
         tokens: list[Sequence[int]] = [chunks[0]]
         index: list[Sequence[int]] = [[-1] * len(chunks[0])]
-        pixels = []
-        for image, chunk in zip(images, chunks[1:], strict=True):
-            crops, (rows, columns) = hd_transform(image, self.config.num_crops, size)
+        for (width, height), chunk in zip(sizes, chunks[1:], strict=True):
+            rows, columns = hd.hd_grid(width, height, self.cut.num_crops, self.cut.size)
             span = feature_layout(rows, columns, self._side, first).tolist()
-            first += len(crops) * self._side**2
-            pixels.append(crops)
+            first += (1 + rows * columns) * self._side**2
             tokens += [[0] * len(span), chunk]
             index += [span, [-1] * len(chunk)]
-        return EncodedPrompt(
-            np.concatenate(tokens).astype(np.int32),
-            np.concatenate(index).astype(np.int32),
-            np.concatenate(pixels) if pixels else np.zeros((0, size, size, 3), np.float32),
-        )
+        return np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32)
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|end|>`."""
@@ -355,9 +332,6 @@ def table(config: Phi35Config) -> list[names.Tensor]:
     return rest
 
 
-def pixels(config: Phi35Config, crops: int) -> jax.ShapeDtypeStruct:
-    """The pixels' shape for a prompt with this many crops, global views included."""
-    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
-
-
-FAMILY = hf.Family(read_config, config_files, table, Phi35Vision, Phi35Processor, tokenizer.load, pixels)
+FAMILY = hf.Family(
+    read_config, config_files, table, Phi35Vision, Phi35Processor, tokenizer.load, processor.square
+)

@@ -1,8 +1,9 @@
-"""SmolVLM2, and SmolVLM and Idefics3, which are the same architecture: config, tiles, prompt layout, model.
+"""SmolVLM2, and SmolVLM and Idefics3, which are the same architecture: config, prompt layout, model.
 
 Source: HuggingFaceTB/SmolVLM2-256M-Video-Instruct, transformers' SmolVLMForConditionalGeneration. SigLIP on
-the tiles of an image and on the whole of it, a pixel shuffle and one projection, and Llama. Every dimension
-comes from the config, so a tiny policy runs the same code. Videos are not read.
+the tiles of an image and on the whole of it, a pixel shuffle and one projection, and Llama. How an image
+becomes tiles is in `crops.splitting`. Every dimension comes from the config, so a tiny policy runs the same
+code. Videos are not read.
 """
 
 import dataclasses
@@ -21,12 +22,14 @@ from flax import nnx
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from mstar_jax.models import hf, names, tokenizer
+from mstar_jax.crops import splitting
+from mstar_jax.crops.arrays import Crops
+from mstar_jax.crops.splitting import Layout
+from mstar_jax.models import hf, names, processor, tokenizer
 from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
-from mstar_jax.models.vision import Vit, merge, patchify, tanh_gelu
+from mstar_jax.models.vision import Vit, merge, normalised, patchify, tanh_gelu
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
-from mstar_jax.structs import EncodedPrompt
 
 IMAGE, AROUND, GLOBAL, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
 OTHER_STOPS = ("<|im_end|>", "<|endoftext|>")  # SmolLM2's; Idefics3's Llama 3 has none of them
@@ -38,6 +41,7 @@ TEMPLATE = (  # the official chat template
     "{% else %}{{ ' ' if loop.first }}{{ part['text'] }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+MEAN = STD = (0.5, 0.5, 0.5)
 LARGEST = 4096  # pixels; officially, no image is resized to more
 
 
@@ -89,87 +93,24 @@ class SmolVLM(VisionLanguageModel):
         self.project = param(rngs, (merged, width), ("patch", "embed"), merged**-0.5)
         self.decoder = Decoder(config.decoder, rngs)
 
-    def image_features(self, pixels: jax.Array, remat: Remat | None = None) -> jax.Array:
-        """pixels [B, C, S, S, 3] -> [B, C * features, D]: the crops in order, each line by line."""
+    def normalised(self, crops: Crops[jax.Array]) -> jax.Array:
+        """`Crops` with any leading dimensions as the tower reads them: [..., S, S, 3]."""
+        there = crops.places[..., :1, None, None] > 0
+        return normalised(crops.pixels, there, MEAN, STD, self.tower.patch[...].dtype)
+
+    def image_features(self, pixels: Crops[jax.Array] | jax.Array, remat: Remat | None = None) -> jax.Array:
+        """`Crops` with leading [B, C], or their normalised pixels -> [B, C * features, D]: the crops in
+        order, each line by line."""
         c = self.config
         used = c.vision.side * c.vision.patch_size  # 378 of the 384 pixels of a tile of the 2.2B model
 
         def one(crop):  # one crop of every row at a time, since the attention scores of all C would be large
+            crop = self.normalised(crop) if isinstance(crop, Crops) else crop
             patches = patchify(crop[:, :used, :used], c.vision.patch_size)
             return merge(self.tower(patches, remat), c.scale_factor) @ self.project[...]
 
-        features = jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(pixels, 1, 0)), 0, 1)
+        features = jnp.moveaxis(jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), pixels)), 0, 1)
         return features.reshape(features.shape[0], -1, features.shape[-1])
-
-
-# ---------------------------------------------------------------------------------------- the tiles
-Size = tuple[int, int]  # (width, height)
-
-
-def resized(size: Size, longest: int) -> Size:
-    """The size with this longer side, in pixels; the shorter one is rounded down, then up to be even."""
-    aspect = size[0] / size[1]
-    short = int(longest / aspect) if aspect >= 1 else int(longest * aspect)
-    short = max(short + short % 2, 1)
-    return (longest, short) if aspect >= 1 else (short, longest)
-
-
-def tile_grid(size: Size, side: int) -> tuple[int, int]:
-    """(rows, columns) of tiles that an image is stretched to: the longer side to the next multiple of a
-    tile's `side`, the shorter one in proportion and then to its next multiple."""
-    aspect = size[0] / size[1]
-    long = math.ceil(max(size) / side)
-    short = math.ceil(int(long * side / aspect if aspect >= 1 else long * side * aspect) / side)
-    return (short, long) if aspect >= 1 else (long, short)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How an image is cut: resized to `size` (width, height) and cut into a grid of tiles, which is 0 x 0
-    where the whole image is all there is."""
-
-    size: Size
-    rows: int = 0
-    columns: int = 0
-
-    @property
-    def crops(self) -> int:
-        """Tiles, and the whole image."""
-        return self.rows * self.columns + 1
-
-
-def layout(config: SmolVLMConfig, size: Size) -> Layout:
-    """The layout of an image of this (width, height).
-
-    If the official one has more than `num_crops` tiles, the image is resized to the most tiles along its
-    longer side that are allowed.
-    """
-    if not config.split:
-        return Layout(resized(size, config.longest_edge))
-    side = config.vision.image_size
-    shorter = range(math.ceil(config.longest_edge / side) - 1, 0, -1)
-    for longest in (config.longest_edge, *(side * tiles for tiles in shorter)):
-        first = resized(size, longest)
-        rows, columns = tile_grid(first, side)
-        if rows * columns <= max(config.num_crops, 1):
-            break
-    return Layout(first, rows, columns) if rows * columns > 1 else Layout(first)
-
-
-def crop_image(image: Image.Image, cut: Layout, side: int) -> np.ndarray:
-    """The crops of an RGB image.
-
-    Returns:
-      float32[C, side, side, 3] in [-1, 1]: the tiles row by row, then the whole image.
-    """
-    lanczos = Image.Resampling.LANCZOS
-    image, crops = image.resize(cut.size, lanczos), np.zeros((0, side, side, 3), np.uint8)
-    if cut.crops > 1:
-        image = image.resize((side * cut.columns, side * cut.rows), lanczos)
-        cells = np.asarray(image).reshape(cut.rows, side, cut.columns, side, 3).swapaxes(1, 2)
-        crops = cells.reshape(-1, side, side, 3)
-    whole = np.asarray(image.resize((side, side), lanczos))
-    return (np.concatenate([crops, whole[None]]).astype(np.float32) / 255.0 - 0.5) / 0.5
 
 
 # --------------------------------------------------------------------------------------- the prompt
@@ -184,7 +125,7 @@ def placeholder(cut: Layout, features: int) -> str:
     return "".join([*lines, "\n" if lines else "", AROUND, GLOBAL, span, AROUND])
 
 
-class SmolVLMProcessor:
+class SmolVLMProcessor(processor.Processor[splitting.Splitting]):
     """Text and images to arrays, see `structs.Processor`."""
 
     def __init__(self, config: SmolVLMConfig, tokenizer: PreTrainedTokenizerFast):
@@ -195,6 +136,9 @@ class SmolVLMProcessor:
         if (found := known[IMAGE]) != config.image_token_id:
             raise ValueError(f"{IMAGE} is {found}, config.json's image_token_id {config.image_token_id}")
         self.stop_ids = tuple(known[token] for token in (END, *OTHER_STOPS) if token in known)
+        self.cut = splitting.Splitting(
+            config.num_crops, config.vision.image_size, config.longest_edge, config.split
+        )
         special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         control = sorted({*SPECIAL, *special, *(token for token in known if re.fullmatch(MARKS, token))})
         self._control = re.compile("|".join([*map(re.escape, control), MARKS]))
@@ -228,23 +172,20 @@ class SmolVLMProcessor:
         whole = "".join(itertools.chain(*itertools.zip_longest(parts, images, fillvalue="")))
         return self.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
-    def prefix_shape(self, text: str, sizes: list[Size]) -> tuple[int, int]:
+    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
-        cuts = [layout(self.config, size) for size in sizes]
+        cuts = [self.cut.layout(size) for size in sizes]
         crops = sum(cut.crops for cut in cuts)
         marks = len(self._prompt(text, cuts, 0))  # no feature's token joins another
         return marks + crops * self.config.features, crops
 
-    def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The official chat prompt, with images before the text and complete image spans."""
-        side = self.config.vision.image_size
-        cuts = [layout(self.config, image.size) for image in images]
+        cuts = [self.cut.layout(size) for size in sizes]
         tokens = np.array(self._prompt(text, cuts, self.config.features), np.int32)
         places = tokens == self.config.image_token_id
         index = np.where(places, np.cumsum(places) - 1, -1)
-        crops = [crop_image(image, cut, side) for image, cut in zip(images, cuts, strict=True)]
-        pixels = np.concatenate([np.zeros((0, side, side, 3), np.float32), *crops])
-        return EncodedPrompt(np.where(places, 0, tokens), index.astype(np.int32), pixels)
+        return np.where(places, 0, tokens), index.astype(np.int32)
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<end_of_utterance>`. A space follows the prompt's `Assistant:`."""
@@ -275,7 +216,7 @@ SIGLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 32}
 TEXT = {"model_type": "llama", "mlp_bias": False, "use_resampler": False}
 IMAGES: names.JSON = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
 IMAGES |= {"resample": int(Image.Resampling.LANCZOS), "rescale_factor": 1 / 255}
-IMAGES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+IMAGES |= {"image_mean": list(MEAN), "image_std": list(STD)}
 
 
 def read_config(folder: pathlib.Path) -> SmolVLMConfig:
@@ -367,9 +308,6 @@ def table(config: SmolVLMConfig) -> list[names.Tensor]:
     ]
 
 
-def pixels(config: SmolVLMConfig, crops: int) -> jax.ShapeDtypeStruct:
-    """The pixels' shape for a prompt with this many crops, whole images included."""
-    return jax.ShapeDtypeStruct((crops, config.vision.image_size, config.vision.image_size, 3), "float32")
-
-
-FAMILY = hf.Family(read_config, config_files, table, SmolVLM, SmolVLMProcessor, load_tokenizer, pixels)
+FAMILY = hf.Family(
+    read_config, config_files, table, SmolVLM, SmolVLMProcessor, load_tokenizer, processor.square
+)

@@ -5,11 +5,12 @@ Shapes: B images, S pixels a side, M patches a side, T patches, D width, H heads
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mstar_jax import sharding
 from mstar_jax.models.attention import unmasked
@@ -202,6 +203,26 @@ class Vit(nnx.Module):
         if c.post_norm and c.select_layer == -1:
             x = layer_norm(x, self.post_norm[...], self.post_norm_bias[...], c.layer_norm_eps)
         return x[:, 1:] if c.class_token else x
+
+
+def normalised(
+    pixels: jax.Array, there: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
+) -> jax.Array:
+    """Pixels as a tower reads them: (x / 255 - mean) / std, in float32 and then rounded to `dtype`.
+
+    Args:
+      pixels: uint8[..., 3], or such values in float32. One mean and std stand for all channels where patches
+        have them elsewhere than in the last dimension.
+      there: bool, of as many dimensions as `pixels`; what is not there, padding, becomes 0.
+      mean, std: of each channel, in units of 255.
+      dtype: of the tower's parameters.
+    """
+    # By a constant, or by one number for many pixels, a compiler multiplies with the rounded reciprocal and
+    # may join that with the subtraction. A divisor for every pixel keeps the divisions: numpy's very bits.
+    x = pixels.astype(jnp.float32)
+    zero = x - x
+    x = x / (255.0 + zero) - jnp.asarray(mean, jnp.float32)
+    return jnp.where(there, x / (jnp.asarray(std, jnp.float32) + zero), 0.0).astype(dtype)
 
 
 def patchify(pixels: jax.Array, size: int) -> jax.Array:

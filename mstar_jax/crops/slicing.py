@@ -5,14 +5,36 @@ than the encoder's resolution squared, also a grid of slices. Aspect ratios are 
 own grid of patches. Sizes are (width, height) in pixels, as in PIL.
 """
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Generic, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from mstar_jax.crops.arrays import Array
+
 Size = tuple[int, int]
+LENGTH = 128  # the number of patches is padded to a multiple of this
+
+
+class Slices(NamedTuple, Generic[Array]):
+    """The images of a query, each with its own grid of patches; in a `Batch`, with a leading B.
+
+    Attributes:
+      patches: uint8[C, L, 3 * patch_size**2]; zeros after an image's own patches. The device normalises the
+        image's own ones (`models.vision.normalised`).
+      positions: int32[C, L], rows of the encoder's position table.
+      attended: int32[C], the number of columns that the encoder attends to, padding or not; 0 for no image.
+      grid: int32[C, 2], rows and columns of the image's own patches, which the resampler attends to.
+    """
+
+    patches: Array
+    positions: Array
+    attended: Array
+    grid: Array
 
 
 class Layout(NamedTuple):
@@ -81,9 +103,9 @@ def to_patches(image: Image.Image | np.ndarray, patch: int) -> tuple[np.ndarray,
     """Splits an RGB image uint8[H, W, 3] into patches.
 
     Returns:
-      float32[h * w, 3 * patch**2] in [-1, 1], row-major patches of (channel, y, x); and (h, w).
+      uint8[h * w, 3 * patch**2], row-major patches of (channel, y, x); and (h, w).
     """
-    pixels = (np.asarray(image, np.float32) / 255.0 - 0.5) / 0.5
+    pixels = np.asarray(image)
     rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
     x = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
     return x.reshape(rows * columns, -1), (rows, columns)
@@ -124,3 +146,57 @@ def position_ids(length: int, side: int) -> np.ndarray:
     ids = np.searchsorted(boundaries, coordinate, side="right").astype(np.int32)
     ids.setflags(write=False)
     return ids
+
+
+def padded_length(longest: int, resolution: int, patch: int) -> int:
+    """The number of patches that images are padded to, the same for all but very long images."""
+    usual = 9 * (resolution // patch) ** 2 // 8  # images that are not square may have a few more patches
+    return -(-max(longest, usual) // LENGTH) * LENGTH
+
+
+@dataclasses.dataclass(frozen=True)
+class Slicing:
+    """Images to slices, see `structs.Processor.cut`.
+
+    Attributes:
+      max_slices, resolution, patch: see `layout`.
+      side: rows of the encoder's grid of positions, see `position_ids`.
+      corrected_mask: see `models.minicpmv25.MiniCPMV25Config`.
+    """
+
+    max_slices: int
+    resolution: int
+    patch: int
+    side: int
+    corrected_mask: bool
+
+    def layout(self, size: Size) -> Layout:
+        """How an image of this (width, height) is sliced."""
+        return layout(*size, self.max_slices, self.resolution, self.patch)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Slices[np.ndarray]:
+        """Each image and then its slices, padded to one length (see `padded_length`)."""
+        return self.padded(
+            [
+                crop
+                for image in images
+                for crop in slice_image(image, self.max_slices, self.resolution, self.patch)
+            ]
+        )
+
+    def padded(self, crops: Sequence[tuple[np.ndarray, Size]]) -> Slices[np.ndarray]:
+        """Patches of images and their grids, from `slice_image`, as arrays of one length."""
+        longest = max((len(patches) for patches, _ in crops), default=0)
+        length = padded_length(longest, self.resolution, self.patch)
+        out: Slices[np.ndarray] = Slices(
+            np.zeros((len(crops), length, 3 * self.patch**2), np.uint8),
+            np.zeros((len(crops), length), np.int32),
+            np.zeros(len(crops), np.int32),
+            np.array([grid for _, grid in crops], np.int32).reshape(-1, 2),
+        )
+        for i, (patches, _) in enumerate(crops):
+            out.patches[i, : len(patches)] = patches
+            out.attended[i] = len(patches) if self.corrected_mask else longest
+            ids = position_ids(int(out.attended[i]), self.side)
+            out.positions[i, : len(ids)] = ids
+        return out
