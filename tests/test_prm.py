@@ -162,8 +162,7 @@ def test_the_score_is_head_and_likelihood(reward, processor, texts):
     one = response(LINES, processor)
     row = prm.row(prompt(processor), [one], processor.encode_response, texts)
     [[got]] = scored(reward, [row], processor, texts)
-    encoded = loader.encode_row(row, processor, 64, 0)
-    batch = loader._stack([encoded], 1, encoded)
+    batch = loader.encode_rows([row], processor, 64, 0)
     hidden = np.asarray(reward.trunk.hidden(batch))[0]
     logits = np.asarray(reward.trunk.logits(hidden), np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -201,7 +200,7 @@ def test_unusual_line_breaks_are_noticed(processor, texts):
 def test_only_correct_responses_train_the_trunk(processor, texts):
     found = [response(LINES, processor, 0, "correct"), response("area", processor, 1)]
     row = prm.row(prompt(processor), found, processor.encode_response, texts, [(0.0, 0.5, 1.0, 1.0), (0.0,)])
-    batch = loader.encode_row(row, processor, 64, 0)
+    batch = loader.encode_rows([row], processor, 64, 0)
     first, second = batch.branch == 1, batch.branch == 2
     assert batch.loss_mask[first].all() and not batch.loss_mask[~first].any()
     assert batch.labels[first][batch.labels[first] >= 0].tolist() == [0.0, 0.5, 1.0, 1.0]
