@@ -26,7 +26,7 @@ from transformers.utils import is_torchvision_available
 
 from mstar_jax.crops import hd, slicing, splitting, tiles
 from mstar_jax.data.images import load_image
-from mstar_jax.models import internvl2, phi35
+from mstar_jax.models import internvl, phi35
 
 Cut = Callable[[Image.Image], object]
 REPEATS = 3
@@ -91,7 +91,7 @@ def families() -> dict[str, tuple[Cut, dict[str, Cut]]]:
     hd_crops, nine = hd.HD(4, 336), slicing.Slicing(9, 448, 14, 70, corrected_mask=False)
     twelve, sixteen = tiles.Tiles(1, 12, 448, thumbnail=True), splitting.Splitting(16, 512, 2048, split=True)
     ocr = {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 1}
-    ocr |= {"max_patches": 12, "image_mean": list(internvl2.MEAN), "image_std": list(internvl2.STD)}
+    ocr |= {"max_patches": 12, "image_mean": internvl.IMAGE_MEAN, "image_std": internvl.IMAGE_STD}
     smol = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
     return {
         "Phi-3.5-vision": (lambda image: hd_crops([image]), {"its steps, torch": phi35_steps}),
