@@ -245,14 +245,8 @@ class EncodedPrompt(NamedTuple):
 
 
 class Processor(Protocol):
-    """The host side of a model family: text and images to arrays and back.
-
-    Attributes:
-      stop_ids, forbidden_ids: tokens that end a response, and those that none may hold.
-      vocab_size: of the model, padding included.
-      cut: the crops of a query's RGB images, in order. It is sent to processes that have no jax: it and what
-        it returns are values of the room `crops`.
-    """
+    """The host side of a model family: text and images to arrays and back. `cut` makes the crops of a query's
+    RGB images, in order; it is sent to processes that have no jax, so it is a value of the room `crops`."""
 
     stop_ids: tuple[int, ...]
     forbidden_ids: tuple[int, ...]
