@@ -104,7 +104,7 @@ describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format=
 # What every host runs. A container that is already running is left alone, so this command, and gcloud's own
 # retries, can come at any time. Root in the container: libtpu opens the host's devices.
 container=(sudo docker run --detach --name "$name" --privileged --net=host --user=0:0 --ulimit=memlock=-1:-1 \
-  --stop-timeout=60 --pull=always)
+  --stop-timeout=60 --pull=always --shm-size=16g)
 for volume in "${volumes[@]}"; do container+=(--mount "type=bind,source=$volume,target=$volume"); done
 for setting in "${env[@]}"; do container+=(--env "$setting"); done
 container+=("${docker[@]}" "$image" --distributed "$@")

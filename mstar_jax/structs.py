@@ -252,8 +252,10 @@ class Processor(Protocol):
     forbidden_ids: tuple[int, ...]
     vocab_size: int
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, crops) of each prompt, with images of these (width, height); decodes none."""
 
     def encode(self, text: str, images: list[Image.Image]) -> EncodedPrompt:
         """The prompt's tokens with every image span whole; one image per mark, in order."""

@@ -1,7 +1,9 @@
 """The loader: planned shapes hold, nothing is cut, and a stream continues with the very next batch."""
 
 import json
+import subprocess
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -87,7 +89,7 @@ def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
     assert [q for q in queries if q not in left_out] == [p.query for p in planned]
     for query in left_out:
         sizes = [Image.open(path).size for path in query.images]
-        assert processor.prefix_shape(query.question, sizes)[0] > longest
+        assert processor.prefix_shapes([query.question], [sizes])[0][0] > longest
     for prompt in planned:
         assert prompt.length <= longest
         row = loader.encode_row(Row(prompt, ((7, 8),)), processor, longest + 2, 20)
@@ -354,6 +356,60 @@ def test_a_response_that_never_fits_names_the_query():
     prompt = Prompt(Query("q9", (), "area"), "area", 10, 0)
     with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit into 40"):
         loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
+
+
+def test_prompts_are_measured_once_and_in_parts(processor, queries, prompts, monkeypatch):
+    """A prompt's shape depends on its text and its images' sizes: the same ones again ask nothing."""
+    measured, measure = [], processor.prefix_shapes
+
+    def noted(texts, sizes):
+        measured.append(list(zip(texts, map(tuple, sizes))))
+        return measure(texts, sizes)
+
+    monkeypatch.setattr(processor, "prefix_shapes", noted)
+    monkeypatch.setattr(loader, "TOGETHER", 5)
+    pairs, shapes = [(query, query.question) for query in queries], {}
+    assert loader.plan_prompts([*pairs, *pairs], processor, 10_000, shapes) == [*prompts, *prompts]
+    asked = [each for part in measured for each in part]
+    assert len(asked) == len(set(asked)) == len(shapes) and max(map(len, measured)) == 5
+    assert loader.plan_prompts(pairs, processor, 10_000, shapes) == prompts
+    assert sum(map(len, measured)) == len(asked)
+    changed = [(pairs[-1][0], "another text")]
+    assert loader.plan_prompts(changed, processor, 10_000, shapes) != prompts[-1:]
+    assert measured[-1][0][0] == "another text"
+
+
+def test_shared_memory_that_is_too_small_is_named(processor, prompts, tmp_path):
+    """On a mount of the size of docker's default, where this may mount one: 7 batches of 9 MB fit, of 10 MB
+    not."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets us mount nothing")
+    try:
+        loader.check_shared(9 << 20, 2, str(tmp_path))
+        with pytest.raises(OSError, match=r"has 64 MB free, and data.workers = 2 need 70 MB.*--shm-size=1g"):
+            loader.check_shared(10 << 20, 2, str(tmp_path))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_shared_memory_is_checked_before_workers_start(processor, prompts, monkeypatch):
+    """By the bytes of this process's rows of the largest batch: its tokens, masks and crops."""
+    asked = []
+
+    def refuse(size, workers):
+        asked.append((size, workers))
+        raise OSError("full")
+
+    monkeypatch.setattr(loader, "check_shared", refuse)
+    rows = [Row(prompt, ((7, 8),)) for prompt in prompts]
+    with pytest.raises(OSError, match="full"):
+        stream([(rows, 1.0)], processor, workers=3)
+    with pytest.raises(OSError, match="full"):
+        loader.row_batches(loader.plan_batches(rows, 4, (64, 128, 256)), processor, 4, workers=3)
+    batch = take(stream([(rows, 1.0)], processor), 1)[0]
+    assert asked[0] == (sum(x.nbytes for x in jax.tree.leaves(batch)), 3)
+    assert 0 < asked[1][0] <= asked[0][0] and asked[1][1] == 3
 
 
 @pytest.mark.slow

@@ -7,21 +7,30 @@ is a small dictionary, so a restart continues with the next batch.
 
 import dataclasses
 import functools
+import hashlib
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from PIL import Image
 
 from mstar_jax import sharding
+from mstar_jax.data import pictures
 from mstar_jax.data.images import load_image
 from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
 
+BUFFERED = 2  # batches that wait in a worker
+TOGETHER = 4096  # prompts that are tokenised together: their ids are in memory at once
+
+
+Shapes = dict[bytes, tuple[int, int]]  # (prompt tokens, crops) by `_key`
+
 
 def plan_prompts(
-    pairs: Sequence[tuple[Query, str]], processor: Processor, max_length: int
+    pairs: Sequence[tuple[Query, str]], processor: Processor, max_length: int, shapes: Shapes | None = None
 ) -> list[Prompt | None]:
     """Measures prompts without decoding their images.
 
@@ -31,24 +40,30 @@ def plan_prompts(
       max_length: longest prefix in tokens. A longer prompt is left out whole: cutting it could cut an
         image span, and then features and placeholders no longer match. So is one that leaves no room for
         a response in the model's context.
+      shapes: what this processor has measured before; new prompts are added.
 
     Returns:
       A prompt for each pair, None for one that is left out.
     """
+    shapes = {} if shapes is None else shapes
+    size = functools.cache(pictures.size)
+    sizes = [[size(path) for path in query.images] for query, _ in pairs]
+    keys = [_key(text, some) for (_, text), some in zip(pairs, sizes)]
+    new = list({key: at for at, key in enumerate(keys) if key not in shapes}.values())
+    for part in (new[at : at + TOGETHER] for at in range(0, len(new), TOGETHER)):
+        found = processor.prefix_shapes([pairs[at][1] for at in part], [sizes[at] for at in part])
+        shapes.update(zip((keys[at] for at in part), found, strict=True))
     prompts: list[Prompt | None] = []
-    size = functools.cache(_image_size)
-    for query, text in pairs:
-        length, crops = processor.prefix_shape(text, [size(path) for path in query.images])
+    for (query, text), key in zip(pairs, keys):
+        length, crops = shapes[key]
         fits = length <= max_length and processor.length_limit(length) > length
         prompts.append(Prompt(query, text, length, crops) if fits else None)
     return prompts
 
 
-def _image_size(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
-        width, height = image.size
-        transposed = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-    return (height, width) if transposed else (width, height)
+def _key(text: str, sizes: Sequence[tuple[int, int]]) -> bytes:
+    """All that a prompt's shape depends on, besides its processor, in 16 bytes: texts are long and many."""
+    return hashlib.blake2b(f"{sizes} {text}".encode(), digest_size=16).digest()
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:
@@ -199,12 +214,18 @@ def row_batches(
       workers: processes that decode images; 0 decodes in threads of this process.
       share: this process's share of every batch.
 
+    Raises:
+      OSError: see `check_shared`.
+
     Yields:
       All rows of a batch, and this process's share of them as arrays.
     """
     parts = [(length, rows[at : at + size]) for length, rows in plans for at in range(0, len(rows), size)]
     if not parts:
         return iter(())
+    if workers:
+        length, rows = max(parts, key=lambda part: (max(row.prompt.crops for row in part[1]), part[0]))
+        check_shared(_row_bytes(rows, processor, length) * len(share.rows(size)), workers)
     data = grain.MapDataset.source(parts).map(_EncodeRows(processor, size, share))
     return iter(_prefetched(data, workers))
 
@@ -300,6 +321,7 @@ def train_batches(
 
     Raises:
       ValueError: no source has rows, or the global batch cannot be split evenly.
+      OSError: see `check_shared`.
     """
     filled = [
         (split_rows(rows, max(buckets)), weight) for rows, weight in sources if len(rows) and weight > 0
@@ -312,6 +334,8 @@ def train_batches(
         for group in by_bucket(part, size, buckets) if grouped else [part]:
             longest = max(row.length for row in group)
             shape = (bucket(longest, buckets), max(row.prompt.crops for row in group))
+            if workers:
+                check_shared(_row_bytes(group, processor, shape[0]) * len(share.rows(size)), workers)
             rows = grain.MapDataset.source(group).seed(seed).shuffle().repeat()
             shapes.setdefault(shape, []).append((rows, weight * len(group) / len(part)))
     streams = []
@@ -333,8 +357,43 @@ def _mix(parts: Sequence[tuple[grain.MapDataset, float]]) -> grain.MapDataset:
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
+def _row_bytes(rows: Sequence[Row], processor: Processor, length: int) -> int:
+    """Of the largest row as arrays: the one with the most crops, which is encoded for this."""
+    largest = max(rows, key=lambda row: row.prompt.crops)
+    return sum(
+        x.nbytes for x in jax.tree.leaves(encode_row(largest, processor, length, largest.prompt.crops))
+    )
+
+
+def check_shared(size: int, workers: int, folder: str = "/dev/shm") -> None:
+    """Checks that the batches of workers fit into shared memory: a worker that finds it full is killed by a
+    signal, which names no cause. A container of docker's has 64 MB of it unless told otherwise.
+
+    Args:
+      size: bytes of this process's share of a batch.
+      workers: processes that encode batches.
+      folder: of the shared memory; where the system has none, nothing is checked.
+
+    Raises:
+      OSError: they do not.
+    """
+    if not os.path.isdir(folder):
+        return
+    held = workers * (BUFFERED + 1) + 1  # each also fills one, and one is read
+    free = shutil.disk_usage(folder).free
+    if free < held * size:
+        raise OSError(
+            f"{folder} has {free >> 20} MB free, and data.workers = {workers} need "
+            f"{-(-held * size >> 20)} MB there, {held} batches of {size / 2**20:.1f} MB: "
+            f"give the container more (docker run --shm-size={(held * size >> 30) + 1}g), "
+            "or set data.workers=0, which uses threads"
+        )
+
+
 def _prefetched(data: grain.MapDataset, workers: int) -> grain.IterDataset:
     if workers:
         stream = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        return stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        return stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFERED)
+        )
     return data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))

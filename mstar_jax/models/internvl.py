@@ -178,8 +178,13 @@ class InternVLProcessor:
         c = self.config
         return tile_grid(width, height, c.min_crops, c.num_crops, c.vision.image_size)
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, tiles) without decoding an image; sizes are (width, height)."""
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, tiles) of prompts without decoding an image; sizes are (width, height)."""
+        return [self._shape(text, some) for text, some in zip(texts, sizes, strict=True)]
+
+    def _shape(self, text: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         tiles = sum(tile_count(*self._grid(*size), self.config.use_thumbnail) for size in sizes)
         return sum(map(len, self.chunks(text, len(sizes)))) + tiles * self.config.features, tiles
 
