@@ -101,7 +101,7 @@ def make_prompts(sizes: Sizes, folder: pathlib.Path) -> tuple[phi35.Phi35Process
     processor.stop_ids = processor.forbidden_ids = ()
     side, rng, pairs = sizes.config.vision.image_size, np.random.default_rng(0), []
     text = "Read the values off the image."
-    text += "~" * (sizes.prompt - processor.prefix_shape(text, [(3 * side, side)])[0])
+    text += "~" * (sizes.prompt - processor.prefix_shapes([text], [[(3 * side, side)]])[0][0])
     for number in range(max(*sizes.ours, *sizes.theirs, sizes.trained)):
         path = folder / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (side, 3 * side, 3), np.uint8)).save(path)

@@ -255,8 +255,10 @@ class Processor(Protocol):
     @property
     def cut(self) -> Callable[[Sequence[Image.Image]], Pixels]: ...
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) of a prompt with images of these (width, height); decodes none."""
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, crops) of each prompt, with images of these (width, height); decodes none."""
 
     def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """int32[P] tokens of a prompt, 0 at image features, and int32[P] which feature is there, -1 for text;

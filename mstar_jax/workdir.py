@@ -2,6 +2,7 @@
 
 <workdir>/config.json    the values
 <workdir>/inputs.json    counts and digests of the data, their splits and the checkpoints
+<workdir>/images.json    what is known of the image files, so that a later start need not decode them
 <workdir>/lock           the process that holds it
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from mstar_jax import processes
+from mstar_jax.data import pictures
 from mstar_jax.ranges import flat
 from mstar_jax.store import digest, read_json, write_text
 from mstar_jax.structs import Query
@@ -29,6 +31,7 @@ FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
 FREE += ("train.offload_optimizer",)
 BLOCK = 1 << 16  # bytes
+IMAGES = "images.json"
 held: list[IO[str]] = []  # until the process ends, and with it the locks
 
 
@@ -153,6 +156,28 @@ def check_inputs(workdir: pathlib.Path, inputs: Mapping[str, Mapping[str, object
             f"{workdir} holds a run on other inputs; changed since its start: {'; '.join(changed)}. "
             f"Restore them, or name another --workdir; to go on all the same, remove {path}"
         )
+
+
+def recall_images(workdir: pathlib.Path) -> None:
+    """Takes over what an earlier start, or process 0, has found out about the image files.
+
+    It is kept with the run, not in the user's cache: a workdir outlives a container and a host, and all
+    hosts of a run read it. A file that is damaged is no loss: the images are looked at again.
+    """
+    path = workdir / IMAGES
+    if path.exists():
+        try:
+            pictures.recall(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            log.warning("%s: damaged (%s), so the images are looked at again", path, error)
+
+
+def keep_images(workdir: pathlib.Path) -> None:
+    """Writes what is known of the image files by now, for `recall_images`."""
+    text = json.dumps(pictures.table())
+    path = workdir / IMAGES
+    if processes.first() and not (path.exists() and path.read_text(encoding="utf-8") == text):
+        write_text(path, text)
 
 
 def _is_count(before: Mapping[str, object], now: Mapping[str, object], part: str) -> bool:

@@ -37,6 +37,26 @@ def test_against_transformers(tmp_path):
     assert parts == [(part, alone) for part in ("rollouts", "sft", "prm") for alone in (True, False)]
 
 
+def test_host(tmp_path):
+    """At 400 rows; the second start knows the images."""
+    command = [sys.executable, ROOT / "benchmarks" / "host.py", "--rows=400", "--images=60", "--only=read"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    flags = [f"--out={tmp_path}/out.json", f"--folder={tmp_path}/data"]
+    done = subprocess.run([*command, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["what"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    assert list(found)[:3] == [
+        "first start: rows read and split",
+        "first start: digests",
+        "first start: 199 prompts planned",
+    ]
+    assert all(f"| {what} |" in done.stdout and row["processor"] > 0 for what, row in found.items())
+    read = [found[f"{when} start: rows read and split"]["processor"] for when in ("first", "second")]
+    assert read[1] < read[0]
+    rows = json.loads((tmp_path / "data" / "train_400_60.json").read_text())
+    assert len(rows) == 400 and len({row["image"] for row in rows}) == 60
+
+
 def test_gpu(tmp_path):
     """On a CPU, whose peak is unknown, there are no shares of it."""
     record = measured("gpu.py", tmp_path)

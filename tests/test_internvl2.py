@@ -152,7 +152,9 @@ def test_prefix_shape_needs_no_image(processor):
     for images in (0, 1, 2, 1, 2, 3):
         sizes = [tuple(s) for s in rng.integers(1, 90, (images, 2)).tolist()]
         prompt = processor.encode("How many?", [picture(*size) for size in sizes])
-        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels.places))
+        assert processor.prefix_shapes(["How many?"], [sizes]) == [
+            (len(prompt.tokens), len(prompt.pixels.places))
+        ]
         pixels = prompt.pixels.pixels
         assert pixels.shape[1:] == (SIZE, SIZE, 3) and pixels.dtype == np.uint8
 
@@ -305,7 +307,8 @@ def test_tokens_equal_those_of_transformers_slow_tokenizer(words, processor):
         assert ours(text)["input_ids"] == [1, *ids], "one <s> before the text"
         assert pickle.loads(pickle.dumps(ours))(text)["input_ids"] == [1, *ids]
         assert ours.decode(ids) == text
-    assert pickle.loads(pickle.dumps(processor)).prefix_shape("?", []) == processor.prefix_shape("?", [])
+    again = pickle.loads(pickle.dumps(processor))
+    assert again.prefix_shapes(["?"], [[]]) == processor.prefix_shapes(["?"], [[]])
 
 
 def test_folders_without_a_tokenizer(words, processor, tmp_path):

@@ -182,7 +182,7 @@ def test_tiles_and_tokens(reference, policy, processor):
         places = ids == reference.config.image_token_id
         np.testing.assert_array_equal(np.where(places, 0, ids), ours.tokens)
         np.testing.assert_array_equal(places, ours.image_index >= 0)
-        assert processor.prefix_shape("How many?", [size]) == (len(ids), len(pixels))
+        assert processor.prefix_shapes(["How many?"], [[size]])[0] == (len(ids), len(pixels))
 
 
 def test_features_hidden_states_and_logits(reference, policy, processor):

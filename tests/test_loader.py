@@ -96,7 +96,7 @@ def test_a_long_prompt_is_left_out_whole(processor, queries, longest):
     assert [q for q in queries if q not in left_out] == [p.query for p in planned]
     for query in left_out:
         sizes = [Image.open(path).size for path in query.images]
-        assert processor.prefix_shape(query.question, sizes)[0] > longest
+        assert processor.prefix_shapes([query.question], [sizes])[0][0] > longest
     for prompt in planned:
         assert prompt.length <= longest
         row = encode_row(Row(prompt, ((7, 8),)), processor, longest + 2, 20)
@@ -370,6 +370,27 @@ def test_a_response_that_never_fits_names_the_query():
     prompt = Prompt(Query("q9", (), "area"), "area", 10, 0)
     with pytest.raises(ValueError, match="query q9: 10 prompt and 31 response tokens do not fit into 40"):
         loader.split_rows([Row(prompt, ((1,) * 5, (1,) * 31))], 40)
+
+
+def test_prompts_are_measured_once_and_in_parts(processor, queries, prompts, monkeypatch):
+    """A prompt's shape depends on its text and its images' sizes: the same ones again ask nothing."""
+    measured, measure = [], processor.prefix_shapes
+
+    def noted(texts, sizes):
+        measured.append(list(zip(texts, map(tuple, sizes))))
+        return measure(texts, sizes)
+
+    monkeypatch.setattr(processor, "prefix_shapes", noted)
+    monkeypatch.setattr(loader, "TOGETHER", 5)
+    pairs, shapes = [(query, query.question) for query in queries], {}
+    assert loader.plan_prompts([*pairs, *pairs], processor, 10_000, shapes) == [*prompts, *prompts]
+    asked = [each for part in measured for each in part]
+    assert len(asked) == len(set(asked)) == len(shapes) and max(map(len, measured)) == 5
+    assert loader.plan_prompts(pairs, processor, 10_000, shapes) == prompts
+    assert sum(map(len, measured)) == len(asked)
+    changed = [(pairs[-1][0], "another text")]
+    assert loader.plan_prompts(changed, processor, 10_000, shapes) != prompts[-1:]
+    assert measured[-1][0][0] == "another text"
 
 
 # ---- processes that decode ---------------------------------------------------------------------------

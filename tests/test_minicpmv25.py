@@ -46,7 +46,7 @@ def test_prefix_shape_needs_no_image(processor):
         sizes = [tuple(size) for size in rng.integers(1, 90, (images, 2)).tolist()]
         prompt = processor.encode("How many?", [tiny.picture(*size) for size in sizes])
         crops = len(prompt.pixels.patches)
-        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), crops)
+        assert processor.prefix_shapes(["How many?"], [sizes])[0] == (len(prompt.tokens), crops)
         assert len(prompt.image_index) == len(prompt.tokens)
         assert {len(leaf) for leaf in prompt.pixels} == {crops}
         places = prompt.image_index >= 0

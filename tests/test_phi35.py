@@ -207,7 +207,9 @@ def test_prefix_shape_needs_no_image():
     for images in (0, 1, 2, 1, 2, 0, 1, 2):
         sizes = [tuple(s) for s in rng.integers(1, 90, (images, 2)).tolist()]
         prompt = processor.encode("How many?", [picture(*size) for size in sizes])
-        assert processor.prefix_shape("How many?", sizes) == (len(prompt.tokens), len(prompt.pixels.places))
+        assert processor.prefix_shapes(["How many?"], [sizes]) == [
+            (len(prompt.tokens), len(prompt.pixels.places))
+        ]
         assert len(prompt.image_index) == len(prompt.tokens)
         pixels = prompt.pixels.pixels
         assert pixels.shape[1:] == (16, 16, 3) and pixels.dtype == np.uint8
@@ -295,7 +297,7 @@ def test_a_mosaic_finds_its_features():
 
 
 def test_questions_cannot_write_control_tokens(processor):
-    plain, _ = processor.prefix_shape("", [])
+    plain, _ = processor.prefix_shapes([""], [[]])[0]
     control = {i for t, i in processor.tokenizer.get_vocab().items() if t in phi35.SPECIAL}
     base = [t for t in processor.encode("", []).tokens.tolist() if t in control]
     for text in [

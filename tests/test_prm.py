@@ -44,7 +44,7 @@ def response(text, processor, sample=0, verdict="wrong", truncated=False):
 
 
 def prompt(processor, text="area?"):
-    length, crops = processor.prefix_shape(text, [])
+    length, crops = processor.prefix_shapes([text], [[]])[0]
     return Prompt(Query("q", (), text, answer="6"), text, length, crops)
 
 

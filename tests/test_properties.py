@@ -10,7 +10,8 @@ import test_names
 from PIL import Image
 
 from mstar_jax import models, store
-from mstar_jax.data import images, mathv360k, splits, turns
+from mstar_jax.data import mathv360k, splits, turns
+from mstar_jax.data.pictures import content
 from mstar_jax.structs import Query, Response
 
 FEW = hypothesis.settings(
@@ -121,8 +122,7 @@ def test_splits_share_no_picture(folder, pictures, seed):
         assert "queries wanted" in str(error)  # too few that share no picture
         return
     seen = {
-        name: {images.content(image) for query in part for image in query.images}
-        for name, part in parts.items()
+        name: {content(image) for query in part for image in query.images} for name, part in parts.items()
     }
     for one in seen:
         for other in seen:

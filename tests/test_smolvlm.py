@@ -184,7 +184,7 @@ def test_prompt_of_a_cut_image(processor):
     )
     places = prompt.image_index >= 0
     assert prompt.image_index[places].tolist() == list(range(36)) and (prompt.tokens[places] == 0).all()
-    assert processor.prefix_shape("How many?", [(4 * SIDE, 2 * SIDE)]) == (len(tokens), 9)
+    assert processor.prefix_shapes(["How many?"], [[(4 * SIDE, 2 * SIDE)]])[0] == (len(tokens), 9)
 
 
 def test_prompts_of_whole_images_and_of_text(words):
@@ -198,7 +198,7 @@ def test_prompts_of_whole_images_and_of_text(words):
         assert text == f"<|im_start|>{start}Why?<end_of_utterance>\nAssistant:"
         assert prompt.pixels.pixels.shape == (count, SIDE, SIDE, 3)
         assert prompt.pixels.places.tolist() == [[1, 1, -1, -1]] * count
-        assert processor.prefix_shape("Why?", [image.size for image in images[:count]]) == (
+        assert processor.prefix_shapes(["Why?"], [[image.size for image in images[:count]]])[0] == (
             len(tokens),
             count,
         )

@@ -4,13 +4,16 @@ Figures are often RGBA or palette PNGs with a transparent background; on black, 
 File extensions are unreliable (JPEG files named .png are common), so the content decides the format.
 """
 
-import functools
-import hashlib
+import contextlib
+import io
 import os
 import re
+import struct
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -27,11 +30,16 @@ class ImageError(ValueError):
         return ImageError, (self.cause, str(self))
 
 
-def resolve(root: str, relative: str) -> str:
+def resolve(root: str, relative: str, real: Callable[[str], str] = os.path.realpath) -> str:
     """The absolute path of `relative` inside `root`, with symbolic links resolved.
 
     A folder inside the root may be a link to anywhere, as image folders often are; a link in place of the
     file itself may not lead out of them.
+
+    Args:
+      root: the folder.
+      relative: what a data set calls the file.
+      real: resolves the links of folders; one with a cache spares a reader of many files much time.
 
     Raises:
       ValueError: `relative` is absolute, contains `..`, names no file, or is a link that leads out.
@@ -39,29 +47,14 @@ def resolve(root: str, relative: str) -> str:
     parts = relative.replace("\\", "/").split("/")
     if os.path.isabs(relative) or ".." in parts or "\0" in relative or not set(parts) - {"", "."}:
         raise ValueError(f"image path {relative!r} must be relative to the image root {root}, without '..'")
-    folder = os.path.realpath(os.path.join(root, os.path.dirname(relative)))
-    path = os.path.realpath(os.path.join(root, relative))
-    if not any(path.startswith(os.path.join(base, "")) for base in (os.path.realpath(root), folder)):
+    inside, name = os.path.split(os.path.normpath(relative))
+    folder = real(os.path.join(root, inside))
+    path = os.path.join(folder, name)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    if not any(path.startswith(os.path.join(base, "")) for base in (real(root), folder)):
         raise ValueError(f"image path {relative!r} leads to {path}, outside of the image root {root}")
     return path
-
-
-@functools.lru_cache(maxsize=1 << 20)
-def _digest(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content(path: str) -> str:
-    """What tells one picture from another: the digest of the file's bytes; its path if it cannot be read.
-
-    A picture that was scaled or encoded again is another one.
-    """
-    try:
-        there = os.stat(path)
-        return _digest(path, there.st_size, there.st_mtime_ns)
-    except OSError:
-        return path
 
 
 def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -77,10 +70,99 @@ def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
       ImageError: the file is missing, empty, too large, truncated or otherwise not decodable; the message
         names it.
     """
+    with opened(path, path, max_pixels=max_pixels) as image:
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def check_image(path: str, data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Finds out whether `load_image` could decode a file, at less cost.
+
+    All of the data is decoded, for only that shows damage; but a JPEG's pixels are made at an eighth of its
+    size, and those of 8 bits are not converted.
+
+    Args:
+      path: its name, for the error.
+      data: all its bytes.
+      max_pixels: the largest width x height.
+
+    Returns:
+      (width, height), as `load_image` returns them.
+
+    Raises:
+      ImageError: as `load_image`.
+    """
+    with opened(path, io.BytesIO(data), max_pixels=max_pixels) as image:
+        size = image.size
+        image.draft(None, (1, 1))
+        image.load()
+        swapped = turned(image) and image.format != "TIFF"
+        if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            image = image.crop((0, 0, 1, 1))
+        _rgb(ImageOps.exif_transpose(image))
+    return (size[1], size[0]) if swapped else size
+
+
+def header_size(path: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of what `load_image` returns, from the headers in a file; no pixel is decoded.
+
+    Raises:
+      ImageError: as `load_image`, as far as the headers tell.
+    """
+    with opened(path, path, max_pixels=max_pixels) as image:
+        size = image.size
+        if image.format == "TIFF":  # Pillow's size of it is the turned one
+            return size
+        late = _late_exif(path) if image.format == "PNG" else None
+        if late is None:
+            swapped = turned(image)
+        else:
+            image.info |= {"exif": b"Exif\0\0" + late} if late else {}
+            swapped = _swaps(Image.Image.getexif(image))  # a PNG's own decodes, to look behind the pixels
+    return (size[1], size[0]) if swapped else size
+
+
+def turned(image: Image.Image) -> bool:
+    """Whether its EXIF orientation swaps width and height."""
+    return _swaps(image.getexif())
+
+
+def _swaps(exif: Image.Exif) -> bool:
+    return exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
+def _late_exif(path: str) -> bytes | None:
+    """The EXIF data behind the pixels of a PNG file, found by the headers of its chunks; empty where there is
+    none, None where a text there may hold it in another form."""
+    behind = False
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            behind |= kind == b"IDAT"
+            if behind and kind in (b"IEND", b"fcTL"):  # the end, or a further frame of an animation
+                break
+            if behind and kind == b"eXIf":
+                return file.read(length)
+            if behind and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                start = file.read(min(length, len(_IN_TEXT[0])))
+                if start.startswith(_IN_TEXT):
+                    return None
+                length -= len(start)
+            file.seek(length + 4, os.SEEK_CUR)  # and its checksum
+    return b""
+
+
+_IN_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # keywords; the longer one first
+
+
+@contextlib.contextmanager
+def opened(path: str, source: str | BinaryIO, *, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header was read; what goes wrong in the block is an ImageError that names `path`."""
     try:
         if os.path.getsize(path) == 0:
             raise ImageError("empty image", f"{path}: the image file is empty (0 bytes)")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 message = (
@@ -88,8 +170,7 @@ def load_image(path: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     "allowed; scale it down"
                 )
                 raise ImageError("image too large", message)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            yield image
     except ImageError:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

@@ -7,21 +7,26 @@ is a small dictionary, so a restart continues with the next batch.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from PIL import Image
 
 from mstar_jax import sharding
-from mstar_jax.data import pixels, workers
+from mstar_jax.data import pictures, pixels, workers
 from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
+
+TOGETHER = 4096  # prompts that are tokenised together: their ids are in memory at once
+
+
+Shapes = dict[bytes, tuple[int, int]]  # (prompt tokens, crops) by `_key`
 
 
 def plan_prompts(
-    pairs: Sequence[tuple[Query, str]], processor: Processor, max_length: int
+    pairs: Sequence[tuple[Query, str]], processor: Processor, max_length: int, shapes: Shapes | None = None
 ) -> list[Prompt | None]:
     """Measures prompts without decoding their images.
 
@@ -31,24 +36,30 @@ def plan_prompts(
       max_length: longest prefix in tokens. A longer prompt is left out whole: cutting it could cut an
         image span, and then features and placeholders no longer match. So is one that leaves no room for
         a response in the model's context.
+      shapes: what this processor has measured before; new prompts are added.
 
     Returns:
       A prompt for each pair, None for one that is left out.
     """
+    shapes = {} if shapes is None else shapes
+    size = functools.cache(pictures.size)
+    sizes = [[size(path) for path in query.images] for query, _ in pairs]
+    keys = [_key(text, some) for (_, text), some in zip(pairs, sizes)]
+    new = list({key: at for at, key in enumerate(keys) if key not in shapes}.values())
+    for part in (new[at : at + TOGETHER] for at in range(0, len(new), TOGETHER)):
+        found = processor.prefix_shapes([pairs[at][1] for at in part], [sizes[at] for at in part])
+        shapes.update(zip((keys[at] for at in part), found, strict=True))
     prompts: list[Prompt | None] = []
-    size = functools.cache(_image_size)
-    for query, text in pairs:
-        length, crops = processor.prefix_shape(text, [size(path) for path in query.images])
+    for (query, text), key in zip(pairs, keys):
+        length, crops = shapes[key]
         fits = length <= max_length and processor.length_limit(length) > length
         prompts.append(Prompt(query, text, length, crops) if fits else None)
     return prompts
 
 
-def _image_size(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
-        width, height = image.size
-        transposed = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-    return (height, width) if transposed else (width, height)
+def _key(text: str, sizes: Sequence[tuple[int, int]]) -> bytes:
+    """All that a prompt's shape depends on, besides its processor, in 16 bytes: texts are long and many."""
+    return hashlib.blake2b(f"{sizes} {text}".encode(), digest_size=16).digest()
 
 
 def bucket(length: int, buckets: Sequence[int]) -> int:

@@ -24,18 +24,19 @@ The reader keeps the rows that can be trained on and counts all others by cause;
 it.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import gzip
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mstar_jax.answers.check import equivalent
-from mstar_jax.data.images import MAX_PIXELS, ImageError, content, load_image, resolve
+from mstar_jax.data import pictures
+from mstar_jax.data.images import MAX_PIXELS, resolve
 from mstar_jax.data.splits import split
 from mstar_jax.data.turns import Unreadable, image_marks, parse_answer, parse_question
 from mstar_jax.structs import Query
@@ -158,7 +159,7 @@ def _image_paths(row: dict) -> list[str]:
 # ---- 2. queries ----------------------------------------------------------------------------------------
 
 
-def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: dict[str, str]) -> Query:
+def _query(row: dict, fallback_id: str, resolved: Callable[[str], str], unlabelled: bool) -> Query:
     human, value = _turns(row)
     paths = _image_paths(row)
     if image_marks(human) not in (0, len(paths)):
@@ -168,16 +169,14 @@ def _query(row: dict, fallback_id: str, root: str, unlabelled: bool, resolved: d
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
     asked_type = "choice" if options else _cue(hint)
     gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint, question)
-    for path in paths:
-        if path not in resolved:
-            try:
-                resolved[path] = resolve(root, path)
-            except ValueError as error:
-                raise Unreadable("image path leaves the root") from error
+    try:
+        images = tuple(map(resolved, paths))
+    except ValueError as error:
+        raise Unreadable("image path leaves the root") from error
     source = paths[0].split("/")[0] if paths and "/" in paths[0] else ""
     return Query(
         id=name or fallback_id,
-        images=tuple(resolved[path] for path in paths),
+        images=images,
         question=question,
         options=options,
         answer=gold,
@@ -223,14 +222,15 @@ def read(
     report = Report(path)
     stem = os.path.basename(path).split(".")[0]
     found: list[tuple[str, Query]] = []  # (place in the file, query)
-    resolved: dict[str, str] = {}
+    real = functools.cache(os.path.realpath)  # of folders
+    resolved = functools.cache(lambda relative: resolve(root, relative, real))
     for index, (place, row) in enumerate(_rows(path)):
         report.rows += 1
         if isinstance(row, Exception):
             report.drop("bad JSON line", place)
             continue
         try:
-            query = _query(row, f"{stem}_{index}", root, unlabelled, resolved)
+            query = _query(row, f"{stem}_{index}", resolved, unlabelled)
         except Unreadable as error:
             name = row.get("id") if isinstance(row, dict) else None
             report.drop(str(error), f"{place}: {name}" if isinstance(name, str) else place)
@@ -238,7 +238,8 @@ def read(
             found.append((f"{place}: {query.id}", query))
 
     if check_images:
-        faults = _image_faults(sorted({image for _, query in found for image in query.images}), max_pixels)
+        distinct = sorted({image for _, query in found for image in query.images})
+        faults = pictures.faults(distinct, max_pixels=max_pixels)
         usable = []
         for place, query in found:
             if causes := [faults[image] for image in query.images if image in faults]:
@@ -251,23 +252,12 @@ def read(
     return queries, report
 
 
-def _image_faults(paths: Sequence[str], max_pixels: int) -> dict[str, str]:
-    def fault(path: str) -> str | None:
-        try:
-            load_image(path, max_pixels=max_pixels)
-        except ImageError as error:
-            return error.cause
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return {path: cause for path, cause in zip(paths, pool.map(fault, paths), strict=True) if cause}
-
-
 def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
     """Of equal questions about the same images, the first; none if their answers differ, also where the
     same picture has several names."""
     groups: dict[tuple, list[Query]] = {}
-    keys = [(tuple(map(content, query.images)), query.question, query.options) for _, query in found]
+    shown = pictures.contents({image for _, query in found for image in query.images})
+    keys = [(tuple(shown[image] for image in q.images), q.question, q.options) for _, q in found]
     for key, (_, query) in zip(keys, found, strict=True):
         groups.setdefault(key, []).append(query)
     conflicting = {key for key, group in groups.items() if not all(_same_gold(q, group[0]) for q in group)}

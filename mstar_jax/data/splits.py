@@ -1,6 +1,5 @@
 """Splits of a data set by image, and the share of it that an iteration uses."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import math
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mstar_jax.data.images import content
+from mstar_jax.data import pictures
 from mstar_jax.structs import Query
 
 
@@ -22,7 +21,7 @@ def split(
 ) -> dict[str, list[Query]]:
     """Splits by image: no two splits share an image, so test images are never trained on.
 
-    An image is what its file holds (`images.content`), whatever its name. Near copies, such as the same
+    An image is what its file holds (`pictures.content`), whatever its name. Near copies, such as the same
     picture scaled or encoded again, count as different ones.
 
     As in M-STaR (section 4), half of MathV360K is labelled and the other half counts as unlabelled;
@@ -88,9 +87,7 @@ def unlabelled(query: Query) -> Query:
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
     """Connected components of queries that share images, each sorted by id."""
-    paths = sorted({image for query in queries for image in query.images})
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        contents = dict(zip(paths, pool.map(content, paths), strict=True))
+    contents = pictures.contents({image for query in queries for image in query.images})
     parent: dict[str, str] = {}
 
     def find(node: str) -> str:

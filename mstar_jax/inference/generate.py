@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mstar_jax import processes, progress, sharding
-from mstar_jax.data import images, loader, prompts
+from mstar_jax.data import loader, pictures, prompts
 from mstar_jax.inference import draw, rollouts
 from mstar_jax.inference.sampler import Sampler, for_sampling
 from mstar_jax.profiling import speed
@@ -59,6 +59,7 @@ class Inference:
       stop: asked between device batches and steps; true ends the run.
       speeds: how fast the passes since the last record were.
       samplers: compiled programs by (branches, rows sampled together).
+      shapes: of the prompts that were measured, by processor: most are planned several times.
     """
 
     workdir: pathlib.Path
@@ -72,6 +73,7 @@ class Inference:
     stop: Callable[[], bool]
     speeds: speed.Speeds
     samplers: dict[tuple[int, int], Sampler] = dataclasses.field(default_factory=dict)
+    shapes: dict[Processor, loader.Shapes] = dataclasses.field(default_factory=dict)
 
 
 def inference(
@@ -139,7 +141,9 @@ def plan(
       longest: most tokens of a prompt; 0 for `data.max_prompt`.
     """
     longest = longest or host.data.max_prompt
-    planned = loader.plan_prompts(asked, processor or host.processor, longest)
+    processor = processor or host.processor
+    shapes = host.shapes.setdefault(processor, {})
+    planned = loader.plan_prompts(asked, processor, longest, shapes)
     left_out = [each.query.id for each, prompt in zip(asked, planned) if prompt is None]
     if left_out:
         ids = ", ".join(left_out[:3])
@@ -348,5 +352,5 @@ def digest_of(workdir: pathlib.Path, rows: Sequence[Row]) -> str:
 def told(workdir: pathlib.Path, query: Query) -> list[object]:
     """What tells a query from others, with what its pictures show; a copied workdir has the same."""
     own = f"{workdir.absolute()}{os.sep}"
-    pictures = [(image.removeprefix(own), images.content(image)) for image in query.images]
-    return [query.id, query.options, query.answer, query.answer_type, query.precision, pictures]
+    shown = [(image.removeprefix(own), pictures.content(image)) for image in query.images]
+    return [query.id, query.options, query.answer, query.answer_type, query.precision, shown]

@@ -134,8 +134,13 @@ class InternVLProcessor(processor.Processor[tiles.Tiles]):
     def _tiles(self, width: int, height: int) -> int:
         return tiles.tile_count(*self.cut.grid(width, height), self.cut.thumbnail)
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, tiles) without decoding an image; sizes are (width, height)."""
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, tiles) of prompts without decoding an image; sizes are (width, height)."""
+        return [self._shape(text, some) for text, some in zip(texts, sizes, strict=True)]
+
+    def _shape(self, text: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         count = sum(self._tiles(*size) for size in sizes)
         return sum(map(len, self.chunks(text, len(sizes)))) + count * self.config.features, count
 

@@ -173,21 +173,28 @@ class MiniCPMV25Processor(processor.Processor[slicing.Slicing]):
             text = text.replace(token, token[0] + " " + token[1:])
         return text
 
-    def _prompt(self, text: str, layouts: list[slicing.Layout]) -> list[int]:
-        """Token ids of Llama 3's chat template with one BOS; `<unk>` stands for each image feature."""
-        images = [placeholder(layout, self.config.query_num) for layout in layouts]
+    def _prompt(self, text: str, layouts: list[slicing.Layout], features: int) -> str:
+        """Llama 3's chat template with one BOS; `<unk>` stands for each of so many features of an image."""
+        images = [placeholder(layout, features) for layout in layouts]
         content = "\n".join([*images, self._without_control(text)]).strip()
-        prompt = f"{BOS}{HEADER}user{HEADER_END}\n\n{content}{END}{HEADER}assistant{HEADER_END}\n\n"
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return f"{BOS}{HEADER}user{HEADER_END}\n\n{content}{END}{HEADER}assistant{HEADER_END}\n\n"
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, images and slices) without decoding an image; sizes are (width, height)."""
-        layouts = [self.cut.layout(size) for size in sizes]
-        return len(self._prompt(text, layouts)), sum(layout.crops for layout in layouts)
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, images and slices) of prompts without decoding an image; sizes are (width,
+        height)."""
+        layouts = [[self.cut.layout(size) for size in some] for some in sizes]
+        prompts = [self._prompt(text, some, 0) for text, some in zip(texts, layouts, strict=True)]
+        marks = tokenizer.ids_of_all(self.tokenizer, prompts, add_special_tokens=False)
+        crops = [sum(layout.crops for layout in some) for some in layouts]
+        # a feature's token joins no other
+        return [(len(ids) + n * self.config.query_num, n) for ids, n in zip(marks, crops, strict=True)]
 
     def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The official prompt, with images before the text."""
-        tokens = np.array(self._prompt(text, [self.cut.layout(size) for size in sizes]), np.int32)
+        prompt = self._prompt(text, [self.cut.layout(size) for size in sizes], self.config.query_num)
+        tokens = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
         places = tokens == self.unk_id
         index = np.where(places, np.cumsum(places) - 1, -1)
         return np.where(places, 0, tokens), index.astype(np.int32)

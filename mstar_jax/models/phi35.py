@@ -8,6 +8,7 @@ code.
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -170,16 +171,27 @@ class Phi35Processor(processor.Processor[hd.HD]):
     def _side(self) -> int:
         return self.config.vision.side // 2
 
-    def _chunks(self, text: str, images: int) -> list[list[int]]:
-        """Token ids before, between and after the images. As in the official processor, each chunk is
+    def _parts(self, text: str, images: int) -> list[str]:
+        """The text before, between and after the images. As in the official processor, each chunk is
         tokenised alone and begins with BOS, so an extra `<s>` follows every image."""
         texts = ["<|user|>\n"] + ["\n"] * images
         texts[-1] += without_control(text) + END + "\n<|assistant|>\n"
-        return [self.tokenizer(chunk)["input_ids"] for chunk in texts]
+        return texts
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
-        tokens = sum(map(len, self._chunks(text, len(sizes))))
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, crops) of prompts without decoding an image; sizes are (width, height)."""
+        parts = [self._parts(text, len(some)) for text, some in zip(texts, sizes, strict=True)]
+        distinct = list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+        lengths = dict(zip(distinct, map(len, tokenizer.ids_of_all(self.tokenizer, distinct)), strict=True))
+        return [
+            self._shape(sum(lengths[part] for part in some), images)
+            for some, images in zip(parts, sizes, strict=True)
+        ]
+
+    def _shape(self, tokens: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(prompt tokens, crops) of a prompt with so many tokens of text."""
         crops = 0
         for width, height in sizes:
             rows, columns = hd.hd_grid(width, height, self.cut.num_crops, self.cut.size)
@@ -190,7 +202,7 @@ class Phi35Processor(processor.Processor[hd.HD]):
     def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, with complete image
         spans."""
-        chunks = self._chunks(text, len(sizes))
+        chunks = [self.tokenizer(part)["input_ids"] for part in self._parts(text, len(sizes))]
         first = 2  # feature of the next image: after the separators
         tokens: list[Sequence[int]] = [chunks[0]]
         index: list[Sequence[int]] = [[-1] * len(chunks[0])]

@@ -155,8 +155,7 @@ class SmolVLMProcessor(processor.Processor[splitting.Splitting]):
             )
 
     def _without_control(self, text: str) -> str:
-        """The text with a space in everything that the tokenizer, or the official prompt, would read as a
-        control token."""
+        """The text with a space in what the tokenizer, or the official prompt, reads as a control token."""
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _rendered(self, text: str, images: int) -> str:
@@ -165,24 +164,26 @@ class SmolVLMProcessor(processor.Processor[splitting.Splitting]):
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def _prompt(self, text: str, cuts: list[Layout], features: int) -> list[int]:
-        """Token ids of the chat template's prompt; `<image>` stands for each feature of a crop."""
+    def _prompt(self, text: str, cuts: list[Layout], features: int) -> str:
+        """The chat template's prompt; `<image>` stands for each of so many features of a crop."""
         parts = self._rendered(self._without_control(text), len(cuts)).split(IMAGE)
         images = (placeholder(cut, features) for cut in cuts)
-        whole = "".join(itertools.chain(*itertools.zip_longest(parts, images, fillvalue="")))
-        return self.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return "".join(itertools.chain(*itertools.zip_longest(parts, images, fillvalue="")))
 
-    def prefix_shape(self, text: str, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(prompt tokens, crops) without decoding an image; sizes are (width, height)."""
-        cuts = [self.cut.layout(size) for size in sizes]
-        crops = sum(cut.crops for cut in cuts)
-        marks = len(self._prompt(text, cuts, 0))  # no feature's token joins another
-        return marks + crops * self.config.features, crops
+    def prefix_shapes(
+        self, texts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[int, int]]:
+        """(prompt tokens, crops), no image decoded; sizes are (width, height). Features' tokens join none."""
+        cuts = [[self.cut.layout(size) for size in some] for some in sizes]
+        prompts = [self._prompt(text, some, 0) for text, some in zip(texts, cuts, strict=True)]
+        marks = tokenizer.ids_of_all(self.tokenizer, prompts, add_special_tokens=False)
+        crops = (sum(cut.crops for cut in some) for some in cuts)
+        return [(len(ids) + n * self.config.features, n) for ids, n in zip(marks, crops)]
 
     def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The official chat prompt, with images before the text and complete image spans."""
-        cuts = [self.cut.layout(size) for size in sizes]
-        tokens = np.array(self._prompt(text, cuts, self.config.features), np.int32)
+        prompt = self._prompt(text, [self.cut.layout(size) for size in sizes], self.config.features)
+        tokens = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
         places = tokens == self.config.image_token_id
         index = np.where(places, np.cumsum(places) - 1, -1)
         return np.where(places, 0, tokens), index.astype(np.int32)

@@ -21,7 +21,14 @@ from mstar_jax.structs import Model, Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
 from mstar_jax.training.step import Loss, Step
-from mstar_jax.workdir import check_inputs, fingerprint, of_checkpoint, of_queries
+from mstar_jax.workdir import (
+    check_inputs,
+    fingerprint,
+    keep_images,
+    of_checkpoint,
+    of_queries,
+    recall_images,
+)
 
 TRUTH = pathlib.Path("figures", "truth.jsonl")  # in the workdir, of the embedded data
 
@@ -92,7 +99,9 @@ def start(
     configure.check(config, sharding.make_mesh(**config.mesh))
     results = records.Results(workdir, head)
     with processes.first_alone("data"):  # makes the embedded data set
+        recall_images(workdir)
         data = configure.load_data(config, workdir)
+        keep_images(workdir)
     if config.evolve.unlabelled.mixin is not None and not data.unlabelled:
         raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
     with processes.first_alone("policy"):  # and its tokenizer
