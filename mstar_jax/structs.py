@@ -220,6 +220,8 @@ class Batch(NamedTuple):
       pixels: float32[B, C, S, S, 3]; normalised crops, zeros where a row has fewer than C. A family whose
         crops have no common shape has a tuple of arrays instead, each with [B, C] in front.
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
+      positions: int32[B, 3, T]; time, height and width of every token, for a family with M-RoPE (see
+        `layers.DecoderConfig`). A branch goes on from the prefix's greatest position.
     """
 
     tokens: Array
@@ -228,6 +230,7 @@ class Batch(NamedTuple):
     image_index: Array
     pixels: Pixels
     labels: Array = None
+    positions: Array = None
 
 
 class EncodedPrompt(NamedTuple):
@@ -237,11 +240,13 @@ class EncodedPrompt(NamedTuple):
       tokens: int32[P], 0 at the positions of image features.
       image_index: int32[P], -1 for text.
       pixels: float32[C, S, S, 3], or a family's own tuple of arrays with C crops in front.
+      positions: int32[3, P], see `Batch`; None for a family without M-RoPE.
     """
 
     tokens: np.ndarray
     image_index: np.ndarray
     pixels: Pixels
+    positions: np.ndarray | None = None
 
 
 class Processor(Protocol):

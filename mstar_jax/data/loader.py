@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from mstar_jax import sharding
-from mstar_jax.data import pictures
+from mstar_jax.data import pictures, positions
 from mstar_jax.data.images import load_image
 from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
 
@@ -120,7 +120,7 @@ def encode_row(row: Row, processor: Processor, length: int, crops: int) -> Batch
             labels[at + place] = label
         at = end
     pixels = jax.tree.map(lambda x: _padded(x, (crops, *x.shape[1:])), prefix.pixels)
-    return Batch(tokens, branch, mask, index, pixels, labels)
+    return Batch(tokens, branch, mask, index, pixels, labels, positions.of_row(prefix.positions, branch))
 
 
 def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
