@@ -1,8 +1,9 @@
 """Every key of a config, once, with its meaning and unit; the values are the paper's (arXiv 2412.17451).
 
 Where the paper gives no value, it is ours. One file for each policy overrides what differs (`phi35.py`,
-`internvl2.py`, `internvl3.py`, `minicpmv25.py`, `smolvlm.py`, `tiny.py`), `variants.py` holds the training
-methods, and the command line overrides both: `--config.evolve.k=8`. A config of your own:
+`internvl2.py`, `internvl3.py`, `minicpmv25.py`, `smolvlm.py`, `qwen_vl.py`, `qwen3_vl.py`, `tiny.py`),
+`variants.py` holds the training methods, and the command line overrides both: `--config.evolve.k=8`. A config
+of your own:
 
     from configs import base
 

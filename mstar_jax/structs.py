@@ -220,6 +220,8 @@ class Batch(NamedTuple):
       pixels: a tuple of arrays with [B, C] in front, `crops.arrays.Crops` or a family's own: pixels in 8
         bits, and where they are; zeros where a row has fewer than C.
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
+      positions: int32[B, 3, T]; time, height and width of every token, for a family with M-RoPE (see
+        `layers.DecoderConfig`). A branch goes on from the prefix's greatest position.
     """
 
     tokens: Array
@@ -228,20 +230,21 @@ class Batch(NamedTuple):
     image_index: Array
     pixels: Pixels
     labels: Array = None
+    positions: Array = None
 
 
-class EncodedPrompt(NamedTuple):
-    """One prompt as arrays.
+class Prefix(NamedTuple):
+    """A prompt as arrays, without its pixels: the first part of a row.
 
     Attributes:
       tokens: int32[P], 0 at the positions of image features.
-      image_index: int32[P], -1 for text.
-      pixels: a tuple of arrays with C crops in front, see `Batch`.
+      image_index: int32[P], which feature is there, -1 for text.
+      positions: int32[3, P], see `Batch`; None for a family without M-RoPE.
     """
 
     tokens: np.ndarray
     image_index: np.ndarray
-    pixels: Pixels
+    positions: np.ndarray | None = None
 
 
 class Processor(Protocol):
@@ -260,9 +263,8 @@ class Processor(Protocol):
     ) -> list[tuple[int, int]]:
         """(prompt tokens, crops) of each prompt, with images of these (width, height); decodes none."""
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """int32[P] tokens of a prompt, 0 at image features, and int32[P] which feature is there, -1 for text;
-        every image span is whole."""
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
+        """A prompt with images of these (width, height); every image span is whole."""
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, closed by the stop id."""

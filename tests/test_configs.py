@@ -18,7 +18,17 @@ from mstar_jax.evaluate import evaluation
 from mstar_jax.plan import official
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-POLICIES = ("tiny", "phi35", "internvl2", "internvl3", "minicpmv25", "smolvlm", "smollm2")
+POLICIES = (
+    "tiny",
+    "phi35",
+    "internvl2",
+    "internvl3",
+    "minicpmv25",
+    "smolvlm",
+    "qwen_vl",
+    "qwen3_vl",
+    "smollm2",
+)
 
 
 def get(policy, variant="mstar"):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mstar_jax import sharding
-from mstar_jax.models import internvl_chat, minicpmv25, names, phi35, smolvlm
+from mstar_jax.models import internvl_chat, minicpmv25, names, phi35, qwen3vl, qwen25vl, smolvlm
 from mstar_jax.plan import official
 
 PORTS = pathlib.Path(os.environ.get("MSTAR_GOLDENS", "/nonexistent/goldens")).parent
@@ -20,6 +20,8 @@ FULL = {  # family, config, tensors, parameters
     "internvl2": (internvl_chat.FAMILY, official.INTERNVL2, 517, 2_205_754_368),
     "minicpmv25": (minicpmv25.FAMILY, official.MINICPMV25, 741, 8_537_092_336),
     "smolvlm": (smolvlm.FAMILY, official.SMOLVLM2_256M, 471, 256_484_928),
+    "qwen25vl": (qwen25vl.FAMILY, official.QWEN25VL_3B, 824, 3_754_622_976),
+    "qwen3vl": (qwen3vl.FAMILY, official.QWEN3VL_4B, 713, 4_437_815_808),
 }
 
 

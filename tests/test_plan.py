@@ -31,6 +31,8 @@ def small():
         ("internvl3", 2_088_957_440),
         ("minicpmv25", 8_537_092_336),
         ("smolvlm", 256_484_928 + 4_884_480),  # with its adapters
+        ("qwen_vl", 3_754_622_976),
+        ("qwen3_vl", 4_437_815_808),
     ],
 )
 def test_released_models_need_no_checkpoint(name, parameters):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import test_internvl2
 import test_internvl3
+import test_qwen3vl
+import test_qwen25vl
 import test_smolvlm
 import tiny
 import tiny_minicpm
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file
 from mstar_jax import evolve, export, finished, main, models, records, sharding
 from mstar_jax.data import figures, toy
 from mstar_jax.inference.generate import Stopped
-from mstar_jax.models import internvl_chat, internvl_hf, minicpmv25, phi35, smolvlm, vlm
+from mstar_jax.models import internvl_chat, internvl_hf, minicpmv25, phi35, qwen3vl, qwen25vl, smolvlm, vlm
 from mstar_jax.report import page
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Stage
@@ -102,6 +104,16 @@ def internvl3_hf_policy(words):
     return models.FromScratch(internvl_hf.FAMILY, roomy(test_internvl3.HF["qwen3"]), words)
 
 
+def qwen25vl_policy(words):
+    test_qwen25vl.make_words(words)
+    return models.FromScratch(qwen25vl.FAMILY, roomy(test_qwen25vl.CONFIG), words)
+
+
+def qwen3vl_policy(words):
+    test_qwen25vl.make_words(words)
+    return models.FromScratch(qwen3vl.FAMILY, roomy(test_qwen3vl.CONFIG), words)
+
+
 FAMILIES = {
     "phi35": phi35_policy,
     "internvl2": internvl2_policy,
@@ -109,9 +121,12 @@ FAMILIES = {
     "smolvlm": smolvlm_policy,
     "internvl3": internvl3_policy,
     "internvl3:hf": internvl3_hf_policy,
+    "qwen_vl": qwen25vl_policy,
+    "qwen3_vl": qwen3vl_policy,
 }
 
 
+@pytest.mark.timeout(1200)  # some images have several numbers of crops, each with programs of its own
 @pytest.mark.parametrize(
     ("name", "reward_model"),
     [

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from mstar_jax import sharding
-from mstar_jax.data import pictures, pixels, workers
-from mstar_jax.structs import Batch, Processor, Prompt, Query, Row
+from mstar_jax.data import pictures, pixels, positions, workers
+from mstar_jax.structs import Batch, Prefix, Processor, Prompt, Query, Row
 
 TOGETHER = 4096  # prompts that are tokenised together: their ids are in memory at once
 
@@ -110,6 +110,10 @@ def encode_rows(
     paths = [row.prompt.query.images for row in decoded]
     planned = [row.prompt.crops for row in decoded]
     found = find(pixels.Job(processor.cut, paths, planned, crops, len(share)))
+    prefixes = [
+        processor.prefix(row.prompt.text, sizes) for row, sizes in zip(decoded, found.sizes, strict=True)
+    ]
+    turned = any(prefix.positions is not None for prefix in prefixes)
     batch = Batch(
         tokens=np.zeros((len(share), length), np.int32),
         branch=np.full((len(share), length), -1, np.int32),
@@ -117,27 +121,27 @@ def encode_rows(
         image_index=np.full((len(share), length), -1, np.int32),
         pixels=found.pixels,
         labels=np.full((len(share), length), -1, np.float32),
+        positions=np.zeros((len(share), 3, length), np.int32) if turned else None,
     )
-    for at, (row, sizes, count) in enumerate(zip(decoded, found.sizes, found.counts, strict=True)):
-        tokens, index = processor.prefix(row.prompt.text, sizes)
-        if (len(tokens), count) != (row.prompt.length, row.prompt.crops):
+    for at, (row, prefix, count) in enumerate(zip(decoded, prefixes, found.counts, strict=True)):
+        if (len(prefix.tokens), count) != (row.prompt.length, row.prompt.crops):
             query = row.prompt.query
             raise ValueError(
                 f"query {query.id}: planned {row.prompt.length} prompt tokens and {row.prompt.crops} crops, "
-                f"but encoded {len(tokens)} and {count}; did one of its images change on disk? "
+                f"but encoded {len(prefix.tokens)} and {count}; did one of its images change on disk? "
                 f"{list(query.images)}"
             )
         if mine:
-            _lay_out(batch, at, row, tokens, index)
+            _lay_out(batch, at, row, prefix)
     return batch if mine else batch._replace(pixels=jax.tree.map(np.zeros_like, batch.pixels))
 
 
-def _lay_out(batch: Batch, at: int, row: Row, tokens: np.ndarray, index: np.ndarray) -> None:
+def _lay_out(batch: Batch, at: int, row: Row, prefix: Prefix) -> None:
     """Writes a row's prefix and branches into row `at` of a batch; its pixels are there already."""
-    end = len(tokens)
-    batch.tokens[at, :end] = tokens
+    end = len(prefix.tokens)
+    batch.tokens[at, :end] = prefix.tokens
     batch.branch[at, :end] = 0
-    batch.image_index[at, :end] = index
+    batch.image_index[at, :end] = prefix.image_index
     for number, response in enumerate(row.responses):
         start, end = end, end + len(response)
         batch.tokens[at, start:end] = response
@@ -145,6 +149,8 @@ def _lay_out(batch: Batch, at: int, row: Row, tokens: np.ndarray, index: np.ndar
         batch.loss_mask[at, start:end] = row.weights[number] if row.weights else 1.0
         for place, label in row.labels[number] if row.labels else ():
             batch.labels[at, start + place] = label
+    if prefix.positions is not None:
+        batch.positions[at] = positions.of_row(prefix.positions, batch.branch[at])
 
 
 @dataclasses.dataclass(frozen=True)

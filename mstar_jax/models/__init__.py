@@ -18,7 +18,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mstar_jax import sharding
-from mstar_jax.models import hf, internvl_chat, internvl_hf, layers, minicpmv25, names, phi35, smolvlm, vlm
+from mstar_jax.models import (
+    hf,
+    internvl_chat,
+    internvl_hf,
+    layers,
+    minicpmv25,
+    names,
+    phi35,
+    qwen3vl,
+    qwen25vl,
+    smolvlm,
+    vlm,
+)
 from mstar_jax.structs import Processor
 
 FAMILIES: dict[str, hf.Family[Any]] = {
@@ -28,6 +40,8 @@ FAMILIES: dict[str, hf.Family[Any]] = {
     "minicpmv": minicpmv25.FAMILY,
     "smolvlm": smolvlm.FAMILY,
     "idefics3": smolvlm.FAMILY,
+    "qwen2_5_vl": qwen25vl.FAMILY,
+    "qwen3_vl": qwen3vl.FAMILY,
 }
 
 

@@ -25,6 +25,7 @@ from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, normalised, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
+from mstar_jax.structs import Prefix
 
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of red, green and blue in [0, 1]
 PROJECTOR_EPS = 1e-5  # PyTorch's default; the tower's norms have their own
@@ -144,7 +145,7 @@ class InternVLProcessor(processor.Processor[tiles.Tiles]):
         count = sum(self._tiles(*size) for size in sizes)
         return sum(map(len, self.chunks(text, len(sizes)))) + count * self.config.features, count
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
         """The official chat prompt, with complete image spans. Images precede the text, each as
         `<img>` features `</img>\\n`."""
         chunks = self.chunks(text, len(sizes))
@@ -156,7 +157,7 @@ class InternVLProcessor(processor.Processor[tiles.Tiles]):
             tokens += [[0] * length, chunk]
             index += [range(first, first + length), [-1] * len(chunk)]
             first += length
-        return np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32)
+        return Prefix(np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32))
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|im_end|>`."""

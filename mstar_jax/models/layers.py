@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mstar_jax import sharding
@@ -27,11 +28,14 @@ ADAPTERS = r"decoder\.blocks\.\w+_[ab]$"  # names of the adapters' parameters
 class DecoderConfig:
     """Dimensions of a Llama-like decoder (Phi-3 adds LongRoPE factors).
 
-    `short_factor` and `long_factor` have head_dim / 2 entries; None means plain RoPE. `qkv_bias` gives the
-    query, key and value projections biases (Qwen2 and 2.5). `qk_norm` gives each head of queries and keys an
-    RMSNorm before RoPE, with one weight for all heads (Qwen3). The scan over blocks is unrolled by `unroll`:
-    more code, faster on a CPU. `lora_rank` r > 0 gives the blocks' projections adapters, x @ W + (x @ a) @ b
-    * lora_alpha / r (LoRA, arXiv 2106.09685, scaled as in peft).
+    `short_factor` and `long_factor` have head_dim / 2 entries; None means plain RoPE. `rope_sections`, three
+    numbers that add up to head_dim / 2, means M-RoPE (Qwen2-VL, arXiv 2409.12191): so many frequencies turn
+    with a token's time, height and width. They follow each other, or take turns (`rope_interleaved`, as in
+    Qwen3-VL), where time also has those that the other two leave. `qkv_bias` gives the query, key and value
+    projections biases (Qwen2 and 2.5). `qk_norm` gives each head of queries and keys an RMSNorm before RoPE,
+    with one weight for all heads (Qwen3). The scan over blocks is unrolled by `unroll`: more code, faster on
+    a CPU. `lora_rank` r > 0 gives the blocks' projections adapters, x @ W + (x @ a) @ b * lora_alpha / r
+    (LoRA, arXiv 2106.09685, scaled as in peft).
     """
 
     vocab_size: int
@@ -45,6 +49,8 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    rope_sections: tuple[int, ...] | None = None
+    rope_interleaved: bool = False
     max_position: int = 4096
     original_max_position: int = 4096
     tie_word_embeddings: bool = False
@@ -103,11 +109,12 @@ widen.defvjp(_widen_forward, _widen_back, symbolic_zeros=True)
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (cos, sin), float32[B, T, N/2], of LongRoPE.
+    """Returns (cos, sin), float32[B, T, N/2], of LongRoPE or M-RoPE.
 
     Args:
-      config: theta, factors and the two context lengths.
-      positions: int32[B, T], position within prefix + own branch.
+      config: theta, factors and the two context lengths; sections.
+      positions: int32[B, T], position within prefix + own branch; with M-RoPE also int32[B, 3, T], time,
+        height and width. Those of a text are the same, so [B, T] does for it.
       long: bool[B], whether the row's sequences exceed the original context. If so, the long factors apply to
         the whole sequence (Phi-3's rule). Both sets of factors share one magnitude.
     """
@@ -123,10 +130,25 @@ def rope_tables(config: DecoderConfig, positions: jax.Array, long: jax.Array) ->
             magnitude = math.sqrt(1.0 + math.log(scale) / math.log(config.original_max_position))
     else:
         inverse = jnp.broadcast_to(1.0 / frequency, (positions.shape[0], half))
-    angle = positions[..., None].astype(jnp.float32) * inverse[:, None, :]
+    if positions.ndim == 3:
+        positions = jnp.moveaxis(positions, 1, 2)[..., turning(config)]
+    else:
+        positions = positions[..., None]
+    angle = positions.astype(jnp.float32) * inverse[:, None, :]
     # written into an array, or XLA's CPU compiler would recompute them in every head of every layer
     tables = jnp.zeros((2, *angle.shape)).at[0].set(jnp.cos(angle)).at[1].set(jnp.sin(angle))
     return tables[0] * magnitude, tables[1] * magnitude
+
+
+def turning(config: DecoderConfig) -> np.ndarray:
+    """int32[N/2]: whether a frequency of M-RoPE turns with time (0), height (1) or width (2)."""
+    sections = config.rope_sections or ()
+    if not config.rope_interleaved:
+        return np.repeat(np.arange(len(sections)), sections)
+    axes = np.zeros(sum(sections), np.int32)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -271,8 +293,9 @@ class Decoder(nnx.Module):
         """Runs the blocks and the final norm.
 
         Args:
-          x: [B, T, D] embeddings.
-          positions: int32[B, T].
+          x: [B, T, D] embeddings; or [B, T, (1 + n) * D], followed by what is added after each of the first n
+            blocks (DeepStack, arXiv 2406.04334).
+          positions: int32[B, T], or int32[B, 3, T] with M-RoPE.
           long: bool[B], see `rope_tables`.
           attend: the attention function, see `attention.row_attention`.
           remat: a `jax.checkpoint` policy, or None to keep all activations.
@@ -281,16 +304,25 @@ class Decoder(nnx.Module):
           hidden [B, T, D], and what `attend` keeps of every block, stacked over L.
         """
         rope = rope_tables(self.config, positions, long)
+        levels = x.shape[-1] // self.config.hidden_size - 1
+        added = None
+        if levels:
+            x, *deep = jnp.split(x, 1 + levels, axis=-1)
+            added = jnp.stack(deep)
 
-        def block(x, blocks):
+        def block(x, layer):
+            blocks, number = layer
             # activations stay sharded by row; the compiler might else shard them along D, as weights are
             x = sharding.constrain(x, ("batch", None, None))
             x, kept = blocks(x, rope, attend)
+            if added is not None:
+                x = x + jnp.where(number < levels, added[jnp.minimum(number, levels - 1)], 0)
             return sharding.constrain(x, ("batch", None, None)), kept
 
         if remat is not None:
             block = jax.checkpoint(block, policy=remat, prevent_cse=False)
-        x, kept = jax.lax.scan(block, x, self.blocks, unroll=self.config.unroll)
+        numbers = jnp.arange(self.config.num_layers) if levels else None
+        x, kept = jax.lax.scan(block, x, (self.blocks, numbers), unroll=self.config.unroll)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), kept
 
     @jax.named_scope("language")

@@ -23,6 +23,7 @@ from mstar_jax.models.layers import Decoder, layer_norm, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, attention, normalised, tanh_gelu
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
+from mstar_jax.structs import Prefix
 
 BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
@@ -191,13 +192,13 @@ class MiniCPMV25Processor(processor.Processor[slicing.Slicing]):
         # a feature's token joins no other
         return [(len(ids) + n * self.config.query_num, n) for ids, n in zip(marks, crops, strict=True)]
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
         """The official prompt, with images before the text."""
         prompt = self._prompt(text, [self.cut.layout(size) for size in sizes], self.config.query_num)
         tokens = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
         places = tokens == self.unk_id
         index = np.where(places, np.cumsum(places) - 1, -1)
-        return np.where(places, 0, tokens), index.astype(np.int32)
+        return Prefix(np.where(places, 0, tokens), index.astype(np.int32))
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|eot_id|>`."""

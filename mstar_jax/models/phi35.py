@@ -25,6 +25,7 @@ from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, VitConfig, gelu, merge, normalised, patchify
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
+from mstar_jax.structs import Prefix
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -199,7 +200,7 @@ class Phi35Processor(processor.Processor[hd.HD]):
             crops += rows * columns + 1
         return tokens, crops
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
         """The prompt `<|user|>\\n<|image_1|>\\n{text}<|end|>\\n<|assistant|>\\n`, with complete image
         spans."""
         chunks = [self.tokenizer(part)["input_ids"] for part in self._parts(text, len(sizes))]
@@ -212,7 +213,7 @@ class Phi35Processor(processor.Processor[hd.HD]):
             first += (1 + rows * columns) * self._side**2
             tokens += [[0] * len(span), chunk]
             index += [span, [-1] * len(chunk)]
-        return np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32)
+        return Prefix(np.concatenate(tokens).astype(np.int32), np.concatenate(index).astype(np.int32))
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<|end|>`."""

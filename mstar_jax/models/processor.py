@@ -1,7 +1,7 @@
 """What the families' processors share, and the shapes of what they return."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -9,9 +9,23 @@ from PIL import Image
 
 from mstar_jax.crops.arrays import Crops
 from mstar_jax.models.vlm import PolicyConfig
-from mstar_jax.structs import EncodedPrompt, Pixels
+from mstar_jax.structs import Pixels, Prefix
 
 Cut = TypeVar("Cut", bound=Callable[[Sequence[Image.Image]], Pixels])
+
+
+class EncodedPrompt(NamedTuple):
+    """One prompt as arrays, see `structs.Prefix`.
+
+    Attributes:
+      tokens, image_index, positions: the prefix's.
+      pixels: a tuple of arrays with C crops in front, see `structs.Batch`.
+    """
+
+    tokens: np.ndarray
+    image_index: np.ndarray
+    pixels: Pixels
+    positions: np.ndarray | None = None
 
 
 class Processor(Generic[Cut]):
@@ -19,13 +33,14 @@ class Processor(Generic[Cut]):
 
     cut: Cut
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
         """The prompt's tokens and where its features are; every family defines its own."""
         raise NotImplementedError
 
     def encode(self, text: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """The prompt and its pixels together."""
-        return EncodedPrompt(*self.prefix(text, [image.size for image in images]), self.cut(images))
+        found = self.prefix(text, [image.size for image in images])
+        return EncodedPrompt(found.tokens, found.image_index, self.cut(images), found.positions)
 
 
 def square(config: PolicyConfig, crops: int) -> Crops[jax.ShapeDtypeStruct]:

@@ -30,6 +30,7 @@ from mstar_jax.models.layers import Decoder, param
 from mstar_jax.models.tokenizer import vocabulary
 from mstar_jax.models.vision import Vit, merge, normalised, patchify, tanh_gelu
 from mstar_jax.models.vlm import PolicyConfig, Remat, VisionLanguageModel
+from mstar_jax.structs import Prefix
 
 IMAGE, AROUND, GLOBAL, END = "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
 OTHER_STOPS = ("<|im_end|>", "<|endoftext|>")  # SmolLM2's; Idefics3's Llama 3 has none of them
@@ -180,13 +181,13 @@ class SmolVLMProcessor(processor.Processor[splitting.Splitting]):
         crops = (sum(cut.crops for cut in some) for some in cuts)
         return [(len(ids) + n * self.config.features, n) for ids, n in zip(marks, crops)]
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
         """The official chat prompt, with images before the text and complete image spans."""
         prompt = self._prompt(text, [self.cut.layout(size) for size in sizes], self.config.features)
         tokens = np.array(self.tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
         places = tokens == self.config.image_token_id
         index = np.where(places, np.cumsum(places) - 1, -1)
-        return np.where(places, 0, tokens), index.astype(np.int32)
+        return Prefix(np.where(places, 0, tokens), index.astype(np.int32))
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response, ending in `<end_of_utterance>`. A space follows the prompt's `Assistant:`."""

@@ -18,11 +18,17 @@ from mstar_jax.models.layers import layer_norm, param, rms_norm
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+QUERIES = 1024  # of `segmented`, whose scores are in memory at the same time
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x); a config with `jax.nn.silu` itself could not be pickled."""
+    return jax.nn.silu(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +119,12 @@ class VitBlocks(nnx.Module):
             out.append(one)
         return out
 
-    def __call__(self, x, mask):
-        """One block; `self` is one layer's slice. x [B, T, D], mask bool[B, T] over the keys or None."""
+    def __call__(self, x, mask, attend=None):
+        """One block; `self` is one layer's slice. x [B, T, D], mask bool[B, T] over the keys or None;
+        `attend` is called in place of `attention`."""
         c = self.config
         q, k, v = self._heads(self._norm(x, "norm1"))
-        h = jnp.einsum("bthn,hnd->btd", attention(q, k, v, mask), self.o[...]) + self.o_bias[...]
+        h = jnp.einsum("bthn,hnd->btd", (attend or attention)(q, k, v, mask), self.o[...]) + self.o_bias[...]
         x = x + (h * self.scale1[...] if c.layer_scale else h)
         h = self._norm(x, "norm2")
         h = c.activation(h @ self.up[...] + self.up_bias[...]) @ self.down[...] + self.down_bias[...]
@@ -132,7 +139,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     Args:
       q: [B, T, H, N].
       k, v: [B, S, H, N].
-      mask: bool[B, S], the keys that are attended to; None for all.
+      mask: bool[B, S], the keys that are attended to, or bool[B, T, S], those of each query; None for all.
 
     Returns:
       [B, T, H, N]. Where a mask excludes every key, as for an image that is only padding of a batch, the
@@ -143,9 +150,39 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * (q.shape[-1] ** -0.5), k, v))
     scores = jnp.einsum("bhtn,bhsn->bhts", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bhsn->bhtn", weights, v).transpose(0, 2, 1, 3)
+
+
+def segmented(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+    """Bidirectional attention within the segments of rows, a piece of the queries at a time: the scores of
+    all [B, H, T, T] would be large.
+
+    Args:
+      q, k, v: [B, T, H, N].
+      segment: int32[B, T], the number of each token's segment.
+
+    Returns:
+      [B, T, H, N].
+    """
+    length = q.shape[1]
+    count = -(-length // QUERIES)
+    size = -(-length // count)
+
+    def split(x):  # [B, T, ...] -> [count, B, T / count, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
+
+    def piece(part):
+        queries, own = part
+        return attention(queries, k, v, own[:, :, None] == segment[:, None])
+
+    if count == 1:
+        return piece((q, segment))
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(piece), (split(q), split(segment))), 0, 1)
+    return out.reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
 class Vit(nnx.Module):

@@ -37,6 +37,11 @@ class PolicyConfig:
     vision: VitConfig
     num_crops: int
 
+    @property
+    def most_crops(self) -> int:
+        """The most crops of a prompt with one image: the families add the whole image to `num_crops`."""
+        return self.num_crops + 1
+
 
 class VisionLanguageModel(nnx.Module):
     """A decoder and image features; the module is itself the parameter pytree of a policy."""
@@ -81,13 +86,16 @@ class VisionLanguageModel(nnx.Module):
     def embed(
         self, tokens: jax.Array, image_index: jax.Array, pixels: jax.Array, remat: Remat | None = None
     ) -> jax.Array:
-        """Token embeddings [B, T, D], with image features at the places given by `image_index`."""
+        """Token embeddings [B, T, D], with image features at the places given by `image_index`; wider where
+        the features are, see `layers.Decoder.hidden`."""
         x = self.decoder.embedding[...][tokens]
         if jax.tree.leaves(pixels)[0].shape[1] == 0:  # a text-only batch
             return x
         with jax.named_scope("projector"):  # the tower's own scope, "vision", is inside
             features = self.image_features(sharding.cast(pixels, x.dtype), remat)
         picked = jnp.take_along_axis(features, jnp.maximum(image_index, 0)[..., None], axis=1)
+        if picked.shape != x.shape:  # the features of images hold more than a text's embedding
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, picked.shape[-1] - x.shape[-1])))
         return jnp.where((image_index >= 0)[..., None], picked, x)
 
     def __call__(self, batch: Batch, remat: Remat | None = None) -> jax.Array:
@@ -100,6 +108,7 @@ class VisionLanguageModel(nnx.Module):
         positions, _, mask = layers.row_layout(batch.branch)
         x = self.embed(batch.tokens, batch.image_index, batch.pixels, remat)
         long = positions.max(axis=1) + 1 > self.decoder.config.original_max_position
+        positions = positions if batch.positions is None else batch.positions
         attend = attention.row_attention(mask, keep=False)
         return self.decoder.hidden(x, positions, long, attend, remat=remat)[0]
 
@@ -183,10 +192,14 @@ class VisionLanguageModel(nnx.Module):
         length = jnp.sum(batch.branch == 0, axis=1, dtype=jnp.int32)
         long = length > self.decoder.config.original_max_position
         attend = attention.row_attention(mask, keep=True)
+        positions = positions if batch.positions is None else batch.positions
         hidden, (k, v) = self.decoder.hidden(x, positions, long, attend)
         visible = (batch.branch == 0)[:, None]
         last = jnp.broadcast_to(length[:, None] - 1, (len(x), branches))
         start = last + 1
+        if batch.positions is not None:  # an image takes fewer positions than tokens
+            greatest = jnp.where(batch.branch == 0, positions.max(axis=1), -1).max(axis=1, keepdims=True)
+            start = jnp.broadcast_to(greatest + 1, start.shape)
         if starts is not None:
             parent, kept = starts
             own = (batch.branch[:, None] == parent[..., None]) & (parent > 0)[..., None]

@@ -10,8 +10,10 @@ from mstar_jax.models.internvl_chat import InternVLChatConfig
 from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.minicpmv25 import MiniCPMV25Config
 from mstar_jax.models.phi35 import CLIP, Phi35Config
+from mstar_jax.models.qwen3vl import Qwen3VLConfig
+from mstar_jax.models.qwen25vl import Qwen25VLConfig
 from mstar_jax.models.smolvlm import SmolVLMConfig
-from mstar_jax.models.vision import VitConfig, gelu, tanh_gelu
+from mstar_jax.models.vision import VitConfig, gelu, silu, tanh_gelu
 
 PHI35 = Phi35Config(
     DecoderConfig(
@@ -145,12 +147,82 @@ SMOLVLM2_256M = SmolVLMConfig(
     ),
     num_crops=16,
 )
+QWEN25VL_3B = Qwen25VLConfig(
+    DecoderConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=2,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_sections=(16, 24, 24),
+        max_position=128000,
+        original_max_position=128000,
+        tie_word_embeddings=True,
+        qkv_bias=True,
+    ),
+    VitConfig(
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_layers=32,
+        num_heads=16,
+        image_size=112,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+        activation=silu,
+        select_layer=-1,
+        class_token=False,
+        pre_norm=False,
+        post_norm=False,
+    ),
+    num_crops=1024,
+    max_pixels=12845056,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+QWEN3VL_4B = Qwen3VLConfig(
+    dataclasses.replace(
+        QWEN25VL_3B.decoder,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_heads=32,
+        num_kv_heads=8,
+        rope_theta=5e6,
+        rope_sections=(24, 20, 20),
+        rope_interleaved=True,
+        max_position=262144,
+        original_max_position=262144,
+        qkv_bias=False,
+        qk_norm=True,
+    ),
+    dataclasses.replace(
+        QWEN25VL_3B.vision,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_layers=24,
+        image_size=32,
+        patch_size=16,
+        activation=tanh_gelu,
+        patch_bias=True,
+    ),
+    num_crops=16384,
+    min_pixels=65536,
+    max_pixels=16777216,
+    deep_layers=(5, 11, 17),
+)
 
-Dimensions = Phi35Config | InternVLChatConfig | MiniCPMV25Config | SmolVLMConfig
+Dimensions = (
+    Phi35Config | InternVLChatConfig | MiniCPMV25Config | SmolVLMConfig | Qwen25VLConfig | Qwen3VLConfig
+)
 OFFICIAL: dict[str, Dimensions] = {
     "phi3_v": PHI35,
     "internvl_chat": INTERNVL2,
     "minicpmv": MINICPMV25,
     "smolvlm": SMOLVLM2_256M,
     **{f"internvl_chat:{name}": config for name, config in INTERNVL.items()},
+    "qwen2_5_vl": QWEN25VL_3B,
+    "qwen3_vl": QWEN3VL_4B,
 }

@@ -97,7 +97,6 @@ class Programs:
         self.config = config
         self.mesh = mesh
         self.family, self.dimensions = policy_of(config)
-        self.crops = self.dimensions.num_crops + 1  # one more for the whole image
 
     def build(self) -> vlm.VisionLanguageModel:
         """The policy with random parameters; meant for `jax.eval_shape`."""
@@ -182,9 +181,11 @@ class Programs:
         """A batch of rows, each with an image of the maximum number of crops."""
         number = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         value = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-        pixels = self.family.pixels(self.dimensions, self.crops)
+        pixels = self.family.pixels(self.dimensions, self.dimensions.most_crops)
         pixels = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), pixels)
-        batch = Batch(number, number, value, number, pixels, value)
+        turned = self.dimensions.decoder.rope_sections is not None
+        positions = jax.ShapeDtypeStruct((rows, 3, length), jnp.int32) if turned else None
+        batch = Batch(number, number, value, number, pixels, value, positions)
         return self._placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), batch))
 
     # ---- the programs ----
