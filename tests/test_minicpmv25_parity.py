@@ -168,8 +168,8 @@ def sliced(image):
 
 
 @jax.jit
-def causal_logits(policy, tokens, index, pixels):
-    x = policy.embed(tokens, index, pixels)
+def causal_logits(policy, rows):
+    x = policy.embed(rows.tokens, rows.image_index, rows.pixels)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     attend = attention.row_attention(jnp.tril(jnp.ones((len(x), x.shape[1], x.shape[1]), bool)), keep=False)
     return policy.logits(policy.decoder.hidden(x, positions, jnp.zeros(len(x), bool), attend)[0])
@@ -220,7 +220,7 @@ def test_logits_of_a_conversation(llama, vit, resampler, policy, processor, size
             assert len(theirs) == len(prompt.pixels.patches)
         want = llama(inputs_embeds=embedded[None]).logits
     rows = jax.tree.map(lambda x: x[None], prompt)
-    close(causal_logits(policy, *rows), want)
+    close(causal_logits(policy, rows), want)
 
 
 def test_corrected_mask_is_every_image_alone(vit, resampler, policy, processor):
@@ -270,8 +270,8 @@ def test_greedy_generation_token_for_token(llama, vit, resampler, policy, proces
 def test_bfloat16_stays_near(policy, processor):
     """Drift of the logits in bfloat16, as a share of their standard deviation."""
     rows = jax.tree.map(lambda x: x[None], processor.encode("How many?", [tiny.picture(30, 9)]))
-    exact = np.asarray(causal_logits(policy, *rows))
-    rough = np.asarray(causal_logits(sharding.cast(policy, jnp.bfloat16), *rows))
+    exact = np.asarray(causal_logits(policy, rows))
+    rough = np.asarray(causal_logits(sharding.cast(policy, jnp.bfloat16), rows))
     assert rough.dtype == np.float32
     drift = np.sqrt(np.mean((rough - exact) ** 2)) / exact.std()
     assert 1e-4 < drift < 0.2, drift
