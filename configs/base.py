@@ -148,6 +148,7 @@ def get_config() -> ConfigDict:
     # ---- prm: the process reward model, trained from the warm-up policy on Monte-Carlo step labels ---
     c.prm = prm = ConfigDict()
     prm.path = ""  # a trained one of any family, as `export --stage=prm` writes it; empty: train one
+    prm.head = ""  # the tensor of `prm.path` that is its head, where others saved it and several may be
     prm.queries = 50_000  # labelled queries to train on; 0: no reward model (unless prm.path)
     prm.held_out = 500  # labelled queries that its quality is measured on
     prm.k = 16  # responses sampled per query

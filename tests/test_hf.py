@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face format: in, out, and what is said when one does not fit."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from close import POLICY, close
 from safetensors.numpy import load_file, save_file
 
 from mstar_jax import models, sharding
-from mstar_jax.models import hf, phi35, vlm
+from mstar_jax.models import head, hf, phi35, vlm
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,45 @@ def test_no_layer_is_taken_for_another(folder, tmp_path):
         assert (before[name][1] != after[name][1]).all()
 
 
+def with_tensors(folder, output, **further):
+    """The checkpoint with further tensors among its own."""
+    shutil.copytree(folder, output)
+    path = sorted(output.glob("*.safetensors"))[-1]
+    save_file(load_file(path) | further, path)
+    return models.Pretrained(output)
+
+
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (32, 1)])
+@pytest.mark.parametrize("bias", [None, (), (1,)])
+def test_a_reward_model_of_others_has_its_head_under_any_name(folder, tmp_path, shape, bias):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype(np.float32)
+    further = {"v_head.summary.weight": weight}
+    if bias is not None:
+        further["v_head.summary.bias"] = np.full(bias, 0.25, np.float32)
+    theirs = with_tensors(folder, tmp_path / "theirs", **further)
+    batch = tiny.stack([tiny.row(rng, [(0, 20), (1, 5), (2, 4)], 32)])
+    reward = theirs.load_reward(jnp.float32)
+    hidden = np.asarray(reward.trunk.hidden(batch), np.float64)
+    expected = hidden @ weight.reshape(-1) + (0 if bias is None else 0.25)
+    close(reward(batch)[0], expected, POLICY)
+
+
+def test_a_head_that_is_not_certain_is_asked_for(folder, tmp_path):
+    two = {f"{name}.weight": np.full((1, 32), value, np.float32) for name, value in (("a", 1), ("b", 2))}
+    theirs = with_tensors(folder, tmp_path / "two", **two)
+    with pytest.raises(ValueError, match="several tensors may be the head: a.weight, b.weight; .* prm.head"):
+        theirs.load_reward(jnp.float32)
+    with pytest.raises(ValueError, match="prm.head=c.weight is no further tensor of 32 values"):
+        theirs.load_reward(jnp.float32, chosen="c.weight")
+    chosen = theirs.load_reward(jnp.float32, chosen="b.weight")
+    np.testing.assert_allclose(chosen.weight[...], np.full(32, 2 * 32**0.5), rtol=1e-6)
+    biases = {"b.bias": np.zeros(1, np.float32), "b.offset": np.zeros(1, np.float32)}
+    theirs = with_tensors(folder, tmp_path / "biases", **{"b.weight": two["b.weight"]}, **biases)
+    with pytest.raises(ValueError, match="the bias of b.weight: b.bias, b.offset"):
+        theirs.load_reward(jnp.float32)
+
+
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     mesh = mesh and sharding.make_mesh(**mesh)
@@ -222,7 +262,7 @@ def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     source.save(reward, tmp_path / "reward")
     assert load_file(tmp_path / "reward" / hf.HEAD)["score.weight"].shape == (1, 32)
     again = models.Pretrained(tmp_path / "reward").load_reward(jnp.float32, mesh=mesh)
-    for name in hf.HEAD_NAMES:
+    for name in head.NAMES:
         np.testing.assert_array_equal(getattr(again, name)[...], getattr(reward, name)[...])
     (scores, logprobs), hidden = reward(batch), reward.trunk.hidden(batch)
     for ours, theirs in zip(again(batch), (scores, logprobs)):

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 
 from mstar_jax import sharding
 from mstar_jax.models import (
+    head,
     hf,
     internvl_chat,
     internvl_hf,
@@ -97,10 +99,12 @@ class Pretrained:
         mesh: Mesh | None = None,
         rules: sharding.Rules = sharding.TRAIN,
         seed: int = 0,
+        beside: Sequence[str] = (),
     ) -> vlm.VisionLanguageModel:
         """Reads the parameters directly into their sharding, see `hf.load_params`.
 
-        If the config has adapters, they are initialised from the seed and are float32.
+        If the config has adapters, they are initialised from the seed and are float32. Tensors `beside` the
+        policy's are left out.
         """
         abstract = jax.eval_shape(self.build)
         layout = sharding.shardings(abstract, rules, mesh) if mesh else None
@@ -111,6 +115,7 @@ class Pretrained:
             layout=layout,
             own=self._adapters(seed, layout),
             dtype=jnp.dtype(dtype),
+            beside=beside,
         )
 
     def _adapters(self, seed: int, layout: vlm.VisionLanguageModel | None) -> dict[str, jax.Array]:
@@ -129,22 +134,36 @@ class Pretrained:
             hf.copy_files(self.folder, output)
         _write(model, self.family.table(self.config), output, like=self.folder)
 
+    def find_head(self, chosen: str = "") -> head.Foreign | None:
+        """Where the reward model's head is, from the files' headers; see `head.find`.
+
+        Raises:
+          ValueError: the folder holds a policy only, or several tensors that may be the head.
+        """
+        abstract = jax.eval_shape(self.build)
+        known = list(hf.tensors(self.family.table(self.config), abstract))
+        return head.find(self.folder, known, self.config.decoder.hidden_size, chosen)
+
     def load_reward(
         self,
         dtype: DTypeLike = jnp.bfloat16,
         *,
         mesh: Mesh | None = None,
         rules: sharding.Rules = sharding.TRAIN,
+        chosen: str = "",
     ) -> vlm.RewardModel:
-        """Reads the reward model that `save` wrote here; its head stays float32.
+        """Reads a reward model: one that `save` wrote here, or one of others, whose head is a scalar layer
+        among the policy's tensors, the one named `chosen` or the only one. The head stays float32.
 
         Raises:
-          ValueError: the folder holds a policy only.
+          ValueError: see `find_head`.
         """
-        head = hf.load_head(self.folder)
-        model = vlm.RewardModel(self.load(dtype, mesh=mesh, rules=rules))
+        found = self.find_head(chosen)
+        model = vlm.RewardModel(
+            self.load(dtype, mesh=mesh, rules=rules, beside=found.beside if found else ())
+        )
         layout = sharding.named(sharding.shardings(model, rules, mesh)) if mesh else {}
-        for name, value in head.items():
+        for name, value in head.load(self.folder, found).items():
             getattr(model, name).set_value(jax.device_put(value, layout.get(name)))
         return model
 
@@ -224,4 +243,4 @@ def _write(
     policy = model.trunk if isinstance(model, vlm.RewardModel) else model
     hf.save_params(policy.merged(), table, output, like=like, dtype=dtype)
     if isinstance(model, vlm.RewardModel):
-        hf.save_head({name: getattr(model, name)[...] for name in hf.HEAD_NAMES}, output)
+        head.save({name: getattr(model, name)[...] for name in head.NAMES}, output)

@@ -23,7 +23,6 @@ from mstar_jax.models.vlm import PolicyConfig, VisionLanguageModel
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 HEAD = "reward_head.safetensors"  # a reward model's head, in the same folder as its trunk
-HEAD_NAMES = ("weight", "bias", "likelihood")
 EMBEDDINGS = ("decoder.embedding", "decoder.head")  # what tools save a second time
 SHARD = 5 * 10**9  # bytes; the size limit of a file that is written
 
@@ -147,10 +146,11 @@ def check_names(named: dict[str, Tensor], stored: dict[str, Stored], folder: pat
 def _equal(folder: pathlib.Path, one: Stored, name: str, two: Stored, other: str) -> bool:
     if one[1:] != two[1:]:
         return False
-    return np.array_equal(_tensor(folder, one, name), _tensor(folder, two, other))
+    return np.array_equal(tensor(folder, one, name), tensor(folder, two, other))
 
 
-def _tensor(folder: pathlib.Path, there: Stored, name: str) -> np.ndarray:
+def tensor(folder: pathlib.Path, there: Stored, name: str) -> np.ndarray:
+    """One tensor of a checkpoint."""
     # the file is opened for every tensor, so that only this tensor stays mapped into memory
     with safetensors.safe_open(folder / there.file, framework="numpy") as file:
         return file.get_tensor(name)
@@ -179,6 +179,7 @@ def load_params(
     layout: VisionLanguageModel | None,
     own: Mapping[str, jax.Array],
     dtype: np.dtype,
+    beside: Sequence[str] = (),
 ) -> VisionLanguageModel:
     """Reads a model directly into its sharding, with one checkpoint tensor in memory at a time.
 
@@ -190,19 +191,20 @@ def load_params(
         only.
       own: parameters that are not in the checkpoint, by name; they are used as they are.
       dtype: of the parameters.
+      beside: tensors of the checkpoint that belong to something else.
 
     Raises:
       ValueError: the names or shapes do not fit, see `check_names`, or a value is NaN or infinite.
     """
     stored, named = stored_tensors(folder), tensors(table, abstract)
-    check_names(named, stored, folder)
+    check_names(named, {name: there for name, there in stored.items() if name not in beside}, folder)
     sources: dict[str, list[tuple[str, Part]]] = {}  # our parameter -> tensors that hold it, layer by layer
     for name, entry in named.items():
         for part in entry.parts:
             sources.setdefault(part.ours, []).append((name, part))
 
     def read(name: str, part: Part, shape: tuple[int, ...]) -> np.ndarray:
-        return check_finite(part.extract(_tensor(folder, stored[name], name), shape), name, folder)
+        return check_finite(part.extract(tensor(folder, stored[name], name), shape), name, folder)
 
     def place(path, leaf: jax.ShapeDtypeStruct, target: jax.sharding.Sharding) -> jax.Array:
         name = sharding.parameter_name(path)
@@ -290,39 +292,18 @@ def save_params(
             tensor = np.empty(entry.shape, dtypes[name])
             for part in entry.parts:
                 value = leaves[part.ours] if layer is None else leaves[part.ours][layer]
-                part.insert(_gathered(value), tensor)
+                part.insert(gathered(value), tensor)
             written[name] = tensor
         if jax.process_index() == 0:
             save_file(written, output / file, metadata={"format": "pt"})
             (output / file).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def _gathered(value: jax.Array) -> np.ndarray:
+def gathered(value: jax.Array) -> np.ndarray:
+    """The whole of an array that may be sharded over processes."""
     if value.is_fully_addressable:
         return np.asarray(value)
     return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-
-
-def load_head(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a reward model's head: float32 weight [D], bias [] and likelihood [].
-
-    Raises:
-      ValueError: the folder has no head, because it is a policy's.
-    """
-    try:
-        with safetensors.safe_open(folder / HEAD, framework="numpy") as file:
-            values = {name: file.get_tensor(f"score.{name}") for name in HEAD_NAMES}
-            return {name: check_finite(value[0], f"score.{name}", folder) for name, value in values.items()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder / HEAD}: {error}; a policy's folder has no head") from error
-
-
-def save_head(head: dict[str, jax.Array], output: pathlib.Path) -> None:
-    """Writes a reward model's head (see `load_head`), each array with a leading 1. Process 0 writes."""
-    values = {f"score.{name}": _gathered(value)[None] for name, value in head.items()}
-    if jax.process_index() == 0:
-        save_file(values, output / HEAD, metadata={"format": "pt"})
-        (output / HEAD).chmod(0o644)
 
 
 def split(sizes: dict[str, int]) -> dict[str, list[str]]:

@@ -103,8 +103,11 @@ def pretrained_scorer(run: Run) -> Scorer:
     files = models.Pretrained(run.config.prm.path)
     processor = files.processor()
     dtype = jnp.dtype(run.sampling.dtype)
-    load = functools.partial(files.load_reward, dtype, mesh=run.mesh, rules=sharding.SAMPLE)
-    identity = {"path": run.config.prm.path, "likelihood": run.config.evolve.select == "likelihood"}
+    c = run.config
+    load = functools.partial(
+        files.load_reward, dtype, mesh=run.mesh, rules=sharding.SAMPLE, chosen=c.prm.head
+    )
+    identity = {"path": c.prm.path, "head": c.prm.head, "likelihood": c.evolve.select == "likelihood"}
     return Scorer(load, identity, processor, draw.token_texts(processor))
 
 

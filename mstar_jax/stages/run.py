@@ -108,6 +108,8 @@ def start(
         source = configure.make_policy(config, workdir, data.base)
     policy = jax.eval_shape(source.build)
     optimizer.check_frozen(policy, config.train.frozen)
+    if config.prm.path:
+        models.Pretrained(config.prm.path).find_head(config.prm.head)  # refused now and not after the warm-up
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
     with processes.first_alone("inputs"):
