@@ -64,7 +64,6 @@ check_flags "$@"
 find_workdir "$@"
 
 default JAX_PLATFORMS tpu,cpu
-default TOKENIZERS_PARALLELISM false
 default PYTHONUNBUFFERED 1
 default JAX_COMPILATION_CACHE_DIR "$workdir.compiled"
 

@@ -29,7 +29,6 @@ done
 check_flags "$@"
 
 inherit JAX_PLATFORMS "$platforms"
-inherit TOKENIZERS_PARALLELISM false
 inherit PYTHONUNBUFFERED 1
 if [ "$platforms" != cpu ]; then
   inherit XLA_PYTHON_CLIENT_MEM_FRACTION 0.9

@@ -71,7 +71,6 @@ fi
 # ---- in the job, on its first node -------------------------------------------------------------------
 
 inherit JAX_PLATFORMS cuda,cpu
-inherit TOKENIZERS_PARALLELISM false
 inherit PYTHONUNBUFFERED 1
 inherit JAX_COMPILATION_CACHE_DIR "$workdir.compiled"
 inherit XLA_PYTHON_CLIENT_MEM_FRACTION 0.9

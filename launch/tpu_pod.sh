@@ -92,7 +92,6 @@ if [ -z "$runtime" ]; then
 fi
 
 default JAX_PLATFORMS tpu,cpu
-default TOKENIZERS_PARALLELISM false
 default PYTHONUNBUFFERED 1
 default JAX_COMPILATION_CACHE_DIR "$workdir.compiled"
 
