@@ -34,6 +34,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def update_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file as `write_text` does, unless it holds this text already."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)
+
+
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Writes a file atomically: whole or not at all."""
     part = path.with_name(f"{path.name}.part{uuid.uuid4().hex[:8]}")  # several hosts may write the same

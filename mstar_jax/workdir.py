@@ -20,7 +20,7 @@ from typing import IO, Any
 from mstar_jax import processes
 from mstar_jax.data import pictures
 from mstar_jax.ranges import flat
-from mstar_jax.store import digest, read_json, write_text
+from mstar_jax.store import digest, read_json, update_text, write_text
 from mstar_jax.structs import Query
 
 log = logging.getLogger(__name__)
@@ -174,10 +174,8 @@ def recall_images(workdir: pathlib.Path) -> None:
 
 def keep_images(workdir: pathlib.Path) -> None:
     """Writes what is known of the image files by now, for `recall_images`."""
-    text = json.dumps(pictures.table())
-    path = workdir / IMAGES
-    if processes.first() and not (path.exists() and path.read_text(encoding="utf-8") == text):
-        write_text(path, text)
+    if processes.first():
+        update_text(workdir / IMAGES, json.dumps(pictures.table()))
 
 
 def _is_count(before: Mapping[str, object], now: Mapping[str, object], part: str) -> bool:

@@ -23,6 +23,7 @@ import pytest
 
 from configs import tiny as tiny_config
 from mstar_jax import configure, evolve, main, sharding
+from mstar_jax.data import pictures
 from mstar_jax.inference import generate
 from mstar_jax.records import speeds
 from mstar_jax.rewards import prm, selection
@@ -385,6 +386,7 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
 
 
 def test_a_second_start_does_nothing(whole, monkeypatch):
+    monkeypatch.setattr(pictures, "_known", {})  # as in a new process
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
     monkeypatch.setattr("mstar_jax.stages.policy.make_train_step", None)
     monkeypatch.setattr("mstar_jax.inference.rollouts.rollouts", None)

@@ -16,7 +16,7 @@ from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
-from mstar_jax.store import digest, write_text
+from mstar_jax.store import digest, update_text, write_text
 from mstar_jax.structs import Model, Query, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import Checkpoints
@@ -119,7 +119,7 @@ def start(
             ids = {name: [query.id for query in getattr(data, name)] for name in names}
             write_text(workdir / "splits.json", json.dumps(ids, indent=1))
     if processes.first():
-        write_text(workdir / "parameters.txt", overview(policy, config) + "\n")
+        update_text(workdir / "parameters.txt", overview(policy, config) + "\n")
     known = workdir / TRUTH
     host = generate.inference(config, workdir, source.processor(), stop)
     return Run(
