@@ -1,6 +1,7 @@
 """The host's side at the paper's size: reading, planning and starting with 180,000 rows and 20,000 images.
 
-    python benchmarks/host.py [--only=read,start] [--rows=180000] [--images=20000] [--folder=/scratch]
+    python benchmarks/host.py [--only=read,start,judging,memory] [--rows=180000] [--images=20000]
+        [--folder=/scratch]
 
 Makes a file in MathV360K's format with its images, then measures each figure in a process of its own: wall
 time, processor time (user and system, of all threads; it is what counts on a busy machine), and the peak of
@@ -310,7 +311,31 @@ def start(place: Place) -> list[Spent]:
     return found
 
 
-FIGURES: dict[str, Callable[[Place], list[Spent]]] = {"read": read, "start": start}
+def judging(place: Place) -> list[Spent]:
+    """An iteration's 720,000 responses: judged, stored, read again and selected; see host_judging.py."""
+    import host_judging
+
+    return host_judging.judging(place.scratch / "judging", host_judging.QUERIES, host_judging.SAMPLES)
+
+
+def memory(place: Place) -> list[Spent]:
+    """Memory over 1,000 train steps and 20 chunks of scores: after a tenth of them, and at the end."""
+    import host_judging
+
+    found: list[Spent] = []
+    seen = host_judging.memory(place.scratch / "memory", host_judging.STEPS, host_judging.CHUNKS, workers=1)
+    for name, gigabytes in seen.items():
+        for when, at in (("after a tenth", len(gigabytes) // 10), ("at the end", -1)):
+            found.append(Spent(f"memory of {len(gigabytes)} {name}, {when}", peak=gigabytes[at][0]))
+    return found
+
+
+FIGURES: dict[str, Callable[[Place], list[Spent]]] = {
+    "read": read,
+    "start": start,
+    "judging": judging,
+    "memory": memory,
+}
 TIMES = {"read": 2}  # processes that measure a figure, one after the other
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from answers import ordinary
+from host import Spent, highest
 
 from configs import base, tiny
 from mstar_jax import sharding, store
@@ -33,24 +34,10 @@ from mstar_jax.stages.select import draw, keep
 from mstar_jax.structs import Query, Response, int32
 
 SHARD = 256  # queries of a shard
+QUERIES, SAMPLES = 45_000, 16  # a quarter of the paper's queries, and K
+STEPS, CHUNKS = 1000, 20  # of training; of scores, of 4 queries each
 
 # ---- 1. judging ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Spent:
-    """What a stage cost: seconds by the clock, seconds of processors, and GB resident at its peak."""
-
-    what: str
-    seconds: float = 0.0
-    processor: float = 0.0
-    peak: float = 0.0
-
-
-def highest() -> int:
-    """Peak resident memory of this process in bytes (Linux)."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
 
 
 @contextlib.contextmanager
@@ -79,6 +66,7 @@ def answered(number: int, samples: int) -> tuple[Query, list[Response]]:
 
 def judging(folder: pathlib.Path, queries: int, samples: int) -> list[Spent]:
     """An iteration's responses: judged and stored; read, scored and stored again; selected."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = base.get_config()
     stored = Spent(f"{queries * samples} responses judged and stored")
     indexed = Spent("the same: found again in the store")
@@ -164,6 +152,8 @@ def memory(
     folder: pathlib.Path, steps: int, chunks: int, workers: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Resident GB of (this process, its loader workers) after each train step and each chunk of scores."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([__file__])  # Grain asks for them
     config = tiny.get_config("smoke")
     config.update_from_flattened_dict({**TINY, "base.steps": steps, "data.workers": workers})
     seen: list[tuple[float, float]] = []
@@ -205,14 +195,13 @@ def shown(name: str, seen: list[tuple[float, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--queries", type=int, default=45_000)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--chunks", type=int, default=20, help="of 4 queries; the data has 128 in all")
+    parser.add_argument("--queries", type=int, default=QUERIES)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--chunks", type=int, default=CHUNKS, help="of 4 queries; the data has 128 in all")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="judging,memory")
     args = parser.parse_args()
-    flags.FLAGS([__file__])  # Grain asks for them
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         if "judging" in args.only:
