@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from spent import Spent, highest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VOCABULARY = 4096  # ids of the tiny policy's tokenizer
@@ -184,23 +185,6 @@ def write_policy(folder: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
 
 
 # ---- 2. measuring -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Spent:
-    """What a stage cost: seconds by the clock, seconds of processors, and GB resident at its peak."""
-
-    what: str
-    seconds: float = 0.0
-    processor: float = 0.0
-    peak: float = 0.0
-
-
-def highest() -> int:
-    """Peak resident memory of this process in bytes since the last `forget` (Linux)."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
 
 
 def forget() -> None:

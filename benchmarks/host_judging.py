@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from answers import ordinary
-from host import Spent, highest
+from spent import Spent, highest
 
 from configs import base, tiny
 from mstar_jax import sharding, store
