@@ -18,5 +18,6 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     # Pixels of an image at most, in squares of 32 x 32, a token each (official: 16384). At least 64 of them:
     # smaller images are enlarged.
     c.policy.max_crops = 1024
+    c.explore.batch = 8
     c.sampling.batch = 32  # a token takes 147 KB of cache: 1.4 GB of a query, with 16 responses
     return c

@@ -155,13 +155,13 @@ def _method(config: ConfigDict) -> Iterator[str]:
     has_reward_model = bool(c.prm.queries or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
         yield "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"
+    if c.evolve.select == "likelihood" and c.prm.path:
+        yield "evolve.select = 'likelihood': the warm-up selects, so prm.path must be empty"
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
         yield "evolve.select = 'oracle': needs the embedded data set, whose true steps are known"
     if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
-        yield (
-            f"evolve.threshold = {c.evolve.threshold}: must be None, for evolve.select = {c.evolve.select!r} "
-            "has no rewards"
-        )
+        rule = f"must be None, for evolve.select = {c.evolve.select!r} has no rewards"
+        yield f"evolve.threshold = {c.evolve.threshold}: {rule}"
 
 
 def trains_base(config: ConfigDict) -> bool:

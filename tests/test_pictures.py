@@ -149,3 +149,14 @@ def test_known_images_are_looked_at_again_only_if_they_change(tmp_path, monkeypa
         workdir.recall_images(tmp_path)
         assert not pictures.table() and "images.json" in caplog.text
         caplog.clear()
+
+
+def test_what_is_no_image_is_not_read_whole(tmp_path):
+    """A name that no file can have, a pipe, and a large file that is something else."""
+    pipe, archive = tmp_path / "pipe.png", tmp_path / "archive.png"
+    os.mkfifo(pipe)
+    with open(archive, "wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(1 << 36)  # 64 GB of zeros, which takes no room
+    causes = pictures.faults([f"{tmp_path}/\ud83d.png", str(pipe), str(archive)])
+    assert sorted(causes.values()) == ["empty image", "undecodable image", "undecodable image"]

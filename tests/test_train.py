@@ -465,3 +465,5 @@ def test_rates_are_those_of_optax_to_the_last_bit(peak, steps, warmup):
     theirs = np.asarray(of_optax(peak, steps, warmup)(padded), np.float32)
     ours = optimizer.learning_rates(optimizer.make_schedule(peak, steps, warmup, 0.1), 0, steps)
     np.testing.assert_array_equal(ours, theirs[:steps])
+    none = optimizer.learning_rates(optimizer.make_schedule(peak, steps, warmup, 0.1), 0, 0)
+    assert none.shape == (0,)  # a stage without a response to train on

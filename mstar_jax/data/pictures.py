@@ -77,7 +77,7 @@ def content(path: str) -> str:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             found = _known[path] = found._replace(digest=digest)
         return found.digest
-    except OSError:
+    except (OSError, ValueError):
         return path
 
 
@@ -103,9 +103,12 @@ def check(path: str, *, max_pixels: int = MAX_PIXELS) -> None:
         found = _picture(path)
         if found.whole and found.width * found.height <= max_pixels:
             return
+        header_size(path, max_pixels=max_pixels)  # before all of it is read: it may be no image, or huge
         with open(path, "rb") as file:
             data = file.read()
-    except OSError:
+    except ImageError:
+        raise
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         load_image(path, max_pixels=max_pixels)  # says what is wrong
         return
     width, height = check_image(path, data, max_pixels=max_pixels)

@@ -94,16 +94,15 @@ def _bytes(x: np.ndarray) -> memoryview:
     return memoryview(x.reshape(-1).view(np.uint8).data)  # in place: x is contiguous
 
 
-def receive(connection: Connection, stream: socket.socket) -> Found:
-    """Receives a job's result.
+def receive(connection: Connection, stream: socket.socket) -> Found | Exception:
+    """Receives a job's result, or what the job raised there.
 
     Raises:
-      EOFError: the other side is gone.
-      Exception: what the job raised there.
+      EOFError, OSError: the other side is gone.
     """
     found = connection.recv()
     if isinstance(found, Exception):
-        raise found
+        return found
     arrays = []
     for shape, dtype in () if found.pixels is None else found.pixels:
         x = np.empty(shape, dtype)
@@ -125,10 +124,18 @@ def serve(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as stream:
         while True:
             try:
-                found = find(connection.recv())
-            except (EOFError, ConnectionError):
+                job = connection.recv()
+            except (EOFError, OSError):
                 return
+            found: Found | Exception
+            try:
+                found = find(job)
             except Exception as error:
-                connection.send(error)
-            else:
-                send(found, connection, stream)
+                found = error
+            try:
+                if isinstance(found, Exception):
+                    connection.send(found)
+                else:
+                    send(found, connection, stream)
+            except OSError:  # the parent is gone
+                return

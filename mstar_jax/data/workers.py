@@ -1,13 +1,13 @@
 """Processes that decode images. They start when they are first needed and live as long as this one."""
 
 import atexit
-import functools
 import os
 import pathlib
 import queue
 import socket
 import subprocess
 import sys
+import threading
 from multiprocessing.connection import Connection
 
 import mstar_jax.data
@@ -30,16 +30,16 @@ class Worker:
                 [sys.executable, "-P", "-c", SERVE, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             )
         self.stream = ours
         self.connection = Connection(os.dup(ours.fileno()))
 
-    def find(self, job: Job) -> Found:
-        """See `pixels.find`.
+    def find(self, job: Job) -> Found | Exception:
+        """See `pixels.find`; what it raises there is returned.
 
         Raises:
-          EOFError, ConnectionError: the worker is gone.
+          EOFError, OSError: the worker is gone.
         """
         self.connection.send(job)
         return pixels.receive(self.connection, self.stream)
@@ -79,11 +79,22 @@ class Workers:
         ended = 0
         try:
             for _ in range(2):
+                if worker and worker.process.poll() is not None:  # ended while it was idle
+                    worker.close()
+                    worker = None
                 worker = worker or Worker()
                 try:
-                    return worker.find(job)
-                except (EOFError, ConnectionError):
+                    found = worker.find(job)
+                except (EOFError, OSError):
                     ended, worker = worker.close(patience=5.0), None
+                    continue
+                except BaseException:  # part of a result may be unread
+                    worker.close()
+                    worker = None
+                    raise
+                if isinstance(found, Exception):
+                    raise found
+                return found
             paths = [path for row in job.images for path in row]
             raise RuntimeError(
                 f"two of data.workers={self.count} processes in turn ended with exit code {ended} while they "
@@ -100,7 +111,13 @@ class Workers:
                 worker.close()
 
 
-@functools.cache
+_pools: dict[int, Workers] = {}
+_lock = threading.Lock()  # the threads of a stream ask at once
+
+
 def workers(count: int) -> Workers:
     """The same for every caller: they outlive a stream of batches, and a chunk of scores."""
-    return Workers(count)
+    with _lock:
+        if count not in _pools:
+            _pools[count] = Workers(count)
+        return _pools[count]

@@ -79,20 +79,26 @@ class Checkpoint:
         self.name = self.path.resolve().name + suffix
         self.identity = identity(self.path, self.stage)
 
-    def processor(self, max_crops: int | None) -> Processor:
+    def processor(self, config: ml_collections.ConfigDict) -> Processor:
         """The family's host side."""
         if self.run:
             return finished.policy_of(self.path).processor()
-        return models.Pretrained(self.path, max_crops=max_crops).processor()
+        return self.files(config).processor()
 
-    def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False) -> Any:
-        """Reads the parameters, a `Model` or, of a reward model, a `ScoringModel`, laid out for sampling."""
+    def files(self, config: ml_collections.ConfigDict) -> models.Pretrained:
+        """The folder's, with `policy.max_crops` if it is of the config's family."""
+        family = models.FAMILIES.get(config.policy.family)
+        return models.pretrained(self.path, family, config.policy.max_crops)
+
+    def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False, head: str = "") -> Any:
+        """Reads the parameters, a `Model` or, of a reward model (whose head is `head`, see `prm.head`), a
+        `ScoringModel`, laid out for sampling."""
         if self.run:
             restored = finished.restore(self.path, self.stage, mesh)
             return sampler.for_sampling(restored.params, mesh, dtype)
         source = models.Pretrained(self.path)
         if reward:
-            return source.load_reward(dtype, mesh=mesh, rules=sharding.SAMPLE)
+            return source.load_reward(dtype, mesh=mesh, rules=sharding.SAMPLE, chosen=head)
         return source.load(dtype, mesh=mesh, rules=sharding.SAMPLE)
 
 
@@ -147,13 +153,12 @@ def run(
     mesh = sharding.make_mesh(**config.mesh)
     ranges.refuse([*problems(config), *configure.sampling_problems(config, mesh)])
     dtype = jnp.dtype(config.sampling.dtype)
-    crops = config.policy.max_crops
-    scorer = scorer_of(judge, mesh, dtype, crops) if judge else None
+    scorer = scorer_of(judge, mesh, dtype, config) if judge else None
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         asked = read(config, workdir)
     results: dict[str, dict[str, Result]] = {}
     for checkpoint in found:
-        host = inference(config, workdir, checkpoint.processor(crops), stop)
+        host = inference(config, workdir, checkpoint.processor(config), stop)
         params = functools.cache(functools.partial(checkpoint.load, mesh, dtype))  # once for all benchmarks
         candidate = Candidate(checkpoint.name, params, checkpoint.identity)
         with jax.set_mesh(mesh):
@@ -162,11 +167,14 @@ def run(
     return results
 
 
-def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: DTypeLike, crops: int | None) -> Scorer:
+def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: DTypeLike, config: ml_collections.ConfigDict) -> Scorer:
     """The reward model that votes; it stays in memory once it is loaded."""
-    processor = judge.processor(crops)
-    load = functools.cache(functools.partial(judge.load, mesh, dtype, reward=True))
-    return Scorer(load, judge.identity, processor, draw.token_texts(processor))
+    processor, head = judge.processor(config), config.prm.head
+    if not judge.run:
+        judge.files(config).find_head(head)  # refused before anything is sampled
+    load = functools.cache(functools.partial(judge.load, mesh, dtype, reward=True, head=head))
+    identity = judge.identity | ({"head": head} if head else {})
+    return Scorer(load, identity, processor, draw.token_texts(processor))
 
 
 if __name__ == "__main__":

@@ -138,11 +138,15 @@ class Pretrained:
         """Where the reward model's head is, from the files' headers; see `head.find`.
 
         Raises:
-          ValueError: the folder holds a policy only, or several tensors that may be the head.
+          ValueError: the folder holds a policy only, several tensors that may be the head, or other ones.
         """
-        abstract = jax.eval_shape(self.build)
-        known = list(hf.tensors(self.family.table(self.config), abstract))
-        return head.find(self.folder, known, self.config.decoder.hidden_size, chosen)
+        trunk = hf.tensors(self.family.table(self.config), jax.eval_shape(self.build))
+        found = head.find(self.folder, list(trunk), self.config.decoder.hidden_size, chosen)
+        stored = hf.stored_tensors(self.folder)
+        for name in found.beside if found else ():
+            del stored[name]
+        hf.check_names(trunk, stored, self.folder)
+        return found
 
     def load_reward(
         self,
@@ -191,6 +195,16 @@ def load(
     source = Pretrained(path)
     processor = source.processor()
     return source.load(dtype, mesh=mesh, rules=rules), processor
+
+
+def pretrained(path: str | os.PathLike, family: hf.Family[Any] | None, max_crops: int | None) -> Pretrained:
+    """A checkpoint, with a policy's `max_crops` if it is of its family: others count something else.
+
+    Raises:
+      ValueError: it is of no known family.
+    """
+    found = Pretrained(path)
+    return Pretrained(path, max_crops=max_crops) if max_crops and found.family is family else found
 
 
 class FromScratch:

@@ -3,6 +3,7 @@
 The second is how others save theirs: the family's tensors and a linear layer with one output, under any name.
 """
 
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from safetensors.numpy import save_file
 
 from mstar_jax.models import hf
 
+log = logging.getLogger(__name__)
+
 NAMES = ("weight", "bias", "likelihood")  # of `vlm.RewardModel`
 
 
@@ -23,7 +26,7 @@ class Foreign(NamedTuple):
     Attributes:
       weight: the head's.
       bias: the head's; empty if it has none.
-      beside: all tensors that may belong to a head, also to one that was not chosen.
+      beside: the tensors of this head and of those that were not chosen.
     """
 
     weight: str
@@ -60,11 +63,14 @@ def find(folder: pathlib.Path, known: Sequence[str], width: int, chosen: str = "
     if len(heads) > 1 and not chosen:
         raise ValueError(f"{folder}: several tensors may be the head: {told}; choose one by prm.head")
     weight = chosen or heads[0]
-    stem = weight.rpartition(".")[0]
-    near = [name for name in scalars if name.rpartition(".")[0] == stem]
+    biases = {name: [s for s in scalars if s.rpartition(".")[0] == name.rpartition(".")[0]] for name in heads}
+    near = biases[weight]
     if len(near) > 1:
         raise ValueError(f"{folder}: several tensors may be the bias of {weight}: {', '.join(near)}")
-    return Foreign(weight, near[0] if near else "", (*heads, *scalars))
+    if others := [name for name in heads if name != weight]:
+        log.warning("%s: %s is the head; %s is not read", folder, weight, ", ".join(others))
+    beside = {*heads, *(bias for each in biases.values() for bias in each)}
+    return Foreign(weight, near[0] if near else "", tuple(beside))
 
 
 def load(folder: pathlib.Path, found: Foreign | None) -> dict[str, np.ndarray]:

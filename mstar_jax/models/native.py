@@ -75,7 +75,10 @@ class QwenConfig(PolicyConfig):
 
     @property
     def most_crops(self) -> int:
-        return rounded(self.num_crops)
+        # an image of no whole number of crops along its sides has more than its pixels fill
+        sides = [self.vision.image_size * self.num_crops * share for share in (1, 2, 4)]
+        shapes = [(sides[0], side * 3 // 4) for side in sides]
+        return rounded(max(self.num_crops, *(self.cut.layout(size).crops for size in shapes)))
 
     @property
     def cut(self) -> Native:

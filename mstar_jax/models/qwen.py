@@ -69,7 +69,7 @@ class QwenProcessor(processor.Processor[Native]):
 
     def _rendered(self, text: str, images: int) -> str:
         """What the chat template writes, with one `<|image_pad|>` for each image. A template that opens a
-        `<think>` block does so at the end of the prompt; the response closes it."""
+        `<think>` block does so at the end of the prompt; a response has to close it."""
         content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
         messages: list[names.JSON] = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -31,7 +31,7 @@ def moved(op: Op, ops: Computation, program: Program) -> float:
         update = held(operands[UPDATES[op.code]])
         return update + sum(map(held, operands[1:]))
     if op.code in ("slice-start", "dynamic-slice-start"):  # (the operand, what is taken of it, ...)
-        taken = op.shapes[1]
+        taken = op.shapes[sum(map(len, operands))]
         return held([taken]) + held([taken._replace(memory=operands[0][0].memory)])
     if op.code.endswith("-start"):
         read, whole = sum(map(held, operands)), held(op.shapes)

@@ -100,14 +100,14 @@ def own_scorer(run: Run, *, likelihood: bool) -> Scorer:
 
 def pretrained_scorer(run: Run) -> Scorer:
     """The reward model of `prm.path`, of any family."""
-    files = models.Pretrained(run.config.prm.path)
+    c = run.config
+    files = models.pretrained(c.prm.path, run.source.family, c.policy.max_crops)
     processor = files.processor()
     dtype = jnp.dtype(run.sampling.dtype)
-    c = run.config
     load = functools.partial(
         files.load_reward, dtype, mesh=run.mesh, rules=sharding.SAMPLE, chosen=c.prm.head
     )
-    identity = {"path": c.prm.path, "head": c.prm.head, "likelihood": c.evolve.select == "likelihood"}
+    identity = {"path": c.prm.path, "head": c.prm.head}
     return Scorer(load, identity, processor, draw.token_texts(processor))
 
 

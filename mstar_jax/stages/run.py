@@ -109,7 +109,8 @@ def start(
     policy = jax.eval_shape(source.build)
     optimizer.check_frozen(policy, config.train.frozen)
     if config.prm.path:
-        models.Pretrained(config.prm.path).find_head(config.prm.head)  # refused now and not after the warm-up
+        other = models.pretrained(config.prm.path, source.family, config.policy.max_crops)
+        other.find_head(config.prm.head)  # refused now, and not after the warm-up
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
     with processes.first_alone("inputs"):

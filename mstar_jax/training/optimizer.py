@@ -82,6 +82,8 @@ BLOCK = 512  # cosines that are computed together: stages of any length then sha
 
 def _cosines(x: np.ndarray) -> np.ndarray:
     """float32[N]: the cosines of float32[N] as XLA computes them."""
+    if not len(x):
+        return x
     padded = np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
     return np.concatenate([np.asarray(jnp.cos(block)) for block in padded])[: len(x)]
 
