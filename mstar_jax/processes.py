@@ -67,10 +67,22 @@ def mine(number: int) -> bool:
 
 def shared(make: Callable[[int], bytes], count: int) -> list[bytes]:
     """make(0), ..., make(count - 1) on every process: each is made by the process whose it is (`mine`), which
-    tells the others. They must not wait for each other in `make`."""
-    found = [make(number) if mine(number) else b"" for number in range(count)]
+    tells the others. They must not wait for each other in `make`.
+
+    Raises:
+      Exception: what `make` raised here.
+      ValueError: it raised something in another process, whose log says what.
+    """
     if jax.process_count() == 1:
-        return found
+        return [make(number) for number in range(count)]
+    failed: Exception | None = None
+    found = [b""] * count
+    try:
+        found = [make(number) if mine(number) else b"" for number in range(count)]
+    except Exception as error:  # the others are not to wait for this process
+        failed = error
+    if agree(failed is not None):
+        raise failed or ValueError("another process could not do its share of the work; see its log")
     sizes = np.array([len(each) for each in found], np.int32)
     told = np.asarray(multihost_utils.process_allgather(sizes))  # [processes, count]
     room = 1 << int(told.sum(axis=1).max()).bit_length()  # few shapes: each is compiled

@@ -187,7 +187,10 @@ class Store:
             with open(self._shard(place.shard), "rb") as file:
                 file.seek(place.start)
                 line = file.read(place.end - place.start)
-            return self._parsed(place, line, lambda line: read_rollout(json.loads(line))[1])
+            found, responses = self._parsed(place, line, lambda line: read_rollout(json.loads(line)))
+            if found != query_id:
+                raise ValueError(f"{self._shard(place.shard)}: changed since it was opened; start again")
+            return responses
 
         return Groups(places, read)
 
