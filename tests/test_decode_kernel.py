@@ -116,8 +116,7 @@ def test_who_takes_it():
     assert not decode_kernel.takes(H100, other, cached)  # heads that are too wide
 
 
-@pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("cache", ["", "int8"])
+@pytest.mark.parametrize(("each", "cache"), [(False, "int8"), (True, "")])
 def test_branches_that_do_not_fit_a_tile_together(monkeypatch, each, cache):
     monkeypatch.setattr(decode_kernel, "QUERIES", 8)  # 3 branches of 4 heads a group, as blocks of 2 and 1
     found, expected = both(monkeypatch, *inputs(8, 2, 16, 600, each=each, cache=cache))

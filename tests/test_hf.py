@@ -219,8 +219,7 @@ def with_tensors(folder, output, **further):
     return models.Pretrained(output)
 
 
-@pytest.mark.parametrize("shape", [(32,), (1, 32), (32, 1)])
-@pytest.mark.parametrize("bias", [None, (), (1,)])
+@pytest.mark.parametrize(("shape", "bias"), [((32,), None), ((1, 32), ()), ((32, 1), (1,))])
 def test_a_reward_model_of_others_has_its_head_under_any_name(folder, tmp_path, shape, bias):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape).astype(np.float32)
