@@ -274,3 +274,12 @@ def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     source.save(reward, tmp_path / "diverged")
     with pytest.raises(ValueError, match="1 of 1 values of score.bias are NaN"):
         models.Pretrained(tmp_path / "diverged").load_reward(jnp.float32, mesh=mesh)
+
+
+def test_crops_of_a_policy_are_for_checkpoints_of_the_same_model(folder):
+    own = models.Pretrained(folder).config.num_crops
+    found = [
+        models.pretrained(folder, models.FAMILIES.get(name), own + 1) for name in ("phi3_v", "minicpmv", "")
+    ]
+    assert [each.config.num_crops for each in found] == [own + 1, own, own]
+    assert models.FAMILIES["internvl"].model is models.FAMILIES["internvl_chat"].model  # its two formats

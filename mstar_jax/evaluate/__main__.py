@@ -87,7 +87,7 @@ class Checkpoint:
 
     def files(self, config: ml_collections.ConfigDict) -> models.Pretrained:
         """The folder's, with `policy.max_crops` if it is of the config's family."""
-        family = models.FAMILIES.get(config.policy.family)
+        family = models.FAMILIES.get(config.policy.family.partition(":")[0])  # without the size
         return models.pretrained(self.path, family, config.policy.max_crops)
 
     def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False, head: str = "") -> Any:

@@ -198,13 +198,15 @@ def load(
 
 
 def pretrained(path: str | os.PathLike, family: hf.Family[Any] | None, max_crops: int | None) -> Pretrained:
-    """A checkpoint, with a policy's `max_crops` if it is of its family: others count something else.
+    """A checkpoint, with a policy's `max_crops` if it is of the same model, in whichever format: others count
+    something else.
 
     Raises:
       ValueError: it is of no known family.
     """
     found = Pretrained(path)
-    return Pretrained(path, max_crops=max_crops) if max_crops and found.family is family else found
+    same = family is not None and found.family.model is family.model
+    return Pretrained(path, max_crops=max_crops) if max_crops and same else found
 
 
 class FromScratch:
