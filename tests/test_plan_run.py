@@ -21,7 +21,7 @@ from mstar_jax.plan.programs import Programs
 from mstar_jax.profiling.flops import Chip
 from mstar_jax.structs import Batch, Prompt, Query, Row
 
-ASSUMED = Assumed(queries=1000, prompt=60, response=20, spread=0, right=0.5, prefixes=4)
+ASSUMED = Assumed(queries=1000, prompt=60, response=20, spread=0, right=0.5, distinct=1.0, prefixes=4)
 
 
 class Cache(NamedTuple):
@@ -166,8 +166,8 @@ def test_stages_by_hand():
     train = uses["warm-up, train"]  # rows of twice the batch, of 2 responses: 100 tokens in rows of 128
     assert train.seconds == pytest.approx(c.warmup.steps * 2 * 128 / 256)
     assert train.read == c.warmup.steps * 16 * 128
-    labels = uses["reward model, labels"]  # 508 queries x 4 x 4 prefixes, 8 prefixes in a row
-    rows = (500 + c.prm.held_out) * 2
+    labels = uses["reward model, labels"]  # 508 queries x 4 x 4 prefixes, 8 in a row, half a row more each
+    rows = round((500 + c.prm.held_out) * 2.5)
     assert labels.responses == rows * c.prm.samples
     generate = uses["iterations, generate"]
     assert generate.times == 2 and generate.written == 2 * 250 * 4 * 20

@@ -50,6 +50,7 @@ PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; 
 RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
 SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
 RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
+DISTINCT = flags.DEFINE_float("distinct", 1.0, "Share of a query's responses that are no copies of another.")
 PREFIXES = flags.DEFINE_float(
     "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
 )
@@ -259,12 +260,15 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--programs: there is no {', '.join(unknown)}; choose of {', '.join(KINDS)}")
         if MEASURE.value and TOPOLOGY.value:
             raise ValueError("--measure runs programs on local devices, and those of --topology are not here")
+        if MEASURE.value and PROMPT.value:  # times of the shapes that the run has, not of the longest
+            config.data.max_prompt = min(PROMPT.value, config.data.max_prompt)
         assumed = Assumed(
             queries=config.data.figures.train or QUERIES.value,
             prompt=min(PROMPT.value or config.data.max_prompt, config.data.max_prompt),
             response=RESPONSE.value,
             spread=SPREAD.value,
             right=RIGHT.value,
+            distinct=DISTINCT.value,
             prefixes=PREFIXES.value,
         )
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()

@@ -20,6 +20,7 @@ class Assumed:
       prompt: tokens of a prompt.
       response, spread: mean and standard deviation of the tokens of a response.
       right: share of the responses that are right; a copy of another one's text counts as wrong.
+      distinct: share of a query's responses that are no copies of another one's text: only these are scored.
       prefixes: steps of a response, on average, that a label is sampled for: all but the last, and but those
         that begin another response as well.
     """
@@ -29,6 +30,7 @@ class Assumed:
     response: float
     spread: float
     right: float
+    distinct: float
     prefixes: float
 
 
@@ -112,6 +114,20 @@ def scored_batches(
         for longest in sorted(rows, reverse=True)[::batch]:  # as `loader.full_batches`
             found[longest] += times
     return found
+
+
+def stems(room: int, samples: int, assumed: Assumed) -> tuple[float, float]:
+    """Rows that continue the step prefixes of a query's responses, and the tokens of responses in each: all
+    that is labelled of them, or of a single one up to a step in its middle.
+
+    Args:
+      room: prefixes of a row, at most.
+      samples: responses of the query.
+      assumed: see `Assumed`.
+    """
+    rows = samples * assumed.prefixes / room + 0.5  # the last one is half full, on average
+    part = samples * assumed.prefixes / rows / (assumed.prefixes + 1)  # in responses
+    return rows, max(part, (1 + part) / 2) * assumed.response
 
 
 def packed(responses: np.ndarray, prompt: int, longest: int) -> Iterator[int]:

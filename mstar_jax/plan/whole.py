@@ -17,7 +17,7 @@ import numpy as np
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches
+from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches, stems
 from mstar_jax.plan.cost import Cost, peak_times
 from mstar_jax.plan.programs import Program, Programs
 from mstar_jax.profiling.flops import Chip
@@ -218,7 +218,7 @@ def estimate(
     def measure(stage: str, queries: int, times: int = 1, scored: bool = True) -> None:
         out.append(e.sample(f"{stage}: samples", "evaluation", queries, samples, times))
         if scores and scored:
-            out.append(e.score(f"{stage}: scores", queries, samples, 1.0, times))
+            out.append(e.score(f"{stage}: scores", queries, samples, assumed.distinct, times))
 
     embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
     test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
@@ -235,14 +235,12 @@ def estimate(
         queries = min(c.prm.queries, assumed.queries - held_out)
         labelled = min(c.prm.labelled, queries) + held_out
         out.append(e.sample("reward model, responses", "rollouts", queries + held_out, c.prm.k))
-        each = c.prm.samples // c.prm.completions  # prefixes in a row
-        rows = labelled * math.ceil(c.prm.k * assumed.prefixes / each)
-        whole = math.ceil(each / max(assumed.prefixes, 1)) * assumed.response
-        length = min(round(assumed.prompt + whole), made["labels"][0].length)
-        length = loader.bucket(length, c.data.buckets)
+        rows, tokens = stems(c.prm.samples // c.prm.completions, c.prm.k, assumed)
+        length = loader.bucket(min(round(assumed.prompt + tokens), made["labels"][0].length), c.data.buckets)
+        rows = round(labelled * rows)
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
         out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
-        out.append(e.score("reward model, report", held_out, c.prm.k, 1.0))
+        out.append(e.score("reward model, report", held_out, c.prm.k, assumed.distinct))
     measure("warm-up, measure", tests("warmup"))
     count = c.evolve.iterations
     if "exploration" in made:
@@ -250,14 +248,14 @@ def estimate(
         branches = e._samples("exploration")
         queries = min(c.explore.queries, c.data.validation)
         out.append(e.sample("temperatures, samples", "exploration", queries, branches, times))
-        out.append(e.score("temperatures, scores", queries, branches, 1.0, times))
+        out.append(e.score("temperatures, scores", queries, branches, assumed.distinct, times))
     if c.evolve.data == "rollouts" and count:
         queries = math.ceil(c.evolve.fraction * assumed.queries)
         mixin = c.evolve.unlabelled.mixin
         more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
         out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
         if scores and more:
-            out.append(e.score("iterations, votes", queries, c.evolve.k, 1.0, more))
+            out.append(e.score("iterations, votes", queries, c.evolve.k, assumed.distinct, more))
         if scores and c.evolve.select in ("prm", "likelihood"):
             out.append(e.score("iterations, select", queries, c.evolve.k, assumed.right, count + more))
     if count:
@@ -292,7 +290,7 @@ def describe(
     lines = [
         f"the run, assuming {assumed.queries:,} labelled queries, prompts of {assumed.prompt} tokens, "
         f"responses of {assumed.response:g} +- {assumed.spread:g} tokens, {100 * assumed.right:g} % of them "
-        f"right, {assumed.prefixes:g} labelled steps in each:",
+        f"right, {100 * assumed.distinct:g} % no copies, {assumed.prefixes:g} labelled steps in each:",
         "",
         "| stage | times | M tokens read | sampled | PFLOP of the model | hours | share |",
         "|---|---:|---:|---:|---:|---:|---:|",
