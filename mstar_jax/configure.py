@@ -19,7 +19,7 @@ from mstar_jax.data import embedded, figures, mathv360k, prompts, splits, toy, t
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
-from mstar_jax.rewards import selection
+from mstar_jax.rewards import custom, selection
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import step
 from mstar_jax.training.optimizer import Schedule, make_optimizer, make_schedule
@@ -76,6 +76,7 @@ def _words(config: ConfigDict) -> Iterator[str]:
     c, choose = config, ranges.not_among
     yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
     yield from choose("data.embedded", c.data.embedded, tuple(EMBEDDED))
+    yield from ranges.refusal(custom.check, c.reward)
     yield from choose("evolve.start", c.evolve.start, ("last", "warmup"))
     rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
     yield from choose("evolve.select", c.evolve.select, rules)
@@ -165,8 +166,7 @@ def _method(config: ConfigDict) -> Iterator[str]:
 
 
 def trains_base(config: ConfigDict) -> bool:
-    """Whether the base policy is trained on the narrow set first: one from scratch is, a checkpoint where the
-    config says so."""
+    """Whether the base policy is trained on narrow data first: one from scratch, or as `base.tune` says."""
     return bool(config.base.tune if config.policy.path else _has_dimensions(config))
 
 
@@ -337,11 +337,10 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     c = config.data
     base: Sequence[embedded.BaseExample] = ()
     base_validation: Sequence[Query] = ()
-    narrow = trains_base(config)
-    if not c.labelled or narrow:
+    if not c.labelled or trains_base(config):
         folder = EMBEDDED[c.embedded](workdir / "figures", seed=c.seed, **c.figures)
         validation = read(folder / "validation.json", folder)
-        if narrow:
+        if trains_base(config):
             base = embedded.read_base(folder)
             base_validation = validation[: config.base.check_queries]
     if not c.labelled:
@@ -356,7 +355,7 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
             base_validation=base_validation,
         )
     path = pathlib.Path(c.labelled)
-    queries = read(path, pathlib.Path(c.root or path.parent))
+    queries = read(path, pathlib.Path(c.root or path.parent), custom.is_users(config.reward))
     parts = mathv360k.split(
         queries,
         seed=c.seed,
@@ -383,14 +382,14 @@ def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
     )
 
 
-def read(path: pathlib.Path, root: pathlib.Path) -> list[Query]:
-    """The usable rows of a MathV360K file; dropped rows are counted and logged.
+def read(path: pathlib.Path, root: pathlib.Path, long: bool = False) -> list[Query]:
+    """The usable rows of a MathV360K file, if told also `long` answers; dropped rows are counted and logged.
 
     Raises:
       ValueError: none is usable.
     """
     try:
-        queries, report = mathv360k.read(path, root)
+        queries, report = mathv360k.read(path, root, long=long)
     except OSError as error:
         raise ValueError(f"data.labelled = {path}: cannot be read ({error})") from error
     (log.warning if report.dropped else log.info)("%s", report)

@@ -238,6 +238,11 @@ class Groups(Mapping[str, list[Response]]):
         return len(self.ids)
 
 
+def complete(folder: pathlib.Path) -> tuple[Store, int]:
+    """A store that has all of its shards, with the settings that it was made with, and how many they are."""
+    return Store(folder, read_json(folder / "settings.json")), len(list(folder.glob("*.jsonl")))
+
+
 def _sum(data: bytes, asked: str) -> dict[str, object]:
     """What a shard's `.sum` says of it."""
     return {"records": data.count(b"\n"), "sha256": hashlib.sha256(data).hexdigest(), "asked": asked}
@@ -253,6 +258,8 @@ def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:
     shown = [{**vars(r), "tokens": list(r.tokens)} for r in responses]
     for each in shown:
         del each["query_id"]
+        if each["score"] is None:
+            del each["score"]
     return {
         "query": query.id,
         "question": query.question,

@@ -162,10 +162,11 @@ class Response:
       logprob: sum of the sampled tokens' log probabilities (nats) under the distribution sampled from.
       truncated: the length cap ended it, not a stop id or stop string.
       answer: the extracted final answer, None where nothing could be extracted.
-      verdict: `correct`, `wrong`, `unparsed` or `gold-unparsed`; None before checking.
+      verdict: `correct`, `wrong`, `unparsed`, `gold-unparsed`, `failed` (a reward); None before checking.
       step_scores: the reward model's score of every step; None before scoring.
       iteration: self-evolving iteration that sampled it.
       temperature: sampling temperature, 0 for greedy.
+      score: what a user's reward gave it, in 0..1; None without one.
     """
 
     query_id: str
@@ -179,6 +180,7 @@ class Response:
     step_scores: tuple[float, ...] | None = None
     iteration: int = 0
     temperature: float = 1.0
+    score: float | None = None
 
 
 class Source(NamedTuple):
@@ -337,8 +339,6 @@ class KVCache(NamedTuple):
       suffix_k, suffix_v: for each chunk, for each layer [B, K, G, C, N]; the branches' own tokens.
       age: int32[B]; tokens that the row's branches hold.
       clock: int32[]; steps done.
-
-    Keys and values may be `Int8`.
     """
 
     prefix_k: Sequence[Cached]

@@ -532,6 +532,24 @@ def test_kinds_of_runs_that_were_killed_continue(tmp_path, command, kind):
 
 
 @pytest.mark.slow
+def test_a_reward_that_fails_for_everything_is_survived_and_reported(tmp_path, caplog):
+    config = small()
+    config.reward = f"{ROOT}/tests/users_rewards.py:any_of"  # it knows no such text
+    records = run(config, tmp_path)
+    assert [(r["stage"], r["iteration"]) for r in records][-1] == ("iteration", 2)
+    for record in records:
+        for kind, found in record["reward_failed"].items():
+            assert found["failed"] == found["responses"] > 0 and found["by_query"], (record["stage"], kind)
+        sampled = record["split"] != "test" and record["stage"] != "base"
+        assert ("sampled" in record["reward_failed"]) == sampled
+        assert ("completions" in record["reward_failed"]) == (record["stage"] == "prm")
+    assert "FAILS FOR EACH of the first 64 responses" in caplog.text
+    assert (
+        "iteration_02: reward " in caplog.text and "FAILED FOR EVERY ONE of its 24 responses" in caplog.text
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_continues(whole, tmp_path, command):
     process = command(tmp_path / "run")
@@ -579,12 +597,25 @@ def test_unlabelled_queries_join(tmp_path, oracle):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_smoke(tmp_path):
-    """Unchanged, with the true reward."""
+@pytest.mark.parametrize("own", [False, True])
+def test_smoke(tmp_path, own):
+    """Unchanged, with the true reward; and with the regular expression of docs/rewards.md."""
     line = [sys.executable, "-m", "mstar_jax.main", "--config=configs/tiny.py:smoke", f"--workdir={tmp_path}"]
+    if own:
+        page = (ROOT / "docs" / "rewards.md").read_text()
+        (tmp_path / "reward.py").write_text(page.split("```python\n")[1].split("```")[0])
+        line.append(f"--config.reward={tmp_path}/reward.py:grade")
     env = os.environ | {"XLA_FLAGS": ""}
     assert subprocess.run(line, cwd=ROOT, env=env).returncode == 0
     records = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert [s["iteration"] for s in records if s["split"] == "validation"] == [0, 0, 1, 2]
     assert all(s["kept"] > 0 for s in records if s["stage"] not in ("base", "prm"))
+    assert not any("reward_failed" in record for record in records)
+    shards = sorted(tmp_path.glob("rollouts/iteration_*/*.jsonl"))
+    found = [
+        r for path in shards for text in path.read_text().splitlines() for r in json.loads(text)["responses"]
+    ]
+    assert found and all(("score" in r) == own for r in found)
+    if own:
+        assert all((r["score"] >= 0.5) == (r["verdict"] == "correct") for r in found)
     assert "Figure 3" in (tmp_path / "report" / "report.html").read_text()

@@ -371,6 +371,23 @@ def test_answers_with_a_solution_and_numbers(tmp_path, answer, expected):
     assert (found if isinstance(found, str) else found.answer) == (expected or answer[14:])
 
 
+def test_long_answers_are_kept_and_counted_where_they_can_be_judged(tmp_path):
+    picture(tmp_path / "a.png")
+    long = "a man in a red and blue coat"
+    rows = [
+        row("a", "a.png", "Who is it?", f"The answer is {long}", hint=""),
+        row("b", "a.png", "How many men?", "The answer is 3", hint=""),
+        row("c", "a.png", f"Who? Choices: (A) {long} (B) nobody", "(A)", hint=""),
+    ]
+    path = write(tmp_path / "d.json", rows)
+    queries, report = mathv360k.read(path, str(tmp_path))
+    assert ([q.id for q in queries], report.long, report.dropped) == (["b", "c"], 0, {"long text answer": 1})
+    queries, report = mathv360k.read(path, str(tmp_path), long=True)
+    assert [q.answer for q in queries] == [long, "3", "A"] and queries[0].answer_type == "text"
+    assert (report.long, report.dropped) == (1, {})
+    assert "  of them      1  long text answers, kept for your own reward" in str(report).splitlines()
+
+
 def test_an_id_may_be_null(tmp_path):
     picture(tmp_path / "a.png")
     assert read_one(tmp_path, row(None, "a.png")).id == "d_0"

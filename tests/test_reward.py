@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from mstar_jax.data.truth import Truth
 from mstar_jax.inference.generate import Asked
+from mstar_jax.rewards.custom import Grading
+from mstar_jax.rewards.selection import judge_all
 from mstar_jax.stages.reward_model import against_truth, auc_text, labelled_rows, reward_queries
 from mstar_jax.stages.select import draw, keep, pseudo_label, select, select_rationales, select_unlabelled
 from mstar_jax.structs import Prompt, Query, Response, Source, Stage
@@ -128,8 +130,9 @@ def test_pseudo_labelled_queries_are_judged_by_their_own_answers(monkeypatch):
 
     monkeypatch.setattr("mstar_jax.stages.select.select", selected)
     settings = {"threshold": 0.3, "oracle": True, "weight": 0.5}
-    config = ConfigDict({"evolve": {"unlabelled": settings}, "prm": {"aggregate": "min"}})
-    run = types.SimpleNamespace(config=config, hidden={"q": "7"})
+    config = ConfigDict({"reward": "", "evolve": {"unlabelled": settings}, "prm": {"aggregate": "min"}})
+    grading = Grading(judge_all, {})
+    run = types.SimpleNamespace(config=config, hidden={"q": "7"}, grading=grading)
     query = dataclasses.replace(QUERY, answer=None)
     given = {"q": [dataclasses.replace(r, verdict=None) for r in RESPONSES]}
     found = select_unlabelled(run, Stage.iteration(1), None, [query], given, part="unlabelled")

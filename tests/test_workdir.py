@@ -173,6 +173,25 @@ def begun(tmp_path_factory):
     return config, folder
 
 
+def test_a_reward_that_changed_is_refused(begun, tmp_path):
+    config, folder = begun
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "inputs.json").unlink()
+    path = tmp_path / "own.py"
+    path.write_text("def grade(query, text):\n    return 1\n")
+    config = config.copy_and_resolve_references()
+    config.reward = f"{path}:grade"
+    found = run.start(config, tmp_path / "copy", {}, lambda: False)
+    assert found.grading.identity["reward"]["function"] == "grade"
+    run.start(config, tmp_path / "copy", {}, lambda: False)
+    path.write_text("def grade(query, text):\n    return 0\n")
+    with pytest.raises(ValueError, match="changed since its start: reward: own.py[.]"):
+        run.start(config, tmp_path / "copy", {}, lambda: False)
+    path.unlink()
+    with pytest.raises(ValueError, match="there is no file .*own.py to load the function 'grade' from"):
+        run.start(config, tmp_path / "copy", {}, lambda: False)
+
+
 def other_text(key):
     def change(path):
         lines = path.read_text().splitlines()
@@ -260,6 +279,26 @@ def test_fewer_queries_than_asked_for_are_a_warning(tmp_path, caplog):
     assert (len(data.validation), len(data.test)) == (2, 4)
     text = "data.test: 4 queries instead of 9, for it is at most one quarter of the 16 usable rows"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+
+
+def test_long_answers_are_read_for_a_reward_of_the_users(tmp_path):
+    turns = [
+        [
+            {"from": "human", "value": f"Why {i}?"},
+            {"from": "gpt", "value": f"It is because {i} is an odd number"},
+        ]
+        for i in range(16)
+    ]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    config = tiny_config.get_config("smoke")
+    config.policy.path, config.data.labelled = "/elsewhere", str(tmp_path / "d.json")
+    for reward in ("", "format"):  # both compare
+        config.reward = reward
+        with pytest.raises(ValueError, match="no usable row"):
+            configure.load_data(config, tmp_path)
+    config.reward = "own.py:grade"
+    data = configure.load_data(config, tmp_path)
+    assert sum(map(len, (data.labelled, data.unlabelled, data.validation, data.test))) == 16
 
 
 def test_curves_lose_doubled_and_cut_rows(tmp_path):

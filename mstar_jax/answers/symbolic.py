@@ -5,8 +5,7 @@ r"""Equality of formulas by algebra: `x^2+2x+1` and `(x+1)^2`, `\frac{\sqrt{2}}{
     equal("25π", "25")                 -> False
 
 What a model wrote is never evaluated: formulas.py parses it, worker.py builds sympy expressions from the
-trees and compares them, in a process of its own with limits on time and memory. That process is a fresh
-interpreter (no fork, so jax may be loaded; no signals in this process, so any thread may ask). It starts when
+trees and compares them, in a process of its own (child.py) with limits on time and memory. It starts when
 the first formula is met, ends with this process, and is replaced when it is late or gone. Late means not
 equal, and so does anything in doubt.
 """
@@ -16,12 +15,10 @@ import functools
 import json
 import os
 import queue
-import select
-import subprocess
 import sys
-import time
 import warnings
 
+from mstar_jax.answers.child import Child
 from mstar_jax.answers.formulas import Formula, Tree, nodes, parse
 
 SECONDS = 0.8  # processor time of one comparison; then the worker gives it up
@@ -32,6 +29,7 @@ WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 WORKERS = 2  # at most so many at a time; further threads wait
 FIRST = '[[["number", 1, 1], "", null], [["number", 2, 1], "", null]]'  # asked of every worker when it starts
 
+_ANSWERS = {b"true": True, b"false": False}
 _ATOMS = ("number", "symbol", "e", "pi", "infinity")
 
 
@@ -72,50 +70,11 @@ def _ask(first: str, second: str) -> bool:
     return _pool.ask(f"[{first}, {second}]") is True
 
 
-class Worker:
+class Worker(Child):
     """One interpreter that compares; a request is a line of JSON, its answer `true`, `false` or `null`."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", WORKER, str(SECONDS), str(MEMORY)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-        )  # fmt: skip
-
-    def ask(self, request: str, seconds: float) -> bool | None:
-        """Its answer; None where it gave up.
-
-        Raises:
-          TimeoutError: it said nothing for so long.
-          EOFError: it is gone. Either way, as after any other exception, it is closed.
-        """
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(request.encode() + b"\n")
-            poll = select.poll()
-            poll.register(stdout, select.POLLIN)
-            end = time.monotonic() + seconds
-            said = b""
-            while not said.endswith(b"\n"):
-                if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-                    raise TimeoutError
-                more = os.read(stdout.fileno(), 4096)
-                if not more:
-                    raise EOFError
-                said += more
-            return {b"true": True, b"false": False}.get(said.strip())
-        except BaseException as error:
-            self.close()
-            if isinstance(error, BrokenPipeError | ConnectionError | ValueError):
-                raise EOFError from error
-            raise
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        super().__init__([sys.executable, "-P", WORKER, str(SECONDS), str(MEMORY)])
 
 
 class Pool:
@@ -137,7 +96,7 @@ class Pool:
                     return None
                 try:
                     worker = worker or self._started()
-                    return worker.ask(request, PATIENCE)
+                    return _ANSWERS.get(worker.ask(request, PATIENCE).strip())
                 except TimeoutError:
                     return None
                 except (EOFError, OSError):  # it had been killed, or this request kills: one more try

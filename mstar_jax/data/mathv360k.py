@@ -38,7 +38,7 @@ from mstar_jax.answers.check import equivalent
 from mstar_jax.data import pictures
 from mstar_jax.data.images import MAX_PIXELS, resolve
 from mstar_jax.data.splits import split
-from mstar_jax.data.turns import Unreadable, image_marks, parse_answer, parse_question
+from mstar_jax.data.turns import Unreadable, image_marks, is_long, parse_answer, parse_question
 from mstar_jax.structs import Query
 
 __all__ = ["Report", "read", "split"]
@@ -54,6 +54,7 @@ class Report:
       path: the file.
       rows: the number of rows, including invalid JSON lines.
       kept: the number of queries returned.
+      long: the number of kept queries whose answer is long, see `turns.is_long`.
       renamed: the number of kept queries whose id was taken, and which got a suffix `_2`, `_3`, ...
       dropped: the number of rows dropped per cause; with `kept`, they sum to `rows`.
       examples: up to three dropped rows per cause, as `line 7` or `row 7`, with the id if there is one.
@@ -62,6 +63,7 @@ class Report:
     path: str
     rows: int = 0
     kept: int = 0
+    long: int = 0
     renamed: int = 0
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -74,6 +76,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: kept {self.kept} of {self.rows} rows"]
+        lines += (
+            [f"  of them {self.long:6d}  long text answers, kept for your own reward"] if self.long else []
+        )
         lines += [f"  renamed {self.renamed:6d}  id was taken"] if self.renamed else []
         for cause, count in sorted(self.dropped.items(), key=lambda item: (-item[1], item[0])):
             lines.append(f"  dropped {count:6d}  {cause} ({', '.join(self.examples[cause])})")
@@ -159,7 +164,9 @@ def _image_paths(row: dict) -> list[str]:
 # ---- 2. queries ----------------------------------------------------------------------------------------
 
 
-def _query(row: dict, fallback_id: str, resolved: Callable[[str], str], unlabelled: bool) -> Query:
+def _query(
+    row: dict, fallback_id: str, resolved: Callable[[str], str], unlabelled: bool, long: bool
+) -> Query:
     human, value = _turns(row)
     paths = _image_paths(row)
     if image_marks(human) not in (0, len(paths)):
@@ -168,7 +175,9 @@ def _query(row: dict, fallback_id: str, resolved: Callable[[str], str], unlabell
     name = fallback_id if row.get("id") is None else row["id"]
     name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
     asked_type = "choice" if options else _cue(hint)
-    gold, answer_type = (None, asked_type) if unlabelled else parse_answer(value, options, hint, question)
+    gold, answer_type = None, asked_type
+    if not unlabelled:
+        gold, answer_type = parse_answer(value, options, hint, question, long)
     try:
         images = tuple(map(resolved, paths))
     except ValueError as error:
@@ -201,6 +210,7 @@ def read(
     max_pixels: int = MAX_PIXELS,
     check_images: bool = True,
     unlabelled: bool = False,
+    long: bool = False,
 ) -> tuple[list[Query], Report]:
     """Reads a file in the MathV360K format; invalid rows are dropped and counted by cause.
 
@@ -210,6 +220,7 @@ def read(
       max_pixels: the largest width x height of an image.
       check_images: decode every distinct image once; otherwise only the paths are checked.
       unlabelled: also keep rows without an answer, and set `answer=None` in every query.
+      long: also keep rows whose answer is long, which the answer checker cannot judge.
 
     Returns:
       The queries in the order of the file, with absolute image paths and unique ids; and the report.
@@ -230,7 +241,7 @@ def read(
             report.drop("bad JSON line", place)
             continue
         try:
-            query = _query(row, f"{stem}_{index}", resolved, unlabelled)
+            query = _query(row, f"{stem}_{index}", resolved, unlabelled, long)
         except Unreadable as error:
             name = row.get("id") if isinstance(row, dict) else None
             report.drop(str(error), f"{place}: {name}" if isinstance(name, str) else place)
@@ -249,6 +260,9 @@ def read(
         found = usable
     queries = _rename(_distinct(found, report), report)
     report.kept = len(queries)
+    report.long = sum(
+        q.options is None and q.answer is not None and is_long(q.answer, q.answer_type) for q in queries
+    )
     return queries, report
 
 

@@ -134,7 +134,7 @@ _NOTHING = ("n/a", "nan", "null", "?", "-", "<no_answer>")  # how files write th
 
 
 def parse_answer(
-    value: str, options: tuple[str, ...] | None, hint: str = "", question: str = ""
+    value: str, options: tuple[str, ...] | None, hint: str = "", question: str = "", long: bool = False
 ) -> tuple[str, str]:
     """(gold answer, answer type) of a gpt turn; the gold answer is an option's letter if there are options.
 
@@ -143,9 +143,10 @@ def parse_answer(
       options: of the question.
       hint: of the question; it may ask for a floating-point number.
       question: refused where it offers options that were not understood, and the answer is a letter.
+      long: whether an answer may be long (`is_long`).
 
     Raises:
-      Unreadable: there is no answer, no option equals it, or it is a text of more than LONGEST_TEXT words.
+      Unreadable: there is no answer, no option equals it, or it is long and must not be.
     """
     if _MARKED.search(value):
         value = extract(value) or ""
@@ -162,10 +163,16 @@ def parse_answer(
     answer_type = kind(gold)
     if answer_type == "integer" and "floating-point" in hint:
         answer_type = "float"
-    words = gold.split() if answer_type == "text" else _WORD.findall(_PLAIN_TEX.sub("", gold))
-    if len(words) > LONGEST_TEXT or _SENTENCE.search(gold):
+    if not long and is_long(gold, answer_type):
         raise Unreadable("long text answer")
     return gold, answer_type
+
+
+def is_long(gold: str, answer_type: str) -> bool:
+    """Whether an answer that is no option is too long to be checked by comparison: it has more than
+    LONGEST_TEXT words, or is more than a sentence."""
+    words = gold.split() if answer_type == "text" else _WORD.findall(_PLAIN_TEX.sub("", gold))
+    return len(words) > LONGEST_TEXT or bool(_SENTENCE.search(gold))
 
 
 def _option(gold: str, options: tuple[str, ...]) -> str:

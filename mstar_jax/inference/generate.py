@@ -220,6 +220,7 @@ def sample(
     batch: int = 0,
     longest: int = 0,
     kind: str = "rollouts",
+    judge: selection.Judge = selection.judge_all,
 ) -> Groups:
     """Samples and judges responses through the store of rollouts.
 
@@ -234,6 +235,7 @@ def sample(
       batch: queries sampled together; 0 for `sampling.batch`.
       longest: most tokens of a prompt; 0 for `data.max_prompt`.
       kind: of work, in the table of speeds.
+      judge: what judges them; by default the answer checker.
     """
     sampler = sampler_for(host, len(temperatures), batch or host.sampling.batch)
     rows = [Row(prompt) for prompt in plan(host, asked, name, longest=longest) if prompt is not None]
@@ -249,8 +251,7 @@ def sample(
     )
 
     def record(row: Row, responses: Sequence[Response]) -> dict[str, object]:
-        query = row.prompt.query
-        return rollout(query, [selection.judge(query, response) for response in responses])
+        return rollout(row.prompt.query, judge(row.prompt.query, responses))
 
     store, shards = sample_rows(host, task, sampler, rows, params, record)
     return store.groups(shards)

@@ -89,6 +89,7 @@ def digest_of(workdir: pathlib.Path, asked: Sequence[Asked], responses: Groups) 
     def one(query: Query, prompt: str) -> list[object]:
         of_each = [
             (r.sample, r.text, len(r.tokens), r.logprob, r.truncated, r.answer, r.verdict, r.temperature)
+            + (() if r.score is None else (r.score,))
             for r in responses[query.id]
         ]
         return [*told(workdir, query), prompt, of_each]

@@ -168,7 +168,7 @@ def curve(
 
     Args:
       groups: labelled queries, each with its scored samples and, if there is one, its greedy response.
-        Responses are judged here against the query's gold answer; earlier verdicts are ignored.
+        Responses without a verdict are judged here by the query's gold answer.
       ns: numbers of rollouts; n means the first n samples of every query.
       same_of: for a query, the function that says whether two answers vote together.
       aggregate: how step scores become a reward.
@@ -184,11 +184,13 @@ def curve(
     for query, group in groups:
         if query.answer is None:
             raise ValueError(f"query {query.id!r} has no gold answer to compare its votes with")
-        judged = [selection.judge(query, r) for r in group]
+        judged = [r if r.verdict else selection.judge(query, r) for r in group]
         greedy += [selection.is_correct(r) for r in judged if r.temperature == 0]
         samples = [r for r in judged if r.temperature > 0]
         rewards = [selection.reward(r, aggregate) for r in samples]
-        right = {r.answer: r.verdict == "correct" for r in samples}  # a verdict depends on the answer alone
+        right: dict[str | None, bool] = {}
+        for r in samples:  # the verdict on the first response with an answer, should others of it differ
+            right.setdefault(r.answer, r.verdict == "correct")
         same = same_of(query)
         for n in rows:
             if not 1 <= n <= len(samples):

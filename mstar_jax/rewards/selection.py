@@ -21,6 +21,9 @@ AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": lambda scores: math.fsum(scores) / len(scores),
 }
 
+Judge = Callable[[Query, Sequence[Response]], list[Response]]  # fills in what tells right from wrong
+FAILED = "failed"  # the verdict on a response for which a user's reward failed
+
 
 # ---- 1. by answer -------------------------------------------------------------------------------------
 
@@ -40,6 +43,11 @@ def judge(query: Query, response: Response) -> Response:
     return dataclasses.replace(response, answer=grade.answer, verdict=grade.verdict)
 
 
+def judge_all(query: Query, responses: Sequence[Response]) -> list[Response]:
+    """The responses, each as `judge` fills it in."""
+    return [judge(query, r) for r in responses]
+
+
 def is_correct(response: Response) -> bool:
     """1(a = a*) of a judged response: the rule of selecting, labelling and measuring alike.
 
@@ -47,6 +55,14 @@ def is_correct(response: Response) -> bool:
     last word, and it would train the policy not to end.
     """
     return response.verdict == "correct" and not response.truncated
+
+
+def outcome(response: Response) -> float:
+    """The reward in 0..1 of a judged response: the score that a user's reward gave it, else 1 for a correct
+    one and 0 for another. It is 0 for a truncated response; `is_correct` says why."""
+    if response.truncated or response.score is None:
+        return float(is_correct(response))
+    return response.score
 
 
 def correct(responses: Sequence[Response]) -> list[Response]:

@@ -1,11 +1,17 @@
 """generate: y_1 .. y_K ~ pi( . | x, o; T)."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mstar_jax.inference.generate import Groups, ask, sample
+from mstar_jax.rewards import custom
 from mstar_jax.stages.policy import Policy
 from mstar_jax.stages.run import Run
+from mstar_jax.store import complete
 from mstar_jax.structs import Query, Stage
+
+log = logging.getLogger(__name__)
 
 
 def generate(
@@ -19,7 +25,7 @@ def generate(
     template: str = "",
     part: str = "",
 ) -> Groups:
-    """Samples K responses of every query, and judges them by the gold answer.
+    """Samples K responses of every query, and judges them by `config.reward`.
 
     Args:
       run: see `Run`.
@@ -54,13 +60,35 @@ def respond(
         lambda: policy.params,
         ask(queries, template),
         temperatures,
-        settings={"prompt": template},
+        settings={"prompt": template, **run.grading.identity},
         iteration=stage.number,
         batch=batch,
         kind=kind,
+        judge=run.grading.judge,
     )
 
 
 def pass_name(stage: Stage, part: str = "") -> str:
     """The name of a stage's pass in the stores."""
     return f"{stage}_{part}" if part else stage.name
+
+
+def stored(run: Run, name: str) -> Groups:
+    """The responses of a pass that is complete; none where there was no such pass."""
+    folder = run.workdir / "rollouts" / name
+    if not folder.exists():
+        return {}
+    store, shards = complete(folder)
+    return store.groups(shards)
+
+
+def failures(run: Run, stage: Stage, counted: Callable[[], Mapping[str, custom.Failures]]) -> dict[str, Any]:
+    """For a stage's record, where a user's reward failed, by the kind of the responses; empty if it never
+    did. They are counted only if there is such a reward."""
+    found = counted() if custom.is_users(run.config.reward) else {}
+    for kind, each in found.items():
+        if each["failed"] and each["failed"] == each["responses"]:
+            text = "%s: reward %s FAILED FOR EVERY ONE of its %d responses (%s): none counts as right"
+            log.warning(text, stage, run.config.reward, each["failed"], kind)
+    told = {kind: each for kind, each in found.items() if each["failed"]}
+    return {"reward_failed": told} if told else {}

@@ -1,14 +1,16 @@
 """measure: the dynamics of a stage's policy (greedy accuracy, Pass@K, gap, Reward-Pass@2; Figure 3)."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mstar_jax.data import truth
 from mstar_jax.inference.score import Scorer
 from mstar_jax.records import write_samples
-from mstar_jax.rewards import metrics, selection
+from mstar_jax.rewards import custom, metrics, selection
 from mstar_jax.stages.explore import explores
-from mstar_jax.stages.generate import pass_name, respond
+from mstar_jax.stages.generate import failures, pass_name, respond, stored
 from mstar_jax.stages.policy import Policy
 from mstar_jax.stages.run import Run, lap
 from mstar_jax.stages.select import scores
@@ -43,11 +45,14 @@ def measure(
         queries = run.test if split == "test" else run.validation
         groups = answers(run, policy, reward, queries, split)
         measured = metrics.dynamics(groups, c.eval.k, aggregate=c.prm.aggregate, alpha=c.explore.alpha)
-        record: dict[str, object] = {"split": split, "n": len(groups), **measured, "k": c.eval.k}
+        record: dict[str, Any] = {"split": split, "n": len(groups), **measured, "k": c.eval.k}
         record["temperature"] = sampled_at
         record["kept"] = sum(source.responses for source in trained_on) if trained_on else None
         for source in trained_on:
             record |= source.notes
+        failed = failures(run, stage, functools.partial(counted, run, stage, split, groups))
+        if failed:
+            record["reward_failed"] = {**record.get("reward_failed", {}), **failed["reward_failed"]}
         record |= right_steps(groups, run.truth) | by_part(groups, run.truth, c.eval.k) | lap(run)
         by_id = {query.id: query for query in queries}
         asked = [by_id[group[0].query_id] for group in groups]
@@ -97,6 +102,14 @@ def answers(
     if reward is not None:
         found = scores(run, reward, pass_name(stage, split), queries, found)
     return [found[query.id] for query in queries if query.id in found]
+
+
+def counted(
+    run: Run, stage: Stage, split: str, groups: Sequence[Sequence[Response]]
+) -> dict[str, custom.Failures]:
+    """Where a user's reward failed: of the responses measured and, once a stage, of those to train on."""
+    sampled = stored(run, stage.name).values() if split == "validation" else ()
+    return {"measured": custom.failures(groups), "sampled": custom.failures(sampled)}
 
 
 def by_part(

@@ -1,5 +1,6 @@
 """The process reward model R_p: trained once, on Monte-Carlo labels of the warm-up policy's steps."""
 
+import collections
 import functools
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -23,11 +24,12 @@ from mstar_jax.inference.generate import (
 )
 from mstar_jax.inference.score import Scorer, score, score_with
 from mstar_jax.models import vlm
-from mstar_jax.rewards import metrics, prm, selection
-from mstar_jax.stages.generate import generate
+from mstar_jax.rewards import custom, metrics, prm, selection
+from mstar_jax.stages.generate import failures, generate
 from mstar_jax.stages.improve import Carry, carried, train
 from mstar_jax.stages.policy import Policy, restore_params
 from mstar_jax.stages.run import Run, lap
+from mstar_jax.store import complete
 from mstar_jax.structs import Query, Response, Row, ScoringModel, Source, Stage, TrainState
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     train(run, Stage.reward_model, begin, [Source(rows)], sampled_at=settings.temperature, loss=loss)
 
     record = report(run, reward, ask(held_out, run.template), responses, labels)
+    record |= failures(run, Stage.reward_model, lambda: failed_rewards(run, responses))
     run.results.add(Stage.reward_model, record | lap(run))
     log.info("prm: AUC within held-out queries: %s", auc_text(record))
     return reward
@@ -151,6 +154,7 @@ def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups)
             "completions": settings.completions,
             "samples": settings.samples,
             "temperature": settings.temperature,
+            **run.grading.identity,
         },
         kind="labels",
     )
@@ -167,24 +171,38 @@ def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups)
     }
 
 
-def label_record(host: Inference, row: Row, completions: Sequence[Response]) -> dict[str, object]:
+def label_record(run: Run, row: Row, completions: Sequence[Response]) -> dict[str, object]:
     """A record of the store of labels: how many completions of each step prefix reached the gold answer."""
-    query, count = row.prompt.query, host.prm.completions
+    query, count = row.prompt.query, run.prm.completions
     steps = []
     for at in range(0, len(row.starts), count):
         branch, kept, _ = row.starts[at]
         if kept:
-            judged = [selection.judge(query, r) for r in completions[at : at + count]]
+            judged = run.grading.judge(query, completions[at : at + count])
             tokens = row.responses[branch - 1][:kept]
             reached = len(selection.correct(judged))
-            text = host.processor.decode(tokens)
-            steps.append({"text": text, "reached": reached, "of": count, "tokens": list(tokens)})
+            text = run.processor.decode(tokens)
+            step = {"text": text, "reached": reached, "of": count, "tokens": list(tokens)}
+            failed = sum(r.verdict == selection.FAILED for r in judged)
+            steps.append(step | ({"failed": failed} if failed else {}))
     return {"query": query.id, "question": query.question, "gold": query.answer, "steps": steps}
 
 
 def read_labels(record: dict[str, Any]) -> tuple[str, list[tuple[prm.Prefix, float]]]:
     """(query id, the share of right completions of each step prefix) of such a record."""
     return record["query"], [(tuple(s["tokens"]), s["reached"] / s["of"]) for s in record["steps"]]
+
+
+def failed_rewards(run: Run, responses: Groups) -> dict[str, custom.Failures]:
+    """Where a user's reward failed: of the responses, and of the completions of their steps."""
+    store, shards = complete(run.workdir / "labels" / "prm")
+    total = 0
+    found = collections.Counter[str]()
+    for record in store.read(shards, dict):
+        for step in record["steps"]:
+            total += step["of"]
+            found[record["query"]] += step.get("failed", 0)
+    return {"sampled": custom.failures(responses.values()), "completions": custom.count(total, +found)}
 
 
 def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, labels: Labels) -> list[Row]:

@@ -16,6 +16,7 @@ from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate
+from mstar_jax.rewards import custom
 from mstar_jax.store import digest, update_text, write_text
 from mstar_jax.structs import Model, Query, Stage
 from mstar_jax.training import optimizer
@@ -58,6 +59,7 @@ class Run(generate.Inference):
       hidden: the answers of the unlabelled queries by id, to measure pseudo-labels with.
       base_set, base_validation: the narrow data that a policy from scratch begins with.
       truth: of the embedded data set, what its generator knows of each query; it measures and never trains.
+      grading: what judges responses, but those to benchmarks.
       benchmarks: what the policies are asked at the end.
       results: results.json.
       checkpoints: of the stages' training.
@@ -77,6 +79,7 @@ class Run(generate.Inference):
     base_set: Sequence[embedded.BaseExample]
     base_validation: Sequence[Query]
     truth: Mapping[str, truth.Truth]
+    grading: custom.Grading
     benchmarks: evaluation.Benchmarks
     results: records.Results
     checkpoints: Checkpoints
@@ -97,6 +100,7 @@ def start(
       ValueError: a config value is impossible, before anything is compiled.
     """
     configure.check(config, sharding.make_mesh(**config.mesh))
+    grading = custom.grading(config.reward, config.reward_seconds)
     results = records.Results(workdir, head)
     with processes.first_alone("data"):  # makes the embedded data set
         recall_images(workdir)
@@ -136,6 +140,7 @@ def start(
         base_set=data.base,
         base_validation=data.base_validation,
         truth=truth.read_truth(known) if known.exists() and not config.data.labelled else {},
+        grading=grading,
         benchmarks=benchmarks,
         results=results,
         checkpoints=Checkpoints(workdir / "checkpoints"),
@@ -163,6 +168,9 @@ def inputs(
         found["data, truth"] = {known.name: fingerprint(known)}
     if isinstance(source, models.FromScratch):
         found["tokenizer"] = of_checkpoint(source.folder)
+    if custom.is_users(config.reward):
+        path, _ = custom.place(config.reward)
+        found["reward"] = {path.name: fingerprint(path)}
     for key, path in (("policy.path", config.policy.path), ("prm.path", config.prm.path)):
         if path:
             found[key] = of_checkpoint(models.Pretrained(path).folder)

@@ -2,20 +2,24 @@
 
 import collections
 import dataclasses
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 import numpy as np
 
-from mstar_jax import store
+from mstar_jax import processes, store
 from mstar_jax.data import truth
 from mstar_jax.inference.generate import Asked, Groups, ask, plan
 from mstar_jax.inference.score import Scorer, score
-from mstar_jax.rewards import selection
-from mstar_jax.stages.generate import pass_name
+from mstar_jax.rewards import custom, selection
+from mstar_jax.stages.generate import failures, pass_name
 from mstar_jax.stages.run import Run
 from mstar_jax.structs import Query, Response, Row, Source, Stage
+
+JUDGED = ("answer", "verdict", "score")  # what judging fills in
 
 
 def select(
@@ -127,14 +131,30 @@ def select_unlabelled(
         settings=settings,
         aggregate=run.config.prm.aggregate if reward is not None else "",
     )
-    by_id = {query.id: query for query in answered}
+    outcomes = judged_by(run.grading.judge, answered, responses)
 
     def judge(query_id: str) -> list[Response]:
-        return [selection.judge(by_id[query_id], r) for r in responses.get(query_id, [])]
+        group = responses.get(query_id, [])
+        return [dataclasses.replace(r, **told) for r, told in zip(group, outcomes[query_id], strict=True)]
 
-    judged = store.Groups(by_id, judge)
+    judged = store.Groups(outcomes, judge)
     chosen = select(run, stage, reward, answered, judged, part=part)
-    return chosen._replace(weight=settings.weight, notes=notes)
+    failed = failures(run, stage, lambda: {part: custom.failures(judged.values())})
+    return chosen._replace(weight=settings.weight, notes={**notes, **failed})
+
+
+def judged_by(
+    judge: selection.Judge, queries: Sequence[Query], responses: Groups
+) -> dict[str, list[dict[str, Any]]]:
+    """By query what judging says of each of its responses, once and for all: several processes share the
+    work, and a user's function is not asked again. Without the responses themselves: they are many."""
+
+    def told(at: int) -> bytes:
+        found = judge(queries[at], responses.get(queries[at].id, []))
+        return json.dumps([{key: getattr(r, key) for key in JUDGED} for r in found]).encode()
+
+    made = processes.shared(told, len(queries))
+    return {query.id: json.loads(each) for query, each in zip(queries, made, strict=True)}
 
 
 def pseudo_label(
