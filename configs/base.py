@@ -127,6 +127,9 @@ def get_config() -> ConfigDict:
     evolve.iterations = 16  # with 625 optimizer steps each, 10K in all
     evolve.fraction = 0.25  # of the labelled queries, in each iteration; the best interval of Table 1
     evolve.k = 16  # responses sampled per query
+    evolve.curriculum = "uniform"  # which queries: uniform, or informative (by their last pass rates)
+    evolve.informative = (0.0, 1.0)  # pass rates of informative queries, bounds included, but never 0 or 1
+    evolve.remeasure = 0.1  # share of an iteration for never measured queries, and as much for others
     evolve.select = "prm"  # which correct responses are kept: prm, random, likelihood, frequency or oracle
     evolve.keep = 2  # responses kept per query, at most; 0 keeps all
     evolve.threshold = placeholder(float)  # reward (or likelihood) that kept responses exceed; None: no limit

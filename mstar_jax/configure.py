@@ -77,6 +77,7 @@ def _words(config: ConfigDict) -> Iterator[str]:
     yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
     yield from choose("data.embedded", c.data.embedded, tuple(EMBEDDED))
     yield from ranges.refusal(custom.check, c.reward)
+    yield from ranges.refusal(splits.check_choice, c.evolve.curriculum, c.evolve.informative, c.evolve.data)
     yield from choose("evolve.start", c.evolve.start, ("last", "warmup"))
     rules = ("prm", "random", "likelihood", *selection.RANKINGS, "oracle")
     yield from choose("evolve.select", c.evolve.select, rules)

@@ -37,6 +37,7 @@ from mstar_jax.data import splits
 from mstar_jax.records import Record
 from mstar_jax.stages.base import base
 from mstar_jax.stages.benchmark import benchmark
+from mstar_jax.stages.curriculum import next_queries
 from mstar_jax.stages.explore import explore, temperature_after
 from mstar_jax.stages.generate import generate
 from mstar_jax.stages.improve import Carry, improve
@@ -101,7 +102,7 @@ def evolve(
             continue
 
         if method.data == "rollouts":
-            queries = splits.share(run.labelled, method.fraction, t, config.seed)  # the next ones of an epoch
+            queries = next_queries(run, t)  # by evolve.curriculum; uniform: the next ones of an epoch
             responses = generate(run, stage, policy, queries, temperature, method.k)
             sources = [select(run, stage, reward, queries, responses)]
             if unlabelled_join(method, t):  # as above, with the answers that the responses vote for

@@ -38,6 +38,7 @@ ALWAYS = {
     "evolve.learning_rate": SOME,
     "evolve.warmup_steps": SOME,
     "evolve.final_fraction": SHARE,
+    "evolve.remeasure": "[0, 0.5]",  # twice this share of an iteration: as much for queries never measured
     "evolve.keep_checkpoints": "[2, inf)",  # an iteration starts from the checkpoint of the one before
     "evolve.unlabelled.mixin": SHARE,
     "evolve.unlabelled.threshold": SHARE,

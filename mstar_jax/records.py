@@ -32,6 +32,8 @@ class Record(TypedDict, total=False):
       all_right, unfaithful: of the embedded data's greedy responses, see `stages.measure.right_steps`.
       parts: on the parts of the embedded data, see `stages.measure.by_part`.
       pseudo_coverage, pseudo_precision: of unlabelled queries that joined, see `stages.select.pseudo_label`.
+      curriculum: what the choice of an iteration's queries was worth, see `data.splits.spared`.
+      reward_failed: where a user's reward failed, see `stages.generate.failures`.
       grid, chosen: the dynamics at several temperatures, and the temperature that was chosen by them.
       responses, ..., truth: of the reward model, see `stages.reward_model.report`.
       seconds: since the record before.
@@ -62,6 +64,8 @@ class Record(TypedDict, total=False):
     parts: dict[str, dict[str, float]]
     pseudo_coverage: float
     pseudo_precision: float
+    curriculum: dict[str, Any]
+    reward_failed: dict[str, dict[str, Any]]
     grid: list[dict[str, float]]
     chosen: float | None
     responses: int

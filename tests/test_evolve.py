@@ -92,6 +92,7 @@ from absl import app
 from mstar_jax import main, sharding
 from mstar_jax.rewards import prm, selection
 selection.correct = list
+selection.is_correct = lambda r: r.verdict == "correct"
 true = prm.prefixes
 first = lambda found: [tuple(r.tokens[:3]) for r in found if len(r.tokens) > 3]
 prm.prefixes = lambda found, texts: list(dict.fromkeys([*first(found), *true(found, texts)]))
@@ -123,6 +124,7 @@ def first_tokens(found, texts, true=prm.prefixes):
 def shrunk_further():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "correct", list)
+        patch.setattr(selection, "is_correct", lambda r: r.verdict == "correct")  # truncated or not
         patch.setattr(prm, "prefixes", first_tokens)
         one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # compiles sooner than eight
         patch.setattr(sharding, "make_mesh", one)
@@ -479,6 +481,7 @@ def test_a_run_gets_on_however_soon_it_is_killed(whole, tmp_path, command):
     assert_same_run(tmp_path, whole, curves=False)
 
 
+COIN = f"{ROOT}/tests/users_rewards.py:coin"
 # Without a reward model there are fewer programs to compile.
 PLAIN = SMALL | {"train.log_every": 1, "evolve.select": "random", "prm.queries": 0, "eval.test_at": ()}
 # What a run does as it goes on after a kill: values, and when it is killed.
@@ -497,6 +500,11 @@ KILLED = {
     # adapters; every iteration from the warm-up's parameters, with the moments and schedule of the last one
     "lora": (
         {"train.lora.rank": 4, "evolve.start": "warmup", "data.workers": 2},
+        lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
+    ),
+    # queries by what is known of them, and a user's reward that is right for half of all texts
+    "informative": (
+        {"reward": COIN, "evolve.curriculum": "informative", "evolve.remeasure": 0.2, "evolve.k": 4},
         lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
     ),
     # no likelihood is above 1, so iterations train nothing; responses end at a line's end
@@ -525,6 +533,12 @@ def test_kinds_of_runs_that_were_killed_continue(tmp_path, command, kind):
     cut.write_bytes(cut.read_bytes()[:-100])
     assert command(tmp_path / "run", values).wait() == 0
     print(f"{kind}: {time.monotonic() - begun:.0f} s with the kill")
+    if kind == "informative":
+        records = [record for record in results(tmp_path / "whole") if "curriculum" in record]
+        assert [record["iteration"] for record in records] == [1, 2]
+        assert [record["curriculum"]["groups"] for record in records] == [12, 12]
+        assert 0 < records[0]["curriculum"]["informative"] <= 12 and records[1]["greedy_accuracy"] > 0
+        assert records[1]["curriculum"]["asked"]["informative"] > 0
     final = results(tmp_path / "whole")[-1]
     assert (final["stage"], final["iteration"]) == ("iteration", 2)
     assert (final["kept"] == 0) == (kind == "nothing kept")

@@ -105,7 +105,7 @@ class Page:
         checkpoints = types.SimpleNamespace(drop=lambda stage: None, wait=lambda: None)
         results = types.SimpleNamespace(records=[])
         run = types.SimpleNamespace(
-            labelled=labelled, checkpoints=checkpoints, results=results, config=config
+            labelled=labelled, checkpoints=checkpoints, results=results, config=config, seed=config.seed
         )
         nothing = ("base", "measure", "select_rationales", "train_reward_model", "select")
         verbs = {name: lambda *given, **more: None for name in nothing}

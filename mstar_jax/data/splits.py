@@ -1,9 +1,10 @@
-"""Splits of a data set by image, and the share of it that an iteration uses."""
+"""Splits of a data set by image, and the queries of it that an iteration asks."""
 
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -156,3 +157,125 @@ def share(queries: Sequence[Query], fraction: float, iteration: int, seed: int) 
         epoch, at = divmod(first + len(out), len(queries))
         out += shuffled(queries, seed, epoch + 1)[at : at + count - len(out)]
     return out
+
+
+# ---- the informative curriculum -----------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """What the last responses to a query said.
+
+    Attributes:
+      at: when they were sampled, a number that grows from stage to stage.
+      rate: the share of them that was right, in 0..1.
+    """
+
+    at: int
+    rate: float
+
+
+Bounds = tuple[float, float]  # the pass rates of informative queries, both included
+Known = Mapping[str, Measured]  # by query id; a query that is absent was never measured
+
+
+def check_choice(curriculum: str, bounds: Sequence[float], trained_on: str) -> None:
+    """Refuses what no curriculum can be made of: `evolve.curriculum`, `.informative` and `.data`.
+
+    Raises:
+      ValueError: says which value, and what it may be.
+    """
+    if curriculum not in ("uniform", "informative"):
+        raise ValueError(f"evolve.curriculum = {curriculum!r}: choose one of 'uniform', 'informative'")
+    if curriculum == "informative" and trained_on != "rollouts":
+        raise ValueError(
+            f"evolve.curriculum = {curriculum!r}: evolve.data = {trained_on!r} has no rollouts to go by"
+        )
+    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+        raise ValueError(f"evolve.informative = {bounds}: give two pass rates in 0..1, the lower one first")
+
+
+def is_informative(rate: float, bounds: Bounds) -> bool:
+    """Whether responses of this pass rate differ in being right, and the rate is within the bounds."""
+    return 0 < rate < 1 and bounds[0] <= rate <= bounds[1]
+
+
+def strata(queries: Sequence[Query], known: Known, bounds: Bounds) -> dict[str, list[Query]]:
+    """The queries that were `informative` when last measured, that are `new`, and that are `settled`."""
+    found: dict[str, list[Query]] = {"informative": [], "new": [], "settled": []}
+    for query in queries:
+        last = known.get(query.id)
+        name = "new" if last is None else "informative" if is_informative(last.rate, bounds) else "settled"
+        found[name].append(query)
+    return found
+
+
+def informative(
+    queries: Sequence[Query],
+    fraction: float,
+    iteration: int,
+    seed: int,
+    *,
+    known: Known,
+    bounds: Bounds,
+    remeasure: float,
+) -> list[Query]:
+    """As many queries as `share` gives, but those first that were informative when they were last measured.
+
+    A policy changes, so a share `remeasure` is kept for settled queries, and as large a one for new ones.
+    What informative queries leave goes to new ones and then to settled ones. Of its kind, the query that was
+    not measured for longest comes first; otherwise the order is random. Where nothing has been measured, this
+    is the first iteration of `share`.
+    """
+    count = max(1, math.ceil(fraction * len(queries)))
+    order = shuffled(queries, seed, iteration)
+    parts = strata(order, known, bounds)
+    for name in ("informative", "settled"):
+        parts[name].sort(key=lambda query: known[query.id].at)
+    kept = int(remeasure * count)
+    takes = {name: min(kept, len(parts[name])) for name in ("new", "settled")}
+    for name in ("informative", "new", "settled"):
+        room = count - sum(takes.values())
+        takes[name] = min(takes.get(name, 0) + room, len(parts[name]))
+    chosen = {query.id for name, part in parts.items() for query in part[: takes[name]]}
+    return [query for query in order if query.id in chosen]
+
+
+def spared(
+    queries: Sequence[Query], rates: Mapping[str, float], k: int, *, known: Known, bounds: Bounds
+) -> dict[str, object]:
+    """What the choice of an iteration's queries was worth, against queries drawn uniformly.
+
+    The share of informative groups that uniform queries would have had is estimated from this iteration's own
+    groups: of each stratum the share among those asked, weighted by the stratum's part of all queries.
+
+    Args:
+      queries: all that could have been asked.
+      rates: the pass rate of each one that was, by id.
+      k: responses to each.
+      known: what was known before they were asked.
+      bounds: see `Bounds`.
+
+    Returns:
+      `groups` asked and `informative` ones among them; by stratum how many were `asked`; `uniform`, the share
+      of informative groups that uniform queries would have had, and `rollouts_spared` for as many of them.
+      The last two are None where a stratum was not asked, or no group was informative.
+    """
+    asked: dict[str, int] = {}
+    uniform: float | None = 0.0
+    hits = 0
+    for name, part in strata(queries, known, bounds).items():
+        found = [is_informative(rates[query.id], bounds) for query in part if query.id in rates]
+        asked[name] = len(found)
+        hits += sum(found)
+        if part:
+            share = sum(found) / len(found) if found else None
+            uniform = None if uniform is None or share is None else uniform + share * len(part) / len(queries)
+    groups = sum(asked.values())
+    more = round((hits / uniform - groups) * k) if uniform else None
+    return {
+        "groups": groups,
+        "informative": hits,
+        "asked": asked,
+        "uniform": uniform if hits else None,
+        "rollouts_spared": more,
+    }
