@@ -42,7 +42,7 @@ from mstar_jax.stages.explore import explore, temperature_after
 from mstar_jax.stages.generate import generate
 from mstar_jax.stages.improve import Carry, improve
 from mstar_jax.stages.measure import check_measured, measure
-from mstar_jax.stages.policy import policy_after
+from mstar_jax.stages.policy import drop_checkpoints, policy_after
 from mstar_jax.stages.reward_model import train_reward_model
 from mstar_jax.stages.run import start, superseded
 from mstar_jax.stages.select import gold_answers, select, select_rationales, select_unlabelled
@@ -125,8 +125,7 @@ def evolve(
         policy = improve(run, stage, start_policy, sources, carry=carry, sampled_at=temperature)
         measure(run, policy, reward, sources, sampled_at=temperature)  # every eval.every, and the last one
         temperature = explore(run, policy, reward, temperature)  # every explore.every iterations
-        if t > method.keep_checkpoints:
-            run.checkpoints.drop(Stage.iteration(t - method.keep_checkpoints))
+        drop_checkpoints(run, t)  # but the last evolve.keep_checkpoints, and the best one
 
     # ---------------------------------------------------------------------------------- benchmarks
     if config.benchmarks.names:

@@ -1,7 +1,9 @@
 """A run's policy, or its reward model, as a Hugging Face checkpoint.
 
-    python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-evolved [--stage=warmup]
+    python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-evolved [--stage=best]
     python -m mstar_jax.export --workdir=runs/phi35 --output=/checkpoints/phi35-prm --stage=prm
+
+`--stage=best` is the iteration with the highest greedy accuracy on validation; a run keeps its checkpoint.
 
 Weights go out under the official names, in the files and dtypes of the checkpoint that the run started
 from; its config, generation_config, tokenizer and processor files are copied unchanged. A reward model
@@ -17,7 +19,7 @@ from mstar_jax import cli, finished, sharding
 from mstar_jax.cli import OUTPUT, WORKDIR
 from mstar_jax.structs import Stage
 
-STAGE = flags.DEFINE_string("stage", "", "base, warmup, prm, iteration_07; default the last policy.")
+STAGE = flags.DEFINE_string("stage", "", "base, warmup, prm, iteration_07, best; default the last policy.")
 
 
 def export(workdir: pathlib.Path, output: pathlib.Path, stage: Stage | None = None) -> Stage:
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     cli.start(argv)
     workdir, output = pathlib.Path(WORKDIR.value or ""), pathlib.Path(OUTPUT.value or "")
     with cli.explained():
-        wanted = Stage.parse(STAGE.value) if STAGE.value else None
+        wanted = finished.stage_of(workdir, STAGE.value) if STAGE.value else None
         stage = export(workdir, output, wanted)
     names = ", ".join(sorted(path.name for path in output.iterdir()))
     print(f"{stage} of {workdir} -> {output.absolute()}: {names}")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
+from mstar_jax.records import best
 from mstar_jax.store import read_json
 from mstar_jax.structs import Stage
 from mstar_jax.training.checkpoint import Checkpoints
@@ -73,6 +74,21 @@ def policy_of(workdir: pathlib.Path) -> Policy:
             f"parameters mean something else now. Restore it; to go on all the same, remove {noted}"
         )
     return policy
+
+
+def stage_of(workdir: pathlib.Path, name: str) -> Stage:
+    """The stage of a run that has this name, or for `best` the iteration that was best on validation.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if name != "best":
+        return Stage.parse(name)
+    path = workdir / "results.json"
+    found = best(read_json(path, "stages")["stages"]) if path.exists() else None
+    if found is None:
+        raise ValueError(f"{path}: no iteration has been measured on validation, so none is the best")
+    return Stage.iteration(found["iteration"])
 
 
 def _check_run(workdir: pathlib.Path) -> None:

@@ -90,7 +90,12 @@ def main(argv: list[str]) -> None:
         return
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
     asked = workdir / "benchmarks" / "table.md" if config.benchmarks.names else None
-    shown = [records.table(found), records.speeds(found), asked.read_text().strip() if asked else ""]
+    shown = [
+        records.table(found),
+        records.shown_best(found),
+        records.speeds(found),
+        asked.read_text().strip() if asked else "",
+    ]
     print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
     try:
         print(f"{page.write([workdir])}: the report, one file for any browser")

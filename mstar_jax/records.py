@@ -82,7 +82,8 @@ class Record(TypedDict, total=False):
 
 
 class Results:
-    """`<workdir>/results.json`: a head (config, seed, versions, device), a record per stage and split.
+    """`<workdir>/results.json`: a head (config, seed, versions, device), the best iteration, a record per
+    stage and split.
 
     Attributes:
       records: the records, in the order of their writing.
@@ -113,6 +114,11 @@ class Results:
         key = (stage.kind, stage.number, split)
         return next((r for r in self.records if (r["stage"], r["iteration"], r["split"]) == key), None)
 
+    def best(self) -> Stage | None:
+        """The iteration that `best` finds."""
+        found = best(self.records)
+        return Stage.iteration(found["iteration"]) if found else None
+
     def add(self, stage: Stage, values: Mapping[str, object]) -> None:
         """Appends a record and writes the file; also as TensorBoard events and a CSV of all records."""
         record: Any = {"stage": stage.kind, "iteration": stage.number, **values}
@@ -140,7 +146,8 @@ class Results:
         rows: list[Sequence[object]] = [names, *([record.get(name, "") for name in names] for record in flat)]
         text = "".join(",".join(str(cell) for cell in row) + "\n" for row in rows)
         write_text(self.workdir / "metrics" / "dynamics.csv", text)
-        data = {**self.head, "digest": digest(self.records), "stages": self.records}
+        data: dict[str, object] = {**self.head, "digest": digest(self.records)}
+        data |= {"best": str(self.best() or "") or None, "stages": self.records}
         write_text(self.path, json.dumps(data, indent=1))  # last: a record here means that all is written
         events = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard" / "dynamics"))
         at = 0 if stage == Stage.base else stage.number + 1
@@ -148,6 +155,22 @@ class Results:
             if isinstance(value, float) and name != "seconds":
                 events.add_scalar(f"{split}/{name}", value, at)
         events.close()
+
+
+def best(stages: Iterable[Record]) -> Record | None:
+    """The validation record of the iteration with the highest greedy accuracy, the first of equal ones; None
+    where no iteration has been measured."""
+    measured = [s for s in stages if s["stage"] == Stage.iteration(1).kind and s["split"] == "validation"]
+    return max(measured, key=lambda s: s["greedy_accuracy"], default=None)
+
+
+def shown_best(stages: Iterable[Record]) -> str:
+    """A line about the best iteration; empty without one."""
+    found = best(stages)
+    if found is None:
+        return ""
+    greedy = f"{100 * found['greedy_accuracy']:.1f}%"
+    return f"best on validation: iteration {found['iteration']}, greedy {greedy} (export --stage=best)"
 
 
 def table(stages: Iterable[Record]) -> str:

@@ -102,12 +102,12 @@ class Page:
         config = tiny.get_config("continuous")
         config.evolve.iterations, config.evolve.fraction = 2, 0.5
         labelled = [Query(str(n), (), "x" * n, answer="1") for n in (3, 1, 4, 2)]
-        checkpoints = types.SimpleNamespace(drop=lambda stage: None, wait=lambda: None)
+        checkpoints = types.SimpleNamespace(wait=lambda: None)
         results = types.SimpleNamespace(records=[])
         run = types.SimpleNamespace(
             labelled=labelled, checkpoints=checkpoints, results=results, config=config, seed=config.seed
         )
-        nothing = ("base", "measure", "select_rationales", "train_reward_model", "select")
+        nothing = ("base", "measure", "select_rationales", "train_reward_model", "select", "drop_checkpoints")
         verbs = {name: lambda *given, **more: None for name in nothing}
         verbs |= {"start": lambda *given: run, "superseded": lambda run, stage: False}
         verbs |= {"explore": lambda run, policy, reward, temperature: temperature}

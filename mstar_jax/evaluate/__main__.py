@@ -5,8 +5,9 @@
         --benchmarks=mathvista,m3cot,mmstar_r,mmbench_r,ai2d [--prm=runs/phi35 --samples=16]
 
 A checkpoint is a folder in the official format of a family of `models`, or a run of mstar_jax.main:
-its last policy, or that of `:stage`. The first is what the others are compared with. A reward model is a
-run's, or a folder that `export --stage=prm` wrote. Started again, the command asks nothing twice.
+its last policy, or that of `:stage` (`:best` is the best iteration on validation). The first is what the
+others are compared with. A reward model is a run's, or a folder that `export --stage=prm` wrote. Started
+again, the command asks nothing twice.
 
 `--root` holds the official files, in a folder for each benchmark or all together: see `benchmarks.py`.
 """
@@ -73,7 +74,7 @@ class Checkpoint:
         self.run = "model_type" not in values and "evolve" in values
         if not self.run and "model_type" not in values:
             raise ValueError(f"{text} is neither a run nor a checkpoint's folder: no such config.json in it")
-        wanted = Stage.parse(named) if named else stage
+        wanted = finished.stage_of(self.path, named) if named else stage
         self.stage = finished.finished(self.path, wanted) if self.run else None
         suffix = f"_{self.stage}" if self.stage else ""
         self.name = self.path.resolve().name + suffix

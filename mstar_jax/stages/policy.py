@@ -60,6 +60,15 @@ def at_rest(run: Run, state: TrainState) -> TrainState:
     return optimizer.moments_in(state, "pinned_host") if run.config.train.offload_optimizer else state
 
 
+def drop_checkpoints(run: Run, t: int) -> None:
+    """After iteration t, drops the checkpoints of iterations, but not the last `evolve.keep_checkpoints` ones
+    nor that of the best one so far."""
+    best = run.results.best()
+    for number in range(1, t - run.config.evolve.keep_checkpoints + 1):
+        if (stage := Stage.iteration(number)) != best:
+            run.checkpoints.drop(stage)
+
+
 def restore(run: Run, stage: Stage) -> TrainState:
     """The newest state of a stage, from its checkpoint; of a pretrained base, from the files it came in."""
     if stage == Stage.base and not configure.trains_base(run.config):
