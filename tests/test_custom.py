@@ -105,7 +105,7 @@ def test_one_that_hangs_is_killed_with_what_it_started(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_late_one_is_replaced():
+def test_a_late_one_is_replaced(caplog):
     function = custom.Function(f"{FILE}:any_of", seconds=2)
     assert outcomes(function, "hang", "True", "hang", "0.5") == [
         ("failed", 0.0),
@@ -113,7 +113,7 @@ def test_a_late_one_is_replaced():
         ("failed", 0.0),
         ("correct", 0.5),
     ]
-    assert function.said(json.dumps([vars(PLAIN), "hang"])) == {"error": "no answer within 2 s"}
+    assert caplog.text.count("no answer within 2 s") == 2
 
 
 def test_what_it_is_shown():
