@@ -27,7 +27,7 @@ from mstar_jax.inference import score
 from mstar_jax.inference.generate import Asked, ask
 from mstar_jax.inference.sampler import for_sampling
 from mstar_jax.models import vlm
-from mstar_jax.rewards import selection, steps
+from mstar_jax.rewards import prm, selection, steps
 from mstar_jax.stages.base import base as train_base
 from mstar_jax.stages.run import start
 from mstar_jax.stages.select import draw, keep
@@ -176,7 +176,8 @@ def memory(
             for query in queries
         }
         model = for_sampling(vlm.RewardModel(policy.params), run.mesh, jnp.float32)
-        scorer = score.Scorer(lambda: model, {}, run.processor, run.texts)
+        encode = prm.as_written(run.processor, run.texts)
+        scorer = score.Scorer(lambda: model, {}, run.processor, encode)
         score.score(run, scorer, "memory", ask(queries, run.template), groups, settings={})
     return {"train steps": trained, "chunks of scores": list(seen)}
 

@@ -155,6 +155,12 @@ def get_config() -> ConfigDict:
     c.prm = prm = ConfigDict()
     prm.path = ""  # a trained one of any family, as `export --stage=prm` writes it; empty: train one
     prm.head = ""  # the tensor of `prm.path` that is its head, where others saved it and several may be
+    prm.token = ""  # `prm.path` has no head: a step's score is the probability of this token after it
+    prm.against = ""  # among these two tokens; empty: in the whole vocabulary
+    prm.mark = ""  # text after each step, at whose end `prm.path` scores it; control tokens count
+    prm.between = "\n"  # text after a mark and before the next step
+    prm.open = False  # steps continue the user's turn, as in a conversation of a step a turn
+    prm.prompt = ""  # template that `prm.path` is asked with; empty: the prompt that the policy answered
     prm.queries = 50_000  # labelled queries to train on; 0: no reward model (unless prm.path)
     prm.held_out = 500  # labelled queries that its quality is measured on
     prm.k = 16  # responses sampled per query

@@ -41,7 +41,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
 def problems(config: ConfigDict, mesh: Mesh) -> list[str]:
     """What is impossible: each key, its value and what it may be."""
     found = [*_sources(config), *_words(config), *_numbers(config), *_batches(config, mesh)]
-    found += sampling_problems(config, mesh)
+    found += [*sampling_problems(config, mesh), *ranges.judging(config.prm, bool(config.prm.path))]
     for template in config.prompts.values():
         found += ranges.refusal(prompts.check, template)
     longest = {"data.max_prompt": config.data.max_prompt}

@@ -4,6 +4,9 @@ anything."""
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from mstar_jax.data import prompts
 
 FLOATS = ("float32", "bfloat16", "float16")
 COUNT = "[1, inf)"
@@ -170,6 +173,25 @@ def lengths(buckets: Sequence[int], longest: Mapping[str, int]) -> list[str]:
         for key, value in longest.items()
         if value > buckets[-1]
     ]
+
+
+def judging(prm: Mapping[str, Any], of_folder: bool) -> Iterator[str]:
+    """What is wrong with how a reward model is read and asked.
+
+    Args:
+      prm: `config.prm`.
+      of_folder: whether it is that of a folder, and not a run's own.
+    """
+    for key in ("head", "token", "against", "mark", "open", "prompt"):
+        if prm[key] and not of_folder:
+            yield f"prm.{key} = {prm[key]!r}: is said of a reward model in a folder, so set prm.path"
+    if prm["token"] and prm["head"]:
+        yield f"prm.token = {prm['token']!r}: a token or prm.head scores, so one of them must be empty"
+    if prm["against"] and not prm["token"]:
+        yield f"prm.against = {prm['against']!r}: needs prm.token, of which it is the opposite"
+    yield from refusal(prompts.check, prm["prompt"])
+    if "{answer}" in prm["prompt"]:
+        yield f"prm.prompt = {prm['prompt']!r}: must not show the answer to what judges responses"
 
 
 def refusal(refuses: Callable[..., object], *arguments: object) -> list[str]:

@@ -202,6 +202,25 @@ def test_impossible_values_are_refused(key, value, text):
         ranges.refuse(evaluation.problems(config))
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"path": ""}, r"prm.token = '\+': is said of a reward model in a folder, so set prm.path"),
+        ({"head": "v.weight"}, r"prm.token = '\+': a token or prm.head scores, so one of them must be empty"),
+        ({"token": ""}, "prm.against = '-': needs prm.token"),
+        ({"prompt": "{problem}"}, "unknown field {problem}"),
+        ({"prompt": "{question} is {answer}"}, "prm.prompt = .*: must not show the answer"),
+    ],
+)
+def test_how_a_reward_model_is_asked(values, text):
+    config = tiny.get_config("smoke")
+    config.prm.update({"path": "there", "token": "+", "against": "-", "mark": "<|end|>"})
+    configure.check(config, sharding.make_mesh())
+    config.prm.update(values)
+    with pytest.raises(ValueError, match=text):
+        configure.check(config, sharding.make_mesh())
+
+
 IMPOSSIBLE = {
     "evolve.steps": (0, -1),
     "evolve.warmup_steps": (13,),  # of 2 iterations of 6 steps

@@ -5,21 +5,25 @@ import json
 import os
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import openpyxl
 import pytest
 from ml_collections import ConfigDict
 
 from configs import tiny as tiny_config
-from mstar_jax import configure
+from mstar_jax import configure, models, sharding
 from mstar_jax.data import embedded, toy
 from mstar_jax.evaluate import __main__ as evaluate
 from mstar_jax.evaluate import evaluation, summary
 from mstar_jax.evaluate.benchmarks import Item
 from mstar_jax.inference import generate
-from mstar_jax.inference.score import Scorer
+from mstar_jax.inference.generate import Asked, inference
+from mstar_jax.inference.score import Scorer, score_with
 from mstar_jax.models import vlm
 from mstar_jax.profiling import speed
-from mstar_jax.structs import Query, Response, Stage
+from mstar_jax.structs import Batch, Query, Response, Stage
 
 OPTIONS = ("red", "blue", "green")
 SETTINGS = {
@@ -84,7 +88,7 @@ def evaluated(tmp_path, monkeypatch):
         settings = ConfigDict(SETTINGS | settings)
         templates = {"cot": "{question}{choices} Think."}
         asked = evaluation.Benchmarks(items, settings, templates, folder / "benchmarks")
-        scorer = Scorer(lambda: None, {}, None, ()) if scores else None
+        scorer = Scorer(lambda: None, {}, None, lambda text: None) if scores else None
         results = {}
         for name, host in hosts.items():
             candidate = evaluation.Candidate(name, lambda: None, {"policy": name})
@@ -250,6 +254,50 @@ def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
     assert record["greedy"]["n"] == 12 and {"majority", "weighted_vote", "best_of_n"} <= set(record)
     lines = (tmp_path / "whole/benchmarks/first/mathv360k.jsonl").read_text().splitlines()
     assert len({json.loads(line)["greedy"]["response"] for line in lines}) > 1
+
+
+def test_a_policy_judges_by_a_token(place, tmp_path):
+    """Through the scorer that votes; what it says of a step is the softmax of two tokens of its logits."""
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    mark, between = "<|end|>\n<|assistant|>\n", "+<|end|>\n<|user|>\n"
+    asked_for = {"token": "+", "against": "-", "mark": mark, "between": between}
+    config.prm.update({**asked_for, "open": True, "prompt": "Judge. {question}\n"})
+    mesh = sharding.make_mesh(**config.mesh)
+    judge = evaluate.Checkpoint(str(folder / "second"))
+    scorer = evaluate.scorer_of(judge, mesh, jnp.float32, config)
+    assert scorer.identity["mark"] == mark and scorer.identity["open"]
+    query = Query("q", (), "What is the total of all bars?", answer="6")
+    texts = ["Bars red 4\nSum 4 + 2 = 6\nThe answer is 6", "The answer is 6", ""]
+    found = {"q": [Response("q", i, text, (), 0.0, False) for i, text in enumerate(texts)]}
+    host = inference(config, tmp_path, scorer.processor)
+    with jax.set_mesh(mesh):
+        scored = score_with(host, scorer, scorer.load(), [Asked(query, "what it answered")], found)
+    policy, processor = models.load(folder / "second", jnp.float32)
+    pair = [processor.tokenizer.get_vocab()[token] for token in "+-"]
+    ids = processor.tokenizer("<|user|>\nJudge. What is the total of all bars?\n")["input_ids"]
+    parts = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (mark, between)]
+
+    @jax.jit
+    def odds(policy, tokens, branch):
+        batch = Batch(tokens, branch, None, jnp.full_like(tokens, -1), np.zeros((1, 0)))
+        return policy.logits(policy.hidden(batch))[0, :, pair]
+
+    for text, each in zip(texts, scored["q"], strict=True):
+        row, places = list(ids), []
+        for line in text.splitlines():
+            row += parts[1] if places else []
+            row += [*processor.tokenizer(line, add_special_tokens=False)["input_ids"], *parts[0]]
+            places.append(len(row) - 1)
+        branch = np.where(np.arange(160) < len(row), 0, -1)[None]
+        good, bad = np.asarray(odds(policy, np.resize(row, (1, 160)), branch), np.float64)[:, places]
+        np.testing.assert_allclose(each.step_scores, 1 / (1 + np.exp(bad - good)), atol=1e-5)
+    config.prm.token = "+-"
+    with pytest.raises(ValueError, match=r"prm.token: '\+-' is not one token of this vocabulary"):
+        evaluate.scorer_of(judge, mesh, jnp.float32, config)
+    config.prm.token = "-"
+    with pytest.raises(ValueError, match=r"prm.token = '-', prm.against = '-': both are \d+"):
+        evaluate.scorer_of(judge, mesh, jnp.float32, config)
 
 
 def test_other_weights_of_the_same_name_are_refused(place, tmp_path):

@@ -249,6 +249,17 @@ def test_a_head_that_is_not_certain_is_asked_for(folder, tmp_path):
         theirs.load_reward(jnp.float32)
 
 
+def test_what_a_token_scores_with_has_no_head(folder, tmp_path):
+    models.Pretrained(folder).check_headless()
+    theirs = with_tensors(folder, tmp_path / "theirs", **{"v_head.weight": np.zeros((1, 32), np.float32)})
+    with pytest.raises(ValueError, match="unexpected: v_head.weight"):
+        theirs.check_headless()
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / hf.HEAD).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"own has a head, {hf.HEAD}, .*: leave prm.token empty"):
+        models.Pretrained(tmp_path / "own").check_headless()
+
+
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_reward_model_is_a_policy_and_a_head(folder, tmp_path, mesh):
     mesh = mesh and sharding.make_mesh(**mesh)

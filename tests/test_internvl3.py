@@ -19,7 +19,9 @@ from test_internvl2 import picture
 from test_smolvlm import batch, loss
 
 from mstar_jax import models, sharding
-from mstar_jax.models import hf, internvl, internvl_chat, internvl_hf, vlm
+from mstar_jax.models import hf, internvl, internvl_chat, internvl_hf, tokenizer, vlm
+from mstar_jax.models.processor import Opened
+from mstar_jax.rewards import prm
 
 SIZE, VOCAB, PIECES = 16, 310, 280
 SPECIAL = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_pad|>", "<img>", "</img>")
@@ -138,6 +140,25 @@ def test_prompts_of_the_original_code(chat, sizes, spans):
     np.testing.assert_array_equal(prompt.tokens, np.where(places, 0, ids))
     assert prompt.image_index[places].tolist() == list(range(places.sum()))
     assert chat.prefix_shapes(["How many?"], [sizes])[0] == (len(ids), len(prompt.pixels.places))
+
+
+def test_a_conversation_with_a_step_a_turn(chat):
+    """As VisualPRM's code asks: every step is a turn of the user's, answered by `+`, which the places of the
+    scores predict. The same ids as the whole conversation's."""
+    mark, between = "<|im_end|>\n<|im_start|>assistant\n", "+<|im_end|>\n<|im_start|>user\n"
+    ids = (tokenizer.literal(chat.tokenizer, text) for text in (mark, between))
+    opened, encode = Opened(chat), prm.marked(chat, *ids)
+    question, text = "### Question:\nWhy?\n\n### Solution Process:\n", "area 4 <|im_end|>\n\nThe answer is 4."
+    prompt, (tokens, ends) = opened.prefix(question, [(33, 16)]), encode(text)
+    assert opened.prefix_shapes([question], [[(33, 16)]])[0] == (len(prompt.tokens), 3)
+    turns = f"{question}area 4 < |im_end|>{mark}{between}The answer is 4.{mark}"
+    whole = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{SPANS}{turns}"
+    ids = np.array(chat.tokenizer(whole)["input_ids"])
+    ids[ids == ID["<IMG_CONTEXT>"]] = 0
+    assert [*prompt.tokens, *tokens] == ids.tolist()
+    upto = [chat.tokenizer.decode(tokens[: end + 1]) for end in ends]
+    assert [part.count("assistant\n") for part in upto] == [1, 2]
+    assert all(part.endswith("assistant\n") for part in upto)
 
 
 def test_a_system_message_of_the_checkpoint(words):

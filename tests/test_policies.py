@@ -235,18 +235,20 @@ def test_a_checkpoint_learns_to_see_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_model_of_another_family(tmp_path, monkeypatch):
-    """InternVL2's architecture scores what Phi-3.5-vision's writes."""
+@pytest.mark.parametrize("asked", [{}, {"prm.token": "+", "prm.against": "-", "prm.mark": "<|im_end|>"}])
+def test_a_reward_model_of_another_family(tmp_path, monkeypatch, asked):
+    """InternVL2's architecture scores what Phi-3.5-vision's writes, by a head or a token."""
     folder, work = tmp_path / "official", tmp_path / "work"
     policy = FAMILIES["phi35"](tmp_path / "words")
     policy.save(policy.build(), folder, "bfloat16")
     judge = FAMILIES["internvl2"](tmp_path / "other")
-    judge.save(vlm.RewardModel(judge.build(1)), tmp_path / "judge", "bfloat16")
+    built = judge.build(1)
+    judge.save(built if asked else vlm.RewardModel(built), tmp_path / "judge", "bfloat16")
     sizes = {"train": 24, "unlabelled": 2, "validation": 4, "test": 4}
     data = toy.make(tmp_path / "figures", seed=0, **sizes, captions=4, arithmetic=4, instruct=4)
     config = runpy.run_path(str(CONFIGS / "phi35.py"))["get_config"]()
     given = {"policy.path": str(folder), "data.labelled": str(data / "train.json")}
-    config.update_from_flattened_dict(SMALL | given | {"prm.path": str(tmp_path / "judge")})
+    config.update_from_flattened_dict(SMALL | given | asked | {"prm.path": str(tmp_path / "judge")})
     monkeypatch.setattr(selection, "correct", list)
     work.mkdir()
     with jax.set_mesh(sharding.make_mesh(**config.mesh)):

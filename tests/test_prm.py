@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from close import POLICY, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from mstar_jax import sharding
 from mstar_jax.data import loader
 from mstar_jax.inference import draw
 from mstar_jax.models import vlm
+from mstar_jax.models.processor import Opened
+from mstar_jax.models.tokenizer import literal, token_id
 from mstar_jax.rewards import prm, steps
 from mstar_jax.structs import Batch, Prompt, Query, Response, Row
 
@@ -28,6 +31,11 @@ def processor(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(processor):
     return draw.token_texts(processor)
+
+
+@pytest.fixture(scope="module")
+def encode(processor, texts):
+    return prm.as_written(processor, texts)
 
 
 @pytest.fixture(scope="module")
@@ -119,49 +127,48 @@ def test_a_completion_does_not_depend_on_the_other_prefixes():
 # ---- scores ------------------------------------------------------------------------------------------
 
 
-def scored(model, rows, processor, texts, size=4, mesh=None):
+def scored(model, rows, processor, size=4, mesh=None):
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     plans = loader.plan_batches(rows, size, (64, 128, 256, 512))
     batches = loader.row_batches(plans, processor, size)
     return [values for batch in prm.scores(model, batches, mesh) for values in batch]
 
 
-def test_sixteen_in_a_row_score_as_one_by_one(reward, processor, texts):
+def test_sixteen_in_a_row_score_as_one_by_one(reward, processor, encode):
     rng = np.random.default_rng(0)
     lines = ["area", "base 4", "height", "The answer is 6", ""]
     found = ["\n".join(rng.choice(lines, int(rng.integers(1, 6)))) for _ in range(16)]
     found = [text for text in found if steps.split(text)]
     responses = [response(text, processor, i) for i, text in enumerate(found)]
-    encode = processor.encode_response
-    together = prm.row(prompt(processor), responses, encode, texts)
-    [whole] = scored(reward, [together], processor, texts)
-    alone = [prm.row(prompt(processor), [r], encode, texts) for r in responses]
-    single = [values[0] for values in scored(reward, alone, processor, texts)]
+    together = prm.row(prompt(processor), responses, encode)
+    [whole] = scored(reward, [together], processor)
+    alone = [prm.row(prompt(processor), [r], encode) for r in responses]
+    single = [values[0] for values in scored(reward, alone, processor)]
     assert [len(s) for s in whole] == [len(steps.split(text)) for text in found]
     for one, other in zip(whole, single, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     spread = np.concatenate(whole)
     assert spread.std() > 0.05 and spread.min() > 1e-4 and spread.max() < 1 - 1e-4
     cube = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    [again] = scored(tiny.replicated(reward, cube), [together], processor, texts, mesh=cube)
+    [again] = scored(tiny.replicated(reward, cube), [together], processor, mesh=cube)
     np.testing.assert_allclose(np.concatenate(again), spread, atol=1e-5)
 
 
-def test_scores_that_are_not_finite_are_refused(reward, processor, texts):
+def test_scores_that_are_not_finite_are_refused(reward, processor, encode):
     """Before they are stored: a ranking by them means nothing."""
     bad = jax.tree.map(lambda x: x * jnp.nan, reward)
-    one = prm.row(prompt(processor), [response(LINES, processor)], processor.encode_response, texts)
+    one = prm.row(prompt(processor), [response(LINES, processor)], encode)
     with pytest.raises(
         ValueError, match=r"query 'q': step scores \(nan, .*the reward model's logits are not"
     ):
-        scored(bad, [one], processor, texts)
+        scored(bad, [one], processor)
 
 
-def test_the_score_is_head_and_likelihood(reward, processor, texts):
+def test_the_score_is_head_and_likelihood(reward, processor, encode):
     """Against a plain computation from the trunk's own outputs, token by token."""
     one = response(LINES, processor)
-    row = prm.row(prompt(processor), [one], processor.encode_response, texts)
-    [[got]] = scored(reward, [row], processor, texts)
+    row = prm.row(prompt(processor), [one], encode)
+    [[got]] = scored(reward, [row], processor)
     batch = loader.encode_rows([row], processor, 64, 0)
     hidden = np.asarray(reward.trunk.hidden(batch))[0]
     logits = np.asarray(reward.trunk.logits(hidden), np.float64)
@@ -176,30 +183,100 @@ def test_the_score_is_head_and_likelihood(reward, processor, texts):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_a_text_of_another_family_is_tokenised_again(processor, texts):
+def test_a_text_of_another_family_is_tokenised_again(processor, encode):
     foreign = dataclasses.replace(response(LINES, processor), tokens=(3, 1, 4, 1, 5))
-    row = prm.row(prompt(processor), [foreign], processor.encode_response, texts)
+    row = prm.row(prompt(processor), [foreign], encode)
     assert row.responses == (tuple(processor.encode_response(LINES)),)
     with pytest.raises(ValueError, match="query q, sample 0: 4 steps in the text, 4 in its tokens, 3 labels"):
-        prm.row(prompt(processor), [foreign], processor.encode_response, texts, [(0.1, 0.2, 0.3)])
+        prm.row(prompt(processor), [foreign], encode, [(0.1, 0.2, 0.3)])
 
 
-def test_unusual_line_breaks_are_noticed(processor, texts):
+def test_unusual_line_breaks_are_noticed(encode):
     """U+2003 is a blank line as text, but three byte tokens, none of which is blank."""
     text = "area\n\u2003\nbase"
-    tokens = processor.encode_response(text)
     assert steps.split(text) == ["area", "base"]
-    assert not prm.same_steps(text, tokens, texts) and prm.same_steps(
-        LINES, processor.encode_response(LINES), texts
-    )
+    assert not prm.same_steps(text, encode(text)) and prm.same_steps(LINES, encode(LINES))
+
+
+# ---- scores by a token -------------------------------------------------------------------------------
+
+MARK, BETWEEN = "<|end|>\n<|assistant|>", "+<|end|>\n<|user|>\n"  # a conversation with a step in each turn
+
+
+def conversation(processor):
+    """Encodes steps as turns of a conversation."""
+    return prm.marked(processor, *(literal(processor.tokenizer, text) for text in (MARK, BETWEEN)))
+
+
+def test_a_mark_follows_each_step(processor):
+    end, assistant = (token_id(processor.tokenizer, token) for token in ("<|end|>", "<|assistant|>"))
+    tokens, ends = conversation(processor)("area <|end|>\n\n height 4 ")
+    parts = np.split(np.array(tokens), np.array(ends) + 1)
+    assert [processor.tokenizer.decode(part) for part in parts[:2]] == [
+        "area < |end|><|end|>\n<|assistant|>",  # what a response writes is no control token
+        "+<|end|>\n<|user|>\nheight 4<|end|>\n<|assistant|>",
+    ]
+    assert not parts[2].size and tokens.count(end) == 3 and tokens.count(assistant) == 2
+    tokens, ends = prm.marked(processor, (), literal(processor.tokenizer, "\n"))(LINES)
+    assert tokens == processor.encode_response("area\nbase\nheight 4\nThe answer is 6")[:-1]
+    assert [processor.decode(tokens[: at + 1]).count("\n") for at in ends] == [0, 1, 2, 3]
+    assert conversation(processor)(" \n") == ([], [])
+
+
+def test_a_token_is_one_of_the_vocabulary(processor):
+    words = processor.tokenizer
+    assert processor.decode([token_id(words, "+")]) == "+"
+    assert token_id(words, "\u0120") == token_id(words, " ")  # as the vocabulary writes a space
+    with pytest.raises(
+        ValueError, match=r"'\+-' is not one token of this vocabulary: its ids are \[\d+, \d+\]"
+    ):
+        token_id(words, "+-")
+
+
+@pytest.mark.parametrize("against", ["-", ""])
+def test_a_token_scores_as_in_sequences_of_their_own(processor, against):
+    """Responses that share a row, against the softmax of a plain sequence for each of them."""
+    policy = tiny.model(tiny.config(original_max_position=256))
+    pair = [token_id(processor.tokenizer, token) for token in ("+", against) if token]
+    opened, encode = Opened(processor), conversation(processor)
+    found = [response(text, processor, i) for i, text in enumerate((LINES, "area", "base\nThe answer is 4"))]
+    [got] = scored(vlm.TokenRewardModel(policy, *pair), [prm.row(prompt(opened), found, encode)], opened)
+    start = opened.prefix("area?", []).tokens
+    assert processor.tokenizer.decode(start).endswith("<|user|>\narea?")
+    for one, values in zip(found, got, strict=True):
+        tokens, ends = encode(one.text)
+        whole = np.zeros(128, np.int32)  # what follows the sequence changes nothing
+        whole[: len(start) + len(tokens)] = [*start, *tokens]
+        logits = np.asarray(tiny.raw_logits(policy, whole)[0], np.float64)[np.add(ends, len(start))]
+        good = logits[:, pair[0]]
+        others = logits[:, pair[1:]] if against else np.delete(logits, pair[0], axis=1)
+        want = good - np.log(np.exp(others).sum(axis=1))
+        odds = np.log(values) - np.log1p(-np.array(values))
+        close(odds, want, POLICY, scale=np.abs(logits).max())
+    assert np.concatenate(got).std() > 1e-3
+
+
+def test_a_certain_token_has_finite_odds():
+    """In float32 its probability is 1."""
+
+    class Certain:
+        def judged(self, batch, remat):
+            return None, None
+
+        def token_logprobs(self, hidden, tokens, wanted):
+            return jnp.zeros(tokens.shape), None
+
+    ids = np.ones((1, 2), np.int32)
+    score, _ = vlm.TokenRewardModel(Certain(), 3)(Batch(ids, ids, None, None, None, np.zeros((1, 2))))
+    np.testing.assert_allclose(score, 24 * np.log(2), rtol=1e-6)
 
 
 # ---- training ----------------------------------------------------------------------------------------
 
 
-def test_only_correct_responses_train_the_trunk(processor, texts):
+def test_only_correct_responses_train_the_trunk(processor, encode):
     found = [response(LINES, processor, 0, "correct"), response("area", processor, 1)]
-    row = prm.row(prompt(processor), found, processor.encode_response, texts, [(0.0, 0.5, 1.0, 1.0), (0.0,)])
+    row = prm.row(prompt(processor), found, encode, [(0.0, 0.5, 1.0, 1.0), (0.0,)])
     batch = loader.encode_rows([row], processor, 64, 0)
     first, second = batch.branch == 1, batch.branch == 2
     assert batch.loss_mask[first].all() and not batch.loss_mask[~first].any()

@@ -385,12 +385,13 @@ def test_what_a_stop_string_cuts_has_the_same_steps_everywhere(tmp_path, written
     left = written.partition("###")[0]
     assert found.text == left and list(found.tokens) == processor.encode_response(left)
     assert found.tokens[-1] == processor.stop_ids[0] and not found.truncated
-    assert prm.same_steps(found.text, found.tokens, texts)
+    encode = prm.as_written(processor, texts)
+    assert prm.same_steps(found.text, encode(found.text)) and encode(found.text).tokens == list(found.tokens)
     prefixes = prm.prefixes([found], texts)
     labels = prm.label(found, dict.fromkeys(prefixes, 0.5), texts)
     assert len(labels) == len(steps.split(left)) == max(len(prefixes) + 1, 1) * bool(left.strip())
     if labels:  # it stays in the reward model's training
-        prm.row(row.prompt, [found], processor.encode_response, texts, [labels])
+        prm.row(row.prompt, [found], encode, [labels])
 
 
 def test_token_texts(processor):

@@ -12,6 +12,7 @@ again, the command asks nothing twice.
 `--root` holds the official files, in a folder for each benchmark or all together: see `benchmarks.py`.
 """
 
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -32,7 +33,8 @@ from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, problem
 from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
-from mstar_jax.inference.score import Scorer
+from mstar_jax.inference.score import Scorer, of_folder
+from mstar_jax.rewards.prm import as_written
 from mstar_jax.store import read_json
 from mstar_jax.structs import Processor, Stage
 from mstar_jax.workdir import lock
@@ -91,16 +93,13 @@ class Checkpoint:
         family = models.FAMILIES.get(config.policy.family.partition(":")[0])  # without the size
         return models.pretrained(self.path, family, config.policy.max_crops)
 
-    def load(self, mesh: Mesh, dtype: DTypeLike, reward: bool = False, head: str = "") -> Any:
-        """Reads the parameters, a `Model` or, of a reward model (whose head is `head`, see `prm.head`), a
-        `ScoringModel`, laid out for sampling."""
+    def load(self, mesh: Mesh, dtype: DTypeLike) -> Any:
+        """Reads the parameters, a `Model` or, of a run's reward model, a `ScoringModel`, laid out for
+        sampling."""
         if self.run:
             restored = finished.restore(self.path, self.stage, mesh)
             return sampler.for_sampling(restored.params, mesh, dtype)
-        source = models.Pretrained(self.path)
-        if reward:
-            return source.load_reward(dtype, mesh=mesh, rules=sharding.SAMPLE, chosen=head)
-        return source.load(dtype, mesh=mesh, rules=sharding.SAMPLE)
+        return models.Pretrained(self.path).load(dtype, mesh=mesh, rules=sharding.SAMPLE)
 
 
 def main(argv: list[str]) -> None:
@@ -152,7 +151,8 @@ def run(
         raise ValueError(f"two checkpoints have the same name ({', '.join(names)}): rename a folder")
     judge = Checkpoint(prm, Stage.reward_model) if prm else None
     mesh = sharding.make_mesh(**config.mesh)
-    ranges.refuse([*problems(config), *configure.sampling_problems(config, mesh)])
+    of_judge = ranges.judging(config.prm, not judge.run) if judge else ()
+    ranges.refuse([*problems(config), *configure.sampling_problems(config, mesh), *of_judge])
     dtype = jnp.dtype(config.sampling.dtype)
     scorer = scorer_of(judge, mesh, dtype, config) if judge else None
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
@@ -170,12 +170,14 @@ def run(
 
 def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: DTypeLike, config: ml_collections.ConfigDict) -> Scorer:
     """The reward model that votes; it stays in memory once it is loaded."""
-    processor, head = judge.processor(config), config.prm.head
-    if not judge.run:
-        judge.files(config).find_head(head)  # refused before anything is sampled
-    load = functools.cache(functools.partial(judge.load, mesh, dtype, reward=True, head=head))
-    identity = judge.identity | ({"head": head} if head else {})
-    return Scorer(load, identity, processor, draw.token_texts(processor))
+    if judge.run:
+        processor = judge.processor(config)
+        encode = as_written(processor, draw.token_texts(processor))
+        scorer = Scorer(functools.partial(judge.load, mesh, dtype), judge.identity, processor, encode)
+    else:
+        head = {"head": config.prm.head} if config.prm.head else {}
+        scorer = of_folder(judge.files(config), config.prm, mesh, dtype, judge.identity | head)
+    return dataclasses.replace(scorer, load=functools.cache(scorer.load))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,17 @@ import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from mstar_jax import sharding
-from mstar_jax.data import loader
+import ml_collections
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from mstar_jax import models, sharding
+from mstar_jax.data import loader, prompts
+from mstar_jax.inference import draw
 from mstar_jax.inference.generate import Asked, Groups, Inference, check_stop, plan, told
+from mstar_jax.models import vlm
+from mstar_jax.models.processor import Opened
+from mstar_jax.models.tokenizer import literal, token_id
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm, selection
 from mstar_jax.store import Store, digest, line, rollout
@@ -26,13 +34,84 @@ class Scorer:
         them at its end, so that they are never in memory while a policy trains.
       identity: what tells it from other reward models, for the settings of the stores.
       processor: its host side.
-      texts: what each id of the processor adds to a text, see `draw.token_texts`.
+      encode: the responses as it reads them, see `prm.as_written`.
+      template: of its prompts; empty for those that the policy was asked with.
     """
 
     load: Callable[[], ScoringModel]
     identity: Mapping[str, object]
     processor: Processor
-    texts: Sequence[str]
+    encode: prm.Encode
+    template: str = ""
+
+
+def check(files: models.Pretrained, settings: ml_collections.ConfigDict) -> None:
+    """Refuses a folder that is no such reward model as `config.prm` says, by its vocabulary and the headers
+    of its files.
+
+    Raises:
+      ValueError: it has no head, or several; or, where a token scores, it has one, or there is no such token.
+    """
+    if settings.token:
+        files.check_headless()
+        _tokens(files, settings)
+    else:
+        files.find_head(settings.head)
+
+
+def of_folder(
+    files: models.Pretrained,
+    settings: ml_collections.ConfigDict,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    identity: Mapping[str, object],
+) -> Scorer:
+    """The reward model of a folder, with a head or, as `prm.token` says, without one.
+
+    Args:
+      files: of any family.
+      settings: `config.prm`.
+      mesh, dtype: that it is laid out for.
+      identity: what tells its files from others.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    check(files, settings)
+    s, processor = settings, files.processor()
+    told = {key: s[key] for key in ("token", "against", "prompt", "open") if s[key]}
+    if s.token or s.mark:
+        told |= {"mark": s.mark, "between": s.between}
+        mark, between = (literal(files.tokenizer(), text) for text in (s.mark, s.between))
+        encode = prm.marked(processor, mark, between)
+    else:
+        encode = prm.as_written(processor, draw.token_texts(processor))
+
+    def load() -> ScoringModel:
+        if s.token:
+            policy = files.load(dtype, mesh=mesh, rules=sharding.SAMPLE)
+            return vlm.TokenRewardModel(policy, *_tokens(files, s))
+        return files.load_reward(dtype, mesh=mesh, rules=sharding.SAMPLE, chosen=s.head)
+
+    asked = Opened(processor) if s.open else processor
+    return Scorer(load, {**identity, **told}, asked, encode, s.prompt)
+
+
+def _tokens(files: models.Pretrained, settings: ml_collections.ConfigDict) -> tuple[int, int | None]:
+    """The ids of `prm.token` and `prm.against`."""
+    found: list[int | None] = []
+    words = files.tokenizer()
+    for key in ("token", "against"):
+        try:
+            found.append(token_id(words, settings[key]) if settings[key] else None)
+        except ValueError as error:
+            raise ValueError(f"prm.{key}: {error}") from error
+    good, bad = found
+    if good is None or good == bad:
+        raise ValueError(
+            f"prm.token = {settings.token!r}, prm.against = {settings.against!r}: both are {bad}"
+        )
+    return good, bad
 
 
 def score(
@@ -110,18 +189,20 @@ def score_with(
     """The responses with their step scores by a model of the scorer's family, without a store. Copies of a
     text are scored once."""
     buckets = host.data.buckets
-    encode = functools.cache(scorer.processor.encode_response)
+    encode = functools.cache(scorer.encode)
     rows: list[Row] = []
     odd = 0
     some = [each for each in asked if responses[each.query.id]]
+    if scorer.template:
+        some = [Asked(query, prompts.render(scorer.template, query)) for query, _ in some]
     for prompt in plan(host, some, "scores", processor=scorer.processor, longest=longest):
         if prompt is None:
             continue
         group = selection.distinct(responses[prompt.query.id])
-        plain = [r for r in group if prm.same_steps(r.text, encode(r.text), scorer.texts)]
+        plain = [r for r in group if prm.same_steps(r.text, encode(r.text))]
         odd += len(group) - len(plain)
         if plain:
-            rows += loader.split_rows([prm.row(prompt, plain, encode, scorer.texts)], max(buckets))
+            rows += loader.split_rows([prm.row(prompt, plain, encode)], max(buckets))
     size = host.prm.score_batch or host.prm.batch
     plans = loader.full_batches(rows, size, buckets)
     batches = loader.row_batches(
@@ -142,7 +223,7 @@ def score_with(
         log.warning("scores: %d responses get 0: their steps cannot be told from their tokens", odd)
 
     def scored(response: Response) -> Response:
-        key = response.query_id, tuple(encode(response.text))
+        key = response.query_id, tuple(encode(response.text).tokens)
         return dataclasses.replace(response, step_scores=found.get(key, ()))
 
     return {each.query.id: [scored(r) for r in responses[each.query.id]] for each in asked}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from transformers import PreTrainedTokenizerFast
 
 from mstar_jax import sharding
 from mstar_jax.models import (
@@ -88,9 +89,13 @@ class Pretrained:
         """The model with random parameters; under `jax.eval_shape`, its shapes."""
         return self.family.model(self.config, nnx.Rngs(seed))
 
+    def tokenizer(self) -> hf.Tokenizer | PreTrainedTokenizerFast:
+        """The policy's tokenizer."""
+        return self.family.load_tokenizer(self.folder)
+
     def processor(self) -> Processor:
         """The policy's processor."""
-        return self.family.processor(self.config, self.family.load_tokenizer(self.folder))
+        return self.family.processor(self.config, self.tokenizer())
 
     def load(
         self,
@@ -142,11 +147,25 @@ class Pretrained:
         """
         trunk = hf.tensors(self.family.table(self.config), jax.eval_shape(self.build))
         found = head.find(self.folder, list(trunk), self.config.decoder.hidden_size, chosen)
-        stored = hf.stored_tensors(self.folder)
-        for name in found.beside if found else ():
-            del stored[name]
-        hf.check_names(trunk, stored, self.folder)
+        self._check_names(found.beside if found else ())
         return found
+
+    def check_headless(self) -> None:
+        """Checks that the folder holds a policy and no head of a reward model, by the files' headers.
+
+        Raises:
+          ValueError: it has a head, or other tensors than the policy's.
+        """
+        if (self.folder / hf.HEAD).exists():
+            raise ValueError(
+                f"{self.folder} has a head, {hf.HEAD}, so no token scores: leave prm.token empty"
+            )
+        self._check_names(())
+
+    def _check_names(self, beside: Sequence[str]) -> None:
+        trunk = hf.tensors(self.family.table(self.config), jax.eval_shape(self.build))
+        stored = hf.stored_tensors(self.folder)
+        hf.check_names(trunk, {name: x for name, x in stored.items() if name not in beside}, self.folder)
 
     def load_reward(
         self,

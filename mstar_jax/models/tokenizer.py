@@ -70,6 +70,25 @@ def ids_of_all(
     return [tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"] for text in texts]
 
 
+def literal(tokenizer: hf.Tokenizer | PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text whose control tokens count: of a config, never of data."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def token_id(tokenizer: hf.Tokenizer | PreTrainedTokenizerFast, token: str) -> int:
+    """The id of a token, named as in the vocabulary or by its text.
+
+    Raises:
+      ValueError: it is unknown, or several tokens.
+    """
+    if (known := tokenizer.get_vocab().get(token)) is not None:
+        return known
+    ids = literal(tokenizer, token)
+    if len(ids) != 1 or str(tokenizer.decode(ids)).strip() != token.strip():
+        raise ValueError(f"{token!r} is not one token of this vocabulary: its ids are {ids}")
+    return ids[0]
+
+
 class SentencePiece:
     """The sentencepiece model of `tokenizer.model` with the folder's added tokens; runs no remote code.
 

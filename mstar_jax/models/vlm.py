@@ -112,6 +112,15 @@ class VisionLanguageModel(nnx.Module):
         attend = attention.row_attention(mask, keep=False)
         return self.decoder.hidden(x, positions, long, attend, remat=remat)[0]
 
+    def judged(self, batch: Batch, remat: Remat | None = None) -> tuple[jax.Array, jax.Array]:
+        """hidden [B, T, D] *at* each token of the rows, and the log probability of each token of a branch in
+        nats, float32[B, T], 0 elsewhere."""
+        _, predictor, _ = layers.row_layout(batch.branch)
+        hidden = self.hidden(batch, remat)
+        before = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+        own = batch.branch > 0
+        return hidden, jnp.where(own, self.token_logprobs(before, batch.tokens, own)[0], 0.0)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., V]."""
         return self.decoder.logits(hidden)
@@ -295,11 +304,41 @@ class RewardModel(nnx.Module):
           The score (a logit) after each token of the rows, and the token's log probability in nats under the
           trunk; both float32[B, T].
         """
-        _, predictor, _ = layers.row_layout(batch.branch)
-        hidden = self.trunk.hidden(batch, remat)
-        before = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
-        own = batch.branch > 0
-        logprob = jnp.where(own, self.trunk.token_logprobs(before, batch.tokens, own)[0], 0.0)
+        hidden, logprob = self.trunk.judged(batch, remat)
         so_far = layers.branch_sum(jnp.maximum(logprob, -self.FLOOR), batch.branch)
         read = hidden.astype(jnp.float32) @ self.weight[...] * hidden.shape[-1] ** -0.5
         return read + self.bias[...] + self.likelihood[...] * so_far, logprob
+
+
+class TokenRewardModel(nnx.Module):
+    """A process reward model without a head: a policy that was trained to write a token after every step.
+
+    The score of a step is the probability of the token `good` after it: among the tokens `good` and `bad`, or
+    in the whole vocabulary where `bad` is None.
+    """
+
+    def __init__(self, trunk: VisionLanguageModel, good: int, bad: int | None = None):
+        self.trunk, self.good, self.bad = trunk, good, bad
+
+    def merged(self, dtype: DTypeLike | None = None) -> "TokenRewardModel":
+        """The equivalent model whose trunk has no adapters, see `VisionLanguageModel.merged`."""
+        return TokenRewardModel(self.trunk.merged(dtype), self.good, self.bad)
+
+    def __call__(self, batch: Batch, remat: Remat | None = None) -> tuple[jax.Array, jax.Array]:
+        """Scores all branches in one pass.
+
+        Returns:
+          The log-odds of the good token after each token of the rows that has a label (`batch.labels`), and
+          each token's log probability in nats under the trunk; both float32[B, T].
+        """
+        hidden, logprob = self.trunk.judged(batch, remat)
+
+        def of(token: int) -> jax.Array:
+            tokens = jnp.full_like(batch.tokens, token)
+            return self.trunk.token_logprobs(hidden, tokens, batch.labels >= 0)[0]
+
+        good = of(self.good)
+        if self.bad is not None:
+            return good - of(self.bad), logprob
+        others = jnp.log(-jnp.expm1(jnp.minimum(good, -(2.0**-24))))  # float32's least distance from 1
+        return good - others, logprob

@@ -2,7 +2,8 @@
 
     label   of a step: the fraction of completions from its end that reach the gold answer; of the last step,
             the verdict
-    score   of a step: sigmoid of the reward model's output at the last token of the step
+    score   of a step: sigmoid of the reward model's output at the last token of the step, or of a mark that
+            follows it
 
 The branch of a response, with the places of its labels and scores (| ends a step):
 
@@ -16,6 +17,7 @@ row.
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ import numpy as np
 from mstar_jax import processes, sharding
 from mstar_jax.models import layers
 from mstar_jax.rewards import selection, steps
-from mstar_jax.structs import Batch, Prompt, Response, Row, ScoringModel
+from mstar_jax.structs import Batch, Processor, Prompt, Response, Row, ScoringModel
 
 Prefix = tuple[int, ...]  # the tokens of a response up to the end of a step
 
@@ -112,16 +114,68 @@ def label(
 # ---- 2. rows ------------------------------------------------------------------------------------------
 
 
-def same_steps(text: str, tokens: Sequence[int], texts: Sequence[str]) -> bool:
+class Encoded(NamedTuple):
+    """A response as a reward model reads it.
+
+    Attributes:
+      tokens: its ids.
+      ends: the index of the token at which each step is scored, ascending.
+    """
+
+    tokens: list[int]
+    ends: list[int]
+
+
+Encode = Callable[[str], Encoded]  # of a response's text
+
+
+def as_written(processor: Processor, texts: Sequence[str]) -> Encode:
+    """Responses as the family's policies write them, scored at the last token of each step.
+
+    Args:
+      processor: of the reward model's family.
+      texts: the text that each of its ids adds, see `draw.token_texts`.
+    """
+
+    def encode(text: str) -> Encoded:
+        tokens = processor.encode_response(text)
+        return Encoded(tokens, steps.ends(tokens, texts))
+
+    return encode
+
+
+def marked(processor: Processor, mark: Sequence[int], between: Sequence[int]) -> Encode:
+    """Responses with a mark after each step, at whose end the step is scored. Every part is tokenised alone.
+
+        Bars red 4 blue 2 <mark> <between> Sum 4 + 2 = 6 <mark> <between> The answer is 6 <mark>
+                               ^                              ^                                ^
+
+    Args:
+      processor: of the reward model's family.
+      mark: its ids, control tokens or not; without any, a step is scored at its own last token.
+      between: what comes before the next step.
+    """
+
+    def encode(text: str) -> Encoded:
+        tokens, ends = list[int](), list[int]()
+        for step in steps.split(text):
+            tokens += between if tokens else ()
+            tokens += [*processor.encode_response(step)[:-1], *mark]  # without the stop id
+            ends.append(len(tokens) - 1)
+        return Encoded(tokens, ends)
+
+    return encode
+
+
+def same_steps(text: str, encoded: Encoded) -> bool:
     """Whether a text and its ids have the same steps; not if several ids form one unusual line break."""
-    return len(steps.ends(tokens, texts)) == len(steps.split(text))
+    return len(encoded.ends) == len(steps.split(text))
 
 
 def row(
     prompt: Prompt,
     responses: Sequence[Response],
-    encode: Callable[[str], list[int]],
-    texts: Sequence[str],
+    encode: Encode,
     labels: Sequence[Sequence[float]] | None = None,
 ) -> Row:
     """The responses to a query as the branches of one row, to train on or, without labels, to score.
@@ -131,8 +185,7 @@ def row(
     Args:
       prompt: of the query, encoded by the reward model's family.
       responses: the branches. The correct ones also train the trunk.
-      encode: text -> ids that end with the stop id, of that family.
-      texts: the text that each id of that family adds.
+      encode: of that family, `as_written` or `marked`.
       labels: one for each step of every response.
 
     Raises:
@@ -141,8 +194,7 @@ def row(
     tokens = []
     places = []
     for number, response in enumerate(responses):
-        ids = encode(response.text)
-        ends = steps.ends(ids, texts)
+        ids, ends = encode(response.text)
         count = len(steps.split(response.text))
         if len(ends) != count or (labels is not None and len(labels[number]) != count):
             raise ValueError(

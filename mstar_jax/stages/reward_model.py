@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from mstar_jax import models, sharding
+from mstar_jax import models
 from mstar_jax.data import loader, truth
-from mstar_jax.inference import draw, sampler
+from mstar_jax.inference import sampler
 from mstar_jax.inference.generate import (
     Asked,
     Groups,
@@ -22,7 +22,7 @@ from mstar_jax.inference.generate import (
     sample_rows,
     sampler_for,
 )
-from mstar_jax.inference.score import Scorer, score, score_with
+from mstar_jax.inference.score import Scorer, of_folder, score, score_with
 from mstar_jax.models import vlm
 from mstar_jax.rewards import custom, metrics, prm, selection
 from mstar_jax.stages.generate import failures, generate
@@ -98,20 +98,16 @@ def own_scorer(run: Run, *, likelihood: bool) -> Scorer:
         model = vlm.RewardModel(params) if likelihood else params
         return sampler.for_sampling(model, run.mesh, jnp.dtype(run.sampling.dtype))
 
-    return Scorer(load, {"path": "", "likelihood": likelihood}, run.processor, run.texts)
+    identity = {"path": "", "likelihood": likelihood}
+    return Scorer(load, identity, run.processor, prm.as_written(run.processor, run.texts))
 
 
 def pretrained_scorer(run: Run) -> Scorer:
     """The reward model of `prm.path`, of any family."""
     c = run.config
     files = models.pretrained(c.prm.path, run.source.family, c.policy.max_crops)
-    processor = files.processor()
-    dtype = jnp.dtype(run.sampling.dtype)
-    load = functools.partial(
-        files.load_reward, dtype, mesh=run.mesh, rules=sharding.SAMPLE, chosen=c.prm.head
-    )
     identity = {"path": c.prm.path, "head": c.prm.head}
-    return Scorer(load, identity, processor, draw.token_texts(processor))
+    return of_folder(files, c.prm, run.mesh, jnp.dtype(run.sampling.dtype), identity)
 
 
 # ---- 2. data ------------------------------------------------------------------------------------------
@@ -210,7 +206,7 @@ def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, la
     labels, the correct ones."""
     rows: list[Row] = []
     left_out = 0
-    encode = host.processor.encode_response
+    encode = prm.as_written(host.processor, host.texts)
     for prompt in plan(host, asked, "prm"):
         if prompt is None:
             continue
@@ -218,11 +214,11 @@ def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, la
         own = [labels[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labels]
         try:
             if own:
-                row = prm.row(prompt, found, encode, host.texts, own)
+                row = prm.row(prompt, found, encode, own)
                 least = prompt.length + max(map(len, row.responses))  # a long prompt makes a longer row
                 rows += loader.split_rows([row], max(host.prm.longest, least))
             elif right := selection.correct(found):
-                rows.append(Row(prompt, tuple(tuple(encode(r.text)) for r in right)))
+                rows.append(Row(prompt, tuple(tuple(encode(r.text).tokens) for r in right)))
         except ValueError as error:
             left_out += 1
             log.warning("prm: left out: %s", error)

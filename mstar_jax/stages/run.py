@@ -15,7 +15,7 @@ from clu import parameter_overview
 from mstar_jax import configure, models, processes, records, sharding
 from mstar_jax.data import embedded, splits, truth
 from mstar_jax.evaluate import evaluation
-from mstar_jax.inference import generate
+from mstar_jax.inference import generate, score
 from mstar_jax.rewards import custom
 from mstar_jax.store import digest, update_text, write_text
 from mstar_jax.structs import Model, Query, Stage
@@ -114,7 +114,7 @@ def start(
     optimizer.check_frozen(policy, config.train.frozen)
     if config.prm.path:
         other = models.pretrained(config.prm.path, source.family, config.policy.max_crops)
-        other.find_head(config.prm.head)  # refused now, and not after the warm-up
+        score.check(other, config.prm)  # refused now, and not after the warm-up
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         benchmarks = evaluation.read(config, workdir)
     with processes.first_alone("inputs"):
