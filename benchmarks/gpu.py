@@ -2,9 +2,11 @@
 
     python benchmarks/gpu.py [--parts=rollouts,prm,train] [--repeats=5] [--out=FILE.json]
     python benchmarks/gpu.py --smoke                           # a tiny policy, on any machine
+    python benchmarks/gpu.py --policy=smolvlm --dtype=float32 --prompt=640 --repeats=3       # on a CPU
 
-Phi-3.5-vision in its full size, with random weights made on the device; every prompt has an image of four
-crops and its view. One device is used; shares are of its figures in `flops.CHIPS`, and empty without them.
+Phi-3.5-vision or SmolVLM2-256M in its full size, with random weights made on the device; every prompt has an
+image of four crops and its view. One device is used; shares are of its figures in `flops.CHIPS`, and empty
+without them.
 
   decode   share of the memory's bandwidth: the bytes that a step has to read (weights, the prompts' keys and
            values, the branches' own, half full on average; each once) by its time, which is the difference of
@@ -12,7 +14,7 @@ crops and its view. One device is used; shares are of its figures in `flops.CHIP
   prefill  MFU; with the pixels' way to the device, without the step of the first token
   prm      MFU of the scores of K responses in a row, in bfloat16
   train    MFU of a step on rows of two responses, computed in bfloat16, with parameters and Adam moments in
-           float32 (50 GB, and 17 GB of gradients); goal 45 %
+           float32 (50 GB, and 17 GB of gradients); goal 45 %. With `--lora` of adapters alone, without MFU
 
 MFU counts the model's own products: neither what remat computes twice nor the softmax.
 """
@@ -32,27 +34,38 @@ import numpy as np
 from flax import nnx
 from machine import machine, show, spread, timed, versions
 from PIL import Image
+from spent import highest
 
-from mstar_jax import sharding
+from mstar_jax import models, sharding
 from mstar_jax.crops.arrays import Crops, gathered, placed
 from mstar_jax.data import loader
 from mstar_jax.inference import draw
 from mstar_jax.inference.rollouts import rollouts as answers
 from mstar_jax.inference.sampler import Sampler
 from mstar_jax.models import phi35, vlm
-from mstar_jax.models.layers import DecoderConfig
+from mstar_jax.models.layers import ADAPTERS, DecoderConfig
+from mstar_jax.models.smolvlm import SmolVLMConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.plan import official
 from mstar_jax.profiling import flops
 from mstar_jax.rewards import prm
-from mstar_jax.structs import Prompt, Query, Row
+from mstar_jax.structs import Prefix, Prompt, Query, Row
 from mstar_jax.training import optimizer
 from mstar_jax.training.step import REMAT, init_state, make_train_step, token_loss
 
-TINY = phi35.Phi35Config(
-    DecoderConfig(512, 64, 96, 2, 4, 4, 16, max_position=131072, original_max_position=4096),
-    VitConfig(32, 64, 2, 2, image_size=56, patch_size=14),
+SMALL = DecoderConfig(512, 64, 96, 2, 4, 4, 16, max_position=131072, original_max_position=4096)
+SIGLIP = dataclasses.replace(
+    official.SMOLVLM2_256M.vision,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    image_size=64,
 )
+TINY: dict[str, vlm.PolicyConfig] = {
+    "phi3_v": phi35.Phi35Config(SMALL, VitConfig(32, 64, 2, 2, image_size=56, patch_size=14)),
+    "smolvlm": SmolVLMConfig(SMALL, SIGLIP, num_crops=4),
+}
 
 
 class Host:
@@ -60,7 +73,7 @@ class Host:
 
     stop_ids = forbidden_ids = ()
 
-    def __init__(self, config: phi35.Phi35Config, prompt: int):
+    def __init__(self, config: vlm.PolicyConfig, prompt: int):
         self.config, self.prompt, self.limit = config, prompt, prompt
         self.vocab_size = config.decoder.vocab_size
         self.grid = (2, 2)
@@ -73,14 +86,17 @@ class Host:
         parts = [self.rng.integers(0, 256, (self.crops, side, side, 3), np.uint8)]
         return gathered(parts, places, side)
 
-    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        span = phi35.feature_layout(*self.grid, self.config.vision.side // 2, 2)
+    def prefix(self, text: str, sizes: list[tuple[int, int]]) -> Prefix:
+        if isinstance(self.config, SmolVLMConfig):
+            span = np.arange(self.crops * self.config.features)
+        else:
+            span = phi35.feature_layout(*self.grid, self.config.vision.side // 2, 2)
         if len(span) > self.prompt - 2:
             raise SystemExit(f"--prompt={self.prompt}: the image takes {len(span)} tokens")
         index = np.full(self.prompt, -1, np.int32)
         index[1 : 1 + len(span)] = span
         tokens = np.where(index < 0, self.rng.integers(0, self.vocab_size, self.prompt), 0).astype(np.int32)
-        return tokens, index
+        return Prefix(tokens, index)
 
     def decode(self, tokens: Any) -> str:
         return ""
@@ -101,23 +117,23 @@ class Host:
 class Bench:
     """The device, and the sizes of the command line."""
 
-    config: phi35.Phi35Config
+    config: vlm.PolicyConfig
     host: Host
     mesh: Any
     chip: flops.Chip | None
     args: argparse.Namespace
 
-    def build(self) -> phi35.Phi35Vision:
-        return phi35.Phi35Vision(self.config, nnx.Rngs(0))
+    def build(self) -> vlm.VisionLanguageModel:
+        return models.FAMILIES[self.args.policy].model(self.config, nnx.Rngs(0))
 
-    def weights(self) -> phi35.Phi35Vision:
-        """In bfloat16; float32 ones are there one by one at most."""
-        return jax.jit(lambda: sharding.cast(self.build(), jnp.bfloat16))()
+    def weights(self) -> vlm.VisionLanguageModel:
+        """In the dtype of the command line; others are there one by one at most."""
+        return jax.jit(lambda: self.build().merged(jnp.dtype(self.args.dtype)))()
 
     def row(
         self, what: str, seconds: dict[str, float], rate: float, unit: str, **more: Any
     ) -> dict[str, Any]:
-        clock = {name: seconds[name] for name in ("seconds", "least", "greatest")}
+        clock = {name: seconds[name] for name in ("seconds", "least", "greatest", "processor")}
         peak = {"TFLOP/s": None, "MFU": None, "bandwidth": None} | more
         return {"what": what, "rate": rate, "unit": unit} | clock | peak
 
@@ -209,9 +225,10 @@ def scores(bench: Bench) -> tuple[list[dict], dict]:
 def training(bench: Bench) -> tuple[list[dict], dict]:
     a = bench.args
     tx = optimizer.make_optimizer(b2=0.95)
-    state = init_state(bench.build, tx, bench.mesh)
-    how: dict[str, Any] = {"accumulate": a.accumulate, "dtype": jnp.bfloat16, "remat": a.remat}
-    step = make_train_step(tx, bench.mesh, **how)
+    frozen = (f"^(?!{ADAPTERS})",) if a.lora else ()
+    state = init_state(bench.build, tx, bench.mesh, frozen=frozen)
+    how: dict[str, Any] = {"accumulate": a.accumulate, "dtype": jnp.dtype(a.dtype), "remat": a.remat}
+    step = make_train_step(tx, bench.mesh, frozen=frozen, **how)
     host = bench.host.batch(a.train_rows, [a.response] * 2)[0][1]
     batch, losses = sharding.put_batch(host, bench.mesh), list[float]()
 
@@ -225,11 +242,13 @@ def training(bench: Bench) -> tuple[list[dict], dict]:
     if not np.isfinite(losses).all():
         raise SystemExit(f"train: losses {losses}")
     length = host.tokens.shape[1]
+    rate = a.train_rows * length / found["seconds"]
+    title = f"train, {a.train_rows} x {length}" + (f", adapters of rank {a.lora}" if a.lora else "")
+    if a.lora:
+        return [bench.row(title, found, rate, "tokens/s")], {}
     gradient = jax.grad(lambda model, batch: token_loss(model, batch)[0])
     counted = flops.count(gradient, state.params, host)
-    rate = a.train_rows * length / found["seconds"]
-    row = bench.row(f"train, {a.train_rows} x {length}", found, rate, "tokens/s",
-                    **bench.mfu(counted, found["seconds"]))  # fmt: skip
+    row = bench.row(title, found, rate, "tokens/s", **bench.mfu(counted, found["seconds"]))
     return [row], bench.by_part(counted, found["seconds"])
 
 
@@ -244,8 +263,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
+    parser.add_argument("--policy", choices=("phi3_v", "smolvlm"), default="phi3_v")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens, 757 of them the image's")
+    parser.add_argument(
+        "--prompt", type=int, default=1024, help="tokens, 757 of them the image's (SmolVLM2: 320)"
+    )
     parser.add_argument("--rows", type=int, default=16, help="queries decoded together")
     parser.add_argument(
         "--branches", type=int, default=16, help="K: responses of each, and of a row to score"
@@ -255,6 +278,7 @@ def main() -> None:
     parser.add_argument("--score_rows", type=int, default=2)
     parser.add_argument("--train_rows", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches of a train step")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters to train; 0 trains all")
     parser.add_argument("--remat", choices=tuple(REMAT), default="full")
     parser.add_argument(
         "--layers", type=int, default=0, help="of the decoder, fewer than it has: room for activations"
@@ -266,10 +290,10 @@ def main() -> None:
         parser.error(f"--parts: {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if args.smoke:
         vars(args).update(SMOKE)
-    config, device = TINY if args.smoke else official.PHI35, jax.devices()[0]
-    if args.layers:
-        decoder = dataclasses.replace(config.decoder, num_layers=args.layers)
-        config = dataclasses.replace(config, decoder=decoder)
+    config, device = TINY[args.policy] if args.smoke else official.OFFICIAL[args.policy], jax.devices()[0]
+    layers = args.layers or config.decoder.num_layers
+    decoder = dataclasses.replace(config.decoder, num_layers=layers, lora_rank=args.lora)
+    config = dataclasses.replace(config, decoder=decoder)
     mesh, chip = sharding.make_mesh(devices=[device]), flops.chip_of(device.device_kind)
     bench = Bench(config, Host(config, args.prompt), mesh, chip, args)
     record: dict[str, Any] = {"machine": machine(), "versions": versions("jax", "jaxlib", "flax", "optax")}
@@ -286,6 +310,8 @@ def main() -> None:
             record[name] = more
     if used := device.memory_stats():
         record["memory"] = {"peak GB": round(used["peak_bytes_in_use"] / 1e9, 2)}
+    else:  # on a CPU, Python and its libraries included
+        record["memory"] = {"peak GB resident": round(highest() / 1e9, 2)}
     show(record, args.out)
 
 
