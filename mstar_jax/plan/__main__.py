@@ -1,6 +1,6 @@
 """What a run of a config would need and cost on a machine, before it is rented.
 
-    python -m mstar_jax.plan --config=configs/phi35.py --topology=h100:8      # or h200:8, a100:8
+    python -m mstar_jax.plan --config=configs/phi35.py --topology=h100:8  # h200, a100, rtx3090, rtx3070
     python -m mstar_jax.plan --config=configs/phi35.py --topology=v5e:4x4 --price=1.2
     python -m mstar_jax.plan --config=configs/tiny.py --measure               # the local devices
 

@@ -18,14 +18,17 @@ COMPILE_ONLY = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-# What XLA has to know of a GPU: cores, their FP32 units and shared memory (of one, and of a block that asks
-# for more), memory in bytes and bytes per second, L2 cache, clock, compute capability, name.
-HOPPER = (132, 128, 233472, 232448)
-AMPERE = (108, 64, 167936, 166912)
+# What XLA has to know of a GPU: compute capability; of a core its threads, FP32 units and shared memory (of
+# one, and of a block that asks for more); cores, memory in bytes and bytes per second, L2 cache, clock, name.
+HOPPER = (9, 0, 2048, 128, 233472, 232448)
+AMPERE = (8, 0, 2048, 64, 167936, 166912)
+GEFORCE = (8, 6, 1536, 128, 102400, 101376)
 GPUS = {
-    "h100": (*HOPPER, 84942979072, 3352320000000, 52428800, 1.98, 9, "NVIDIA H100 80GB HBM3"),
-    "h200": (*HOPPER, 151397597184, 4800000000000, 52428800, 1.98, 9, "NVIDIA H200 141GB HBM3e"),
-    "a100": (*AMPERE, 85100068864, 2039040000000, 41943040, 1.41, 8, "NVIDIA A100-SXM4-80GB"),
+    "h100": (*HOPPER, 132, 84942979072, 3352320000000, 52428800, 1.98, "NVIDIA H100 80GB HBM3"),
+    "h200": (*HOPPER, 132, 151397597184, 4800000000000, 52428800, 1.98, "NVIDIA H200 141GB HBM3e"),
+    "a100": (*AMPERE, 108, 85100068864, 2039040000000, 41943040, 1.41, "NVIDIA A100-SXM4-80GB"),
+    "rtx3090": (*GEFORCE, 82, 25447170048, 936192000000, 6291456, 1.695, "NVIDIA GeForce RTX 3090"),
+    "rtx3070": (*GEFORCE, 46, 8361738240, 448064000000, 4194304, 1.725, "NVIDIA GeForce RTX 3070"),
 }
 CUDNN = 91000  # the version that programs are compiled for
 # Without a device, tiles for Triton's products cannot be tried; for some products of the train step XLA's own
@@ -73,19 +76,20 @@ def _gpus(name: str, count: str) -> list[jax.Device]:
 
 
 def target(name: str) -> str:
-    """A GPU as XLA's GpuTargetConfigProto, as text; the numbers are those of its `target_config/specs`."""
-    cores, units, shared, most, memory, bandwidth, cache, clock, major, title = GPUS[name]
+    """A GPU as XLA's GpuTargetConfigProto, as text; the numbers are those of its `target_config/specs` or, of
+    the GeForces, of NVIDIA's description of GA102 and GA104."""
+    major, minor, threads, units, shared, most, cores, memory, bandwidth, cache, clock, title = GPUS[name]
     feature = "ACCELERATED_FEATURES" if major == 9 else "NONE"
     return f"""
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
   shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {most}
   device_memory_size: {memory} memory_bandwidth: {bandwidth} l2_cache_size: {cache}
-  cuda_compute_capability {{ major: {major} feature_extension: {feature} }}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}
   device_vendor: "NVIDIA Corporation" name: "{title}" device_address_bits: 64 pcie_bandwidth: 34359738368
   driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
   dnn_version: "9.10.0" cub_version: "3.1.2" device_interconnect_info {{ active_links: 18 }}

@@ -40,6 +40,8 @@ CHIPS = {  # by the device kind that JAX reports; cloud.google.com/tpu/docs, and
     "TPU v5 lite": Chip(16.9e9, 197e12, 819e9, 200e9),
     "TPU v5": Chip(95e9, 459e12, 2765e9, 600e9),
     "TPU v6 lite": Chip(32e9, 918e12, 1640e9, 448e9),
+    "NVIDIA GeForce RTX 3070": Chip(7.5e9, 40.6e12, 448e9, 32e9),
+    "NVIDIA GeForce RTX 3090": Chip(22.9e9, 71e12, 936e9, 32e9),
     "NVIDIA A100": Chip(76e9, 312e12, 2039e9, 300e9),
     "NVIDIA H100": Chip(76e9, 989e12, 3350e9, 450e9),
     "NVIDIA H200": Chip(136e9, 989e12, 4800e9, 450e9),
