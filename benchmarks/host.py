@@ -221,7 +221,7 @@ class Place(NamedTuple):
 def opened(place: Place, found: list[Spent], again: bool) -> None:
     """Reading rows, the splits, the digests of inputs.json, and planning, as the start of a run does it."""
     from configs import tiny
-    from mstar_jax import configure, workdir
+    from mstar_jax import configure, sources, workdir
     from mstar_jax.data import splits
     from mstar_jax.inference import generate
 
@@ -233,7 +233,7 @@ def opened(place: Place, found: list[Spent], again: bool) -> None:
     when = "second start" if again else "first start"
     with measured(f"{when}: rows read and split", found):
         workdir.recall_images(folder)
-        data = configure.load_data(config, folder)
+        data = sources.load_data(config, folder)
         workdir.keep_images(folder)
     with measured(f"{when}: digests", found):
         for name in ("labelled", "unlabelled", "validation", "test"):

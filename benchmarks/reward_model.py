@@ -19,7 +19,7 @@ import absl.logging
 import jax
 import ml_collections
 
-from mstar_jax import configure, sharding
+from mstar_jax import configure, sharding, sources
 from mstar_jax.data import truth
 from mstar_jax.inference.generate import ask, inference, sample
 from mstar_jax.inference.score import score_with
@@ -36,7 +36,7 @@ def measure(workdir: pathlib.Path, fresh: pathlib.Path, count: int) -> dict[str,
     folder = make(fresh / config.data.embedded, seed=1_000_003, test=count, **none)
     run = start(config, workdir, {}, lambda: False)
     known = truth.read_truth(folder / "truth.jsonl")
-    asked = ask(configure.read(folder / "test.json", folder)[:count], run.template)
+    asked = ask(sources.read(folder / "test.json", folder)[:count], run.template)
     warmup = policy_after(run, Stage.warmup)
     with tempfile.TemporaryDirectory() as scratch:  # nothing is added to the run
         host = inference(config, pathlib.Path(scratch), run.processor)

@@ -56,8 +56,9 @@ def get_config() -> ConfigDict:
 
     # ---- data ----------------------------------------------------------------------------------------
     c.data = data = ConfigDict()
-    data.labelled = ""  # a JSON file in MathV360K's format; empty for the embedded data set, if it has a size
+    data.labelled = ""  # a file, folder or pattern (docs/data.md); empty: an embedded set, if it has a size
     data.root = ""  # folder that its image paths are relative to; empty for the folder of the file
+    data.columns = ""  # its columns with unusual names, such as "question=ask,answer=label" (docs/data.md)
     data.seed = 0  # of the split by image (half of the queries are labelled, 180K) or of the embedded data
     data.validation = 250  # queries, measured after every iteration
     data.test = 750  # queries, measured after base, warm-up and the last iteration
@@ -112,6 +113,9 @@ def get_config() -> ConfigDict:
 
     # ---- warm-up: the paper says what it does, not how long; these values are ours ---------------------
     c.warmup = warmup = ConfigDict()
+    warmup.data = ""  # a file of rationales (docs/data.md) to train on; empty: the base policy writes them
+    warmup.root = ""  # folder that its image paths are relative to; empty for the folder of the file
+    warmup.columns = ""  # as data.columns
     warmup.queries = 50_000  # labelled queries that rationales are sampled for
     warmup.k = 4  # rationales sampled per query
     warmup.keep = 1  # correct ones trained on per query, at most
@@ -161,7 +165,10 @@ def get_config() -> ConfigDict:
     prm.between = "\n"  # text after a mark and before the next step
     prm.open = False  # steps continue the user's turn, as in a conversation of a step a turn
     prm.prompt = ""  # template that `prm.path` is asked with; empty: the prompt that the policy answered
-    prm.queries = 50_000  # labelled queries to train on; 0: no reward model (unless prm.path)
+    prm.data = ""  # a file of responses with labelled steps (docs/data.md); empty: the run labels its own
+    prm.root = ""  # folder that its image paths are relative to; empty for the folder of the file
+    prm.columns = ""  # as data.columns
+    prm.queries = 50_000  # labelled queries to train on; 0: no reward model (unless prm.path, prm.data)
     prm.held_out = 500  # labelled queries that its quality is measured on
     prm.k = 16  # responses sampled per query
     prm.temperature = 1.0  # of sampling responses and completions

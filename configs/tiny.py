@@ -7,7 +7,7 @@
     python -m mstar_jax.main --config=configs/tiny.py:smoke                # to see that everything runs
     python -m mstar_jax.ablate --config=configs/tiny.py:ablation --seeds=3 # the paper's tables, in hours
     python -m mstar_jax.main --config=configs/tiny.py --config.data.labelled=/data/train.json \
-        --config.data.root=/data                                           # any file in MathV360K's format
+        --config.data.root=/data                                           # any data, see docs/data.md
 
 Every key is explained in configs/base.py.
 """

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mstar_jax import models, ranges, sharding
-from mstar_jax.data import embedded, figures, mathv360k, prompts, splits, toy, truth
+from mstar_jax.data import embedded, figures, prompts, rows, splits, toy, truth
 from mstar_jax.models import phi35
 from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
@@ -68,7 +68,7 @@ def _sources(config: ConfigDict) -> Iterator[str]:
     if not config.policy.path and not _has_dimensions(config):
         yield "policy.path is not set: give a checkpoint's folder, --config.policy.path=/..."
     if not config.data.labelled and not _has_figures(config):
-        yield "data.labelled is not set: give a MathV360K file, --config.data.labelled=/..."
+        yield "data.labelled is not set: give a file of questions, --config.data.labelled=/..."
 
 
 def _words(config: ConfigDict) -> Iterator[str]:
@@ -86,6 +86,8 @@ def _words(config: ConfigDict) -> Iterator[str]:
     yield from choose("train.remat", c.train.remat, tuple(step.REMAT))
     yield from choose("train.dtype", c.train.dtype, ranges.FLOATS)
     yield from choose("train.lora.base_dtype", c.train.lora.base_dtype, ("float32", "bfloat16"))
+    for text in (c.data.columns, c.warmup.columns, c.prm.columns):
+        yield from ranges.refusal(rows.named, text)
     for kind in c.eval.test_at:
         yield from choose("eval.test_at", kind, ("base", "warmup", "iteration"))
     for pattern in c.train.frozen:
@@ -124,7 +126,7 @@ def _schedules(config: ConfigDict) -> Iterator[str]:
     stages = ["warmup"]
     stages += ["base"] if trains_base(config) else []
     stages += ["align"] if trains_base(config) and config.align.steps > 0 else []
-    stages += ["prm"] if config.prm.queries and not config.prm.path else []
+    stages += ["prm"] if trains_reward_model(config) else []
     stages += ["evolve"] if config.evolve.iterations > 0 else []
     for name in stages:
         values = config[name]
@@ -142,7 +144,7 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
     sizes += [
         ("warmup.batch", c.warmup.batch, accumulate),
         ("evolve.batch", c.evolve.batch, accumulate),
-        ("prm.batch", c.prm.batch, accumulate if c.prm.queries else 1),
+        ("prm.batch", c.prm.batch, accumulate if c.prm.queries or c.prm.data else 1),
         ("prm.score_batch", c.prm.score_batch or c.prm.batch, 1),
         ("prm.rows", c.prm.rows, 1),
         ("explore.batch", c.explore.batch, 1),
@@ -154,9 +156,11 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
 def _method(config: ConfigDict) -> Iterator[str]:
     """The parts of the method fit together."""
     c = config
-    has_reward_model = bool(c.prm.queries or c.prm.path)
+    has_reward_model = bool(c.prm.queries or c.prm.data or c.prm.path)
     if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
-        yield "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"
+        yield "evolve.select = 'prm': needs a reward model, so set prm.queries, prm.data or prm.path"
+    if c.prm.data and c.prm.path:
+        yield f"prm.data = {c.prm.data!r}: nothing is trained on it, for prm.path names a reward model"
     if c.evolve.select == "likelihood" and c.prm.path:
         yield "evolve.select = 'likelihood': the warm-up selects, so prm.path must be empty"
     if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
@@ -169,6 +173,12 @@ def _method(config: ConfigDict) -> Iterator[str]:
 def trains_base(config: ConfigDict) -> bool:
     """Whether the base policy is trained on narrow data first: one from scratch, or as `base.tune` says."""
     return bool(config.base.tune if config.policy.path else _has_dimensions(config))
+
+
+def trains_reward_model(config: ConfigDict) -> bool:
+    """Whether the run trains one: on steps that it labels itself, or on those of a file."""
+    c = config
+    return bool(c.prm.queries or c.prm.data) and not c.prm.path and c.evolve.select != "likelihood"
 
 
 def _has_dimensions(config: ConfigDict) -> bool:
@@ -283,25 +293,6 @@ def make_policy(
 EMBEDDED = {"toy": toy.make, "figures": figures.make}
 
 
-class Data(NamedTuple):
-    """The queries of a run.
-
-    Attributes:
-      labelled, unlabelled, validation, test: the four splits; those of `unlabelled` have no answer.
-      hidden: the true answers of the unlabelled queries, by query id, to measure with.
-      base: the narrow set, where a base stage is trained.
-      base_validation: the queries that its base stage is measured on.
-    """
-
-    labelled: Sequence[Query]
-    unlabelled: Sequence[Query]
-    validation: Sequence[Query]
-    test: Sequence[Query]
-    hidden: dict[str, str | None]
-    base: Sequence[embedded.BaseExample] = ()
-    base_validation: Sequence[Query] = ()
-
-
 class Example(NamedTuple):
     """A query, the prompt that asks it, and the tokens of responses to train on."""
 
@@ -327,73 +318,3 @@ def base_examples(
             prompt = prompts.render(config.prompts[mode], query)
             modes[mode].append(Example(query, prompt, (target,)))
     return modes
-
-
-def load_data(config: ConfigDict, workdir: pathlib.Path) -> Data:
-    """Reads the data set, or makes the embedded one.
-
-    Raises:
-      ValueError: a file has no usable row.
-    """
-    c = config.data
-    base: Sequence[embedded.BaseExample] = ()
-    base_validation: Sequence[Query] = ()
-    if not c.labelled or trains_base(config):
-        folder = EMBEDDED[c.embedded](workdir / "figures", seed=c.seed, **c.figures)
-        validation = read(folder / "validation.json", folder)
-        if trains_base(config):
-            base = embedded.read_base(folder)
-            base_validation = validation[: config.base.check_queries]
-    if not c.labelled:
-        answered = read(folder / "unlabelled.json", folder)
-        return Data(
-            labelled=read(folder / "train.json", folder),
-            unlabelled=[splits.unlabelled(q) for q in answered],
-            validation=validation[: c.validation],
-            test=read(folder / "test.json", folder),
-            hidden={q.id: q.answer for q in answered},
-            base=base,
-            base_validation=base_validation,
-        )
-    path = pathlib.Path(c.labelled)
-    queries = read(path, pathlib.Path(c.root or path.parent), custom.is_users(config.reward))
-    parts = mathv360k.split(
-        queries,
-        seed=c.seed,
-        validation=min(c.validation, len(queries) // 8),
-        test=min(c.test, len(queries) // 4),
-    )
-    for name, part in parts.items():
-        log.info("%s: %d queries", name, len(part))
-    for name, share in (("validation", "eighth"), ("test", "quarter")):
-        if (taken := len(parts[name])) < c[name]:
-            text = "data.%s: %d queries instead of %d, for it is at most one %s of the %d usable rows"
-            log.warning(text, name, taken, c[name], share, len(queries))
-    if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
-        raise ValueError(f"{path}: {len(queries)} usable rows are too few: none is left for {', '.join(few)}")
-    answers = {q.id: q.answer for q in queries}
-    return Data(
-        labelled=parts["labelled"],
-        unlabelled=parts["unlabelled"],
-        validation=parts["validation"],
-        test=parts["test"],
-        hidden={q.id: answers[q.id] for q in parts["unlabelled"]},
-        base=base,
-        base_validation=base_validation,
-    )
-
-
-def read(path: pathlib.Path, root: pathlib.Path, long: bool = False) -> list[Query]:
-    """The usable rows of a MathV360K file, if told also `long` answers; dropped rows are counted and logged.
-
-    Raises:
-      ValueError: none is usable.
-    """
-    try:
-        queries, report = mathv360k.read(path, root, long=long)
-    except OSError as error:
-        raise ValueError(f"data.labelled = {path}: cannot be read ({error})") from error
-    (log.warning if report.dropped else log.info)("%s", report)
-    if not queries:
-        raise ValueError(f"{path}: no usable row; images are looked for under {root} (data.root)")
-    return queries

@@ -2,8 +2,10 @@
 
     base       a checkpoint; or a small policy, trained here from scratch on narrow data; or a checkpoint
                that is taught to see first (`base.tune`)
-    warm-up    shown the gold answers, the base policy writes rationales; SFT on correct ones gives pi_1
-    reward     R_p, a process reward model, trained once: on Monte-Carlo labels of steps of pi_1's responses
+    warm-up    shown the gold answers, the base policy writes rationales (or a file has some); SFT on correct
+               ones gives pi_1
+    reward     R_p, a process reward model, trained once: on Monte-Carlo labels of steps of pi_1's responses,
+               or on those of a file
     iteration  generate   y_1..y_K ~ pi_t( . | x, o; T)    for a share of labelled queries x with images o
                select     H( 1(a = a*) R_p(y) )            by default the Top-2 by R_p of the correct ones
                improve    pi_{t+1} = SFT(pi_t, selected)   the optimizer's moments and the schedule carry over
@@ -40,6 +42,7 @@ from mstar_jax.stages.benchmark import benchmark
 from mstar_jax.stages.curriculum import next_queries
 from mstar_jax.stages.explore import explore, temperature_after
 from mstar_jax.stages.generate import generate
+from mstar_jax.stages.given import given_rationales
 from mstar_jax.stages.improve import Carry, improve
 from mstar_jax.stages.measure import check_measured, measure
 from mstar_jax.stages.policy import drop_checkpoints, policy_after
@@ -76,17 +79,20 @@ def evolve(
     measure(run, base_policy)  # `eval`: a greedy response and samples of every validation and test query
 
     # ------------------------------------------------------------------------------------- warm-up
-    queries = run.labelled[: config.warmup.queries]  # labelled queries come shuffled
-    hinted = generate(
-        run, Stage.warmup, base_policy, queries, config.warmup.temperature, config.warmup.k,
-        template=config.prompts.hint,
-    )  # fmt: skip
+    if config.warmup.data:
+        queries, hinted = given_rationales(run)  # those of a file, judged as ours
+    else:
+        queries = run.labelled[: config.warmup.queries]  # labelled queries come shuffled
+        hinted = generate(
+            run, Stage.warmup, base_policy, queries, config.warmup.temperature, config.warmup.k,
+            template=config.prompts.hint,
+        )  # fmt: skip
     rationales = select_rationales(run, queries, hinted)  # correct ones at random; their prompt has no hint
     warmup = improve(run, Stage.warmup, base_policy, [rationales], sampled_at=config.warmup.temperature)
 
     # -------------------------------------------------------------------------------- reward model
     # `prm`: the warm-up policy writes responses, and completions of each of their steps to label it; R_p is a
-    # copy of this policy with a head. None where the config has no reward model
+    # copy of this policy with a head; `prm.data` has both already. None where the config has no reward model
     reward = train_reward_model(run, warmup)
     measure(run, warmup, reward, [rationales], sampled_at=config.warmup.temperature)  # by R_p too, so here
     temperature = explore(run, warmup, reward, method.temperature)  # unchanged without R_p or explore.every

@@ -17,8 +17,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 # share work between processes; 180 know images without decoding and measure prompts together and once, as
 # 180,000 rows ask for; 140 are processes that decode images without jax; 650 are Qwen2.5-VL and Qwen3-VL; 55
 # find the head in others' reward models, 125 ask those that have none for a token; 120 choose queries by
-# their pass rates, 110 count where rewards failed and keep the best iteration.
-FILE_LINES, LIBRARY_LINES = 400, 9590
+# their pass rates, 110 count where rewards failed and keep the best iteration; 810 read what people have,
+# parquet, Arrow, messages, columns, several turns and images, rationales and step labels.
+FILE_LINES, LIBRARY_LINES = 400, 10_430
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
@@ -28,18 +29,19 @@ ROOMS = {
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
     1300: ("report",),
-    3130: (
+    3040: (
         "answers",
         "evaluate",
     ),  # 500 of it: answers missed, doubled, denied or taken back; numbers in words; 20 kill what hangs
 }
 
-COMMANDS = ("main", "ablate", "export", "evaluate.__main__", "plan.__main__")
+COMMANDS = ("main", "ablate", "export", "data.__main__", "evaluate.__main__", "plan.__main__")
 COMMANDS += tuple(f"plan.{name}" for name in ("programs", "residency", "measure", "whole"))
 REPORT = ("report.__main__", "report.page")
-ORDER = ("configure", "inference.generate", "inference.score", "evaluate.evaluation")
+ORDER = ("configure", "sources", "inference.generate", "inference.score", "evaluate.evaluation")
 VERBS = (
     "generate",
+    "given",
     "curriculum",
     "improve",
     "select",
@@ -134,6 +136,9 @@ TEXT = tuple(
             "questions",
             "figures",
             "mathv360k",
+            "files",
+            "rows",
+            "given",
             "turns",
             "images",
             "pictures",
@@ -190,7 +195,8 @@ def imports(tree: ast.Module) -> list[tuple[int, str, bool]]:
 
 def import_violations(module: str, tree: ast.Module) -> list[str]:
     found = []
-    allowed = next((ALLOWED[p] for p in ALLOWED if fnmatch.fnmatch(module, p)), None)
+    patterns = () if module.endswith("__main__") else ALLOWED  # a command stands above its room
+    allowed = next((ALLOWED[p] for p in patterns if fnmatch.fnmatch(module, p)), None)
     forbidden = next(FORBIDDEN[p] for p in FORBIDDEN if fnmatch.fnmatch(module, p))
     for line, name, early in imports(tree):
         top, _, inner = name.partition(".")
@@ -324,14 +330,14 @@ def test_imports_form_no_circle():
 
 
 def test_rooms_form_no_circle_and_are_few():
-    """Every room, or file beside the rooms, stands above all that it imports."""
+    """Every room, or file or command beside the rooms, stands above all that it imports."""
     rooms: dict[str, set[str]] = {}
     for module, source in SOURCES.items():
-        room = module.partition(".")[0]
+        room = module if module.endswith("__main__") else module.partition(".")[0]
         below = {other.partition(".")[0] for other in imported_modules(source)} - {room}
         rooms.setdefault(room, set()).update(below)
     assert cycle(rooms) == []
-    assert len(rooms) < 30
+    assert sum("." not in room for room in rooms) < 30
 
 
 def test_library_stays_small():

@@ -11,16 +11,16 @@ import sys
 import zlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from mstar_jax.answers.check import grade
+from mstar_jax.data import pictures
 from mstar_jax.data.images import ImageError, load_image
 from mstar_jax.evaluate import benchmarks, tables
 from mstar_jax.evaluate.benchmarks import Item, read
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files in the official formats, if available
 CHOICE = (
@@ -420,7 +420,7 @@ def test_what_cannot_be_read_says_so(tmp_path):
         with pytest.raises(ValueError, match=name):
             read("mathvista", tmp_path / name, tmp_path)
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(ValueError, match="expected one of .parquet, .tsv"):
+    with pytest.raises(ValueError, match="expected one of .parquet, .arrow"):
         read("mathvista", tmp_path / "x.csv", tmp_path)
 
 
@@ -438,13 +438,6 @@ def test_parquet_with_broken_text_or_pages(tmp_path):
     path.write_bytes(data[:40] + bytes(200) + data[240:])
     with pytest.raises(ValueError, match="test-0.parquet, from row 0: broken parquet"):
         read("m3cot", tmp_path, tmp_path / "cache")
-
-
-def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
-    folder = parquet(tmp_path / "mmstar.parquet", [mmstar(0)])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"pip install 'mstar_jax\[benchmarks\]'"):
-        read("mmstar", folder, tmp_path / "cache")
 
 
 def test_readers_import_neither_pyarrow_nor_rapidfuzz():
@@ -489,19 +482,19 @@ def test_texts():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "L", "1"])
 def test_an_image_is_kept_as_it_is_and_written_once(tmp_path, mode):
     data = image(3, mode=mode)
-    path = pathlib.Path(tables.write_image(data, str(tmp_path)))
+    path = pathlib.Path(pictures.write(data, str(tmp_path)))
     assert path.read_bytes() == data and path.suffix == ".png"
     before = path.stat().st_mtime_ns, path.stat().st_ino
-    assert tables.write_image(data, str(tmp_path)) == str(path)
+    assert pictures.write(data, str(tmp_path)) == str(path)
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     path.write_bytes(data[:50])  # a broken copy is written again
-    assert pathlib.Path(tables.write_image(data, str(tmp_path))).read_bytes() == data
+    assert pathlib.Path(pictures.write(data, str(tmp_path))).read_bytes() == data
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_ending_from_content(tmp_path):
     for kind, ending in (("JPEG", ".jpeg"), ("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp")):
-        assert tables.write_image(image(kind=kind), str(tmp_path)).endswith(ending)
+        assert pictures.write(image(kind=kind), str(tmp_path)).endswith(ending)
 
 
 def test_images_are_refused_before_they_are_decoded(tmp_path):
@@ -510,17 +503,17 @@ def test_images_are_refused_before_they_are_decoded(tmp_path):
         chunk = small[12:16] + side.to_bytes(4, "big") * 2 + small[24:29]
         large = small[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + small[33:]
         with pytest.raises(ImageError) as error:
-            tables.write_image(large, str(tmp_path))
+            pictures.write(large, str(tmp_path))
         assert error.value.cause == "image too large"
     with pytest.raises(ImageError, match="0 bytes"):
-        tables.write_image(b"", str(tmp_path))
+        pictures.write(b"", str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 
 def test_base64_with_prefix_and_line_ends():
     data = image()
     text = "\n".join(coded(data)[at : at + 76] for at in range(0, len(coded(data)), 76))
-    assert tables.unpack(text) == tables.unpack("data:image/png;base64," + text) == data
+    assert pictures.unpack(text) == pictures.unpack("data:image/png;base64," + text) == data
 
 
 # ---- real shapes --------------------------------------------------------------------------------------

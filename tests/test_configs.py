@@ -173,7 +173,11 @@ def test_a_fraction_that_does_not_divide_the_passes():
     [
         ("evolve.data", "rollout", r"evolve.data = 'rollout': choose one of 'rollouts', 'answers', 'warmup'"),
         ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'attention', 'dots'"),
-        ("prm.queries", 0, "evolve.select = 'prm': needs a reward model, so set prm.queries or prm.path"),
+        (
+            "prm.queries",
+            0,
+            "evolve.select = 'prm': needs a reward model, so set prm.queries, prm.data or prm.path",
+        ),
         ("evolve.keep_checkpoints", 1, "evolve.keep_checkpoints = 1: must be at least 2"),
         (
             "evolve.curriculum",
@@ -190,7 +194,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
         ("benchmarks.names", ("ai3d",), "benchmarks.names = 'ai3d': choose one of "),
         ("sampling.refill", 0.0, "sampling.refill = 0.0: must be a fraction of the batch"),
         ("policy.decoder.num_layers", 0, "policy.path is not set: give a checkpoint's folder"),
-        ("data.figures.train", 0, "data.labelled is not set: give a MathV360K file"),
+        ("data.figures.train", 0, "data.labelled is not set: give a file of questions"),
         ("prompts.cot", "{problem}", "unknown field {problem}"),
     ],
 )

@@ -168,7 +168,8 @@ def test_shapes_of_rows(tmp_path):
     several = row("q", "a.png", "x\nChoices:\n(A) 1\nmore\n(B) 2", "The answer is A")
     assert read_one(tmp_path, several).options == ("1\nmore", "2")
     assert read_one(tmp_path, row("\ud800", "a.png")) == "wrong types"
-    assert read_one(tmp_path, {**row("q", "a.png"), "conversations": []}) == "not one question and one answer"
+    nothing = {**row("q", "a.png"), "conversations": []}
+    assert read_one(tmp_path, nothing) == "turns are not questions and answers in turn"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_other_names_of_the_turns(tmp_path, turns):
         found = read_one(tmp_path, {"id": "q", key: turns})
         assert (found.question, found.answer) == ("How many?", "3")
     system = [{"role": "system", "content": "Be short."}, *turns]
-    assert read_one(tmp_path, {"id": "q", "messages": system}) == "not one question and one answer"
+    assert read_one(tmp_path, {"id": "q", "messages": system}) == found  # the prompt is the config's
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import configure, finished, records, workdir
+from mstar_jax import configure, finished, records, sources, workdir
 from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
@@ -275,7 +275,7 @@ def test_fewer_queries_than_asked_for_are_a_warning(tmp_path, caplog):
         config.policy.path = "/elsewhere"
         config.data.labelled = str(tmp_path / "d.json")
         config.data.validation, config.data.test = 2, 9
-    data = configure.load_data(config, tmp_path)
+    data = sources.load_data(config, tmp_path)
     assert (len(data.validation), len(data.test)) == (2, 4)
     text = "data.test: 4 queries instead of 9, for it is at most one quarter of the 16 usable rows"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
@@ -295,9 +295,9 @@ def test_long_answers_are_read_for_a_reward_of_the_users(tmp_path):
     for reward in ("", "format"):  # both compare
         config.reward = reward
         with pytest.raises(ValueError, match="no usable row"):
-            configure.load_data(config, tmp_path)
+            sources.load_data(config, tmp_path)
     config.reward = "own.py:grade"
-    data = configure.load_data(config, tmp_path)
+    data = sources.load_data(config, tmp_path)
     assert sum(map(len, (data.labelled, data.unlabelled, data.validation, data.test))) == 16
 
 

@@ -160,8 +160,10 @@ _IN_TEXT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # keywords; the
 def opened(path: str, source: str | BinaryIO, *, max_pixels: int) -> Iterator[Image.Image]:
     """An image whose header was read; what goes wrong in the block is an ImageError that names `path`."""
     try:
-        if os.path.getsize(path) == 0:
+        if not (os.path.getsize(source) if isinstance(source, str) else source.seek(0, os.SEEK_END)):
             raise ImageError("empty image", f"{path}: the image file is empty (0 bytes)")
+        if not isinstance(source, str):
+            source.seek(0)
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -183,8 +185,22 @@ def opened(path: str, source: str | BinaryIO, *, max_pixels: int) -> Iterator[Im
         )
         raise ImageError("image too large", message) from error
     except Exception as error:  # given damaged bytes, decoders raise almost any exception
+        if _is_svg(source):
+            raise ImageError("SVG image", f"{path}: SVG is not read; convert the image to PNG") from error
         message = f"{path}: the image cannot be decoded ({type(error).__name__}: {error})"
         raise ImageError("undecodable image", message) from error
+
+
+def _is_svg(source: str | BinaryIO) -> bool:
+    head = b""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no file can have
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                head = file.read(1024)
+        else:
+            source.seek(0)
+            head = source.read(1024)
+    return b"<svg" in head.lower()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

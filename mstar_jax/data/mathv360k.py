@@ -1,6 +1,6 @@
-r"""Reader of the MathV360K format, the pool of training queries.
+r"""Reader of the pool of training queries: MathV360K's rows, and others that say the same.
 
-A file is a JSON list of rows, or JSON lines (.jsonl, .jsonl.gz). One row:
+A row of MathV360K:
 
     {
       "id": "TabMWP_7",
@@ -18,32 +18,33 @@ A file is a JSON list of rows, or JSON lines (.jsonl, .jsonl.gz). One row:
 
 `id` and `image` may be absent, and `image` may be a list, or be called `images`, `image_path` and the like.
 Turns may have a `role` and `content`, of `user` and `assistant`; what they may say is in turns.py. The
-first component of the image path is the source. About nine rows share an image.
+first component of the image path is the source. About nine rows share an image. Other shapes of rows are in
+rows.py, formats of files in files.py.
 
 The reader keeps the rows that can be trained on and counts all others by cause; an invalid row never stops
-it.
+it. Images inside of a file are written to a folder, once, for the processes that decode them read files.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-import gzip
-import json
-import math
+import itertools
 import os
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from mstar_jax.answers.check import equivalent
-from mstar_jax.data import pictures
-from mstar_jax.data.images import MAX_PIXELS, resolve
+from mstar_jax.data import files, pictures, prompts, rows
+from mstar_jax.data.images import MAX_PIXELS, ImageError, resolve
 from mstar_jax.data.splits import split
-from mstar_jax.data.turns import Unreadable, image_marks, is_long, parse_answer, parse_question
+from mstar_jax.data.turns import Unreadable, is_long, parse_answer, parse_question
 from mstar_jax.structs import Query
 
 __all__ = ["Report", "read", "split"]
 
 EXAMPLES = 3  # rows that the report names per cause
+OPTIONAL = ("questions", "steps")  # what is wanted of rows that need no answer
+TOGETHER = 16  # rows whose images are in memory together
 
 
 @dataclasses.dataclass
@@ -51,7 +52,7 @@ class Report:
     """What the reader kept and dropped.
 
     Attributes:
-      path: the file.
+      path: the file, folder or pattern.
       rows: the number of rows, including invalid JSON lines.
       kept: the number of queries returned.
       long: the number of kept queries whose answer is long, see `turns.is_long`.
@@ -85,119 +86,149 @@ class Report:
         return "\n".join(lines)
 
 
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-_IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?names?))?", re.IGNORECASE)
-_IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
+# ---- 1. queries ----------------------------------------------------------------------------------------
 
 
-# ---- 1. rows ------------------------------------------------------------------------------------------
+class Found(NamedTuple):
+    """A row that can be used.
+
+    Attributes:
+      place: where it is, with its id.
+      query: with absolute image paths; its id may be another one's too.
+      names: what the row calls its images; two copies of a picture may have two names.
+      response: what the row answers, in full.
+      labels: of its steps, where they are wanted.
+    """
+
+    place: str
+    query: Query
+    names: tuple[str, ...]
+    response: str
+    labels: tuple[float, ...] = ()
 
 
-def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields `line 7` or `row 7`, and the decoded row, or the error if the line is not valid JSON."""
-    if path.endswith((".jsonl", ".jsonl.gz")):
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            number = 0
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"line {number}", _decode(line)
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{path}: damaged gzip data after line {number}: {error}") from error
-        return
-    with open(path, "rb") as file:
-        text = file.read()
-    try:
-        rows = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        offset = error.start if isinstance(error, UnicodeDecodeError) else 0
-        at = error.lineno if isinstance(error, json.JSONDecodeError) else text.count(b"\n", 0, offset) + 1
-        raise ValueError(f"{path}, line {at}: not valid JSON: {error}") from error
-    if type(rows) is not list:
-        raise ValueError(f"{path}, line 1: expected a JSON list of rows, found {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        yield f"row {number}", row
+class Dropped(NamedTuple):
+    """A row that cannot be used, and why."""
+
+    place: str
+    cause: str
 
 
-def _decode(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise Unreadable("wrong types")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise Unreadable("wrong types")  # an unpaired surrogate, which cannot be encoded as UTF-8
-    return value
-
-
-def _turns(row: object) -> tuple[str, str]:
-    """(the human turn, the gpt turn or an empty string)."""
-    if not isinstance(row, dict):
-        raise Unreadable("wrong types")
-    turns = row.get("conversations", row.get("messages"))
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Unreadable("wrong types")
-    speakers = [_SPEAKERS.get(str(turn.get("from", turn.get("role"))).lower()) for turn in turns]
-    if speakers not in (["human"], ["human", "gpt"]):
-        raise Unreadable("not one question and one answer")
-    human, *answers = (turn.get("value", turn.get("content")) for turn in turns)
-    answer = answers[0] if answers else ""
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
-    return _string(human), "" if answer is None else _string(answer)
-
-
-def _image_paths(row: dict) -> list[str]:
-    named = [value for key, value in row.items() if _IMAGE_FIELD.fullmatch(key)]
-    found = [value if isinstance(value, list) else [value] for value in named if value]
-    if any(paths != found[0] for paths in found):
-        raise Unreadable("several image fields")
-    if not named and any(_IMAGE_LIKE.search(k) and isinstance(v, str | list | dict) for k, v in row.items()):
-        raise Unreadable("image in an unknown field")
-    return [_string(path) for path in found[0]] if found else []
-
-
-# ---- 2. queries ----------------------------------------------------------------------------------------
-
-
-def _query(
-    row: dict, fallback_id: str, resolved: Callable[[str], str], unlabelled: bool, long: bool
-) -> Query:
-    human, value = _turns(row)
-    paths = _image_paths(row)
-    if image_marks(human) not in (0, len(paths)):
-        raise Unreadable("image marks do not match images")
-    question, options, hint = parse_question(human)
-    name = fallback_id if row.get("id") is None else row["id"]
-    name = str(name) if isinstance(name, int) and not isinstance(name, bool) else _string(name)
+def _query(row: rows.Row, name: str, paths: Sequence[str], wanted: str, long: bool) -> Query:
+    """The query of a row whose images are at these paths; `name` is its id if it has none."""
+    question, options, hint = parse_question(row.question)
+    options = options or row.options
+    name = name if row.id is None else rows.text(row.id) or name
     asked_type = "choice" if options else _cue(hint)
     gold, answer_type = None, asked_type
-    if not unlabelled:
-        gold, answer_type = parse_answer(value, options, hint, question, long)
-    try:
-        images = tuple(map(resolved, paths))
-    except ValueError as error:
-        raise Unreadable("image path leaves the root") from error
-    source = paths[0].split("/")[0] if paths and "/" in paths[0] else ""
+    said = {"answers": row.answer, "rationales": row.gold or row.response, "steps": row.gold}.get(wanted, "")
+    if said or wanted not in OPTIONAL:
+        gold, answer_type = parse_answer(said, options, hint, row.question, long)
+    first = row.images[0].path.split("/") if row.images else []
     return Query(
-        id=name or fallback_id,
-        images=images,
-        question=question,
+        id=name,
+        images=tuple(paths),
+        question="\n\n".join([*_told(row.earlier), question]),
         options=options,
         answer=gold,
         answer_type=answer_type,
-        source=source,
+        source=first[0] if len(first) > 1 and first[0] else row.source,
         asked_type=asked_type,
     )
+
+
+def _told(turns: Sequence[str]) -> Iterator[str]:
+    """The turns before the question, in front of it."""
+    for asked, answer in zip(turns[::2], turns[1::2], strict=True):
+        question, options, _ = parse_question(asked)
+        yield f"Question: {question}{prompts.listed(options)}\nAnswer: {answer.strip()}"
 
 
 def _cue(hint: str) -> str:
     cues = {"integer answer": "integer", "floating-point": "float", "list": "math"}
     return next((answer_type for cue, answer_type in cues.items() if cue in hint), "text")
+
+
+# ---- 2. row by row ------------------------------------------------------------------------------------
+
+
+def stream(
+    path: str | os.PathLike,
+    root: str | os.PathLike,
+    *,
+    folder: str | os.PathLike = "",
+    columns: rows.Columns = rows.NAMES,
+    max_pixels: int = MAX_PIXELS,
+    wanted: str = "answers",
+    long: bool = False,
+) -> Iterator[Found | Dropped]:
+    """Reads rows one by one; the images inside of a file are checked and written, and of others the paths.
+
+    Args:
+      path: a file, a folder of shards or a pattern, see `files.shards`.
+      root: the folder that image paths are relative to.
+      folder: that images inside of a file are written to.
+      columns: their names, where they are unusual.
+      max_pixels: the largest width x height of an image.
+      wanted: `answers`; `questions` alone, so that no query has an answer; `rationales`, whose answers are
+        those of a column, or else what they end in; or `steps` with labels, whose answers may be absent.
+      long: also keep rows whose answer is long, which the answer checker cannot judge.
+
+    Raises:
+      ValueError: a file as a whole cannot be read, or has images inside and there is no folder for them.
+    """
+    root = os.fspath(root)
+    real = functools.cache(os.path.realpath)  # of folders
+    resolved = functools.cache(lambda relative: resolve(root, relative, real))
+
+    def placed(image: rows.Shown) -> str | ImageError:
+        if image.data is None:
+            try:
+                return resolved(image.path)
+            except ValueError as error:
+                return ImageError("image path leaves the root", str(error))
+        if not folder:
+            raise ValueError(f"{path} holds images, and there is no folder to write them to")
+        try:
+            return pictures.write(image.data, os.fspath(folder), max_pixels=max_pixels)
+        except ImageError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(pictures.THREADS) as pool:
+        records = files.all_records(files.shards(os.fspath(path)))
+        while some := list(itertools.islice(records, TOGETHER)):
+            parsed = [_parsed(record, columns) for *_, record in some]
+            images = [image for row in parsed if isinstance(row, rows.Row) for image in row.images]
+            held = any(image.data is not None for image in images)
+            paths = iter(pool.map(placed, images) if held else map(placed, images))
+            for (file, number, place, record), row in zip(some, parsed, strict=True):
+                given = f"{os.path.basename(file).split('.')[0]}_{number}"
+                try:
+                    if isinstance(row, Unreadable):
+                        raise row
+                    own = list(itertools.islice(paths, len(row.images)))
+                    there = [each for each in own if isinstance(each, str)]
+                    query = _query(row, given, there, wanted, long)
+                    if faults := [each.cause for each in own if isinstance(each, ImageError)]:
+                        raise Unreadable(faults[0])
+                    names = [s.path if s.data and s.path else at for s, at in zip(row.images, there)]
+                    response, labels = row.response, tuple[float, ...]()
+                    if wanted == "steps" and isinstance(record, dict):
+                        response, labels = rows.labelled_steps(record, columns)
+                    yield Found(f"{place}: {query.id}", query, tuple(names), response, labels)
+                except Unreadable as error:
+                    name = record.get("id") if isinstance(record, dict) else None
+                    yield Dropped(f"{place}: {name}" if isinstance(name, str) else place, str(error))
+
+
+def _parsed(record: object, columns: rows.Columns) -> rows.Row | Unreadable:
+    try:
+        return rows.parse(record, columns)
+    except Unreadable as error:
+        return error
+
+
+Key = tuple[tuple[str, ...], str, tuple[str, ...] | None]  # contents of images, question, options
 
 
 # ---- 3. the reader ------------------------------------------------------------------------------------
@@ -207,18 +238,22 @@ def read(
     path: str | os.PathLike,
     root: str | os.PathLike,
     *,
+    folder: str | os.PathLike = "",
+    columns: rows.Columns = rows.NAMES,
     max_pixels: int = MAX_PIXELS,
     check_images: bool = True,
     unlabelled: bool = False,
     long: bool = False,
 ) -> tuple[list[Query], Report]:
-    """Reads a file in the MathV360K format; invalid rows are dropped and counted by cause.
+    """Reads training queries; invalid rows are dropped and counted by cause.
 
     Args:
-      path: a .json list, .jsonl or .jsonl.gz file.
+      path: a file, a folder of shards or a pattern, see `files.shards`.
       root: the folder that image paths are relative to.
+      folder: that images inside of a file are written to.
+      columns: their names, where they are unusual.
       max_pixels: the largest width x height of an image.
-      check_images: decode every distinct image once; otherwise only the paths are checked.
+      check_images: decode every distinct image file once; otherwise only the paths are checked.
       unlabelled: also keep rows without an answer, and set `answer=None` in every query.
       long: also keep rows whose answer is long, which the answer checker cannot judge.
 
@@ -226,38 +261,14 @@ def read(
       The queries in the order of the file, with absolute image paths and unique ids; and the report.
 
     Raises:
-      ValueError: the file as a whole is not a JSON list, or its gzip data is damaged; the message names the
-        file and the line.
+      OSError: there is no such file.
+      ValueError: a file as a whole cannot be read, such as JSON that is no list; the message names the file
+        and the place in it.
     """
-    path, root = os.fspath(path), os.fspath(root)
-    report = Report(path)
-    stem = os.path.basename(path).split(".")[0]
-    found: list[tuple[str, Query]] = []  # (place in the file, query)
-    real = functools.cache(os.path.realpath)  # of folders
-    resolved = functools.cache(lambda relative: resolve(root, relative, real))
-    for index, (place, row) in enumerate(_rows(path)):
-        report.rows += 1
-        if isinstance(row, Exception):
-            report.drop("bad JSON line", place)
-            continue
-        try:
-            query = _query(row, f"{stem}_{index}", resolved, unlabelled, long)
-        except Unreadable as error:
-            name = row.get("id") if isinstance(row, dict) else None
-            report.drop(str(error), f"{place}: {name}" if isinstance(name, str) else place)
-        else:
-            found.append((f"{place}: {query.id}", query))
-
-    if check_images:
-        distinct = sorted({image for _, query in found for image in query.images})
-        faults = pictures.faults(distinct, max_pixels=max_pixels)
-        usable = []
-        for place, query in found:
-            if causes := [faults[image] for image in query.images if image in faults]:
-                report.drop(causes[0], place)
-            else:
-                usable.append((place, query))
-        found = usable
+    report = Report(os.fspath(path))
+    wanted = "questions" if unlabelled else "answers"
+    each = stream(path, root, folder=folder, columns=columns, max_pixels=max_pixels, wanted=wanted, long=long)
+    found = gather(each, report, max_pixels=max_pixels, check_images=check_images)
     queries = _rename(_distinct(found, report), report)
     report.kept = len(queries)
     report.long = sum(
@@ -266,30 +277,64 @@ def read(
     return queries, report
 
 
-def _distinct(found: list[tuple[str, Query]], report: Report) -> list[Query]:
+def gather(
+    each: Iterable[Found | Dropped],
+    report: Report,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    check_images: bool = True,
+) -> list[Found]:
+    """The rows of a `stream` whose images can be used; the others are counted in the report."""
+    found = []
+    for row in each:
+        report.rows += 1
+        if isinstance(row, Found):
+            found.append(row)
+        else:
+            report.drop(row.cause, row.place)
+    if not check_images:
+        return found
+    distinct = sorted({image for row in found for image in row.query.images})
+    faults = pictures.faults(distinct, max_pixels=max_pixels)
+    usable = []
+    for row in found:
+        if causes := [faults[image] for image in row.query.images if image in faults]:
+            report.drop(causes[0], row.place)
+        else:
+            usable.append(row)
+    return usable
+
+
+def keys(queries: Sequence[Query]) -> list[Key]:
+    """What makes two queries the same one: what their images show, and the text."""
+    shown = pictures.contents({image for query in queries for image in query.images})
+    return [(tuple(shown[image] for image in q.images), q.question, q.options) for q in queries]
+
+
+def _distinct(found: list[Found], report: Report) -> list[Query]:
     """Of equal questions about the same images, the first; none if their answers differ, also where the
     same picture has several names."""
-    groups: dict[tuple, list[Query]] = {}
-    shown = pictures.contents({image for _, query in found for image in query.images})
-    keys = [(tuple(shown[image] for image in q.images), q.question, q.options) for _, q in found]
-    for key, (_, query) in zip(keys, found, strict=True):
-        groups.setdefault(key, []).append(query)
-    conflicting = {key for key, group in groups.items() if not all(_same_gold(q, group[0]) for q in group)}
+    groups: dict[Key, list[Query]] = {}
+    same = keys([row.query for row in found])
+    for key, row in zip(same, found, strict=True):
+        groups.setdefault(key, []).append(row.query)
+    conflicting = {key for key, group in groups.items() if not all(same_gold(q, group[0]) for q in group)}
     kept: list[Query] = []
-    seen: set[tuple] = set()
-    for key, (place, query) in zip(keys, found, strict=True):
-        named = (query.images, query.question, query.options)
+    seen: set[tuple[Key, tuple[str, ...]]] = set()
+    for key, row in zip(same, found, strict=True):
+        named = (key, row.names)
         if key in conflicting:
-            report.drop("conflicting answers", place)
+            report.drop("conflicting answers", row.place)
         elif named in seen:
-            report.drop("duplicate", place)
+            report.drop("duplicate", row.place)
         else:
             seen.add(named)
-            kept.append(query)
+            kept.append(row.query)
     return kept
 
 
-def _same_gold(a: Query, b: Query) -> bool:
+def same_gold(a: Query, b: Query) -> bool:
+    """Whether two queries have the same answer, or none."""
     if a.answer is None or b.answer is None:
         return a.answer is b.answer
     return a.answer == b.answer or equivalent(a.answer, b.answer, options=a.options)
@@ -301,10 +346,14 @@ def _rename(queries: list[Query], report: Report) -> list[Query]:
     reserved = {query.id for query in queries}
     unique = []
     for query in queries:
-        name, suffix = query.id, 2
-        while name in taken or (name != query.id and name in reserved):
-            name, suffix = f"{query.id}_{suffix}", suffix + 1
+        name = query.id if query.id not in taken else free_name(query.id, taken | reserved)
         taken.add(name)
         report.renamed += name != query.id
         unique.append(query if name == query.id else dataclasses.replace(query, id=name))
     return unique
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or the first free one with a suffix `_2`, `_3`, ..."""
+    more = (f"{name}_{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], more) if each not in taken)

@@ -6,14 +6,18 @@ can be kept in a file between the starts of a run, one entry a path (`recall` re
     {"/data/TabMWP/images/416.png": [10274, 1718000000000000000, 350, 220, "9f86d081884c7d65...", true]}
 """
 
+import base64
+import binascii
 import concurrent.futures
 import hashlib
+import io
 import itertools
 import os
+import tempfile
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from mstar_jax.data.images import MAX_PIXELS, ImageError, check_image, header_size, load_image
+from mstar_jax.data.images import MAX_PIXELS, ImageError, check_image, header_size, load_image, opened
 
 THREADS = 8  # decoding, reading and digests leave Python alone; more than there are cores, for slow discs
 
@@ -130,6 +134,54 @@ def faults(paths: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> dict[str, s
         parts = pool.map(lambda some: [fault(path) for path in some], _parts(paths))
         causes = itertools.chain.from_iterable(parts)
         return {path: cause for path, cause in zip(paths, causes, strict=True) if cause}
+
+
+# ---- images inside of other files ---------------------------------------------------------------------
+
+
+def unpack(text: str) -> bytes:
+    """The bytes of an image in base64, with or without a prefix `data:image/png;base64,`.
+
+    Raises:
+      ImageError: the text is not base64.
+    """
+    try:
+        return base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError("broken base64", f"an image is not valid base64 ({error})") from error
+
+
+def write(data: bytes, folder: str, *, max_pixels: int = MAX_PIXELS) -> str:
+    """Writes the bytes of an image file to a folder, once, and returns the absolute path.
+
+    The file is named by the SHA-256 of the bytes, with the extension of the actual format. The size is
+    checked before decoding, and the file gets its name only after decoding: every file there is an image.
+
+    Raises:
+      ImageError: the image is empty, too large or cannot be decoded.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"image {digest[:8]} of {len(data)} bytes"
+    with opened(name, io.BytesIO(data), max_pixels=max_pixels) as image:
+        ending = str(image.format).lower()
+    path = os.path.join(os.path.abspath(folder), f"{digest[:32]}.{ending}")
+    if content(path) == digest:
+        check(path, max_pixels=max_pixels)
+        return path
+    width, height = check_image(name, data, max_pixels=max_pixels)
+    os.makedirs(folder, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=folder, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide a shared folder from others
+        os.replace(scratch, path)
+    finally:
+        if os.path.exists(scratch):
+            os.remove(scratch)
+    found = os.stat(path)
+    _known[path] = Picture(found.st_size, found.st_mtime_ns, width, height, digest, True)
+    return path
 
 
 # ---- kept between starts ------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ case, and an instruction may follow them. An answer may be a solution that ends 
 a tag. What looks like options and is not understood is refused: a model would be asked for one of them.
 """
 
+import itertools
 import re
+from collections.abc import Sequence
 
 from mstar_jax.answers.check import as_gold, extract
 from mstar_jax.answers.values import kind, plain
@@ -66,6 +68,36 @@ def image_marks(value: str) -> int:
     """How many images the marks of a turn stand for; a numbered one may be named several times."""
     found = list(_MARK.finditer(value))
     return len({m[0].lower() for m in found if m["number"]}) + sum(not m["number"] for m in found)
+
+
+def name_marks(texts: Sequence[str], count: int) -> list[str]:
+    """Texts with the marks within a line written out, where there are several images: `image 2` for the
+    second one. The images come before the text, in order, so other marks say nothing.
+
+        "Is <image> larger than <image>?"  ->  "Is image 1 larger than image 2?"
+        "<image>\n<image>\nWhich is larger?"  is left as it is
+
+    Args:
+      texts: of a row's turns, in order.
+      count: of its images.
+    """
+    if count < 2:
+        return list(texts)
+    numbers = itertools.count(1)
+    named = []
+    for text in texts:
+
+        def written(mark: re.Match[str], text: str = text) -> str:
+            number = int(mark["number"].strip(" _")) if mark["number"] else next(numbers)
+            before = text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()]
+            if not _MARK.sub("", before).strip():
+                return mark[0]
+            after = text[mark.end() : mark.end() + 1]
+            gap = " " if not before[-1].isspace() and before[-1] not in "([" else ""
+            return f"{gap}image {number}{' ' if after.isalnum() else ''}"
+
+        named.append(_MARK.sub(written, text))
+    return named
 
 
 def parse_question(value: str) -> tuple[str, tuple[str, ...] | None, str]:

@@ -333,7 +333,6 @@ def read(name: str, folder: str | os.PathLike, images: str | os.PathLike) -> tup
     Raises:
       FileNotFoundError: none of the official files is there.
       ValueError: the name is unknown, or a whole file cannot be read.
-      ImportError: a file is parquet, and pyarrow is not installed.
     """
     if name not in _SETS:
         raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(NAMES)}")

@@ -98,7 +98,7 @@ def read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Benchmarks
         place = own if own.is_dir() else pathlib.Path(settings.root)
         try:
             found, report = benchmarks.read(name, place, folder / "images")
-        except (OSError, ImportError) as error:
+        except OSError as error:
             raise ValueError(f"{name}: {error}") from error
         log.info("%s", report)
         if not found:

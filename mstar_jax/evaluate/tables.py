@@ -1,36 +1,24 @@
-"""The file formats of benchmarks: parquet, TSV with images in base64, JSON.
+"""The records of benchmarks' files: their cells, options and images.
 
-Whatever the format, a record is a dict of its columns. `cell` and `texts` read a column in any of the ways
-that the formats write text, numbers, lists and missing values; `parse_options` finds options inside a
-question. Images inside a file are written once to a cache folder, named by their content, after a decoding
-test: every file in the cache is a valid image.
+Whatever the format (data/files.py), a record is a dict of its columns. `cell` and `texts` read a column in
+any of the ways that the formats write text, numbers, lists and missing values; `parse_options` finds options
+inside a question. Images inside a file, in a TSV in base64, are written to a cache folder (`pictures.write`).
 """
 
 import ast
-import base64
-import binascii
-import csv
 import glob
-import hashlib
-import io
-import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import PIL.Image
+from mstar_jax.data import files, pictures
+from mstar_jax.data.files import Record
+from mstar_jax.data.images import ImageError, load_image, resolve
 
-from mstar_jax.data.images import FORMATS, ImageError, load_image, resolve
-
-LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's default of 128 KiB is too small for most images
 LONGEST_LIST = 1 << 14  # characters of a list that is written as text
 REFERENCE = 64  # characters; an image cell of a TSV up to this length is the index of the row with the image
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
 IMAGES = ("decoded_image", "image", "image_path")  # columns; the first one that is not empty counts
-
-Record = dict[str, Any]  # by column; a JSON, TSV or parquet value
 
 
 # ---- 1. files and records -----------------------------------------------------------------------------
@@ -57,80 +45,9 @@ def records(path: str) -> Iterator[tuple[str, Record | Exception]]:
 
     Raises:
       ValueError: the file as a whole cannot be read.
-      ImportError: the file is parquet, and pyarrow is not installed.
     """
-    kinds = {".parquet": _parquet, ".tsv": _tsv, ".json": _json, ".jsonl": _jsonl}
-    kind = kinds.get(os.path.splitext(path)[1].lower())
-    if kind is None:
-        raise ValueError(f"{path}: expected one of {', '.join(kinds)}")
-    for place, found in kind(path):
+    for place, found in files.records(path):
         yield place, found if isinstance(found, dict | Exception) else ValueError("not a record of columns")
-
-
-def _parquet(path: str) -> Iterator[tuple[str, object]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path}: parquet needs pyarrow: pip install 'mstar_jax[benchmarks]'") from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=32):
-                for at in range(batch.num_rows):
-                    row: object
-                    try:
-                        row = batch.slice(at, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:  # parquet does not validate its strings
-                        row = error
-                    yield f"row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        hint = "download the file again"
-        raise ValueError(f"{path}, from row {number}: broken parquet, {hint} ({error})") from error
-
-
-def _tsv(path: str) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        number = 0
-        while True:
-            row: object
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row = error
-            yield f"row {number}", row
-            number += 1
-
-
-def _json(path: str) -> Iterator[tuple[str, object]]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if isinstance(content, dict):  # {id: record}
-        for key, row in content.items():
-            yield f"row {key}", {"pid": key, **row} if isinstance(row, dict) else row
-    elif isinstance(content, list):
-        yield from ((f"row {number}", row) for number, row in enumerate(content))
-    else:
-        raise ValueError(f"{path}: expected a JSON list or {{id: record}}, found {type(content).__name__}")
-
-
-def _jsonl(path: str) -> Iterator[tuple[str, object]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row: object
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    row = error
-                yield f"line {number}", row
 
 
 # ---- 2. cells -----------------------------------------------------------------------------------------
@@ -195,51 +112,6 @@ def parse_options(text: str) -> tuple[str, list[str]]:
     return text[: starts[-1].start()].rstrip(), [*options, rest.strip()]
 
 
-def unpack(text: str) -> bytes:
-    """The bytes of an image in base64, with or without a prefix `data:image/png;base64,`.
-
-    Raises:
-      ImageError: the text is not base64.
-    """
-    try:
-        return base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError("broken base64", f"an image is not valid base64 ({error})") from error
-
-
-def write_image(data: bytes, cache: str) -> str:
-    """Writes the bytes of an image file to the cache folder, once, and returns the absolute path.
-
-    The file is named by the SHA-256 of the bytes, with the extension of the actual format. The size is
-    checked before decoding, and the file gets its name only after decoding.
-
-    Raises:
-      ImageError: the image is empty, too large or cannot be decoded.
-    """
-    try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            ending = str(image.format).lower()
-    except Exception as error:
-        cause = "undecodable image" if data else "empty image"
-        cause = "image too large" if isinstance(error, PIL.Image.DecompressionBombError) else cause
-        raise ImageError(cause, f"{len(data)} bytes are not an image ({type(error).__name__})") from error
-    path = os.path.join(os.path.abspath(cache), f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}")
-    if os.path.exists(path) and os.path.getsize(path) == len(data):
-        return path
-    os.makedirs(cache, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=cache, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        load_image(scratch)
-        os.chmod(scratch, 0o644)  # mkstemp's 0600 would hide a shared cache from others
-        os.replace(scratch, path)
-    finally:
-        if os.path.exists(scratch):
-            os.remove(scratch)
-    return path
-
-
 def locate(relative: str, roots: Sequence[str]) -> str:
     """The absolute path of an image file of the data set, in the first of the roots that has it.
 
@@ -266,7 +138,7 @@ def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Excep
       image or the error in that.
     """
     found: list[tuple[str, Record | Exception, str | ImageError]] = []
-    pictures: dict[str, str | ImageError] = {}  # by index
+    by_index: dict[str, str | ImageError] = {}
     for path in paths:
         folder = os.path.dirname(os.path.abspath(path))
         for place, row in records(path):
@@ -278,13 +150,13 @@ def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Excep
                 except ImageError as error:
                     picture = error
                 if not isinstance(picture, _Index):
-                    pictures.setdefault(cell(row, "index").strip(), picture)
+                    by_index.setdefault(cell(row, "index").strip(), picture)
                 row = {k: v for k, v in row.items() if isinstance(k, str) and k not in IMAGES}
             found.append((place, row, picture))
     for place, row, picture in found:
         if isinstance(picture, _Index):  # the row with the image may come later
             none = ImageError("no such row's image", f"{place}: no row {picture!r} has an image")
-            picture = pictures.get(picture, none)
+            picture = by_index.get(picture, none)
         yield place, row, picture
 
 
@@ -297,9 +169,9 @@ def _picture(row: Record, encoded: bool, folder: str, cache: str) -> str:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        return write_image(value, cache)
+        return pictures.write(value, cache)
     if not isinstance(value, str) or not value.strip():
         raise ImageError("no image", "the row has no image")
     if not encoded:
         return locate(value, [folder, os.path.dirname(folder)])
-    return _Index(value.strip()) if len(value) <= REFERENCE else write_image(unpack(value), cache)
+    return _Index(value.strip()) if len(value) <= REFERENCE else pictures.write(pictures.unpack(value), cache)

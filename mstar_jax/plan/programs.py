@@ -106,9 +106,11 @@ class Programs:
         """Those of KINDS that a run with this config has."""
         c = self.config
         absent = set()
-        if c.prm.path or not c.prm.queries or c.evolve.select == "likelihood":
+        if not configure.trains_reward_model(c):
             absent |= {"train prm", "labels"}
-        if not (c.prm.path or c.prm.queries or c.evolve.select == "likelihood"):
+        if c.prm.data:
+            absent.add("labels")
+        if not (configure.trains_reward_model(c) or c.prm.path or c.evolve.select == "likelihood"):
             absent |= {"score", "exploration"}
         if not c.explore.every:
             absent.add("exploration")

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mstar_jax import sharding
+from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches, stems
 from mstar_jax.plan.cost import Cost, peak_times
@@ -189,7 +189,7 @@ class Estimate:
         rows: list[int] = []
         while len(rows) < 50 * settings.batch:
             longest = most
-            if kind == "train prm" and self.rng.random() < settings.labelled / settings.queries:
+            if kind == "train prm" and self.rng.random() < settings.labelled / max(settings.queries, 1):
                 longest = min(settings.longest, most)
             some = lengths_of(self.rng, (max(samples, 1),), self.assumed, self.config.sampling.max_new_tokens)
             longest = max(longest, prompt + int(some.max()))
@@ -212,7 +212,7 @@ def estimate(
     """Every stage of `evolve.evolve`, in order, but for the base stage from scratch and the benchmarks."""
     e = Estimate(programs, assumed, made, speeds)
     c = programs.config
-    samples, own, scores = 1 + c.eval.samples, "labels" in made, "score" in made
+    samples, scores = 1 + c.eval.samples, "score" in made
     out: list[Use] = []
 
     def measure(stage: str, queries: int, times: int = 1, scored: bool = True) -> None:
@@ -227,11 +227,12 @@ def estimate(
         return c.data.validation + (test if stage in c.eval.test_at else 0)
 
     measure("base, measure", tests("base"), scored=False)
-    queries = min(c.warmup.queries, assumed.queries)
-    out.append(e.sample("warm-up, rationales", "rollouts", queries, c.warmup.k))
+    if not c.warmup.data:
+        queries = min(c.warmup.queries, assumed.queries)
+        out.append(e.sample("warm-up, rationales", "rollouts", queries, c.warmup.k))
     out.append(e.train("warm-up, train", "train", c.warmup, c.warmup.keep))
-    if own:
-        held_out = min(c.prm.held_out, assumed.queries // 4)
+    held_out = min(c.prm.held_out, assumed.queries // 4)
+    if "labels" in made:
         queries = min(c.prm.queries, assumed.queries - held_out)
         labelled = min(c.prm.labelled, queries) + held_out
         out.append(e.sample("reward model, responses", "rollouts", queries + held_out, c.prm.k))
@@ -239,6 +240,7 @@ def estimate(
         length = loader.bucket(min(round(assumed.prompt + tokens), made["labels"][0].length), c.data.buckets)
         rows = round(labelled * rows)
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
+    if "train prm" in made:
         out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
         out.append(e.score("reward model, report", held_out, c.prm.k, assumed.distinct))
     measure("warm-up, measure", tests("warmup"))
@@ -275,10 +277,9 @@ def checkpoint_bytes(programs: Programs) -> tuple[int, int]:
     """(bytes of a TrainState on disk, how many are there at most)."""
     one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.train_state()))
     c = programs.config
-    own = not c.prm.path and c.prm.queries and c.evolve.select != "likelihood"
-    return one, 1 + bool(
-        own
-    ) + c.evolve.keep_checkpoints + 2  # warm-up's, R_p's, and two of a stage that trains
+    own = configure.trains_reward_model(c)
+    # the warm-up's, R_p's, and two of a stage that trains
+    return one, 1 + own + c.evolve.keep_checkpoints + 2
 
 
 def describe(

@@ -26,6 +26,7 @@ from mstar_jax.inference.score import Scorer, of_folder, score, score_with
 from mstar_jax.models import vlm
 from mstar_jax.rewards import custom, metrics, prm, selection
 from mstar_jax.stages.generate import failures, generate
+from mstar_jax.stages.given import Labelled, Labels, given_labels
 from mstar_jax.stages.improve import Carry, carried, train
 from mstar_jax.stages.policy import Policy, restore_params
 from mstar_jax.stages.run import Run, lap
@@ -35,11 +36,11 @@ from mstar_jax.structs import Query, Response, Row, ScoringModel, Source, Stage,
 log = logging.getLogger(__name__)
 
 Ranked = tuple[Hashable, float, bool]  # (group, score, is it right)
-Labels = Mapping[tuple[str, int], tuple[float, ...]]  # of a response's steps, by query id and sample
 
 
 def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     """Labels the steps of the warm-up policy's responses, trains the reward model on them, and reports on it.
+    Where there is `prm.data`, its responses and labels take their place.
 
     Nothing is trained where `prm.path` names a reward model, or the warm-up's own likelihood selects.
 
@@ -56,21 +57,19 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
         return pretrained_scorer(run)
     if run.config.evolve.select == "likelihood":
         return own_scorer(run, likelihood=True)
-    if not settings.queries:
+    if not (settings.queries or settings.data):
         return None
     reward = own_scorer(run, likelihood=False)
     if run.results.find(Stage.reward_model, "held-out"):
         return reward
 
-    # responses of the warm-up policy, and the share of completions of each step that are right
-    queries, held_out = reward_queries(run)
-    responses = generate(
-        run, Stage.reward_model, warmup, [*queries, *held_out], settings.temperature, settings.k
-    )
-    labels = label(run, warmup, [*queries[: settings.labelled], *held_out], responses)
+    if settings.data:
+        found = given_labels(run)
+    else:
+        found = monte_carlo_labels(run, warmup)
 
     # SFT with the labels as targets, from the warm-up policy
-    rows = labelled_rows(run, ask(queries, run.template), responses, labels)
+    rows = labelled_rows(run, ask(found.trained, run.template), found.responses, found.labels)
 
     def begin() -> TrainState:
         start = TrainState(0, vlm.RewardModel(warmup.take().params), ())
@@ -79,8 +78,8 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     loss = prm.make_loss(settings.mc_weight)
     train(run, Stage.reward_model, begin, [Source(rows)], sampled_at=settings.temperature, loss=loss)
 
-    record = report(run, reward, ask(held_out, run.template), responses, labels)
-    record |= failures(run, Stage.reward_model, lambda: failed_rewards(run, responses))
+    record = report(run, reward, ask(found.held_out, run.template), found.responses, found.labels)
+    record |= failures(run, Stage.reward_model, lambda: failed_rewards(run, found.responses))
     run.results.add(Stage.reward_model, record | lap(run))
     log.info("prm: AUC within held-out queries: %s", auc_text(record))
     return reward
@@ -123,14 +122,27 @@ class Queries(NamedTuple):
 def reward_queries(run: Run) -> Queries:
     """`prm.held_out` and `prm.queries` of the labelled queries; those that the warm-up trained on come last:
     the policy may have memorised them."""
-    settings, known = run.config.prm, run.config.warmup.queries
-    order = [*run.labelled[known:], *run.labelled[:known]]
+    settings = run.config.prm
+    asked = [row.query for row in run.rationales] or run.labelled[: run.config.warmup.queries]
+    known = {query.id for query in asked}
+    order = sorted(run.labelled, key=lambda query: query.id in known)  # and otherwise as they were
     held_out = min(settings.held_out, len(order) // 4)
     found = Queries(order[held_out : held_out + settings.queries], order[:held_out])
-    if held_out + settings.queries > len(run.labelled) - known:
+    if held_out + settings.queries > sum(query.id not in known for query in order):
         text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
         log.warning(text, len(order), len(found.trained))
     return found
+
+
+def monte_carlo_labels(run: Run, warmup: Policy) -> Labelled:
+    """Responses of the warm-up policy, and of each of their steps the share of completions that are right."""
+    settings = run.config.prm
+    queries, held_out = reward_queries(run)
+    responses = generate(
+        run, Stage.reward_model, warmup, [*queries, *held_out], settings.temperature, settings.k
+    )
+    labels = label(run, warmup, [*queries[: settings.labelled], *held_out], responses)
+    return Labelled(queries, held_out, responses, labels)
 
 
 def label(run: Run, policy: Policy, queries: Sequence[Query], responses: Groups) -> Labels:
@@ -190,7 +202,11 @@ def read_labels(record: dict[str, Any]) -> tuple[str, list[tuple[prm.Prefix, flo
 
 
 def failed_rewards(run: Run, responses: Groups) -> dict[str, custom.Failures]:
-    """Where a user's reward failed: of the responses, and of the completions of their steps."""
+    """Where a user's reward failed: of the responses, and of the completions of their steps, if there are
+    any."""
+    sampled = {"sampled": custom.failures(responses.values())}
+    if run.config.prm.data:
+        return sampled
     store, shards = complete(run.workdir / "labels" / "prm")
     total = 0
     found = collections.Counter[str]()
@@ -198,7 +214,7 @@ def failed_rewards(run: Run, responses: Groups) -> dict[str, custom.Failures]:
         for step in record["steps"]:
             total += step["of"]
             found[record["query"]] += step.get("failed", 0)
-    return {"sampled": custom.failures(responses.values()), "completions": custom.count(total, +found)}
+    return sampled | {"completions": custom.count(total, +found)}
 
 
 def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, labels: Labels) -> list[Row]:
@@ -250,8 +266,9 @@ def report(
     targets = [target for *_, target in pairs]
     right = [target >= 0.5 for target in targets]
     calibration: Mapping[str, object] = {**metrics.calibration(values, targets)} if pairs else {}
-    groups = [(each.query, scored[each.query.id]) for each in asked]
-    ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= run.config.prm.k]
+    groups = [(each.query, scored[each.query.id]) for each in asked if each.query.answer is not None]
+    least = min((len(group) for _, group in groups), default=0)
+    ns = [n for n in (1, 2, 4, 8, 16, 32) if n <= least]
     record: dict[str, Any] = {
         "split": "held-out",
         "n": len(asked),
@@ -266,7 +283,10 @@ def report(
         "calibration": calibration.get("bins"),
         "curve": metrics.curve(groups, ns, aggregate=aggregate) if groups else [],
     }
-    if run.truth and asked:
+    asked = [each for each in asked if each.query.id in run.truth]
+    if asked:
+        some = {each.query.id: responses[each.query.id] for each in asked}
+        scored = {each.query.id: scored[each.query.id] for each in asked}
         untrained = own_scorer(run, likelihood=True)
         plain = score_with(run, untrained, untrained.load(), asked, some)
         record["truth"] = against_truth(scored, run.truth, aggregate) | {

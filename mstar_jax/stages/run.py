@@ -12,8 +12,8 @@ import ml_collections
 import optax
 from clu import parameter_overview
 
-from mstar_jax import configure, models, processes, records, sharding
-from mstar_jax.data import embedded, splits, truth
+from mstar_jax import configure, models, processes, records, sharding, sources
+from mstar_jax.data import embedded, given, splits, truth
 from mstar_jax.evaluate import evaluation
 from mstar_jax.inference import generate, score
 from mstar_jax.rewards import custom
@@ -58,6 +58,7 @@ class Run(generate.Inference):
       validation, test: queries to measure on.
       hidden: the answers of the unlabelled queries by id, to measure pseudo-labels with.
       base_set, base_validation: the narrow data that a policy from scratch begins with.
+      rationales, steps: responses that exist, of `warmup.data` and `prm.data`.
       truth: of the embedded data set, what its generator knows of each query; it measures and never trains.
       grading: what judges responses, but those to benchmarks.
       benchmarks: what the policies are asked at the end.
@@ -78,6 +79,8 @@ class Run(generate.Inference):
     hidden: Mapping[str, str | None]
     base_set: Sequence[embedded.BaseExample]
     base_validation: Sequence[Query]
+    rationales: Sequence[given.Given]
+    steps: Sequence[given.Given]
     truth: Mapping[str, truth.Truth]
     grading: custom.Grading
     benchmarks: evaluation.Benchmarks
@@ -104,7 +107,7 @@ def start(
     results = records.Results(workdir, head)
     with processes.first_alone("data"):  # makes the embedded data set
         recall_images(workdir)
-        data = configure.load_data(config, workdir)
+        data = sources.load_data(config, workdir)
         keep_images(workdir)
     if config.evolve.unlabelled.mixin is not None and not data.unlabelled:
         raise ValueError("evolve.unlabelled.mixin is set, and the data has no unlabelled query")
@@ -139,6 +142,8 @@ def start(
         hidden=data.hidden,
         base_set=data.base,
         base_validation=data.base_validation,
+        rationales=data.rationales,
+        steps=data.steps,
         truth=truth.read_truth(known) if known.exists() and not config.data.labelled else {},
         grading=grading,
         benchmarks=benchmarks,
@@ -150,7 +155,7 @@ def start(
 
 def inputs(
     config: ml_collections.ConfigDict,
-    data: configure.Data,
+    data: sources.Data,
     source: models.Pretrained | models.FromScratch,
     workdir: pathlib.Path,
 ) -> dict[str, Mapping[str, object]]:
@@ -164,6 +169,11 @@ def inputs(
         responses = digest((example.mode, example.response) for example in data.base)
         narrow = of_queries([example.query for example in data.base], workdir)
         found["data, base"] = narrow | {"responses": responses}
+    for name, rows in (("rationales", data.rationales), ("labelled steps", data.steps)):
+        if rows:
+            responses = digest((row.response, row.labels) for row in rows)
+            asked = of_queries([row.query for row in rows], workdir)
+            found[f"data, {name}"] = asked | {"responses": responses}
     if (known := workdir / TRUTH).exists() and not config.data.labelled:
         found["data, truth"] = {known.name: fingerprint(known)}
     if isinstance(source, models.FromScratch):

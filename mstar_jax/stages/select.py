@@ -105,7 +105,9 @@ def select_rationales(run: Run, queries: Sequence[Query], responses: Groups) -> 
         random = draw(run.seed, Stage.warmup.name, query)
         return selection.random_k(found, run.config.warmup.keep, random)
 
-    return source(run, queries, kept, responses)
+    chosen = source(run, queries, kept, responses)
+    given = {"given": dropped(queries, responses)} if run.config.warmup.data else {}
+    return chosen._replace(notes={**chosen.notes, **given})
 
 
 def gold_answers(run: Run, queries: Sequence[Query]) -> Source:

@@ -1,0 +1,785 @@
+"""Data in every format: the same queries come out, broken rows are counted, large files are streamed."""
+
+import base64
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+import zlib
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import test_evolve
+import tiny
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from configs import tiny as tiny_config
+from mstar_jax import configure, sharding
+from mstar_jax.data import __main__ as look
+from mstar_jax.data import files, given, images, mathv360k, pictures, prompts, rows, splits, turns
+from mstar_jax.rewards import custom
+from mstar_jax.stages import given as stage
+from mstar_jax.structs import Query
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REAL = pathlib.Path(
+    os.environ.get("MSTAR_REALDATA", "/nonexistent")
+)  # real questions, where a machine has some
+HINT = (
+    "Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3."
+)
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(PART))])
+
+
+def drawn(number, size=(40, 30)):
+    noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def conversation(name, image, human, answer):
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": turns}
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Rows of MathV360K's format: choices, numbers, a hint, two images, a copied image; and their root."""
+    for number in range(24):
+        path = tmp_path / f"root/{'AB'[number % 2]}/images/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(drawn(number % 23))  # the last one is a copy of the first
+    found = []
+    for number in range(60):
+        at = number % 24
+        image = f"{'AB'[at % 2]}/images/{at}.png"
+        if number % 5 == 0:
+            text, answer = (
+                f"<image>\nQuestion: Which of {number}?\nChoices:\n(A) yes\n(B) no",
+                "The answer is B",
+            )
+        elif number % 5 == 1:
+            text, answer = f"<image>\n{HINT}\nQuestion: How many of {number}?", f"The answer is {number}"
+        elif number % 5 == 2:
+            other = f"{'AB'[(at ^ 1) % 2]}/images/{at ^ 1}.png"
+            image, text, answer = [image, other], f"Is <image> left of <image> in {number}?", "Yes"
+        else:
+            text, answer = f"{number}: how long is AB? <image>", f"{number}.5"
+        found.append(conversation(f"q{number}", image, text, answer))
+    return found, tmp_path / "root"
+
+
+def paths_of(row):
+    return row["image"] if isinstance(row["image"], list) else [row["image"]]
+
+
+def inside(root, row):
+    return [{"bytes": (root / path).read_bytes(), "path": path} for path in paths_of(row)]
+
+
+def messages(row, part=lambda path: {"type": "image"}):
+    """A row's turns with typed parts; its images stand where their marks are."""
+    paths = iter(paths_of(row))
+
+    def parts(text):
+        head, *rest = text.split("<image>")
+        found = [{"type": "text", "text": head}] if head else []
+        for each in rest:
+            found += [part(next(paths)), *([{"type": "text", "text": each}] if each else [])]
+        return found
+
+    human, gpt = (turn["value"] for turn in row["conversations"])
+    return [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": parts(human)},
+        {"role": "assistant", "content": parts(gpt)},
+    ]
+
+
+def as_columns(row):
+    """A question without its options, and these as a column."""
+    question, _, listed = row["conversations"][0]["value"].partition("\nChoices:\n")
+    options = [line[4:] for line in listed.splitlines()] or None
+    return {"problem": question, "choices": options, "answer": row["conversations"][1]["value"]}
+
+
+def as_json(folder, root, found):
+    (folder / "d.json").write_text(json.dumps(found))
+    return folder / "d.json"
+
+
+def as_lines(folder, root, found):
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder / "d.jsonl"
+
+
+def as_zipped_lines(folder, root, found):
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(as_lines(folder, root, found).read_bytes()))
+    return folder / "d.jsonl.gz"
+
+
+def table_of(root, found):
+    return pa.table(
+        {
+            "id": [row["id"] for row in found],
+            "image": pa.array([inside(root, row) for row in found], pa.list_(IMAGE)),
+            "conversations": pa.array([row["conversations"] for row in found], pa.list_(TURN)),
+        }
+    )
+
+
+def as_parquet(folder, root, found):
+    pq.write_table(table_of(root, found), folder / "d.parquet", row_group_size=7)
+    return folder / "d.parquet"
+
+
+def as_shards(folder, root, found):
+    table, third = table_of(root, found), len(found) // 3
+    (folder / "data").mkdir()
+    for at, start in enumerate((0, third, 2 * third)):
+        part = table.slice(start, third if at < 2 else None)
+        pq.write_table(part, folder / f"data/train-{at:05d}-of-00003.parquet")
+    return folder
+
+
+def as_columns_of_bytes(folder, root, found):
+    """Bytes without a path, and the source and the options as columns."""
+    columns = {
+        "pid": [row["id"] for row in found],
+        "images": pa.array([[each["bytes"] for each in inside(root, row)] for row in found]),
+        "data_source": [paths_of(row)[0].split("/")[0] for row in found],
+    }
+    columns |= {name: [as_columns(row)[name] for row in found] for name in ("problem", "choices", "answer")}
+    pq.write_table(pa.table(columns), folder / "d.parquet")
+    return folder / "d.parquet"
+
+
+def as_dataset(folder, root, found):
+    """As `Dataset.save_to_disk` writes it: two streams of Arrow, and which they are."""
+    table, names = table_of(root, found), ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, part in zip(names, (table.slice(0, 31), table.slice(31))):
+        with pa.ipc.new_stream(folder / name, part.schema) as writer:
+            writer.write_table(part, max_chunksize=10)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def as_arrow_file(folder, root, found):
+    table = table_of(root, found)
+    with pa.ipc.new_file(folder / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    return folder / "d.arrow"
+
+
+def as_messages(folder, root, found):
+    columns = {
+        "id": [row["id"] for row in found],
+        "images": pa.array([inside(root, row) for row in found], pa.list_(IMAGE)),
+        "messages": pa.array([messages(row) for row in found], pa.list_(MESSAGE)),
+    }
+    pq.write_table(pa.table(columns), folder / "d.parquet")
+    return folder / "d.parquet"
+
+
+def as_messages_with_paths(folder, root, found):
+    part = lambda path: {"type": "image", "image": path}  # noqa: E731
+    lines = [{"id": row["id"], "messages": messages(row, part)} for row in found]
+    (folder / "d.json").write_text("".join(json.dumps(line) + "\n" for line in lines))  # lines, called .json
+    return folder / "d.json"
+
+
+def as_messages_with_data(folder, root, found):
+    def part(path):
+        coded = base64.b64encode((root / path).read_bytes()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded}"}}
+
+    lines = [
+        {"id": row["id"], "source": paths_of(row)[0].split("/")[0], "messages": messages(row, part)}
+        for row in found
+    ]
+    (folder / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "d.jsonl"
+
+
+FORMATS = [
+    as_lines,
+    as_zipped_lines,
+    as_parquet,
+    as_shards,
+    as_columns_of_bytes,
+    as_dataset,
+    as_arrow_file,
+    as_messages,
+    as_messages_with_paths,
+    as_messages_with_data,
+]
+
+
+def real_rows(name):
+    return json.loads((REAL / name / "train.json").read_text())
+
+
+def told(queries):
+    """Queries with what their images show in place of where they are."""
+    shown = [tuple(map(pictures.content, query.images)) for query in queries]
+    return [dataclasses.replace(query, images=images) for query, images in zip(queries, shown)]
+
+
+def same_from(make, folder, root, found):
+    folder.mkdir()
+    expected, first = mathv360k.read(as_json(folder, root, found), root)
+    (folder / "d.json").unlink()
+    path = make(folder, root, found)
+    queries, report = mathv360k.read(path, root, folder=folder / "kept")
+    assert told(queries) == told(expected) and len(queries) > 20
+    assert (report.rows, report.kept, report.dropped) == (first.rows, first.kept, first.dropped)
+    sizes = {"seed": 0, "validation": 4, "test": 6}
+    one, two = (splits.split(each, **sizes) for each in (expected, queries))
+    assert {name: told(part) for name, part in one.items()} == {
+        name: told(part) for name, part in two.items()
+    }
+    for a, b in zip(expected[:12], queries):
+        for left, right in zip(a.images, b.images, strict=True):
+            assert (np.asarray(images.load_image(left)) == np.asarray(images.load_image(right))).all()
+    return queries
+
+
+@pytest.mark.parametrize("make", FORMATS)
+def test_every_format_gives_the_same_queries_and_splits(tmp_path, made_up, make):
+    found, root = made_up
+    queries = same_from(make, tmp_path / "data", root, found)
+    assert queries[2].question == "Is image 1 left of image 2 in 2?" and len(queries[2].images) == 2
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data next to the checkout")
+@pytest.mark.parametrize("make", [as_parquet, as_columns_of_bytes, as_dataset, as_messages_with_data])
+def test_every_format_gives_the_same_real_queries(tmp_path, make):
+    found = [row for name in ("PuzzleVQA", "TabMWP") for row in real_rows(name)[::20]]
+    same_from(make, tmp_path / "data", REAL, found)
+
+
+# ---- what rows may say --------------------------------------------------------------------------------
+
+
+def read_lines(tmp_path, *records, **more):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return mathv360k.read(tmp_path / "d.jsonl", tmp_path, folder=tmp_path / "kept", **more)
+
+
+def test_the_last_user_turn_asks(tmp_path):
+    said = [
+        "Which?\nChoices:\n(A) red\n(B) blue",
+        "The answer is B",
+        "How many more?",
+        "7 - 4 = 3. The answer is 3",
+    ]
+    found = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    [query], report = read_lines(tmp_path, {"id": "q", "messages": [system, *found]})
+    before = "Question: Which?\nChoices:\n(A) red\n(B) blue\nAnswer: The answer is B"
+    assert query.question == f"{before}\n\nHow many more?"
+    assert (query.options, query.answer, report.dropped) == (None, "3", {})
+    [query], _ = read_lines(tmp_path, {"id": "q", "messages": found[:3]}, unlabelled=True)
+    assert query.answer is None and query.question.endswith("How many more?")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("<image>\n<image>\nWhich?", "<image>\n<image>\nWhich?"),
+        ("Is <image> larger than <image>?", "Is image 1 larger than image 2?"),
+        ("<image>\nand here: <image>.", "<image>\nand here: image 2."),
+        ("See <image 2>, not <image 1>", "See image 2, not image 1"),
+        ("Two<image><image>", "Two image 1 image 2"),
+        ("1 (<image>) 2 (<image>)", "1 (image 1) 2 (image 2)"),
+    ],
+)
+def test_marks_within_a_line_are_named(text, named):
+    assert turns.name_marks([text], 2) == [named]
+    assert turns.name_marks([text], 1) == [text]
+
+
+def test_marks_are_counted_over_all_turns():
+    assert turns.name_marks(["a <image>", "b", "c <image>"], 2) == ["a image 1", "b", "c image 2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["(A) 1 cm", "(B) 2 cm"], ("1 cm", "2 cm")),
+        (["1 cm", "2 cm"], ("1 cm", "2 cm")),
+        (["A. 1", "2"], ("A. 1", "2")),  # one is no rule
+        ({"A": "1", "B": 2, "C": None}, ("1", "2")),
+        ([], None),
+        ("1, 2", "options are no list"),
+    ],
+)
+def test_options_of_a_column(tmp_path, options, expected):
+    record = {"question": "Which?", "options": options, "answer": "B" if options else "2"}
+    queries, report = read_lines(tmp_path, record)
+    assert (queries[0].options if queries else next(iter(report.dropped))) == expected
+
+
+def test_unusual_names_of_columns(tmp_path):
+    record = {"key": "q", "ask": "How many?", "label": 3, "answer": "wrong", "gives": "4"}
+    columns = rows.named("id=key, question=ask,answer=label")
+    [query], _ = read_lines(tmp_path, record, columns=columns)
+    assert (query.id, query.question, query.answer) == ("q", "How many?", "3")
+    _, report = read_lines(tmp_path, record, columns=columns._replace(question="asks"))
+    assert report.dropped == {"no column 'asks'": 1}
+    with pytest.raises(ValueError, match="'ask=question' is not one of id, images, question"):
+        rows.named("id=key,ask=question")
+
+
+def test_numbered_columns_of_images(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(drawn(number))
+    record = {"question": "Is <image 1> left of <image 2>?", "answer": "yes"}
+    record |= {"image_2": "2.png", "image_1": "1.png", "image_3": None}
+    [query], _ = read_lines(tmp_path, record)
+    assert [os.path.basename(path) for path in query.images] == ["1.png", "2.png"]
+
+
+# ---- which files --------------------------------------------------------------------------------------
+
+
+def test_which_files_are_meant(tmp_path):
+    names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"]
+    (tmp_path / "data").mkdir()
+    for name in names:
+        pq.write_table(pa.table({"a": [1]}), tmp_path / "data" / name)
+    with pytest.raises(ValueError, match="files of test, train: name some of them, as in '.*/data/train-"):
+        files.shards(str(tmp_path))
+    found = files.shards(str(tmp_path / "data/train-*"))
+    assert [os.path.basename(path) for path in found] == names[:2]
+    assert files.folder_of(str(tmp_path / "data/train-*")) == str(tmp_path / "data")
+    assert files.folder_of(str(tmp_path / "*/train-*")) == str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file has such a name"):
+        files.shards(str(tmp_path / "data/valid-*"))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match="splits train, test: name the folder of one"):
+        files.shards(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="neither here nor in data/"):
+        files.shards(str(tmp_path / "empty"))
+    (tmp_path / "empty/state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}')
+    with pytest.raises(ValueError, match="without '..'"):
+        files.shards(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "kind"),
+    [
+        (b"PAR1....", "x.json", "parquet"),
+        (b"ARROW1\0\0", "x", "arrow"),
+        (b"\xff\xff\xff\xff\x10", "x.bin", "arrow"),
+        (b"\x1f\x8b\x08", "x.json", "lines"),
+        (b"[{}]", "x.txt", "json"),
+        (b'\xef\xbb\xbf {"a": 1}', "x.txt", "lines"),
+        (b"index\timage\n", "x.tsv", "tsv"),
+        (b"version https://git-lfs.github.com/spec/v1", "x.parquet", "run git lfs pull"),
+        (b"GIF89a", "x.gif", "expected one of .parquet"),
+    ],
+)
+def test_the_format_of_a_file(tmp_path, data, name, kind):
+    (tmp_path / name).write_bytes(data)
+    try:
+        assert files.kind(str(tmp_path / name)) == kind
+    except ValueError as error:
+        assert kind in str(error)
+
+
+def test_files_that_would_need_much_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    lines = [b'{"question": "1?", "answer": "1"}', b'{"question": "' + b"0" * 5000 + b'"}', b"{}"]
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    queries, report = mathv360k.read(tmp_path / "d.jsonl.gz", tmp_path)
+    assert len(queries) == 1 and report.dropped == {"line too long": 1, "wrong types": 1}
+    assert report.examples["line too long"] == ["line 2"]
+    pq.write_table(pa.table({"image": [bytes(1 << 20)]}), tmp_path / "d.parquet", compression="zstd")
+    monkeypatch.setattr(files, "INFLATED", (1 << 16, 50))
+    with pytest.raises(ValueError, match="row group 0 of column image has .* so it is refused"):
+        mathv360k.read(tmp_path / "d.parquet", tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path, made_up):
+    found, root = made_up
+    for make in (as_parquet, as_arrow_file):
+        path = make(tmp_path, root, found)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(ValueError, match=f"{path.name}, from row .*: broken"):
+            mathv360k.read(path, root, folder=tmp_path / "kept")
+
+
+def test_images_inside_need_a_folder(tmp_path, made_up):
+    found, root = made_up
+    with pytest.raises(ValueError, match="there is no folder to write them to"):
+        mathv360k.read(as_parquet(tmp_path, root, found), root)
+
+
+# ---- broken rows --------------------------------------------------------------------------------------
+
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>'
+
+
+def bomb():
+    data = drawn(0)
+    header = data[12:16] + (60000).to_bytes(4) * 2 + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4) + data[33:]
+
+
+BROKEN_IMAGES = {
+    "undecodable image": {"bytes": drawn(1)[:400], "path": None},
+    "empty image": {"bytes": b"", "path": None},
+    "image too large": {"bytes": bomb(), "path": None},
+    "SVG image": {"bytes": SVG, "path": "x.png"},
+    "image is a URL": {"bytes": None, "path": "https://example.com/x.png"},
+    "image path leaves the root": {"bytes": None, "path": "../x.png"},
+    "missing image": {"bytes": None, "path": "A/none.png"},
+}
+
+
+def test_broken_rows_in_parquet(tmp_path):
+    good = {"bytes": drawn(0), "path": None}
+    kept = [(f"good{n}", [good], f"<image>\nHow many of {n}?", "3") for n in range(5)]
+    broken = [(cause, [image], "<image>\nHow many?", "3") for cause, image in BROKEN_IMAGES.items()]
+    broken += [
+        ("no answer", [good], "<image>\nHow many?", ""),
+        ("long text answer", [good], "<image>\nHow?", "By a train that left the city at noon"),
+        ("options without gold", [good], "<image>\nWhich?\nChoices:\n(A) 1\n(B) 2", "The answer is E"),
+        ("image marks do not match images", [good], "<image> <image>\nWhich?", "3"),
+        ("turns are not questions and answers in turn", [good], None, "3"),
+        ("no question", [good], "<image>", "3"),
+    ]
+    found = [row for pair in zip(broken, kept * 3) for row in pair]
+    table = pa.table(
+        {
+            "id": [f"{number}: {name}" for number, (name, *_) in enumerate(found)],
+            "image": pa.array([images for _, images, *_ in found], pa.list_(IMAGE)),
+            "conversations": pa.array(
+                [
+                    [{"from": "human", "value": human}] * (human is not None)
+                    + [{"from": "gpt", "value": gpt}]
+                    for *_, human, gpt in found
+                ],
+                pa.list_(TURN),
+            ),
+        }
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+    queries, report = mathv360k.read(tmp_path / "d.parquet", tmp_path, folder=tmp_path / "kept")
+    repeated = len(broken) - len(kept)
+    assert report.dropped == {cause: 1 for cause, *_ in broken} | {"duplicate": repeated}
+    assert len(queries) == report.kept == 5 and report.rows == 2 * len(broken)
+    assert report.examples["SVG image"] == ["row 6: 6: SVG image"]
+    assert "1  image is a URL (row 8: 8: image is a URL)" in str(report)
+    assert [name for name in os.listdir(tmp_path / "kept") if name.startswith(".")] == []
+    assert len(os.listdir(tmp_path / "kept")) == 1  # one picture, whatever it is called
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path):
+    answers = pa.array([b"1", b"\xff\xfe", b"3"], pa.binary()).view(pa.string())  # not checked when written
+    pq.write_table(pa.table({"question": ["1?", "2?", "3?"], "answer": answers}), tmp_path / "d.parquet")
+    queries, report = mathv360k.read(tmp_path / "d.parquet", tmp_path)
+    assert [query.answer for query in queries] == ["1", "3"] and report.dropped == {"text is not UTF-8": 1}
+
+
+def test_broken_messages(tmp_path):
+    def asked(*parts, answer="3"):
+        content = [*parts, {"type": "text", "text": "How many?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+    def image(url):
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    svg = "data:image/svg+xml;base64," + base64.b64encode(SVG).decode()
+    broken = {
+        "content part of an unknown type": asked({"type": "video", "video": "a.mp4"}),
+        "image is a URL": asked(image("http://example.com/x.png")),
+        "broken base64": asked(image("data:image/png;base64,???")),
+        "SVG image": asked(image(svg)),
+        "image path leaves the root": asked({"type": "image", "image": "/etc/passwd"}),
+        "missing image": asked({"type": "image", "image": "none.png"}),
+        "image marks do not match images": asked({"type": "image"}),
+        "turns are not questions and answers in turn": {"messages": asked()["messages"][::-1]},
+        "wrong types": {"messages": [{"role": "user", "content": 3}]},
+        "no answer": asked(answer=[]),
+        "long text answer": asked(answer=[{"type": "text", "text": "Many more than I would have thought"}]),
+    }
+    queries, report = read_lines(tmp_path, asked(), *broken.values())
+    assert report.dropped == dict.fromkeys(broken, 1) and len(queries) == 1
+    assert report.examples["image is a URL"] == ["line 3"]
+
+
+# ---- responses that exist -----------------------------------------------------------------------------
+
+
+def test_rationales(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(drawn(number))
+    (tmp_path / "copy.png").write_bytes(drawn(2))
+
+    def row(name, image, question, response, **more):
+        return conversation(name, image, f"<image>\n{question}", response) | more
+
+    labelled = Query("known", (str(tmp_path / "0.png"),), "How many?", answer="5", answer_type="integer")
+    hidden = Query("hidden", (str(tmp_path / "2.png"),), "Which?", answer="red")
+    found = [
+        row("a", "0.png", "How many?", "2 + 2 = 4\nThe answer is 4"),  # the labelled query's gold is another
+        row("b", "0.png", "How many?", "2 + 3 = 5\nThe answer is 5"),
+        row("known", "0.png", "Please count.", "One more than 4.\nThe answer is 5"),  # its id, and its image
+        row("c", "1.png", "How long?", "The answer is 7", answer="8"),  # its own column's
+        row("d", "1.png", "How wide?", "3 * 3 = 9\nThe answer is 9"),  # what it ends in
+        row("d", "1.png", "How high?", "The answer is 2"),
+        row("e", "1.png", "How deep?", "The answer is 1"),
+        row("f", "1.png", "How deep?", "The answer is 2"),  # one of the two is wrong
+        row("g", "copy.png", "Where?", "The answer is there"),  # a copy of a validation image
+        row("h", "1.png", "Why?", "I do not know at all, I fear."),
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(found))
+    more = {"folder": tmp_path, "labelled": [labelled], "kept_apart": [hidden]}
+    rationales, report = given.read(tmp_path / "d.json", tmp_path, "rationales", **more)
+    host = types.SimpleNamespace(
+        grading=custom.grading("", 1.0),
+        processor=types.SimpleNamespace(encode_response=lambda text: [1] * len(text)),
+        sampling=types.SimpleNamespace(max_new_tokens=30),
+    )
+    queries, responses = stage.judged(host, rationales)
+    assert [query.id for query in queries] == ["known", "c", "d", "d_2"]
+    verdicts = {name: [(r.verdict, r.truncated) for r in group] for name, group in responses.items()}
+    assert verdicts == {
+        "known": [("wrong", False), ("correct", False), ("correct", True)],
+        "c": [("wrong", False)],
+        "d": [("correct", False)],
+        "d_2": [("correct", False)],
+    }
+    assert [r.sample for r in responses["known"]] == [0, 1, 2]
+    cause = "image of the validation or test split"
+    assert report.dropped == {"conflicting answers": 2, cause: 1, "long text answer": 1}
+
+
+def steps(tmp_path, *records, **more):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return given.read(tmp_path / "d.jsonl", tmp_path, "steps", folder=tmp_path, **more)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"steps": ["a", "b"], "labels": [1, 0.25]}, ("a\nb", (1.0, 0.25))),
+        ({"steps": ["a\nmore", "b"], "labels": ["+", "-"]}, ("a more\nb", (1.0, 0.0))),
+        ({"steps": "a\n\nb", "labels": [True, False]}, ("a\nb", (1.0, 0.0))),
+        ({"steps_with_score": [{"step": "a", "score": 0.5}]}, ("a", (0.5,))),
+        ({"steps": [{"text": "a", "label": "-"}]}, ("a", (0.0,))),
+        ({"steps": ["a", "b"], "labels": [1]}, "not a label for each step"),
+        ({"steps": ["a", "b"]}, "not a label for each step"),
+        ({"steps": [], "labels": []}, "not a label for each step"),
+        ({"steps": ["a", " "], "labels": [1, 1]}, "empty step"),
+        ({"steps": ["a"], "labels": [1.5]}, "label outside of 0..1"),
+        ({"steps": ["a"], "labels": [float("nan")]}, "label outside of 0..1"),
+        ({"steps": ["a"], "labels": ["good"]}, "wrong types"),
+        ({"labels": [1]}, "no steps"),
+    ],
+)
+def test_labelled_steps(tmp_path, record, expected):
+    found, report = steps(tmp_path, {"question": "How many?", **record})
+    assert ([(row.response, row.labels) for row in found] or list(report.dropped)) == [expected]
+
+
+def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(drawn(number))
+    found = [
+        {"image": f"{n % 4}.png", "question": f"{n // 4}?", "steps": ["a", text], "labels": [1, label]}
+        for n in range(16)
+        for text, label in (("The answer is 1", 1), ("The answer is 2", 0.4))
+    ]
+    found[0]["answer"] = "2"
+    data, _ = steps(tmp_path, *found)
+    prm, sampling = types.SimpleNamespace(held_out=3), types.SimpleNamespace(max_new_tokens=99)
+    run = types.SimpleNamespace(
+        steps=data,
+        seed=0,
+        grading=custom.grading("", 1.0),
+        sampling=sampling,
+        config=types.SimpleNamespace(prm=prm),
+        processor=types.SimpleNamespace(encode_response=lambda text: [1] * len(text)),
+    )
+    labelled = stage.given_labels(run)
+    assert len(labelled.held_out) == 3
+    hidden = {image for query in labelled.held_out for image in query.images}
+    assert not hidden & {image for query in labelled.trained for image in query.images}
+    assert len(labelled.trained) == 4 * (4 - len(hidden)) and len(labelled.labels) == 32
+    for query in [*labelled.trained, *labelled.held_out]:
+        verdicts = [r.verdict for r in labelled.responses[query.id]]
+        assert verdicts == (["wrong", "correct"] if query.answer == "2" else ["correct", "wrong"])
+        assert [labelled.labels[query.id, sample] for sample in (0, 1)] == [(1.0, 1.0), (1.0, 0.4)]
+
+
+# ---- the command --------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_what_was_understood(tmp_path, made_up, capsys):
+    found, root = made_up
+    path = as_parquet(tmp_path, root, [*found, conversation("bad", [], "Why?", "")])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["data", f"--page={tmp_path / 'look.html'}"])
+        look.main(["data", str(path)])
+    shown = capsys.readouterr().out
+    assert shown.count("question  ") == 10 and "kept 60 of 61 rows" in shown
+    assert "dropped      1  no answer (row 60: bad)" in shown
+    assert "options   (A) yes\n          (B) no\ngold      B (choice)" in shown
+    assert "questions: 60, about 23 images" in shown and "sources: A 30, B 30" in shown
+    page = (tmp_path / "look.html").read_text()
+    assert page.count("data:image/png;base64,") == 12 and "no answer (row 60: bad)" in page
+
+
+def test_lengths_in_tokens(tmp_path, made_up, monkeypatch):
+    """Those of the prompts as they are encoded for training."""
+    found, root = made_up
+    processor = tiny.processor(tmp_path / "tokenizer")
+    monkeypatch.setattr(
+        configure, "make_policy", lambda *_: types.SimpleNamespace(processor=lambda: processor)
+    )
+    config = tiny_config.get_config()
+    queries, report = mathv360k.read(as_json(tmp_path, root, found), root)
+    with pytest.raises(ValueError, match="name a --workdir of its run"):
+        look.lengths(queries, config, None)
+    planned = look.lengths(queries, config, tmp_path)
+    texts = [prompts.render(config.prompts.cot, query) for query in queries]
+    encoded = [
+        processor.prefix(text, [pictures.size(image) for image in query.images])
+        for text, query in zip(texts, queries)
+    ]
+    lengths = sorted(len(each.tokens) for each in encoded)
+    assert sorted(prompt.length for prompt in planned if prompt) == lengths
+    config.data.max_prompt = lengths[40]
+    about = dict(look.summary([given.Given(q, "") for q in queries], report, planned, config))
+    over = sum(length > lengths[40] for length in lengths)
+    assert about["prompts"].startswith(f"{lengths[0]} to {lengths[-1]} tokens, ")
+    assert about["prompts"].endswith(f"; {over} of 60 over data.max_prompt = {lengths[40]}")
+
+
+# ---- large files --------------------------------------------------------------------------------------
+
+STREAMED = """
+import itertools, json, sys, time
+from mstar_jax.data import mathv360k, pixels
+start = time.monotonic()
+stream = mathv360k.stream(sys.argv[1], sys.argv[2], folder=sys.argv[2])
+rows = list(itertools.islice(stream, 16))
+pictures = [pixels.load_image(row.query.images[0]) for row in rows]
+first = time.monotonic() - start
+count = len(rows) + sum(isinstance(row, mathv360k.Found) for row in stream)
+peak = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024
+print(json.dumps({"first": first, "all": time.monotonic() - start, "rows": count, "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+@pytest.mark.parametrize("group", [100, 500])
+def test_a_file_larger_than_the_memory_it_may_take(tmp_path, group):
+    """3 GB of PNG files in parquet, in row groups of 0.1 and 0.5 GB: the first images are there within
+    10 s, and all of them are read in less than 1.5 GB."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG", compress_level=0)
+    data, path, count = file.getvalue(), tmp_path / "d.parquet", 0
+    turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "3"}]
+    schema = pa.schema({"image": IMAGE, "conversations": pa.list_(TURN)})
+    with pq.ParquetWriter(path, schema, compression="none") as writer:
+        while path.stat().st_size < 3e9:
+            some = [{"bytes": data + n.to_bytes(8), "path": None} for n in range(count, count + group)]
+            columns = [pa.array(some, IMAGE), pa.array([turns] * len(some), pa.list_(TURN))]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=group)
+            count += len(some)
+    command = [sys.executable, "-c", STREAMED, str(path), str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["rows"] == count and found["first"] < 10 and found["peak"] < 1.5e9
+
+
+# ---- whole runs ---------------------------------------------------------------------------------------
+
+LONGER = {"data.max_prompt": 320, "data.buckets": (320,), "data.validation": 4, "data.test": 4}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])  # compiles sooner than eight
+    monkeypatch.setattr(sharding, "make_mesh", one)
+
+
+def finished(workdir, path, root, **values):
+    """The records of a run on a file, and the tokens of all its rollouts."""
+    config = test_evolve.small()
+    config.update_from_flattened_dict(LONGER | {"data.labelled": str(path), "data.root": str(root)})
+    config.update_from_flattened_dict(values)
+    test_evolve.run(config, workdir)
+    lines = [json.loads(line) for p in sorted(workdir.glob("rollouts/*/*.jsonl")) for line in p.open()]
+    return test_evolve.results(workdir), [[r["tokens"] for r in line["responses"]] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("real", [False, True])
+def test_a_run_is_the_same_from_every_format(tmp_path, made_up, one_device, real):
+    found, root = made_up
+    if real:
+        if not REAL.is_dir():
+            pytest.skip("no real data next to the checkout")
+        root, found = REAL, [row for name in ("PuzzleVQA", "TabMWP") for row in real_rows(name)[::20]]
+    expected = finished(tmp_path / "json", as_json(tmp_path, root, found), root)
+    assert len(expected[1]) > 20
+    for make in (as_parquet, as_dataset, as_messages_with_data):
+        (folder := tmp_path / make.__name__).mkdir()
+        assert finished(folder / "run", make(folder, root, found), root) == expected
+
+
+@pytest.mark.slow
+def test_a_run_on_rationales_and_labels_that_exist(tmp_path, made_up, one_device):
+    found, root = made_up
+    path = as_json(tmp_path, root, found)
+    rationales, labelled = [], []
+    for row in found:
+        human, gpt = (turn["value"] for turn in row["conversations"])
+        right, wrong = (
+            f"I see.\n{gpt if 'answer' in gpt else f'The answer is {gpt}'}",
+            "I see.\nThe answer is 77",
+        )
+        rationales += [conversation(row["id"], row["image"], human, text) for text in (right, wrong)]
+        for text, label in ((right, 1.0), (wrong, "-")):
+            more = {"question": human, "steps": text.split("\n"), "labels": [0.5, label]}
+            labelled.append({"id": row["id"], "image": row["image"], **more})
+    (tmp_path / "rationales").mkdir()
+    (tmp_path / "steps").mkdir()
+    values = {"warmup.data": str(as_parquet(tmp_path / "rationales", root, rationales))}
+    values |= {"prm.data": str(as_lines(tmp_path / "steps", root, labelled)), "prm.root": str(root)}
+    values |= {"sampling.max_new_tokens": 24}
+    records, _ = finished(tmp_path / "run", path, root, **values)
+    assert not (tmp_path / "run/labels").exists()
+    names = {each.name for each in (tmp_path / "run/rollouts").iterdir()}
+    assert not names & {"warmup", "prm"} and {"warmup_validation", "iteration_01"} <= names
+    warmup = next(record for record in records if record["stage"] == "warmup")
+    given = warmup["given"]
+    assert given["wrong"] > 10 and given["correct"] > 10 and warmup["kept"] == given["correct"]
+    [held_out] = [record for record in records if record["stage"] == "prm"]
+    assert held_out["n"] == 4 and held_out["responses"] == 8 and held_out["steps"] == 16
