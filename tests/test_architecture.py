@@ -29,7 +29,7 @@ ROOMS = {
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
     1300: ("report",),
-    3040: (
+    3060: (
         "answers",
         "evaluate",
     ),  # 500 of it: answers missed, doubled, denied or taken back; numbers in words; 20 kill what hangs
@@ -58,7 +58,8 @@ ABOVE = (*ORDER, *COMMANDS, *REPORT)  # know the order of things and read a Conf
 # What a module may import of the project; the first pattern that fits it counts. A name stands for the
 # module and for all below it.
 ANSWERS = ("answers.check", "answers.values")
-FILES = ("data", "evaluate.benchmarks", "evaluate.tables", *ANSWERS, "rewards.steps", "structs", "sharding")
+READ = tuple(f"evaluate.{name}" for name in ("benchmarks", "items", "tables"))
+FILES = ("data", *READ, *ANSWERS, "rewards.steps", "structs", "sharding")
 ALLOWED = {
     "__init__": (),
     "structs": (),
@@ -94,10 +95,8 @@ ALLOWED = {
     "rewards.custom": ("answers.child", "structs", "rewards.selection"),
     "rewards.custom_worker": (),  # runs in a process of its own
     "rewards.temperature": (),
-    "evaluate.scoring": ("data", "evaluate.benchmarks", "evaluate.tables", *ANSWERS, "structs")
-    + ("rewards.metrics", "rewards.selection", "rewards.steps"),
-    "evaluate.benchmarks": FILES,
-    "evaluate.tables": FILES,
+    "evaluate.scoring": (*FILES, "evaluate.official", "rewards.metrics", "rewards.selection"),
+    **dict.fromkeys((*READ, "evaluate.official"), FILES),
     "data.*": ("data", *ANSWERS, "rewards.steps", "structs", "sharding"),
 }
 # The rest of the library is given models, processors and tokenizers as arguments. prm is built on models.
@@ -129,7 +128,7 @@ TEXT = tuple(
             "check",
         ),
         "rewards": ("steps", "selection", "custom", "custom_worker", "metrics", "temperature"),
-        "evaluate": ("scoring", "benchmarks", "tables"),
+        "evaluate": ("scoring", "official", "benchmarks", "items", "tables"),
         "data": (
             "embedded",
             "toy",

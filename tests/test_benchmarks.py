@@ -20,7 +20,8 @@ from mstar_jax.answers.check import grade
 from mstar_jax.data import pictures
 from mstar_jax.data.images import ImageError, load_image
 from mstar_jax.evaluate import benchmarks, tables
-from mstar_jax.evaluate.benchmarks import Item, read
+from mstar_jax.evaluate.benchmarks import read
+from mstar_jax.evaluate.items import Item
 
 FORMATS = os.environ.get("MSTAR_FORMATS")  # a folder of small files in the official formats, if available
 CHOICE = (

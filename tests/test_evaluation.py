@@ -17,7 +17,7 @@ from mstar_jax import configure, models, sharding
 from mstar_jax.data import embedded, toy
 from mstar_jax.evaluate import __main__ as evaluate
 from mstar_jax.evaluate import evaluation, summary
-from mstar_jax.evaluate.benchmarks import Item
+from mstar_jax.evaluate.items import Item
 from mstar_jax.inference import generate
 from mstar_jax.inference.generate import Asked, inference
 from mstar_jax.inference.score import Scorer, score_with

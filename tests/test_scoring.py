@@ -13,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mstar_jax.answers import check
-from mstar_jax.evaluate import scoring
-from mstar_jax.evaluate.benchmarks import NAMES, Item
-from mstar_jax.evaluate.scoring import Score, infer, judge, normalize, summarise
+from mstar_jax.evaluate import official
+from mstar_jax.evaluate.benchmarks import NAMES
+from mstar_jax.evaluate.items import Item
+from mstar_jax.evaluate.official import infer, normalize
+from mstar_jax.evaluate.scoring import Score, judge, summarise
 from mstar_jax.rewards import metrics
 from mstar_jax.structs import Query
 
@@ -93,7 +95,7 @@ def vlmevalkit_letter(text, choices):
     """Refusal; one letter late in the reply; `Z`; `answer is B`; one option's text in a short reply."""
     letters = "ABCDEFGH"[: len(choices)]
     if "Failed to obtain answer via API" not in text:
-        if any(phrase in text for phrase in scoring._REFUSALS):
+        if any(phrase in text for phrase in official._REFUSALS):
             return "Z"
         cleaned = "".join(" " if c in ".()[],:;!*#{}" else c for c in text)
         tokens = cleaned.split()
@@ -143,8 +145,8 @@ WORDS += [
     "é",
 ]
 WORDS += [
-    scoring._FAILED,
-    *scoring._REFUSALS,
+    official._FAILED,
+    *official._REFUSALS,
     "1",
     "3.9",
     "-2",

@@ -30,14 +30,23 @@ and a row of MMBench's TSV, the first rotation of question 10, whose image is in
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from mstar_jax.data import mathv360k
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.mathv360k import Report
 from mstar_jax.evaluate import tables
+from mstar_jax.evaluate.items import (
+    Bad,
+    Item,
+    gold_letter,
+    make_groups,
+    make_query,
+    official_record,
+    option_columns,
+    option_lines,
+)
 from mstar_jax.evaluate.tables import LETTERS, Record, cell, texts
-from mstar_jax.structs import Query
 
 ROTATION = 1_000_000  # rotation k of question i of MMBench has index i + k * ROTATION
 MMSTAR_R = ("instance reasoning", "logical reasoning", "science & technology", "math")
@@ -47,92 +56,7 @@ SIZES = {"mathvista": 1000, "m3cot": 2318, "mmstar": 1500, "mmstar_r": 1000, "mm
 SIZES |= {"ai2d": 3088, "ai2d_no_mask": 3088, "mathv360k": 750}
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One question of a benchmark.
-
-    Attributes:
-      query: what the policy is asked, with the hint or context that the question needs before it. The gold
-        answer of a choice is always its letter, whatever the file has.
-      prompt: the text of the official prompt, which follows the image.
-      groups: for each kind of group, e.g. `task`, the groups it belongs to; several for MathVista's `skills`.
-      base: id of the question that this is a rotation of; `query.id` if there are no rotations.
-      record: the official columns except the image, named as in VLMEvalKit's table of the data set (index,
-        question, A, B, ..., answer, category, l2-category). With a `prediction` it can be scored there.
-      unit: of the answer; also part of the question.
-    """
-
-    query: Query
-    prompt: str
-    groups: Mapping[str, tuple[str, ...]]
-    base: str
-    record: Mapping[str, str]
-    unit: str = ""
-
-
-class _Bad(Exception):
-    """A row to drop; its text is the cause."""
-
-
-# ---- 1. what the benchmarks have in common ------------------------------------------------------------
-
-
-def _record(row: Record, more: Record) -> dict[str, str]:
-    """The columns as text, including those of `metadata`; lists as Python literals."""
-    flat: Record = {}
-    for name, value in row.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    flat = {k: v for k, v in (flat | more).items() if k not in tables.IMAGES}
-    return {k: repr(v) if isinstance(v, list) else cell(flat, k) for k, v in flat.items()}
-
-
-def _columns(options: Sequence[str]) -> Record:
-    return dict(zip(LETTERS, options, strict=False))
-
-
-def _letter(answer: str, options: Sequence[str]) -> str:
-    """The letter of an answer that is a letter or the text of an option (the first of equal texts)."""
-    answer = answer if answer in options else answer.strip()
-    if not options or len(options) > len(LETTERS):
-        raise _Bad("no options" if not options else "too many options")
-    if not answer:
-        raise _Bad("no answer")
-    if answer in [letter for letter, text in zip(LETTERS, options) if text]:
-        return answer
-    if answer not in options:
-        raise _Bad("options without gold")
-    return LETTERS[options.index(answer)]
-
-
-def _lines(options: Sequence[str], style: str) -> str:
-    return "".join(style.format(*pair) for pair in zip(LETTERS, options, strict=False))
-
-
-def _query(
-    id: str,
-    question: str,
-    answer: str,
-    options: Sequence[str],
-    *,
-    source: str,
-    kind: str = "choice",
-    precision: int | None = None,
-) -> Query:
-    if not id:
-        raise _Bad("no id")
-    if not question.strip():
-        raise _Bad("no question")
-    choices = tuple(options) or None
-    return Query(id, (), question.strip(), choices, answer, kind, source=source, precision=precision)
-
-
-def _groups(**names: str | Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Tuples of the names that are not empty, one tuple for each kind of group."""
-    lists = {kind: [value] if isinstance(value, str) else value for kind, value in names.items()}
-    return {kind: tuple(name for name in values if name) for kind, values in lists.items()}
-
-
-# ---- 2. MathVista and MathV360K -----------------------------------------------------------------------
+# ---- 1. MathVista and MathV360K -----------------------------------------------------------------------
 
 TASKS = {
     "figure question answering": "FQA",
@@ -167,7 +91,7 @@ def _hinted(question: str, options: Sequence[str], answer_type: str, precision: 
     if not options:
         default = hints.get(answer_type, "and provide the final answer")
         hint = hints.get(f"{answer_type}{precision}", default)
-    choices = "\nChoices:\n" + _lines(options, "({}) {}\n").rstrip("\n") if options else ""
+    choices = "\nChoices:\n" + option_lines(options, "({}) {}\n").rstrip("\n") if options else ""
     return f"Hint: Please answer the question {hint} at the end.\nQuestion: {question}{choices}"
 
 
@@ -188,10 +112,10 @@ def _mathvista(name: str, row: Record, number: int) -> Item:
     options = texts(row.get("choices")) if choice else []
     letter = ""
     if choice:  # the gold answer is a text; VLMEvalKit's table also has the letter
-        letter = _letter(cell(row, "answer_option", "answer"), options)
+        letter = gold_letter(cell(row, "answer_option", "answer"), options)
         letter = LETTERS[options.index(answer)] if answer in options else letter
     if not answer:
-        raise _Bad("no answer")
+        raise Bad("no answer")
     places = re.fullmatch(r"(\d)(?:\.0*)?", cell(row, "precision"))
     precision = int(places[1]) if places else None
     prompt = prompt or _hinted(question, options, kind, precision)
@@ -207,7 +131,7 @@ def _mathvista(name: str, row: Record, number: int) -> Item:
     }
     source = cell(about, "source")
     answer_type = "choice" if choice else kinds.get(kind, "text")
-    groups = _groups(
+    groups = make_groups(
         task=TASKS.get(cell(about, "task"), cell(about, "task")),
         question_type=cell(row, "question_type"),
         answer_type=kind,
@@ -218,10 +142,10 @@ def _mathvista(name: str, row: Record, number: int) -> Item:
         grade=cell(about, "grade"),
         skills=skills,
     )
-    query = _query(
+    query = make_query(
         pid, question, letter or answer, options, source=source or name, kind=answer_type, precision=precision
     )
-    return Item(query, prompt, groups, pid, _record(row, columns | _columns(options)), unit)
+    return Item(query, prompt, groups, pid, official_record(row, columns | option_columns(options)), unit)
 
 
 def _mathv360k(path: str, root: str) -> tuple[list[Item], Report]:
@@ -233,32 +157,37 @@ def _mathv360k(path: str, root: str) -> tuple[list[Item], Report]:
         about = {"task": task, "source": query.source, "answer_type": query.answer_type}
         groups = {kind: (group,) for kind, group in about.items()}
         options = query.options or ()
-        columns = {"index": query.id, "question": query.question, "answer": query.answer, **_columns(options)}
+        columns = {
+            "index": query.id,
+            "question": query.question,
+            "answer": query.answer,
+            **option_columns(options),
+        }
         prompt = _hinted(query.question, options, query.answer_type)
-        items.append(Item(query, prompt, groups, query.id, _record(columns, about)))
+        items.append(Item(query, prompt, groups, query.id, official_record(columns, about)))
     return items, report
 
 
-# ---- 3. M3CoT -----------------------------------------------------------------------------------------
+# ---- 2. M3CoT -----------------------------------------------------------------------------------------
 
 
 def _m3cot(name: str, row: Record, number: int) -> Item:
     question = cell(row, "question")
     context = cell(row, "context")
     options = texts(row.get("choices"))
-    letter = _letter(cell(row, "answer"), options)
+    letter = gold_letter(cell(row, "answer"), options)
     before = f"[Context]\n{context}\n\n" if context else ""
-    choices = _lines(options, "({}) {}\n").rstrip("\n")
+    choices = option_lines(options, "({}) {}\n").rstrip("\n")
     id = cell(row, "id").strip()
-    columns = {"index": id, "hint": context, "choices": options, "answer": letter, **_columns(options)}
+    columns = {"index": id, "hint": context, "choices": options, "answer": letter, **option_columns(options)}
     asked = f"{context}\n{question}" if context else question
-    query = _query(id, asked, letter, options, source=name)
+    query = make_query(id, asked, letter, options, source=name)
     prompt = f"{before}[Question]\n{question}\n[Choices]\n{choices}"
-    groups = _groups(domain=cell(row, "domain"), topic=cell(row, "topic"))
-    return Item(query, prompt, groups, id, _record(row, columns))
+    groups = make_groups(domain=cell(row, "domain"), topic=cell(row, "topic"))
+    return Item(query, prompt, groups, id, official_record(row, columns))
 
 
-# ---- 4. MMStar, MMBench, AI2D: VLMEvalKit's table -----------------------------------------------------
+# ---- 3. MMStar, MMBench, AI2D: VLMEvalKit's table -----------------------------------------------------
 
 
 def _lettered(name: str, row: Record, number: int) -> Item:
@@ -273,10 +202,10 @@ def _lettered(name: str, row: Record, number: int) -> Item:
         while options and not options[-1]:
             options.pop()
         if not all(options[name.startswith("ai2d") :]):  # a row of AI2D has an empty option A
-            raise _Bad("an option is missing before others")
+            raise Bad("an option is missing before others")
         if not options and name.startswith("mmstar"):
             question, options = tables.parse_options(question)
-    letter = _letter(answer, options)
+    letter = gold_letter(answer, options)
     before = f"Hint: {hint}\n" if hint else ""
     choices = "Options:\n" + "".join(f"{x}. {text}\n" for x, text in zip(LETTERS, options) if text)
     ask = "Please select the correct answer from the options above. \n"
@@ -284,19 +213,19 @@ def _lettered(name: str, row: Record, number: int) -> Item:
     base = index
     if name.startswith("mmbench"):
         if not index.isdecimal() or len(index) > 18:
-            raise _Bad("index is not a number")
+            raise Bad("index is not a number")
         base = str(int(index) % ROTATION)
     l2_category = cell(row, "l2-category", "l2_category", "L2-category")
-    columns = {"index": index, "question": question, "answer": letter, **_columns(options)}
+    columns = {"index": index, "question": question, "answer": letter, **option_columns(options)}
     columns["l2-category"] = l2_category
     asked = f"{hint}\n{question}" if hint else question
-    query = _query(index, asked, letter, options, source=cell(row, "source") or name)
+    query = make_query(index, asked, letter, options, source=cell(row, "source") or name)
     prompt = f"{before}Question: {question}\n{choices}{ask}"
-    groups = _groups(category=cell(row, "category"), l2_category=l2_category)
-    return Item(query, prompt, groups, base, _record(row, columns))
+    groups = make_groups(category=cell(row, "category"), l2_category=l2_category)
+    return Item(query, prompt, groups, base, official_record(row, columns))
 
 
-# ---- 5. the reader ------------------------------------------------------------------------------------
+# ---- 4. the reader ------------------------------------------------------------------------------------
 
 _Builder = Callable[[str, Record, int], Item]
 _MATHVISTA = ("testmini-*.parquet", "MathVista_MINI.tsv", "annot_testmini.json", "testmini.json")
@@ -346,16 +275,16 @@ def read(name: str, folder: str | os.PathLike, images: str | os.PathLike) -> tup
         report.rows += 1
         try:
             if isinstance(row, Exception):
-                raise _Bad("broken row")
+                raise Bad("broken row")
             item = build(name, row, number)
             place = f"{place}: {item.query.id}"
             if name in _PARTS and item.groups[_PARTS[name][0]] not in [(each,) for each in _PARTS[name][1]]:
-                raise _Bad("not a reasoning question")
+                raise Bad("not a reasoning question")
             if isinstance(picture, ImageError):
-                raise _Bad(picture.cause)
+                raise Bad(picture.cause)
             if item.query.id in found:
-                raise _Bad("duplicate id")
-        except _Bad as error:
+                raise Bad("duplicate id")
+        except Bad as error:
             report.drop(str(error), place)
             continue
         query = dataclasses.replace(item.query, images=(picture,))

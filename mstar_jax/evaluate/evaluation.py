@@ -23,6 +23,7 @@ import ml_collections
 from mstar_jax import processes
 from mstar_jax.data import prompts
 from mstar_jax.evaluate import benchmarks, scoring
+from mstar_jax.evaluate.items import Item
 from mstar_jax.evaluate.summary import Result, Results, line, table
 from mstar_jax.inference.generate import Asked, Groups, Inference, sample
 from mstar_jax.inference.score import Scorer, score
@@ -35,7 +36,7 @@ from mstar_jax.workdir import of_checkpoint, of_folder
 
 log = logging.getLogger(__name__)
 
-Items = Mapping[str, Sequence[benchmarks.Item]]  # by benchmark
+Items = Mapping[str, Sequence[Item]]  # by benchmark
 Methods = Mapping[str, Sequence[Response | None]]  # by method, the response that every item is answered with
 VLMEVALKIT = {  # the names that it knows the data sets by; it has neither M3CoT nor MathV360K
     "mathvista": "MathVista_MINI",
@@ -140,7 +141,7 @@ def write_table(asked: Benchmarks, results: Results) -> None:
         write_text(asked.folder / "table.md", table(results, asked.settings.paper) + "\n")
 
 
-def _prompt(asked: Benchmarks, item: benchmarks.Item) -> str:
+def _prompt(asked: Benchmarks, item: Item) -> str:
     how = asked.settings.prompt
     return item.prompt if how == "official" else prompts.render(asked.templates[how], item.query)
 
@@ -174,7 +175,7 @@ def _responses(
     return score(host, scorer, name, pairs, found, settings=settings, longest=longest)
 
 
-def _methods(items: Sequence[benchmarks.Item], found: Groups, sampled: bool, scored: bool) -> Methods:
+def _methods(items: Sequence[Item], found: Groups, sampled: bool, scored: bool) -> Methods:
     """By method, the response that every item is answered with."""
     groups = [found.get(item.query.id, []) for item in items]
     out: dict[str, list[Response | None]] = {"greedy": [group[0] if group else None for group in groups]}
@@ -191,9 +192,7 @@ def _methods(items: Sequence[benchmarks.Item], found: Groups, sampled: bool, sco
     return out
 
 
-def _voted(
-    item: benchmarks.Item, samples: Sequence[Response], weights: Sequence[float] | None
-) -> Response | None:
+def _voted(item: Item, samples: Sequence[Response], weights: Sequence[float] | None) -> Response | None:
     """The first sample of the class of answers that won."""
     won = selection.vote(samples, weights or [1.0] * len(samples), selection.checker(item.query))
     return next((r for r in samples if won and r.answer == won.answer and not r.truncated), None)
@@ -264,9 +263,7 @@ def _write(
     write_text(folder / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False))
 
 
-def judged(
-    name: str, items: Sequence[benchmarks.Item], chosen: Sequence[Response | None]
-) -> list[scoring.Score]:
+def judged(name: str, items: Sequence[Item], chosen: Sequence[Response | None]) -> list[scoring.Score]:
     """The scores of one response for every item; an item without one is unparsed."""
     return [
         scoring.judge(name, item, r.text if r else "", r.truncated if r else False)
