@@ -29,10 +29,11 @@ ROOMS = {
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
     1300: ("report",),
-    3060: (
+    3710: (
         "answers",
         "evaluate",
-    ),  # 500 of it: answers missed, doubled, denied or taken back; numbers in words; 20 kill what hangs
+    ),  # 500 of it: answers missed, doubled, denied or taken back, numbers in words; 20 kill what hangs; 650: five
+    # benchmarks beside the paper's, with their published scorers, and one for reward models
 }
 
 COMMANDS = ("main", "ablate", "export", "data.__main__", "evaluate.__main__", "plan.__main__")
@@ -58,7 +59,9 @@ ABOVE = (*ORDER, *COMMANDS, *REPORT)  # know the order of things and read a Conf
 # What a module may import of the project; the first pattern that fits it counts. A name stands for the
 # module and for all below it.
 ANSWERS = ("answers.check", "answers.values")
-READ = tuple(f"evaluate.{name}" for name in ("benchmarks", "items", "tables"))
+READ = tuple(f"evaluate.{name}" for name in ("benchmarks", "exams", "items", "tables"))
+PUBLISHED = ("evaluate.official", "evaluate.examiners", "evaluate.fourfold")
+READS = ("extraction", "formulas", "text")  # what the published scorers ask of `answers` besides the checker
 FILES = ("data", *READ, *ANSWERS, "rewards.steps", "structs", "sharding")
 ALLOWED = {
     "__init__": (),
@@ -95,8 +98,10 @@ ALLOWED = {
     "rewards.custom": ("answers.child", "structs", "rewards.selection"),
     "rewards.custom_worker": (),  # runs in a process of its own
     "rewards.temperature": (),
-    "evaluate.scoring": (*FILES, "evaluate.official", "rewards.metrics", "rewards.selection"),
-    **dict.fromkeys((*READ, "evaluate.official"), FILES),
+    "evaluate.scoring": (*FILES, *PUBLISHED, "rewards.metrics", "rewards.selection"),
+    "evaluate.process": (*FILES, "rewards.metrics", "rewards.selection"),
+    "evaluate.examiners": (*FILES, "evaluate.official", *(f"answers.{name}" for name in READS)),
+    **dict.fromkeys((*READ, "evaluate.official", "evaluate.fourfold"), FILES),
     "data.*": ("data", *ANSWERS, "rewards.steps", "structs", "sharding"),
 }
 # The rest of the library is given models, processors and tokenizers as arguments. prm is built on models.
@@ -128,7 +133,7 @@ TEXT = tuple(
             "check",
         ),
         "rewards": ("steps", "selection", "custom", "custom_worker", "metrics", "temperature"),
-        "evaluate": ("scoring", "official", "benchmarks", "items", "tables"),
+        "evaluate": ("scoring", "process", *(n.partition(".")[2] for n in (*PUBLISHED, *READ))),
         "data": (
             "embedded",
             "toy",

@@ -412,8 +412,8 @@ def test_every_source_has_one_task():
 
 
 def test_what_cannot_be_read_says_so(tmp_path):
-    with pytest.raises(ValueError, match="unknown benchmark 'mmmu'; expected one of mathvista, "):
-        read("mmmu", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="unknown benchmark 'nonsense'; expected one of mathvista, "):
+        read("nonsense", tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"looked for testmini-\*.parquet, MathVista_MINI.tsv"):
         read("mathvista", tmp_path, tmp_path)
     for name, text in (("testmini-0.parquet", "no parquet"), ("testmini.json", "{"), ("testmini.json", "3")):

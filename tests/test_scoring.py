@@ -31,7 +31,7 @@ def item(
     members = {key: value if isinstance(value, tuple) else (value,) for key, value in groups.items()}
     kind = kind if not options else "choice"
     query = Query(id, ("/x.png",), "?", options, answer, kind, precision=precision)
-    return Item(query, "?", members, base or id, {})
+    return Item(query, "?", members, base or id, {"answer": answer})
 
 
 # ---- the official rules, read again -------------------------------------------------------------------
@@ -310,12 +310,12 @@ def test_strict_and_fallback_are_the_checker_s(name):
 
 
 def test_what_cannot_be_judged_says_so():
-    with pytest.raises(ValueError, match="benchmark 'mmmu'"):
-        judge("mmmu", item(), "B", False)
+    with pytest.raises(ValueError, match="benchmark 'nonsense'"):
+        judge("nonsense", item(), "B", False)
     with pytest.raises(ValueError, match="item '1' has no gold answer"):
         judge("mmstar", item(answer=None), "B", False)
-    with pytest.raises(ValueError, match="benchmark 'mmmu'"):
-        summarise("mmmu", [], [])
+    with pytest.raises(ValueError, match="benchmark 'nonsense'"):
+        summarise("nonsense", [], [])
     score = judge("mmstar", item(id="2"), "B", False)
     with pytest.raises(ValueError, match="1 scores do not match the 1 items"):
         summarise("mmstar", [item()], [score])

@@ -35,6 +35,7 @@ _THINK = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<\s{0,3}(/?)\s{0,3}(?:final[ _-]?)?answer\s{0,3}>", re.IGNORECASE)
+_TEMPLATE = re.compile(r"<answer>\s{0,3}:\s{0,3}<<([^\n]{1,200}?)>>", re.IGNORECASE)  # We-Math asks for it
 _FENCE = re.compile(r"```|^~~~", re.MULTILINE)
 _PROSE = ("", "text", "txt", "plaintext", "markdown", "md", "latex", "tex", "math")  # of a fence
 _CODE = re.compile(  # a line break first, which is searched for fast
@@ -119,6 +120,8 @@ def ending(response: str) -> str:
     end = response[-TAIL:]
     if _CODE.search("\n" + end):
         end = _ASSIGNMENT.sub("", _CODE.sub("", "\n" + end))
+    if "<<" in end:
+        end = _TEMPLATE.sub(r"Answer: \1", end)
     return _END_TOKEN.sub("", end) if ">" in end[-24:] else end
 
 

@@ -1,4 +1,5 @@
-r"""Readers for the benchmarks that the paper reports, from a local folder with their official files.
+r"""Readers for benchmarks, from a local folder with their official files: those that the paper reports, and
+with exams.py five more.
 
     name           files looked for                                           from
     mathvista      testmini-*.parquet, MathVista_MINI.tsv, testmini.json      AI4Math, VLMEvalKit, git
@@ -35,7 +36,7 @@ from collections.abc import Callable, Sequence
 from mstar_jax.data import mathv360k
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.mathv360k import Report
-from mstar_jax.evaluate import tables
+from mstar_jax.evaluate import exams, tables
 from mstar_jax.evaluate.items import (
     Bad,
     Item,
@@ -54,6 +55,7 @@ MMBENCH_R = ("attribute_reasoning", "logic_reasoning", "relation_reasoning")
 # Rows in the official files; for MMBench including the rotations.
 SIZES = {"mathvista": 1000, "m3cot": 2318, "mmstar": 1500, "mmstar_r": 1000, "mmbench": 4876}
 SIZES |= {"ai2d": 3088, "ai2d_no_mask": 3088, "mathv360k": 750}
+SIZES |= {"mathverse": 3940, "mathvision": 3040, "wemath": 1740, "mmmu": 900, "geometry3k": 601}
 
 
 # ---- 1. MathVista and MathV360K -----------------------------------------------------------------------
@@ -241,6 +243,11 @@ _SETS: dict[str, tuple[tuple[str, ...], _Builder | None]] = {
     "ai2d": (("AI2D_TEST.tsv", "test-*.parquet"), _lettered),
     "ai2d_no_mask": (("AI2D_TEST_NO_MASK.tsv", "test-*.parquet"), _lettered),
     "mathv360k": (("mathv360k_test.json", "test.json", "test.jsonl", "test.jsonl.gz"), None),
+    "mathverse": (("testmini.parquet", "testmini.json"), exams.mathverse),
+    "mathvision": (("test-*.parquet", "test.jsonl"), exams.mathvision),
+    "wemath": (("testmini-*.parquet", "testmini.json"), exams.wemath),
+    "mmmu": (("validation-*.parquet", "*/validation-*.parquet"), exams.mmmu),
+    "geometry3k": (("test/*/data.json", "test-*.parquet"), exams.geometry3k),
 }
 NAMES = tuple(_SETS)
 _PARTS = {"mmstar_r": ("category", MMSTAR_R), "mmbench_r": ("l2_category", MMBENCH_R)}
@@ -287,7 +294,7 @@ def read(name: str, folder: str | os.PathLike, images: str | os.PathLike) -> tup
         except Bad as error:
             report.drop(str(error), place)
             continue
-        query = dataclasses.replace(item.query, images=(picture,))
+        query = dataclasses.replace(item.query, images=picture)
         found[query.id] = place, dataclasses.replace(item, query=query)
     items = []
     for place, item in found.values():

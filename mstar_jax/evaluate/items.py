@@ -21,6 +21,8 @@ class Item:
       record: the official columns except the image, named as in VLMEvalKit's table of the data set (index,
         question, A, B, ..., answer, category, l2-category). With a `prediction` it can be scored there.
       unit: of the answer; also part of the question.
+      options: the texts that a response may name, where the image alone shows them; else those of the query.
+      also: further answers that are right.
     """
 
     query: Query
@@ -29,6 +31,8 @@ class Item:
     base: str
     record: Mapping[str, str]
     unit: str = ""
+    options: tuple[str, ...] | None = None
+    also: tuple[str, ...] = ()
 
 
 class Bad(Exception):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from mstar_jax.answers import check
-from mstar_jax.evaluate import official
+from mstar_jax.evaluate import examiners, fourfold, official
 from mstar_jax.evaluate.benchmarks import NAMES, SIZES
 from mstar_jax.evaluate.items import Item
 from mstar_jax.rewards import metrics
@@ -63,6 +63,12 @@ _OFFICIAL: dict[str, tuple[str, official.Scorer]] = dict.fromkeys(NAMES, _EXACT)
 _OFFICIAL["mathvista"] = ("mathvista, rules in place of GPT's extraction", official.mathvista)
 _OFFICIAL["mathv360k"] = ("as mathvista's, rules in place of GPT's extraction", official.mathvista)  # no own
 _OFFICIAL["m3cot"] = ("m3cot judge_answer", official.m3cot)
+_GPT = "mathverse, rules in place of GPT's extraction and judgement"
+_OFFICIAL["mathverse"] = (_GPT, examiners.mathverse)
+_OFFICIAL["mathvision"] = ("mathvision, arithmetic in place of latex2sympy", examiners.mathvision)
+_OFFICIAL["wemath"] = ("wemath, first letter after Answer", examiners.wemath)
+_OFFICIAL["mmmu"] = ("mmmu, no credit in place of a random guess", examiners.mmmu)
+_OFFICIAL["geometry3k"] = ("lmms-eval's geometry3k, our equality without choices", examiners.geometry3k)
 
 
 def judge(name: str, item: Item, text: str, truncated: bool) -> Score:
@@ -81,17 +87,8 @@ def judge(name: str, item: Item, text: str, truncated: bool) -> Score:
         raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(NAMES)}")
     if query.answer is None:
         raise ValueError(f"{name}: item {query.id!r} has no gold answer")
-    strict, loose = (
-        check.grade(
-            text,
-            query.answer,
-            options=query.options,
-            answer_type=query.answer_type,
-            precision=query.precision,
-            fallback=fallback,
-        )
-        for fallback in (False, True)
-    )
+    golds = [query.answer, *item.also]
+    strict, loose = (_grade(item, golds, text, fallback) for fallback in (False, True))
     right, variants = _OFFICIAL[name][1](item, text, loose)
     return Score(
         id=query.id,
@@ -103,6 +100,24 @@ def judge(name: str, item: Item, text: str, truncated: bool) -> Score:
         truncated=truncated,
         variants=variants,
     )
+
+
+def _grade(item: Item, golds: Sequence[str], text: str, fallback: bool) -> check.Grade:
+    """By the first gold answer that it equals, else by the first one."""
+    query, found = item.query, []
+    for gold in golds:
+        grade = check.grade(
+            text,
+            gold,
+            options=item.options or query.options,
+            answer_type=query.answer_type,
+            precision=query.precision,
+            fallback=fallback,
+        )
+        if grade.verdict == "correct":
+            return grade
+        found.append(grade)
+    return found[0]
 
 
 # ---- 2. a benchmark -----------------------------------------------------------------------------------
@@ -182,6 +197,8 @@ def summarise(name: str, items: Sequence[Item], scores: Sequence[Score]) -> dict
       mean_of_categories     of MMStar's six categories, of MMStar-R's four
       mean_of_l2_categories  of MMStar's 18 l2-categories: lmms-eval's `average`
 
+    `four_dimensions` of We-Math has its own score, see fourfold.py, from the verdicts of each kind.
+
     Args:
       name: the benchmark.
       items: from `benchmarks.read`; the rotations of a question need not be adjacent.
@@ -214,7 +231,7 @@ def summarise(name: str, items: Sequence[Item], scores: Sequence[Score]) -> dict
         key: {member: _part(part) for member, part in members.items()}
         for key, members in _groups(units).items()
     }
-    return {
+    out: dict = {
         "benchmark": name,
         "n": len(rows),
         "expected": SIZES.get(name),
@@ -236,6 +253,10 @@ def summarise(name: str, items: Sequence[Item], scores: Sequence[Score]) -> dict
         "groups": groups,
         "aggregates": aggregates,
     }
+    if name == "wemath":
+        of_each = {kind: [score.hit(kind) for score in scores] for kind in KINDS}
+        out["four_dimensions"] = {kind: fourfold.dimensions(items, hits) for kind, hits in of_each.items()}
+    return out
 
 
 def _part(units: Sequence[_Unit]) -> dict:

@@ -15,6 +15,11 @@ TITLES = {
     "mmbench": "MMBench",
     "ai2d_no_mask": "AI2D, no mask",
     "mathv360k": "MathV360K",
+    "mathverse": "MathVerse",
+    "mathvision": "MATH-Vision",
+    "wemath": "We-Math",
+    "mmmu": "MMMU",
+    "geometry3k": "Geometry3K",
 }
 FIVE = ("mathvista", "m3cot", "mmstar_r", "mmbench_r", "ai2d")  # whose mean the paper gives
 PAPER = {  # accuracy, %: arXiv 2412.17451, the table over the five
@@ -37,6 +42,8 @@ PAPER = {  # accuracy, %: arXiv 2412.17451, the table over the five
 PARTS = dict.fromkeys(("mathvista", "mathv360k"), "task") | {"m3cot": "domain"}
 PARTS |= dict.fromkeys(("mmstar", "mmstar_r"), "category")
 PARTS |= dict.fromkeys(("mmbench", "mmbench_r"), "l2_category")
+PARTS |= {"mathverse": "problem_version", "mathvision": "level", "wemath": "steps", "mmmu": "discipline"}
+PARTS |= {"geometry3k": "goal"}
 METHODS = ("greedy", "majority", "weighted_vote", "best_of_n")
 
 
@@ -64,7 +71,7 @@ def table(results: Results, paper: str) -> str:
     """
     names = [name for name in TITLES if name in next(iter(results.values()), {})]
     lines = [*_headline(results, names, paper), *_details(results, names)]
-    return "\n".join([*lines, *_parts(results, names), *_pairs(results, names)])
+    return "\n".join([*lines, *_parts(results, names), *_fourfold(results), *_pairs(results, names)])
 
 
 def _headline(results: Results, names: Sequence[str], paper: str) -> list[str]:
@@ -111,6 +118,22 @@ def _parts(results: Results, names: Sequence[str]) -> list[str]:
             cells = [f"{100 * own[PARTS[name]][part]['accuracy']:.1f}" for part in parts]
             lines.append(f"| {policy} | {' | '.join(cells)} |")
     return lines
+
+
+def _fourfold(results: Results) -> list[str]:
+    """We-Math's own score from the strict verdicts, in both of its settings."""
+    found = {policy: own["wemath"].record["greedy"] for policy, own in results.items() if "wemath" in own}
+    lines: list[str] = []
+    for policy, record in found.items():
+        if own := record["four_dimensions"]["strict"]:
+            for setting in ("strict", "loose"):
+                part = own[setting]
+                shares = [part["score"], own["insufficient_knowledge"], own["inadequate_generalization"]]
+                shares += [part["complete_mastery"], part["rote_memorization"]]
+                cells = ["" if share is None else f"{100 * share:.1f}" for share in shares]
+                lines.append(f"| {policy} | {setting} | {own['problems']} | {' | '.join(cells)} |")
+    head = ["", "| We-Math | setting | problems | score | IK | IG | CM | RM |", "|---|---|" + "---:|" * 6]
+    return [*head, *lines] if lines else []
 
 
 def _pairs(results: Results, names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ inside a question. Images inside a file, in a TSV in base64, are written to a ca
 
 import ast
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from mstar_jax.data.images import ImageError, load_image, resolve
 LONGEST_LIST = 1 << 14  # characters of a list that is written as text
 REFERENCE = 64  # characters; an image cell of a TSV up to this length is the index of the row with the image
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
-IMAGES = ("decoded_image", "image", "image_path")  # columns; the first one that is not empty counts
+NUMBERED = tuple(f"image_{number}" for number in range(1, 8))  # columns of MMMU, an image each
+IMAGES = ("decoded_image", "image", "images", "image_path")  # columns; the first one that is not empty counts
 
 
 # ---- 1. files and records -----------------------------------------------------------------------------
@@ -46,8 +48,20 @@ def records(path: str) -> Iterator[tuple[str, Record | Exception]]:
     Raises:
       ValueError: the file as a whole cannot be read.
     """
-    for place, found in files.records(path):
-        yield place, found if isinstance(found, dict | Exception) else ValueError("not a record of columns")
+    found = _single(path) if os.path.basename(path) == "data.json" else files.records(path)
+    for place, record in found:  # of Geometry3K every question is a folder, with its image
+        yield place, record if isinstance(record, dict | Exception) else ValueError("not a record of columns")
+
+
+def _single(path: str) -> Iterator[tuple[str, object]]:
+    folder = os.path.basename(os.path.dirname(path))
+    found: object
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError) as error:
+        found = error
+    yield folder, {"image": "img_diagram.png", **found} if isinstance(found, dict) else found
 
 
 # ---- 2. cells -----------------------------------------------------------------------------------------
@@ -127,23 +141,27 @@ def locate(relative: str, roots: Sequence[str]) -> str:
     return path
 
 
-def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Exception, str | ImageError]]:
-    """The records of a data set's files, each with its image.
+Shown = tuple[str, ...]  # absolute paths of a record's images
+
+
+def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Exception, Shown | ImageError]]:
+    """The records of a data set's files, each with its images, several in a list or in numbered columns.
 
     An image is given as bytes, alone or as `{"bytes": ..., "path": ...}`; in a TSV as base64 or the index of
-    the row that has it; or as a path relative to the folder of the file or the folder above.
+    the row that has it; or as a path relative to the folder of the file, to `images` in it, or to the folder
+    above.
 
     Yields:
-      The place in the files, the record without its images or the error in it, and the absolute path of the
-      image or the error in that.
+      The place in the files, the record without its images or the error in it, and the absolute paths of the
+      images or the error in one of them.
     """
-    found: list[tuple[str, Record | Exception, str | ImageError]] = []
-    by_index: dict[str, str | ImageError] = {}
+    found: list[tuple[str, Record | Exception, Shown | _Index | ImageError]] = []
+    by_index: dict[str, Shown | ImageError] = {}
     for path in paths:
         folder = os.path.dirname(os.path.abspath(path))
         for place, row in records(path):
             place = f"{os.path.basename(path)} {place}" if len(paths) > 1 else place
-            picture: str | ImageError = ""
+            picture: Shown | _Index | ImageError = ()
             if isinstance(row, dict):
                 try:
                     picture = _picture(row, path.lower().endswith(".tsv"), folder, cache)
@@ -151,7 +169,7 @@ def load(paths: Sequence[str], cache: str) -> Iterator[tuple[str, Record | Excep
                     picture = error
                 if not isinstance(picture, _Index):
                     by_index.setdefault(cell(row, "index").strip(), picture)
-                row = {k: v for k, v in row.items() if isinstance(k, str) and k not in IMAGES}
+                row = {k: v for k, v in row.items() if isinstance(k, str) and k not in (*IMAGES, *NUMBERED)}
             found.append((place, row, picture))
     for place, row, picture in found:
         if isinstance(picture, _Index):  # the row with the image may come later
@@ -164,8 +182,18 @@ class _Index(str):
     """Not a path, but the index of the row that has the image."""
 
 
-def _picture(row: Record, encoded: bool, folder: str, cache: str) -> str:
-    value = next((row[name] for name in IMAGES if row.get(name)), None)
+def _picture(row: Record, encoded: bool, folder: str, cache: str) -> Shown | _Index:
+    found = next((row[name] for name in IMAGES if row.get(name)), None)
+    found = found or [row[name] for name in NUMBERED if row.get(name)]
+    if encoded and isinstance(found, str) and 0 < len(found.strip()) <= REFERENCE:
+        return _Index(found.strip())
+    shown = found if isinstance(found, list) else [found]
+    if not shown:
+        raise ImageError("no image", "the row has no image")
+    return tuple(_path(each, encoded, folder, cache) for each in shown)
+
+
+def _path(value: object, encoded: bool, folder: str, cache: str) -> str:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -173,5 +201,5 @@ def _picture(row: Record, encoded: bool, folder: str, cache: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ImageError("no image", "the row has no image")
     if not encoded:
-        return locate(value, [folder, os.path.dirname(folder)])
-    return _Index(value.strip()) if len(value) <= REFERENCE else pictures.write(pictures.unpack(value), cache)
+        return locate(value, [folder, os.path.join(folder, "images"), os.path.dirname(folder)])
+    return pictures.write(pictures.unpack(value), cache)
