@@ -89,13 +89,9 @@ def main(argv: list[str]) -> None:
     if not processes.first():
         return
     inside = "results.json, samples/, metrics/, tensorboard/, rollouts/"
-    asked = workdir / "benchmarks" / "table.md" if config.benchmarks.names else None
-    shown = [
-        records.table(found),
-        records.shown_best(found),
-        records.speeds(found),
-        asked.read_text().strip() if asked else "",
-    ]
+    asked = sorted((workdir / "benchmarks").glob("*.md")) if config.benchmarks.names else []
+    tables = [path.read_text().strip() for path in asked]
+    shown = [records.table(found), records.shown_best(found), records.speeds(found), *tables]
     print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
     try:
         print(f"{page.write([workdir])}: the report, one file for any browser")

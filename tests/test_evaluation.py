@@ -1,6 +1,7 @@
 """Evaluation: methods, tables and files on prepared responses; and the command on a small policy."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -202,6 +203,27 @@ def test_vlmevalkit_layout(tmp_path, evaluated):
     assert sheet["B2"].data_type == "s"
     with open(f"{stem}.tsv", newline="") as file:
         assert list(csv.reader(file, delimiter="\t"))[1][-1] == "=The answer is\x07 B\n\tdone"
+
+
+def test_wemath_of_a_policy(tmp_path, evaluated):
+    """A problem of two steps, of which one is wrong: rote memorisation, in the strict setting."""
+    items, found = [], {}
+    for part, letter in (("1", "B"), ("2", "C"), ("multi", "B")):
+        one = item(f"2steps_1/{part}", steps="one step" if part.isdigit() else "two steps")
+        record = {"index": part, "ID": "2steps_1", "key": f"2steps_{part}", "knowledge concept": "Area"}
+        items.append(dataclasses.replace(one, record=record | {"answer": "B"}))
+        text = f"<Thought process>: <<so>> <Answer>: <<{letter}>>"
+        found[one.query.id] = answers(one.query.id, text)
+    out = evaluated({"wemath": items}, {"p": Host(found)}, prompt="official")
+    for kind in ("strict", "official"):
+        own = out["p"]["wemath"].record["greedy"]["four_dimensions"][kind]
+        assert own["strict"] == {"complete_mastery": 0.0, "rote_memorization": 1.0, "score": 0.0}
+        assert own["loose"] == {"complete_mastery": 1.0, "rote_memorization": 0.0, "score": 1.0}
+    shown = (tmp_path / "benchmarks/table.md").read_text()
+    assert "| p | loose | 1 | 100.0 | 0.0 | 0.0 | 100.0 | 0.0 |" in shown and "two steps (1)" in shown
+    with open(tmp_path / "benchmarks/p/p_WeMath.tsv", newline="") as file:
+        head, *rows = csv.reader(file, delimiter="\t")
+    assert head == ["index", "ID", "key", "knowledge concept", "answer", "prediction"] and len(rows) == 3
 
 
 # ---- the command --------------------------------------------------------------------------------------
@@ -411,6 +433,50 @@ def test_a_run_that_was_trained_again_is_another_policy(tmp_path):
         (tmp_path / "run" / "tokenizer").mkdir(exist_ok=True)
         (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text(stage.name)
         assert evaluation.identity(tmp_path / "run", stage) != before
+
+
+def test_a_reward_model_on_labelled_steps(place, tmp_path):
+    """VisualProcessBench needs no policy; its scores are those that the votes use, and a restart scores none
+    again. A solution that does not fit is left out and counted."""
+    folder, config = place
+    config = config.copy_and_resolve_references()
+    data = tmp_path / "visualprocessbench"
+    data.mkdir()
+    figure = sorted((folder / "data").rglob("*.png"))[0]
+    shutil.copyfile(figure, data / "1.png")
+    rows = []
+    for number in range(5):
+        steps = [f"Bars red {number} blue 2", "", "Sum 4 + 2 = 6", f"The answer is {number}"]
+        labels = [1, 1, 0 if number == 1 else -1, 1 - 2 * (number % 2)]
+        response = {"steps": steps if number < 4 else [*steps[:3], "6 " * 400], "process_correctness": labels}
+        rows.append({"image": ["1.png"], "question": f"How many? {number}", "answer": "3"})
+        rows[-1] |= {"response": response, "policy_model": "p", "data_source": ["MMMU", "WeMath"][number % 2]}
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.benchmarks.names, config.benchmarks.root = ("visualprocessbench",), str(tmp_path)
+    reward = str(folder / "reward")
+    assert evaluate.run(config, tmp_path / "work", [], reward, lambda: False) == {}
+    stem = tmp_path / "work" / "benchmarks" / "visualprocessbench_reward"
+    record = json.loads(stem.with_suffix(".json").read_text())
+    assert (record["solutions"], record["left_out"]) == (5, 1)
+    assert record["steps"] == {"right": 6, "wrong": 5, "neutral": 1, "blank": 4}
+    lines = [json.loads(line) for line in stem.with_suffix(".jsonl").read_text().splitlines()]
+    scored = [line for line in lines if line["scores"]]
+    assert [len(line["scores"]) for line in scored] == [3] * 4 and lines[4]["scores"] is None
+    assert len({score for line in scored for score in line["scores"]}) > 6
+    pairs = [pair for line in scored for pair in zip(line["scores"], line["labels"]) if pair[1]]
+    hits = sum((score >= 0.5) == (label > 0) for score, label in pairs)
+    of_right = 2 * sum(score >= 0.5 and label > 0 for score, label in pairs)
+    assert record["given"]["right"] == of_right / max(of_right + len(pairs) - hits, 1)
+    before = stem.with_suffix(".json").read_bytes()
+    evaluate.run(config, tmp_path / "work", [], reward, lambda: True)  # stops where anything is left to score
+    assert stem.with_suffix(".json").read_bytes() == before
+    for names, prm, message in (
+        (("visualprocessbench",), None, "visualprocessbench measures a reward model"),
+        (("mathv360k", "visualprocessbench"), reward, "no policy is named"),
+    ):
+        config.benchmarks.names = names
+        with pytest.raises(ValueError, match=message):
+            evaluate.run(config, tmp_path / "other", [], prm, lambda: False)
 
 
 @pytest.mark.parametrize(

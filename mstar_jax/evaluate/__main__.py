@@ -9,6 +9,8 @@ its last policy, or that of `:stage` (`:best` is the best iteration on validatio
 others are compared with. A reward model is a run's, or a folder that `export --stage=prm` wrote. Started
 again, the command asks nothing twice.
 
+`--benchmarks=visualprocessbench --prm=...` measures the reward model itself and needs no checkpoint.
+
 `--root` holds the official files, in a folder for each benchmark or all together: see `benchmarks.py`.
 """
 
@@ -28,8 +30,16 @@ from jax.typing import DTypeLike
 
 from mstar_jax import cli, configure, finished, models, processes, ranges, sharding
 from mstar_jax.cli import CONFIG, WORKDIR
-from mstar_jax.evaluate import benchmarks
-from mstar_jax.evaluate.evaluation import Candidate, evaluate, identity, problems, read, write_table
+from mstar_jax.evaluate import benchmarks, process
+from mstar_jax.evaluate.evaluation import (
+    Candidate,
+    evaluate,
+    identity,
+    judge_steps,
+    problems,
+    read,
+    write_table,
+)
 from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
@@ -116,7 +126,8 @@ def main(argv: list[str]) -> None:
         results = run(config, workdir, CHECKPOINTS.value or [], PRM.value, stop)
     if processes.first():
         folder = (workdir / "benchmarks").absolute()
-        print(f"\n{table(results, b.paper)}\n\n{folder}: scores, predictions, table.md")
+        shown = f"{table(results, b.paper)}\n\n" if results else ""
+        print(f"\n{shown}{folder}: scores, predictions, tables")
 
 
 def run(
@@ -142,8 +153,14 @@ def run(
       ValueError: there is nothing to evaluate, or something is not what it should be.
     """
     if not config.benchmarks.names:
-        raise ValueError(f"no benchmark is named: --benchmarks={','.join(benchmarks.NAMES)}")
-    if prm and not config.benchmarks.samples:
+        known = ",".join((*benchmarks.NAMES, process.NAME))
+        raise ValueError(f"no benchmark is named: --benchmarks={known}")
+    of_policies = set(config.benchmarks.names) - {process.NAME}
+    if process.NAME in config.benchmarks.names and not prm:
+        raise ValueError(f"{process.NAME} measures a reward model: name one, --prm=runs/phi35")
+    if of_policies and not checkpoints:
+        raise ValueError("no policy is named: --checkpoint=runs/phi35")
+    if prm and of_policies and not config.benchmarks.samples:
         raise ValueError("--prm votes over samples: give their number, --samples=16")
     found = [Checkpoint(text) for text in checkpoints]
     names = [checkpoint.name for checkpoint in found]
@@ -157,8 +174,12 @@ def run(
     scorer = scorer_of(judge, mesh, dtype, config) if judge else None
     with processes.first_alone("benchmarks"):  # writes the images that their files hold
         asked = read(config, workdir)
+    if asked.solutions and judge and scorer:
+        host = inference(config, workdir, scorer.processor, stop)
+        with jax.set_mesh(mesh):
+            judge_steps(host, asked, scorer, judge.name)
     results: dict[str, dict[str, Result]] = {}
-    for checkpoint in found:
+    for checkpoint in found if asked.items else ():
         host = inference(config, workdir, checkpoint.processor(config), stop)
         params = functools.cache(functools.partial(checkpoint.load, mesh, dtype))  # once for all benchmarks
         candidate = Candidate(checkpoint.name, params, checkpoint.identity)
@@ -182,5 +203,4 @@ def scorer_of(judge: Checkpoint, mesh: Mesh, dtype: DTypeLike, config: ml_collec
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    flags.mark_flag_as_required("checkpoint")
     cli.main(main)

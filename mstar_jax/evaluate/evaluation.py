@@ -7,6 +7,7 @@
 <workdir>/benchmarks/<policy>/<benchmark>.jsonl       an item a line: prompt, gold, response, verdicts
 <workdir>/benchmarks/<policy>/<policy>_<VLMEvalKit's name>.xlsx, .tsv
 <workdir>/benchmarks/table.md                         the paper's table, with paired comparisons
+<workdir>/benchmarks/visualprocessbench_<reward model>.json, .jsonl, .md     see process.py
 """
 
 import csv
@@ -22,10 +23,10 @@ import ml_collections
 
 from mstar_jax import processes
 from mstar_jax.data import prompts
-from mstar_jax.evaluate import benchmarks, scoring
+from mstar_jax.evaluate import benchmarks, process, scoring
 from mstar_jax.evaluate.items import Item
 from mstar_jax.evaluate.summary import Result, Results, line, table
-from mstar_jax.inference.generate import Asked, Groups, Inference, sample
+from mstar_jax.inference.generate import Asked, Groups, Inference, plan, sample
 from mstar_jax.inference.score import Scorer, score
 from mstar_jax.ranges import not_among
 from mstar_jax.records import speeds
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Items = Mapping[str, Sequence[Item]]  # by benchmark
 Methods = Mapping[str, Sequence[Response | None]]  # by method, the response that every item is answered with
-VLMEVALKIT = {  # the names that it knows the data sets by; it has neither M3CoT nor MathV360K
+VLMEVALKIT = {  # the names of the data sets there; it has no M3CoT and MathV360K, and MMMU in another form
     "mathvista": "MathVista_MINI",
     "mmstar": "MMStar",
     "mmstar_r": "MMStar",
@@ -46,6 +47,9 @@ VLMEVALKIT = {  # the names that it knows the data sets by; it has neither M3CoT
     "mmbench_r": "MMBench_DEV_EN_V11",
     "ai2d": "AI2D_TEST",
     "ai2d_no_mask": "AI2D_TEST_NO_MASK",
+    "mathverse": "MathVerse_MINI",
+    "mathvision": "MathVision",
+    "wemath": "WeMath",
 }
 
 
@@ -71,18 +75,24 @@ class Benchmarks(NamedTuple):
       settings: `config.benchmarks`: names, root, limit, prompt, samples, temperature, paper.
       templates: `config.prompts`.
       folder: where scores and tables go.
+      solutions: what a reward model is asked about, if VisualProcessBench is named.
     """
 
     items: Items
     settings: ml_collections.ConfigDict
     templates: Mapping[str, str]
     folder: pathlib.Path
+    solutions: Sequence[process.Solution] = ()
 
 
 def problems(config: ml_collections.ConfigDict) -> list[str]:
     """Unknown benchmarks and prompts: each key, its value and what it may be."""
     b = config.benchmarks
-    found = [text for name in b.names for text in not_among("benchmarks.names", name, benchmarks.NAMES)]
+    found = [
+        text
+        for name in b.names
+        for text in not_among("benchmarks.names", name, (*benchmarks.NAMES, process.NAME))
+    ]
     return found + not_among("benchmarks.prompt", b.prompt, ("official", *config.prompts))
 
 
@@ -93,20 +103,28 @@ def read(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Benchmarks
       ValueError: an unknown benchmark, or its files are not there.
     """
     settings, folder = config.benchmarks, workdir / "benchmarks"
-    items = {}
+    items: dict[str, list[Item]] = {}
+    solutions: list[process.Solution] = []
     for name in settings.names:
         own = pathlib.Path(settings.root) / name.removesuffix("_r")
         place = own if own.is_dir() else pathlib.Path(settings.root)
+        found: list[Item] = []
         try:
-            found, report = benchmarks.read(name, place, folder / "images")
+            if name == process.NAME:
+                solutions, report = process.read(place, folder / "images")
+                solutions = solutions[: settings.limit or None]
+            else:
+                found, report = benchmarks.read(name, place, folder / "images")
         except OSError as error:
             raise ValueError(f"{name}: {error}") from error
         log.info("%s", report)
-        if not found:
+        if not report.kept:
             raise ValueError(f"{name}: no usable item in {place} (benchmarks.root)")
+        if name == process.NAME:
+            continue
         some = set(list(dict.fromkeys(item.base for item in found))[: settings.limit or None])
         items[name] = [item for item in found if item.base in some]
-    return Benchmarks(items, settings, config.prompts, folder)
+    return Benchmarks(items, settings, config.prompts, folder, solutions)
 
 
 def evaluate(
@@ -133,6 +151,45 @@ def evaluate(
     if shown := speeds([{"speed": host.speeds.lap()}]):
         log.info("%s:\n%s", policy.name, shown)
     return results
+
+
+def judge_steps(host: Inference, asked: Benchmarks, scorer: Scorer, name: str) -> dict:
+    """Has a reward model score the steps of solutions; writes and returns how it tells right from wrong.
+
+    Args:
+      host: see `Inference`.
+      asked: what is asked.
+      scorer: the reward model.
+      name: of it, in files and tables.
+    """
+    longest = max(host.data.buckets)
+    how = asked.settings.prompt
+    template = scorer.template or asked.templates.get(how, "{question}{choices}")
+    settings: dict[str, object] = {"template": template, "reward": dict(scorer.identity)}
+    texts = {s.query.id: "\n".join(s.steps) for s in asked.solutions}
+    pairs = [Asked(s.query, prompts.render(template, s.query)) for s in asked.solutions]
+    planned = plan(host, pairs, process.NAME, processor=scorer.processor, longest=longest)
+    fitting = [
+        pair
+        for pair, prompt in zip(pairs, planned)
+        if prompt and prompt.length + len(scorer.encode(texts[pair.query.id]).tokens) <= longest
+    ]
+    responses = {q.id: [Response(q.id, 0, texts[q.id], (), 0.0, False)] for q, _ in fitting}
+    stem = f"{process.NAME}_{name}"
+    found = score(host, scorer, stem, fitting, responses, settings=settings, longest=longest)
+    scores = {key: group[0].step_scores for key, group in found.items()}
+    record = {"reward_model": name, **process.measure(asked.solutions, scores), "template": template}
+    if processes.first():
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {"id": s.query.id, "source": s.query.source, "labels": s.labels, "scores": scores.get(s.query.id)}
+            for s in asked.solutions
+        ]
+        write_text(asked.folder / f"{stem}.jsonl", "".join(json.dumps(each) + "\n" for each in lines))
+        write_text(asked.folder / f"{stem}.json", json.dumps(record, indent=1, ensure_ascii=False))
+        write_text(asked.folder / f"{stem}.md", process.table(name, record) + "\n")
+    log.info("%s", process.table(name, record))
+    return record
 
 
 def write_table(asked: Benchmarks, results: Results) -> None:
