@@ -32,8 +32,8 @@ ROOMS = {
     3710: (
         "answers",
         "evaluate",
-    ),  # 500 of it: answers missed, doubled, denied or taken back, numbers in words; 20 kill what hangs; 650: five
-    # benchmarks beside the paper's, with their published scorers, and one for reward models
+    ),  # 500 of it: answers missed, doubled, denied or taken back, numbers in words; 20 kill what hangs; 650:
+    # five benchmarks beside the paper's, with their published scorers, and one for reward models
 }
 
 COMMANDS = ("main", "ablate", "export", "data.__main__", "evaluate.__main__", "plan.__main__")
