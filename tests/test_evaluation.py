@@ -24,6 +24,7 @@ from mstar_jax.inference.generate import Asked, inference
 from mstar_jax.inference.score import Scorer, score_with
 from mstar_jax.models import vlm
 from mstar_jax.profiling import speed
+from mstar_jax.stages import benchmark as verb
 from mstar_jax.structs import Batch, Query, Response, Stage
 
 OPTIONS = ("red", "blue", "green")
@@ -477,6 +478,18 @@ def test_a_reward_model_on_labelled_steps(place, tmp_path):
         config.benchmarks.names = names
         with pytest.raises(ValueError, match=message):
             evaluate.run(config, tmp_path / "other", [], prm, lambda: False)
+
+
+def test_the_main_job_asks_its_reward_model(monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(
+        evaluation, "judge_steps", lambda host, what, scorer, name: asked.append((scorer, name))
+    )
+    run = ConfigDict({"benchmarks": {"solutions": (1,)}})
+    scorer = Scorer(lambda: None, {}, None, ())
+    verb.benchmark(run, [], scorer)
+    verb.benchmark(run, [], None)
+    assert asked == [(scorer, "prm")] and "no reward model" in caplog.text
 
 
 @pytest.mark.parametrize(

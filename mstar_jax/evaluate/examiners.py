@@ -10,6 +10,7 @@ utils.py), We-Math/We-Math (evaluation/four_dimensional_metrics.py), MMMU-Benchm
 """
 
 import re
+from fractions import Fraction
 
 from mstar_jax.answers import check
 from mstar_jax.answers.extraction import boxed
@@ -103,7 +104,7 @@ def _values(text: str) -> tuple[str, list[str | float]] | None:
     listed = brackets in ("()", "[]") and "," in text
     found: list[str | float] = []
     for part in text[1:-1].split(",") if listed else [text]:
-        value = arithmetic(part)
+        value = _worth(part)
         if listed and "infty" in part:
             found.append(part)
         elif value is None:
@@ -111,6 +112,16 @@ def _values(text: str) -> tuple[str, list[str | float]] | None:
         else:
             found.append(round(float(value), 2))
     return brackets if listed else "", found
+
+
+def _worth(text: str) -> Fraction | None:
+    """Its value; a colon divides, as for latex2sympy: 3:2 is 1.5, and 7:30 is 0.23."""
+    if ":" not in text or re.search(r"\S\s*[-+]", text):
+        return arithmetic(text)
+    worth, *others = (arithmetic(part) for part in text.split(":"))
+    for part in others:
+        worth = worth / part if worth is not None and part else None
+    return worth
 
 
 # ---- 3. We-Math ---------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ def judge(name: str, item: Item, text: str, truncated: bool) -> Score:
 
     Variants of MathVista and MathV360K: `ignore_empty` (a newer flag of the official scorer: no credit if
     nothing was extracted) and `vlmevalkit` (the rules of that harness). Variant of MMStar, MMBench and AI2D:
-    `whole_reply` (the same matching applied to the whole reply; long replies mostly stay unmatched).
+    `whole_reply` (the same matching applied to the whole reply; long replies mostly stay unmatched). Variant
+    of MathVerse: `quick_match` (the extracted text is the answer, character by character).
 
     Raises:
       ValueError: the benchmark is unknown, or the item has no gold answer.
