@@ -131,7 +131,8 @@ class Row:
       prompt: the shared prefix.
       responses: token ids, ending in a stop id where one was reached; the branches 1, 2, ... Those of stored
         responses are int32 arrays, see `int32`.
-      weights: each response's weight in the loss on its tokens; empty means 1 for all.
+      weights: each response's weight in the loss on its tokens, or a weight for each of them; below 0 they
+        become less likely. Empty means 1 for all.
       labels: each response's (index of a step's last token, label of the step); empty where no step counts.
       starts: where sampling continues, (branch, how many of its first tokens are kept, sample key), one for
         each of the K samples; empty: K samples from the prompt, with keys 0..K-1.
@@ -139,7 +140,7 @@ class Row:
 
     prompt: Prompt
     responses: tuple[Sequence[int], ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[float | Sequence[float], ...] = ()
     labels: tuple[tuple[tuple[int, float], ...], ...] = ()
     starts: tuple[tuple[int, int, int], ...] = ()
 
@@ -217,7 +218,7 @@ class Batch(NamedTuple):
     Attributes:
       tokens: int32[B, T]; 0 at the positions of image features.
       branch: int32[B, T]; 0 prefix, 1..K the branches, -1 padding.
-      loss_mask: float32[B, T]; weight of *predicting* the token at that position.
+      loss_mask: float32[B, T]; weight of *predicting* the token at that position; it may be below 0.
       image_index: int32[B, T]; the row of the query's feature table at that position, -1 for text.
       pixels: a tuple of arrays with [B, C] in front, `crops.arrays.Crops` or a family's own: pixels in 8
         bits, and where they are; zeros where a row has fewer than C.

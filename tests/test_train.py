@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from close import POLICY, close
 from jax.sharding import PartitionSpec
 
 from mstar_jax import sharding
@@ -115,6 +116,34 @@ def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
     assert jax.tree.map(float, more) == jax.tree.map(float, extra)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max() + 1e-12)
+
+
+@pytest.mark.parametrize("piece", [5, pytest.param(LENGTH, marks=pytest.mark.slow)])
+def test_weights_below_0_turn_the_gradient_round(policy, text, monkeypatch, piece):
+    """Nothing of them vanishes, in rows that are scored piece by piece too: -1 gives minus the gradient of 1,
+    and of two branches with opposite weights the gradients are subtracted."""
+    monkeypatch.setattr(vlm, "PIECE", piece)
+    few = jax.tree.map(lambda x: x[:2], text)
+
+    step = jax.jit(jax.value_and_grad(lambda m, w: token_loss(m, few._replace(loss_mask=w)), has_aux=True))
+
+    def gradient(weights):
+        (_, extra), found = step(policy, np.asarray(weights, np.float32))
+        return float(extra["tokens"]), named(found)
+
+    own, first = few.branch > 0, few.branch == 1
+    tokens, up = gradient(own)
+    again, down = gradient(-1.0 * own)
+    assert tokens == again == own.sum()  # not the sum of signed weights
+    both, mixed = gradient(own - 2.0 * first)
+    assert both == tokens
+    one, only = gradient(first)
+    assert one == first.sum()
+    for name in up:
+        np.testing.assert_array_equal(down[name], -up[name], err_msg=name)
+        scale = max(float(np.abs(up[name]).max()), float(np.abs(only[name]).max()), 1e-6)
+        close(mixed[name], up[name] - 2 * only[name], POLICY, scale=3 * scale, err_msg=name)
+    assert any(np.abs(value).max() > 1e-3 for value in only.values())
 
 
 def test_logits_that_nothing_asks_for_are_not_made(policy, monkeypatch):

@@ -58,11 +58,13 @@ class Step(Protocol):
 def token_loss(model: Any, batch: Batch, remat: Remat | None = None) -> tuple[jax.Array, Metrics]:
     """Negative log-likelihood (nats) of the branch tokens, weighted by `loss_mask` and summed.
 
-    It is a sum and not a mean, so that microbatches and devices are averaged over tokens afterwards.
+    It is a sum and not a mean, so that microbatches and devices are averaged over tokens afterwards: by the
+    weights without their signs, so that weights of -1 give minus the gradient of weights of 1.
     """
-    logprob, right = model.token_logprobs(model(batch, remat), batch.tokens, batch.loss_mask > 0)
+    logprob, right = model.token_logprobs(model(batch, remat), batch.tokens, batch.loss_mask != 0)
     loss = -(logprob * batch.loss_mask).sum()
-    return loss, {"tokens": batch.loss_mask.sum(), "right": (right * batch.loss_mask).sum()}
+    weight = jnp.abs(batch.loss_mask)
+    return loss, {"tokens": weight.sum(), "right": (right * weight).sum()}
 
 
 def check_finite(steps: Sequence[tuple[int, Metrics]]) -> None:
