@@ -144,6 +144,14 @@ def get_config() -> ConfigDict:
     evolve.learning_rate = 1e-6  # at its peak
     evolve.warmup_steps = 0  # optimizer steps of linear learning rate warm-up
     evolve.final_fraction = 1.0  # learning rate at the end, over the peak's; the paper's is constant
+    evolve.objective = "sft"  # imitates what is selected; reinforce, grpo: all responses, by their advantage
+    evolve.process_weight = 0.0  # of the steps' rewards beside the outcome's (reinforce, grpo); 0: no R_p
+    evolve.truncate = 2.0  # importance weights of tokens, at most (reinforce, grpo); 0: no such weights
+    evolve.clip_low = 0.2  # grpo: below 1 - clip_low a token's ratio p / p_old has no effect
+    evolve.clip_high = 0.28  # grpo: nor above 1 + clip_high (DAPO's bounds; GRPO's are 0.2 and 0.2)
+    evolve.token_mean = True  # reinforce, grpo: tokens of a batch weigh the same; False: its responses do
+    evolve.kl = 0.0  # reinforce, grpo: weight of the KL divergence from the warm-up; 0: none
+    evolve.kl_queries = 250  # of an iteration, that this divergence is measured on where it has no weight
     evolve.data = "rollouts"  # what is trained on: rollouts, answers (SFT) or warmup (its rationales again)
     evolve.start = "last"  # whose parameters are trained: the last policy's or the "warmup"'s (ReST^EM)
     evolve.reset_moments = False  # new Adam moments in every iteration (Iterative RFT, ReST^EM)

@@ -4,6 +4,7 @@
     python -m mstar_jax.main --config=configs/tiny.py:continuous           # Random-2, no reward model
     python -m mstar_jax.main --config=configs/tiny.py:iterative_rft        # or :rest_em, :sft
     python -m mstar_jax.main --config=configs/tiny.py:control              # as many steps, no new rollouts
+    python -m mstar_jax.main --config=configs/tiny.py:grpo                 # or :rloo, :grpo_process
     python -m mstar_jax.main --config=configs/tiny.py:smoke                # to see that everything runs
     python -m mstar_jax.ablate --config=configs/tiny.py:ablation --seeds=3 # the paper's tables, in hours
     python -m mstar_jax.main --config=configs/tiny.py --config.data.labelled=/data/train.json \
@@ -24,6 +25,9 @@ OWN: dict[str, variants.Values] = {
     "rest_em": SINGLE_TEMPERATURE,
     "sft": SINGLE_TEMPERATURE,
     "control": SINGLE_TEMPERATURE,
+    "rloo": SINGLE_TEMPERATURE,
+    "grpo": SINGLE_TEMPERATURE,
+    "grpo_process": SINGLE_TEMPERATURE,
     "ablation": {  # what `ablate` runs dozens of times: fewer queries, and T = 1 for all methods
         "data.figures.train": 1280,
         "data.figures.test": 2000,

@@ -29,6 +29,15 @@ VARIANTS: dict[str, Values] = {
     "rest_em": ALL_CORRECT | NEW_OPTIMIZER | {"evolve.fraction": 1.0, "evolve.start": "warmup"},
     "sft": ALL_CORRECT | {"evolve.data": "answers"},  # the labelled answers themselves, without rollouts
     "control": ALL_CORRECT | {"evolve.data": "warmup"},  # the same steps, without new rollouts
+    # right and wrong responses by their advantage, without a reward model; and with its steps' rewards
+    "rloo": ALL_CORRECT | {"evolve.objective": "reinforce"},
+    "grpo": ALL_CORRECT | {"evolve.objective": "grpo"},
+    "grpo_process": {
+        "evolve.objective": "grpo",
+        "evolve.process_weight": 0.2,
+        "evolve.keep": 0,
+        "explore.every": 0,
+    },
     "smoke": {  # all stages, shrunk to see that they run
         "data.figures.train": 128,
         "data.figures.unlabelled": 8,

@@ -21,7 +21,7 @@ from mstar_jax.models.layers import ADAPTERS, DecoderConfig
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.rewards import custom, selection
 from mstar_jax.structs import Query, Stage
-from mstar_jax.training import step
+from mstar_jax.training import objectives, step
 from mstar_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def problems(config: ConfigDict, mesh: Mesh) -> list[str]:
     longest = {"data.max_prompt": config.data.max_prompt}
     longest |= {"sampling.max_new_tokens": config.sampling.max_new_tokens}
     found += ranges.lengths(config.data.buckets, longest)
-    return [*found, *_schedules(config), *_method(config)]
+    return [*found, *_schedules(config), *ranges.method(ranges.flat(config), _has_figures(config))]
 
 
 def sampling_problems(config: ConfigDict, mesh: Mesh) -> list[str]:
@@ -75,6 +75,7 @@ def _words(config: ConfigDict) -> Iterator[str]:
     """Values that are words."""
     c, choose = config, ranges.not_among
     yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
+    yield from choose("evolve.objective", c.evolve.objective, ("sft", *objectives.ADVANTAGES))
     yield from choose("data.embedded", c.data.embedded, tuple(EMBEDDED))
     yield from ranges.refusal(custom.check, c.reward)
     yield from ranges.refusal(splits.check_choice, c.evolve.curriculum, c.evolve.informative, c.evolve.data)
@@ -151,23 +152,6 @@ def _batches(config: ConfigDict, mesh: Mesh) -> Iterator[str]:
     ]
     for key, size, parts in sizes:
         yield from ranges.refusal(sharding.check_divides, key, size, mesh, parts)
-
-
-def _method(config: ConfigDict) -> Iterator[str]:
-    """The parts of the method fit together."""
-    c = config
-    has_reward_model = bool(c.prm.queries or c.prm.data or c.prm.path)
-    if c.evolve.data == "rollouts" and c.evolve.select == "prm" and not has_reward_model:
-        yield "evolve.select = 'prm': needs a reward model, so set prm.queries, prm.data or prm.path"
-    if c.prm.data and c.prm.path:
-        yield f"prm.data = {c.prm.data!r}: nothing is trained on it, for prm.path names a reward model"
-    if c.evolve.select == "likelihood" and c.prm.path:
-        yield "evolve.select = 'likelihood': the warm-up selects, so prm.path must be empty"
-    if c.evolve.select == "oracle" and (c.data.labelled or not _has_figures(config)):
-        yield "evolve.select = 'oracle': needs the embedded data set, whose true steps are known"
-    if c.evolve.threshold is not None and c.evolve.select not in ("prm", "likelihood"):
-        rule = f"must be None, for evolve.select = {c.evolve.select!r} has no rewards"
-        yield f"evolve.threshold = {c.evolve.threshold}: {rule}"
 
 
 def trains_base(config: ConfigDict) -> bool:

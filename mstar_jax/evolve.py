@@ -20,6 +20,10 @@ The other methods are the same function with other values (configs/variants.py):
     ReST^EM         rollouts     warmup        reset              100 %, without R_p
     SFT             answers      last          carry over         25 %, trains on the gold answers
     control         warmup       last          carry over         trains on the warm-up's rationales again
+    RLOO, GRPO      rollouts     last          carry over         25 %, trains on right and wrong responses
+
+The last two do not imitate what is selected: `evolve.objective` says how a response's advantage over the
+others to its query pushes it up or down (training/objectives.py).
 
 Restarts: every step below is idempotent. Whatever is in the workdir already is returned, and a step that was
 interrupted continues where its files end. A second start runs through this function again and ends with the
@@ -49,7 +53,9 @@ from mstar_jax.stages.policy import drop_checkpoints, policy_after
 from mstar_jax.stages.reward_model import train_reward_model
 from mstar_jax.stages.run import start, superseded
 from mstar_jax.stages.select import gold_answers, select, select_rationales, select_unlabelled
+from mstar_jax.stages.weigh import weigh
 from mstar_jax.structs import Stage
+from mstar_jax.training import objectives
 
 
 def evolve(
@@ -109,8 +115,12 @@ def evolve(
 
         if method.data == "rollouts":
             queries = next_queries(run, t)  # by evolve.curriculum; uniform: the next ones of an epoch
-            responses = generate(run, stage, policy, queries, temperature, method.k)
-            sources = [select(run, stage, reward, queries, responses)]
+            gradient = method.objective != "sft"  # a policy gradient, which asks how likely each token was
+            responses = generate(run, stage, policy, queries, temperature, method.k, logprobs=gradient)
+            if gradient:
+                sources = [weigh(run, stage, policy, reward, queries, responses)]
+            else:
+                sources = [select(run, stage, reward, queries, responses)]
             if unlabelled_join(method, t):  # as above, with the answers that the responses vote for
                 queries = splits.share(run.unlabelled, method.fraction, t, config.seed)
                 responses = generate(run, stage, policy, queries, temperature, method.k, part="unlabelled")
@@ -128,7 +138,8 @@ def evolve(
             moments=t > 1 and not method.reset_moments,
             schedule=t > 1 and not method.reset_schedule,
         )
-        policy = improve(run, stage, start_policy, sources, carry=carry, sampled_at=temperature)
+        loss = objectives.loss_of(method, run.processor.forbidden_ids)  # of sft the likelihood
+        policy = improve(run, stage, start_policy, sources, carry=carry, sampled_at=temperature, loss=loss)
         measure(run, policy, reward, sources, sampled_at=temperature)  # every eval.every, and the last one
         temperature = explore(run, policy, reward, temperature)  # every explore.every iterations
         drop_checkpoints(run, t)  # but the last evolve.keep_checkpoints, and the best one

@@ -43,6 +43,12 @@ ALWAYS = {
     "evolve.final_fraction": SHARE,
     "evolve.remeasure": "[0, 0.5]",  # twice this share of an iteration: as much for queries never measured
     "evolve.keep_checkpoints": "[2, inf)",  # an iteration starts from the checkpoint of the one before
+    "evolve.process_weight": SOME,
+    "evolve.truncate": SOME,
+    "evolve.clip_low": SHARE,
+    "evolve.clip_high": SOME,
+    "evolve.kl": SOME,
+    "evolve.kl_queries": SOME,
     "evolve.unlabelled.mixin": SHARE,
     "evolve.unlabelled.threshold": SHARE,
     "evolve.unlabelled.weight": SOME,
@@ -192,6 +198,43 @@ def judging(prm: Mapping[str, Any], of_folder: bool) -> Iterator[str]:
     yield from refusal(prompts.check, prm["prompt"])
     if "{answer}" in prm["prompt"]:
         yield f"prm.prompt = {prm['prompt']!r}: must not show the answer to what judges responses"
+
+
+def method(values: Mapping[str, Any], figures: bool) -> Iterator[str]:
+    """What does not fit together in a method.
+
+    Args:
+      values: of the config, by dotted key.
+      figures: whether there is an embedded data set.
+    """
+    select, data, objective = (values[f"evolve.{key}"] for key in ("select", "data", "objective"))
+    trained = bool(values["prm.queries"] or values["prm.data"] or values["prm.path"])
+    if data == "rollouts" and objective == "sft" and select == "prm" and not trained:
+        yield "evolve.select = 'prm': needs a reward model, so set prm.queries, prm.data or prm.path"
+    if values["prm.data"] and values["prm.path"]:
+        name = values["prm.data"]
+        yield f"prm.data = {name!r}: nothing is trained on it, for prm.path names a reward model"
+    if select == "likelihood" and values["prm.path"]:
+        yield "evolve.select = 'likelihood': the warm-up selects, so prm.path must be empty"
+    if select == "oracle" and (values["data.labelled"] or not figures):
+        yield "evolve.select = 'oracle': needs the embedded data set, whose true steps are known"
+    if values["evolve.threshold"] is not None and select not in ("prm", "likelihood"):
+        rule = f"must be None, for evolve.select = {select!r} has no rewards"
+        yield f"evolve.threshold = {values['evolve.threshold']}: {rule}"
+    if objective == "sft":
+        return
+    if values["evolve.process_weight"] and not trained and select != "likelihood":
+        yield (
+            f"evolve.process_weight = {values['evolve.process_weight']}: needs step scores, so set "
+            "prm.queries or prm.path, or evolve.select = 'likelihood'"
+        )
+    only = {"evolve.data": "rollouts", "evolve.start": "last", "evolve.unlabelled.mixin": None}
+    for key, value in (only | {"sampling.stop_strings": ()}).items():
+        if values[key] != value:
+            yield f"{key} = {values[key]!r}: must be {value!r} with evolve.objective = {objective!r}"
+    if values["evolve.temperature"] == 0 or values["evolve.k"] < 2:
+        asked = f"evolve.temperature = {values['evolve.temperature']}, evolve.k = {values['evolve.k']}"
+        yield f"{asked}: evolve.objective = {objective!r} compares 2 or more samples, drawn above 0"
 
 
 def refusal(refuses: Callable[..., object], *arguments: object) -> list[str]:

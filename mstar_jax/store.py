@@ -12,6 +12,7 @@ A line of a shard of rollouts or scores is one query with its responses:
      "responses": [{"sample": 0, "text": "Bars ...", "verdict": "correct", "tokens": [311, 9], ...}, ...]}
 """
 
+import base64
 import hashlib
 import json
 import logging
@@ -22,8 +23,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from mstar_jax import processes
-from mstar_jax.structs import Query, Response, int32
+from mstar_jax.structs import Array, Query, Response, float32, int32
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -260,6 +263,9 @@ def rollout(query: Query, responses: Sequence[Response]) -> dict[str, object]:
         del each["query_id"]
         if each["score"] is None:
             del each["score"]
+        logprobs = each.pop("logprobs")
+        if logprobs is not None:  # absent otherwise: what an objective does not need changes no store
+            each["logprobs"] = packed(logprobs)
     return {
         "query": query.id,
         "question": query.question,
@@ -287,4 +293,17 @@ def _query_id(line: bytes) -> str:
 def _response(query_id: str, record: dict[str, Any]) -> Response:
     scores = record["step_scores"]
     listed = {"tokens": int32(record["tokens"]), "step_scores": None if scores is None else tuple(scores)}
-    return Response(query_id=query_id, **record | listed)
+    logprobs = unpacked(record["logprobs"]) if "logprobs" in record else None
+    if logprobs is not None and len(logprobs) != len(record["tokens"]):
+        raise ValueError(f"sample {record['sample']}: not as many log probabilities as tokens")
+    return Response(query_id=query_id, **record | listed | {"logprobs": logprobs})
+
+
+def packed(values: Array) -> str:
+    """Float32 numbers as base64 of their little-endian bytes: exact, and 5.3 characters each."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def unpacked(text: str) -> Sequence[float]:
+    """The float32 array that `packed` wrote."""
+    return float32(np.frombuffer(base64.b64decode(text), "<f4"))

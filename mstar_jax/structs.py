@@ -117,10 +117,18 @@ class Prompt:
     crops: int
 
 
+Array = Any  # numpy's on the host, JAX's on a device, a ShapeDtypeStruct in `plan`; a union would need casts
+
+
 def int32(tokens: Iterable[int]) -> "array.array[int]":
     """Token ids as an int32 array: 4 bytes each, where a tuple takes 8, and 28 more for an id above 256. It
     compares and slices as a list does, and numpy reads it without a copy."""
     return array.array("i", tokens)
+
+
+def float32(values: Array) -> "array.array[float]":
+    """Numbers as a float32 array, 4 bytes each; see `int32`."""
+    return array.array("f", np.asarray(values, np.float32).tobytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +144,9 @@ class Row:
       labels: each response's (index of a step's last token, label of the step); empty where no step counts.
       starts: where sampling continues, (branch, how many of its first tokens are kept, sample key), one for
         each of the K samples; empty: K samples from the prompt, with keys 0..K-1.
+      old, reference: each response's log probability of every token (nats), under the policy that a stage
+        begins with and under the warm-up; empty where an objective needs none.
+      temperature: of these, and of the policy that is trained on them; None for 1.
     """
 
     prompt: Prompt
@@ -143,6 +154,9 @@ class Row:
     weights: tuple[float | Sequence[float], ...] = ()
     labels: tuple[tuple[tuple[int, float], ...], ...] = ()
     starts: tuple[tuple[int, int, int], ...] = ()
+    old: tuple[Sequence[float], ...] = ()
+    reference: tuple[Sequence[float], ...] = ()
+    temperature: float | None = None
 
     @property
     def length(self) -> int:
@@ -168,6 +182,8 @@ class Response:
       iteration: self-evolving iteration that sampled it.
       temperature: sampling temperature, 0 for greedy.
       score: what a user's reward gave it, in 0..1; None without one.
+      logprobs: float32 array, the log probability of each token, of which `logprob` is the sum; None where no
+        objective needs them. In a store 4 bytes a token are 5.3 characters (base64).
     """
 
     query_id: str
@@ -182,6 +198,7 @@ class Response:
     iteration: int = 0
     temperature: float = 1.0
     score: float | None = None
+    logprobs: Sequence[float] | None = None
 
 
 class Source(NamedTuple):
@@ -204,7 +221,6 @@ class Source(NamedTuple):
         return sum(len(row.responses) for row in self.rows)
 
 
-Array = Any  # numpy's on the host, JAX's on a device, a ShapeDtypeStruct in `plan`; a union would need casts
 Pixels = Any  # a tuple of such arrays, of a family's own type
 Remat = Callable[..., bool]  # a policy of `jax.checkpoint`: which values the forward pass saves
 
@@ -225,6 +241,8 @@ class Batch(NamedTuple):
       labels: float32[B, T]; the label of a step at its last token, -1 elsewhere. The reward model's alone.
       positions: int32[B, 3, T]; time, height and width of every token, for a family with M-RoPE (see
         `layers.DecoderConfig`). A branch goes on from the prefix's greatest position.
+      old, reference: float32[B, T], see `Row`; 0 outside of responses. None where no row has them.
+      temperature: float32[B], see `Row`.
     """
 
     tokens: Array
@@ -234,6 +252,9 @@ class Batch(NamedTuple):
     pixels: Pixels
     labels: Array = None
     positions: Array = None
+    old: Array = None
+    reference: Array = None
+    temperature: Array = None
 
 
 class Prefix(NamedTuple):
@@ -286,7 +307,12 @@ class Model(Protocol):
         """hidden [B, T, D] that predicts each token of the rows."""
 
     def token_logprobs(
-        self, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
+        self,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        wanted: jax.Array,
+        temperature: jax.Array | None = None,
+        forbidden: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array]:
         """Log probabilities (nats) of tokens [B, T], and whether each is the likeliest one."""
 
@@ -370,30 +396,3 @@ class TrainState(NamedTuple):
     step: Array
     params: Any
     opt_state: Any
-
-
-@dataclasses.dataclass
-class EvolveState:
-    """The state of the run; written next to the TrainState in every checkpoint.
-
-    Attributes:
-      stage: `Stage.kind` of the stage whose training wrote the checkpoint.
-      iteration: its `Stage.number`.
-      cursor: batches of this stage's training already consumed.
-      done: the stage's training is complete.
-      temperature: what the responses trained on were sampled at.
-      seed: the run's seed.
-      loader: state of the stage's input pipeline, as its iterator gives it.
-      curve: sums of the training metrics since the last row of the stage's curve.
-      values: of the config, by dotted key, what the stage was trained with.
-    """
-
-    stage: str
-    iteration: int
-    cursor: int
-    done: bool
-    temperature: float
-    seed: int
-    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
-    curve: dict[str, Any] = dataclasses.field(default_factory=dict)
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)

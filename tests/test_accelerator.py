@@ -12,8 +12,8 @@ import tiny
 from mstar_jax import sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.models import attention, layers, vision
-from mstar_jax.structs import EvolveState, Stage
-from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.structs import Stage
+from mstar_jax.training.checkpoint import Checkpoints, EvolveState
 from mstar_jax.training.optimizer import make_optimizer, new_state
 from mstar_jax.training.step import abstract_state, make_train_step
 

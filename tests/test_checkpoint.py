@@ -11,9 +11,9 @@ import pytest
 
 from mstar_jax import sharding
 from mstar_jax.data import loader
-from mstar_jax.structs import EvolveState, Query, Row, Stage, TrainState
+from mstar_jax.structs import Query, Row, Stage, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.checkpoint import Checkpoints, Damaged
+from mstar_jax.training.checkpoint import Checkpoints, Damaged, EvolveState
 from mstar_jax.training.step import abstract_state, make_train_step
 from tests import tiny
 

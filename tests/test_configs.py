@@ -172,6 +172,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
     ("key", "value", "text"),
     [
         ("evolve.data", "rollout", r"evolve.data = 'rollout': choose one of 'rollouts', 'answers', 'warmup'"),
+        ("evolve.objective", "ppo", "evolve.objective = 'ppo': choose one of 'sft', 'reinforce', 'grpo'"),
         ("train.remat", "some", "train.remat = 'some': choose one of 'none', 'full', 'attention', 'dots'"),
         (
             "prm.queries",
@@ -241,6 +242,8 @@ IMPOSSIBLE = {
     "evolve.iterations": (-1,),
     "evolve.learning_rate": (-1e-3, float("inf")),
     "evolve.unlabelled.mixin": (1.5,),
+    "evolve.clip_low": (1.5, -0.1),
+    "evolve.truncate": (-1.0, float("inf")),
     "sampling.dtype": ("bf16",),
     "sampling.top_p": (0.0, 1.1),
     "sampling.top_k": (-1,),
@@ -300,6 +303,25 @@ def test_every_number_has_a_range():
     numbers = {key for key, value in flat(base.get_config()).items() if type(value) in (int, float)}
     left = {key for key in numbers - set(ruled) - own if not key.endswith((".batch", ".rows"))}
     assert left == {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # the mesh refuses them itself
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("evolve.start", "warmup", "evolve.start = 'warmup': must be 'last' with evolve.objective = 'grpo'"),
+        ("evolve.data", "answers", "evolve.data = 'answers': must be 'rollouts' with evolve.objective = "),
+        ("evolve.unlabelled.mixin", 0.5, "evolve.unlabelled.mixin = 0.5: must be None with evolve.objective"),
+        ("sampling.stop_strings", ("x",), r"sampling.stop_strings = \('x',\): must be \(\) with evolve.obj"),
+        ("evolve.k", 1, "evolve.k = 1: evolve.objective = 'grpo' compares 2 or more samples"),
+        ("evolve.temperature", 0.0, "evolve.temperature = 0.0, .* drawn above 0"),
+        ("evolve.process_weight", 0.5, "evolve.process_weight = 0.5: needs step scores, so set prm.queries"),
+    ],
+)
+def test_what_a_policy_gradient_needs(key, value, text):
+    config = tiny.get_config("grpo")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=text):
+        configure.check(config, sharding.make_mesh())
 
 
 def test_a_threshold_needs_rewards():

@@ -14,8 +14,9 @@ from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.stages import improve
 from mstar_jax.stages.policy import Policy, at_rest, check_values, policy_after, values_of
-from mstar_jax.structs import EvolveState, Prompt, Query, Row, Source, Stage
+from mstar_jax.structs import Prompt, Query, Row, Source, Stage
 from mstar_jax.training import optimizer
+from mstar_jax.training.checkpoint import EvolveState
 
 SETTINGS = {"steps": 4, "iterations": 3, "learning_rate": 1e-3, "warmup_steps": 0, "final_fraction": 0.1}
 

@@ -221,6 +221,27 @@ def test_row_batches(processor, prompts):
     assert list(loader.row_batches([], processor, 3)) == []
 
 
+def test_rows_with_log_probabilities(processor):
+    """Weights for each token, signs included; what one row of a batch has, the batch has."""
+    [asked] = loader.plan_prompts([(Query("q", (), "area"), "area")], processor, 1000)
+    weights = ((0.5, -1.0, 0.0), (-2.0, 1.5))
+    old, reference = ((-1.0, -2.0, -3.0), (-4.0, -5.0)), ((-6.0, -7.0, -8.0), (-9.0, -10.0))
+    row = Row(asked, ((5, 6, 7), (8, 9)), weights, old=old, reference=reference, temperature=0.7)
+    n, rows = asked.length, [row, Row(asked, ((5,),))]
+    batch = loader.encode_rows(rows, processor, 32, 0, share=range(3))
+    for name, values in (("loss_mask", weights), ("old", old), ("reference", reference)):
+        found = getattr(batch, name)
+        assert found[0].tolist() == [0.0] * n + [*values[0], *values[1]] + [0.0] * (32 - n - 5), name
+        assert not found[2].any() and found.dtype == np.float32
+    assert not batch.old[1].any() and batch.loss_mask[1, n] == 1.0
+    np.testing.assert_array_equal(batch.temperature, np.array([0.7, 1.0, 1.0], np.float32))
+    plain = loader.encode_rows(rows[1:], processor, 32, 0)
+    assert plain.old is plain.reference is plain.temperature is None
+    first, second = loader.split_rows([row], n + 4)
+    assert (first.weights, second.weights) == (weights[:1], weights[1:])
+    assert (first.old, second.reference, second.temperature) == (old[:1], reference[1:], 0.7)
+
+
 # ---- the training stream -----------------------------------------------------------------------------
 
 

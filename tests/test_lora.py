@@ -21,9 +21,9 @@ from mstar_jax.models import layers, phi35, vlm
 from mstar_jax.plan import official
 from mstar_jax.plan.programs import Programs
 from mstar_jax.rewards import prm
-from mstar_jax.structs import EvolveState, Stage, TrainState
+from mstar_jax.structs import Stage, TrainState
 from mstar_jax.training import optimizer
-from mstar_jax.training.checkpoint import Checkpoints
+from mstar_jax.training.checkpoint import Checkpoints, EvolveState
 from mstar_jax.training.step import abstract_state, make_train_step, token_loss
 
 RANK, ALPHA, LENGTH = 4, 6.0, 40

@@ -105,7 +105,12 @@ class Page:
         checkpoints = types.SimpleNamespace(wait=lambda: None)
         results = types.SimpleNamespace(records=[])
         run = types.SimpleNamespace(
-            labelled=labelled, checkpoints=checkpoints, results=results, config=config, seed=config.seed
+            labelled=labelled,
+            checkpoints=checkpoints,
+            results=results,
+            config=config,
+            seed=config.seed,
+            processor=types.SimpleNamespace(forbidden_ids=()),
         )
         nothing = ("base", "measure", "select_rationales", "train_reward_model", "select", "drop_checkpoints")
         verbs = {name: lambda *given, **more: None for name in nothing}

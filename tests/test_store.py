@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mstar_jax import store
-from mstar_jax.structs import Query, Response, int32
+from mstar_jax.structs import Query, Response, float32, int32
 
 asked = ("a", "b", "c", "d").__getitem__  # what each shard answers
 SETTINGS = {"branches": 4, "temperatures": (0.0, 0.7), "prompt": "{question}", "seed": 0}
@@ -83,7 +83,7 @@ def test_a_line_of_a_shard_has_the_form_that_older_ones_have():
     [(query, responses)] = groups(0, 1, "½")
     shown = [dataclasses.asdict(r) | {"tokens": list(r.tokens)} for r in responses]
     for each in shown:
-        del each["query_id"]
+        del each["query_id"], each["score"], each["logprobs"]  # the last two none of them has
     whole = {
         "query": "q0",
         "question": "How many?",
@@ -96,6 +96,19 @@ def test_a_line_of_a_shard_has_the_form_that_older_ones_have():
     assert store.digest([[r.tokens for r in responses]]) == store.digest(
         [[list(r.tokens) for r in responses]]
     )
+
+
+def test_log_probabilities_of_tokens_come_back_to_the_last_bit(tmp_path):
+    [(query, responses)] = groups(0, 1)
+    values = np.array([-0.1, -1e-30, -17.25], np.float32)
+    kept = [dataclasses.replace(r, logprobs=float32(values)) for r in responses]
+    record = json.loads(store.line(store.rollout(query, kept)))
+    assert len(record["responses"][0]["logprobs"]) == 16  # 4 bytes each, in base64
+    found = store.read_rollout(record)[1]
+    assert found == kept and np.asarray(found[0].logprobs).tobytes() == values.tobytes()
+    record["responses"][1]["tokens"].append(3)
+    with pytest.raises(ValueError, match="sample 1: not as many log probabilities as tokens"):
+        store.read_rollout(record)
 
 
 def test_tokens_are_int32():

@@ -114,6 +114,11 @@ def encode_rows(
         processor.prefix(row.prompt.text, sizes) for row, sizes in zip(decoded, found.sizes, strict=True)
     ]
     turned = any(prefix.positions is not None for prefix in prefixes)
+    hot = any(row.temperature is not None for row in rows)
+
+    def numbers(wanted: bool) -> np.ndarray | None:
+        return np.zeros((len(share), length), np.float32) if wanted else None
+
     batch = Batch(
         tokens=np.zeros((len(share), length), np.int32),
         branch=np.full((len(share), length), -1, np.int32),
@@ -122,6 +127,9 @@ def encode_rows(
         pixels=found.pixels,
         labels=np.full((len(share), length), -1, np.float32),
         positions=np.zeros((len(share), 3, length), np.int32) if turned else None,
+        old=numbers(any(row.old for row in rows)),
+        reference=numbers(any(row.reference for row in rows)),
+        temperature=np.ones(len(share), np.float32) if hot else None,
     )
     for at, (row, prefix, count) in enumerate(zip(decoded, prefixes, found.counts, strict=True)):
         if (len(prefix.tokens), count) != (row.prompt.length, row.prompt.crops):
@@ -149,6 +157,12 @@ def _lay_out(batch: Batch, at: int, row: Row, prefix: Prefix) -> None:
         batch.loss_mask[at, start:end] = row.weights[number] if row.weights else 1.0
         for place, label in row.labels[number] if row.labels else ():
             batch.labels[at, start + place] = label
+        if row.old:
+            batch.old[at, start:end] = row.old[number]
+        if row.reference:
+            batch.reference[at, start:end] = row.reference[number]
+    if row.temperature is not None:
+        batch.temperature[at] = row.temperature
     if prefix.positions is not None:
         batch.positions[at] = positions.of_row(prefix.positions, batch.branch[at])
 
@@ -270,7 +284,15 @@ def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
 
 def _part(row: Row, first: int, last: int) -> Row:
     these = slice(first, last)
-    return Row(row.prompt, row.responses[these], row.weights[these], row.labels[these])
+    return Row(
+        row.prompt,
+        row.responses[these],
+        row.weights[these],
+        row.labels[these],
+        old=row.old[these],
+        reference=row.reference[these],
+        temperature=row.temperature,
+    )
 
 
 def by_bucket(rows: Sequence[Row], size: int, buckets: Sequence[int]) -> list[list[Row]]:

@@ -165,6 +165,7 @@ class Task(NamedTuple):
       settings: what the records depend on; a store refuses other ones.
       iteration: written into the responses.
       kind: of work, in the table of speeds.
+      logprobs: whether they keep the log probability of each token.
     """
 
     folder: str
@@ -173,6 +174,7 @@ class Task(NamedTuple):
     settings: Mapping[str, object]
     iteration: int = 0
     kind: str = "rollouts"
+    logprobs: bool = False
 
 
 def pass_key(seed: int, name: str) -> jax.Array:
@@ -221,6 +223,7 @@ def sample(
     longest: int = 0,
     kind: str = "rollouts",
     judge: selection.Judge = selection.judge_all,
+    logprobs: bool = False,
 ) -> Groups:
     """Samples and judges responses through the store of rollouts.
 
@@ -236,11 +239,13 @@ def sample(
       longest: most tokens of a prompt; 0 for `data.max_prompt`.
       kind: of work, in the table of speeds.
       judge: what judges them; by default the answer checker.
+      logprobs: whether the responses keep the log probability of each token.
     """
     sampler = sampler_for(host, len(temperatures), batch or host.sampling.batch)
     rows = [Row(prompt) for prompt in plan(host, asked, name, longest=longest) if prompt is not None]
     own = dataclasses.asdict(sampler.config) | {"temperatures": list(temperatures)}
     own["dtype"] = host.sampling.dtype
+    own |= {"logprobs": True} if logprobs else {}
     task = Task(
         folder=f"rollouts/{name}",
         temperatures=temperatures,
@@ -248,6 +253,7 @@ def sample(
         settings={**own, **settings},
         iteration=iteration,
         kind=kind,
+        logprobs=logprobs,
     )
 
     def record(row: Row, responses: Sequence[Response]) -> dict[str, object]:
@@ -328,6 +334,7 @@ def sample_rows(
                 iteration=task.iteration,
                 mesh=host.mesh,
                 each=each,
+                logprobs=task.logprobs,
             )
             room = batch * len(task.temperatures)
             for number, these, responses in zip(missing, shards, answered):

@@ -3,6 +3,7 @@
 Shapes: B slots, E entering rows, K branches.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from mstar_jax import processes, sharding
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.inference.sampler import Entry, Generated, Sampler
-from mstar_jax.structs import Batch, Model, Processor, Response, Row, int32, ring
+from mstar_jax.structs import Batch, Model, Processor, Response, Row, float32, int32, ring
 
 
 def query_key(query_id: str) -> int:
@@ -34,6 +35,7 @@ def rollouts(
     iteration: int,
     mesh: Mesh,
     each: Callable[[int, int, int], None] = lambda rows, steps, tokens: None,
+    logprobs: bool = False,
 ) -> Iterator[list[list[Response]]]:
     """Samples K responses for every row: new ones, or the continuations of those that the row holds.
 
@@ -51,6 +53,7 @@ def rollouts(
       mesh: the device mesh.
       each: called between the segments of decoding with how many rows have ended since the last call, how
         many steps the shard has taken, and how many tokens those rows were given; it may raise to stop.
+      logprobs: whether new responses keep the log probability of each token.
 
     Yields:
       For each shard, in order, the K responses of each of its rows; a continuation's tokens and text are
@@ -68,10 +71,11 @@ def rollouts(
     mine = share.rows(count)
 
     def decoded(rows: Sequence[Row], at: int, host: Generated) -> list[Response]:
-        logprobs = _logprobs(rows[at], host)
+        sums = _logprobs(rows[at], host)
         if not processes.mine(at):
             return []
-        return _responses(rows[at], host, logprobs, processor, config, temperatures, iteration)
+        found = _responses(rows[at], host, sums, processor, config, temperatures, iteration)
+        return [_with_logprobs(r, host) for r in found] if logprobs else found
 
     for rows in shards:
         answered: list[list[Response]] = [[] for _ in rows]
@@ -165,6 +169,21 @@ def _logprobs(row: Row, host: Generated) -> list[float]:
             )
         found.append(logprob)
     return found
+
+
+def _with_logprobs(response: Response, host: Generated) -> Response:
+    """The response with the log probability of each token that was sampled.
+
+    Raises:
+      ValueError: its tokens are others: it was continued, or cut at a stop string.
+    """
+    count = int(host.length[response.sample])
+    if list(response.tokens) != host.tokens[response.sample, :count].tolist():
+        where = f"query {response.query_id!r}, sample {response.sample}"
+        raise ValueError(
+            f"{where}: its tokens are not those that were sampled, so they have no probabilities"
+        )
+    return dataclasses.replace(response, logprobs=float32(host.logprobs[response.sample, :count]))
 
 
 def _responses(

@@ -6,7 +6,7 @@ layouts, tiles and slices are data, never shapes.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -126,7 +126,12 @@ class VisionLanguageModel(nnx.Module):
         return self.decoder.logits(hidden)
 
     def token_logprobs(
-        self, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
+        self,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        wanted: jax.Array,
+        temperature: jax.Array | None = None,
+        forbidden: Sequence[int] = (),
     ) -> tuple[jax.Array, jax.Array]:
         """Log probabilities of tokens, given the hidden states that predict them.
 
@@ -137,6 +142,8 @@ class VisionLanguageModel(nnx.Module):
           hidden: [B, T, D].
           tokens: int32[B, T].
           wanted: bool[B, T]; results elsewhere are meaningless.
+          temperature: float32[B], what the logits of a row are divided by; None for 1.
+          forbidden: ids without probability, as the sampler has them.
 
         Returns:
           float32[B, T] log probability in nats, and bool[B, T] whether it is the likeliest token.
@@ -144,6 +151,10 @@ class VisionLanguageModel(nnx.Module):
 
         def read(hidden, tokens):
             logits = self.logits(hidden)
+            if forbidden:
+                logits = jnp.where(np.isin(np.arange(logits.shape[-1]), forbidden), -jnp.inf, logits)
+            if temperature is not None:
+                logits = logits / temperature[:, None, None]
             target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
             return target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == tokens
 

@@ -90,6 +90,11 @@ def own_bytes(tree: Any) -> int:
     )
 
 
+def trained(evolve: ml_collections.ConfigDict) -> int:
+    """The most responses to a query that an iteration trains on; a policy gradient takes all of them."""
+    return evolve.k if evolve.objective != "sft" else evolve.keep or evolve.k
+
+
 class Programs:
     """The programs of a config for a mesh."""
 
@@ -194,7 +199,7 @@ class Programs:
 
     def _train(self) -> Program:
         e, buckets = self.config.evolve, self.config.data.buckets
-        kept = (e.keep or e.k) * self.config.sampling.max_new_tokens
+        kept = trained(e) * self.config.sampling.max_new_tokens
         length = loader.bucket(min(self.config.data.max_prompt + kept, max(buckets)), buckets)
         return self._step("train step", "evolve.batch", self.build, token_loss, e.batch, length)
 

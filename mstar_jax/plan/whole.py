@@ -19,7 +19,7 @@ from mstar_jax import configure, sharding
 from mstar_jax.data import loader
 from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches, stems
 from mstar_jax.plan.cost import Cost, peak_times
-from mstar_jax.plan.programs import Program, Programs
+from mstar_jax.plan.programs import Program, Programs, trained
 from mstar_jax.profiling.flops import Chip
 
 RESPONSE, TOKEN = 220, 11  # bytes in a store, of a response and of each of its tokens
@@ -258,10 +258,13 @@ def estimate(
         out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
         if scores and more:
             out.append(e.score("iterations, votes", queries, c.evolve.k, assumed.distinct, more))
-        if scores and c.evolve.select in ("prm", "likelihood"):
-            out.append(e.score("iterations, select", queries, c.evolve.k, assumed.right, count + more))
+        imitates = c.evolve.objective == "sft"  # a policy gradient takes the wrong ones too
+        asked = c.evolve.select in ("prm", "likelihood") if imitates else c.evolve.process_weight > 0
+        if scores and asked:
+            share = assumed.right if imitates else assumed.distinct
+            out.append(e.score("iterations, select", queries, c.evolve.k, share, count + more))
     if count:
-        out.append(e.train("iterations, improve", "train", c.evolve, c.evolve.keep or c.evolve.k, count))
+        out.append(e.train("iterations, improve", "train", c.evolve, trained(c.evolve), count))
         measured = {t for t in range(1, count + 1) if t % c.eval.every == 0 or t == count}
         if c.explore.every and scores:
             measured |= set(range(c.explore.every, count + 1, c.explore.every))
@@ -331,6 +334,8 @@ def describe(
     )
     left_out = ["benchmarks"] * bool(programs.config.benchmarks.names)
     left_out += ["the base stage"] * bool(programs.config.base.steps)
+    gradient = programs.config.evolve.objective != "sft"
+    left_out += ["log probabilities of the rollouts, read once or twice an iteration"] * gradient
     left_out += ["compilation, reading and saving of checkpoints, and judging of answers"]
     lines.append(f"left out: {', '.join(left_out)}")
     return "\n".join(lines)

@@ -24,6 +24,7 @@ def generate(
     *,
     template: str = "",
     part: str = "",
+    logprobs: bool = False,
 ) -> Groups:
     """Samples K responses of every query, and judges them by `config.reward`.
 
@@ -36,8 +37,11 @@ def generate(
       k: how many.
       template: of the prompt; empty for the run's.
       part: tells several passes of a stage apart: `rollouts/<stage>_<part>`.
+      logprobs: whether they keep the log probability of each token.
     """
-    return respond(run, stage, policy, queries, [temperature] * k, template=template, part=part)
+    return respond(
+        run, stage, policy, queries, [temperature] * k, template=template, part=part, logprobs=logprobs
+    )
 
 
 def respond(
@@ -51,6 +55,7 @@ def respond(
     part: str = "",
     batch: int = 0,
     kind: str = "rollouts",
+    logprobs: bool = False,
 ) -> Groups:
     """As `generate`, with a temperature for each response; 0 is greedy. See `sample` for batch and kind."""
     template = template or run.template
@@ -65,6 +70,7 @@ def respond(
         batch=batch,
         kind=kind,
         judge=run.grading.judge,
+        logprobs=logprobs,
     )
 
 

@@ -1,4 +1,4 @@
-"""improve: pi_t+1 = SFT(pi_t) on the selected responses."""
+"""improve: pi_t+1 = SFT(pi_t) on the selected responses, or a policy gradient on all of them."""
 
 import functools
 import logging
@@ -25,8 +25,9 @@ from mstar_jax.stages.policy import (
     with_frozen_dtype,
 )
 from mstar_jax.stages.run import Run
-from mstar_jax.structs import EvolveState, Model, Source, Stage, TrainState
+from mstar_jax.structs import Model, Source, Stage, TrainState
 from mstar_jax.training import curves, optimizer
+from mstar_jax.training.checkpoint import EvolveState
 from mstar_jax.training.step import Loss, Metrics, check_finite, token_loss
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def train(
     curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
     unread: list[tuple[int, Metrics]] = []  # steps whose loss and gradient have not been looked at
     first_loss = 0.0  # in the curve
+    likelihood = settings.get("objective", "sft") == "sft"  # the size of other losses says nothing
 
     def save(done: bool, wait: bool = False) -> None:
         check_losses(run, stage, unread)
@@ -184,7 +186,7 @@ def train(
                 mean = curve.write(cursor, float(rate), watch.done)["loss"]
                 bar.set_postfix_str(f"loss {mean:.3f}")
                 first_loss = first_loss or mean
-                if mean > EXPLODED * first_loss:
+                if likelihood and mean > EXPLODED * first_loss:
                     text = "%s: the loss explodes: %.3g at step %d, %.3g at first; the learning rate is %.3g"
                     log.warning(text, stage, mean, cursor, first_loss, rate)
                     first_loss = float("inf")  # said once

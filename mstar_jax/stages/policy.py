@@ -13,8 +13,9 @@ from mstar_jax import configure, models, sharding
 from mstar_jax.models import vlm
 from mstar_jax.ranges import flat
 from mstar_jax.stages.run import Program, Run
-from mstar_jax.structs import EvolveState, Model, Stage, TrainState
+from mstar_jax.structs import Model, Stage, TrainState
 from mstar_jax.training import optimizer
+from mstar_jax.training.checkpoint import EvolveState
 from mstar_jax.training.step import Loss, Step, abstract_state, make_train_step
 from mstar_jax.workdir import FREE
 

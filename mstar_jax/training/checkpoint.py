@@ -33,12 +33,39 @@ from flax import nnx
 
 from mstar_jax import processes, sharding
 from mstar_jax.store import read_json, write_text
-from mstar_jax.structs import EvolveState, Stage, TrainState
+from mstar_jax.structs import Stage, TrainState
 from mstar_jax.workdir import of_folder
 
 SHARE = 0.02  # of the time, at most, for checkpoints that are saved because the one before is old
 BLOCKS = 1024  # of 64 KiB, of each file, that the digest is of: all bytes of a file up to 64 MiB
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class EvolveState:
+    """The state of the run; written next to the TrainState in every checkpoint.
+
+    Attributes:
+      stage: `Stage.kind` of the stage whose training wrote the checkpoint.
+      iteration: its `Stage.number`.
+      cursor: batches of this stage's training already consumed.
+      done: the stage's training is complete.
+      temperature: what the responses trained on were sampled at.
+      seed: the run's seed.
+      loader: state of the stage's input pipeline, as its iterator gives it.
+      curve: sums of the training metrics since the last row of the stage's curve.
+      values: of the config, by dotted key, what the stage was trained with.
+    """
+
+    stage: str
+    iteration: int
+    cursor: int
+    done: bool
+    temperature: float
+    seed: int
+    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    curve: dict[str, Any] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Damaged(ValueError):
