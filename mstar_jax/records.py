@@ -29,6 +29,11 @@ class Record(TypedDict, total=False):
       kept: how many responses it was trained on; None for the base and the reward model.
       dropped: where none was kept, how many there were by cause; see `stages.select.dropped`.
       greedy_accuracy, ..., length: see `rewards.metrics.dynamics`.
+      entropy, ..., length_wrong: how various the samples are, see `rewards.diversity.diversity`.
+      trained_groups, ..., skipped_other: queries of the stage, see `stages.weigh.teaching`.
+      sampler_mean, sampler_greatest, sampler_ess: sampler against trainer, see `rewards.diversity.agreement`.
+      kl: of the policy that sampled what the stage was trained on, from the warm-up; see
+        `rewards.diversity.divergence`.
       all_right, unfaithful: of the embedded data's greedy responses, see `stages.measure.right_steps`.
       parts: on the parts of the embedded data, see `stages.measure.by_part`.
       pseudo_coverage, pseudo_precision: of unlabelled queries that joined, see `stages.select.pseudo_label`.
@@ -59,6 +64,20 @@ class Record(TypedDict, total=False):
     gold_unparsed: float
     truncated: float
     length: float
+    entropy: float
+    groups_all_right: float
+    groups_all_wrong: float
+    distinct_correct: float
+    length_right: float
+    length_wrong: float
+    trained_groups: int
+    skipped_right: int
+    skipped_wrong: int
+    skipped_other: int
+    sampler_mean: float
+    sampler_greatest: float
+    sampler_ess: float
+    kl: float
     all_right: float
     unfaithful: float
     parts: dict[str, dict[str, float]]

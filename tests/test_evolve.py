@@ -85,6 +85,7 @@ SMALL = {
     "train.profile": (1, 2),
 }
 FINAL = "iteration_02"
+KINDS = ("rollouts", "labels", "scores", "logprobs")  # of stores
 # With as many devices as here: threads are shared out by their number, and sums differ in the last bit.
 DRIVER = """
 import functools, jax
@@ -173,7 +174,7 @@ def whole(started):
 def texts(workdir):
     """What must not depend on how often the run was stopped; image paths hold the workdir's name."""
     found = [
-        *(path for kind in ("rollouts", "labels", "scores") for path in workdir.glob(f"{kind}/*/*.json*")),
+        *(path for kind in KINDS for path in workdir.glob(f"{kind}/*/*.json*")),
         *workdir.glob("metrics/*.csv"),
         *workdir.glob("samples/*.md"),
     ]
@@ -226,6 +227,7 @@ def test_results(whole):
         assert set(fields) <= set(record) and record["n"] == 8 and record["k"] == 1
         assert 0 <= record["greedy_accuracy"] <= 1 and record["seconds"] > 0
         assert 0 <= record["all_right"] <= 1
+        assert record["entropy"] > 0 and record["groups_all_right"] + record["groups_all_wrong"] <= 1
         assert ("reward_pass_at_2" in record) == (record["stage"] != "base")
     assert [record["kept"] for record in own] == [None, None, 24, 24, 24, 24, 24]  # 12 queries, 2 responses
     [record] = [record for record in results["stages"] if record["stage"] == "prm"]
@@ -507,6 +509,18 @@ KILLED = {
         {"reward": COIN, "evolve.curriculum": "informative", "evolve.remeasure": 0.2, "evolve.k": 4},
         lambda workdir: has_rows(workdir / "metrics" / "iteration_02.csv", 1),
     ),
+    # a policy gradient, killed between its own reading of the rollouts and the warm-up's
+    "grpo": (
+        {
+            "reward": COIN,
+            "evolve.objective": "grpo",
+            "evolve.kl": 0.1,
+            "evolve.k": 4,
+            "evolve.token_mean": False,
+            "sampling.cache": "int8",
+        },
+        lambda workdir: list(workdir.glob("logprobs/iteration_02_reference/settings.json")),
+    ),
     # no likelihood is above 1, so iterations train nothing; responses end at a line's end
     "nothing kept": (
         {"evolve.select": "likelihood", "evolve.threshold": 1.0, "sampling.stop_strings": ("\n",)},
@@ -542,6 +556,7 @@ def test_kinds_of_runs_that_were_killed_continue(tmp_path, command, kind):
     final = results(tmp_path / "whole")[-1]
     assert (final["stage"], final["iteration"]) == ("iteration", 2)
     assert (final["kept"] == 0) == (kind == "nothing kept")
+    assert (kind == "grpo") == ("kl" in final) == ("sampler_ess" in final)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

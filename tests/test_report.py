@@ -26,7 +26,7 @@ from mstar_jax.structs import Query, Response
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
 STEPS = ["Bars red 4 blue 2", "Sum 4 + 2 = 6"]
-SECTIONS = ("runs", "figure3", "stages", "figure4", "figure5", "temperature", "figure2", "prm")
+SECTIONS = ("runs", "figure3", "narrowing", "stages", "figure4", "figure5", "temperature", "figure2", "prm")
 SECTIONS += ("samples",)
 
 
@@ -53,7 +53,7 @@ def groups(scored):
 
 
 def record(stage, iteration, split, accuracy, **more):
-    numbers = {"greedy_accuracy": accuracy, "pass_at_k": 0.9, "gap": 0.9 - accuracy}
+    numbers = {"greedy_accuracy": accuracy, "pass_at_k": 0.9, "gap": 0.9 - accuracy, "entropy": 1 - accuracy}
     head = {"stage": stage, "iteration": iteration, "split": split, "n": 50, "k": 4}
     return {**head, **numbers, "temperature": 0.7, "kept": 12, "unparsed": 0.01, "seconds": 1.0, **more}
 
@@ -153,7 +153,7 @@ def test_every_section_is_there(full):
     text, shown = read(full)
     assert [a["id"] for tag, a in shown.tags if tag == "section"] == list(SECTIONS)
     assert "data-absent" not in text.split("<main>")[1]
-    assert len([1 for tag, _ in shown.tags if tag == "figure"]) == 13
+    assert len([1 for tag, _ in shown.tags if tag == "figure"]) == 14
     assert shown.data["title"].startswith("M-STaR: run <1> $x$\n")
     assert {p.name for p in full.parent.glob("*.png")} >= {"figure3.png", "figure2a.png", "temperature.png"}
     assert all(Image.open(p).width > 600 for p in full.parent.glob("*.png"))

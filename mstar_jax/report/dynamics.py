@@ -108,6 +108,29 @@ def _several_runs(page: Page, found: Sequence[RunRecord], about: str) -> str:
     return text
 
 
+def narrowing(page: Page, found: Sequence[RunRecord]) -> str:
+    """Pass@K and the entropy of the samples in one figure: how a policy narrows while it improves."""
+    ticks, k = _ticks(found), _k(found)
+    shares, values = list[Line](), list[Line]()
+    for at, run in enumerate(found):
+        entropy = _line(run, "entropy", "", at, "--", bars=False)
+        if entropy.x:
+            one = len(found) == 1
+            name = "" if one else f": {run.name}"
+            shares.append(_line(run, "pass_at_k", f"Pass@{k}{name}", at, bars=one))
+            right = dataclasses.replace(entropy, label=f"entropy{name}", colour=1 if one else at)
+            values.append(dataclasses.replace(right, marker="" if not one else None))
+    if not values:
+        raise Missing("no record has an entropy; runs of earlier versions did not measure it")
+    units = (f"Pass@{k} (% of queries)", "entropy (nats per token)")
+    picture = figures.two_axes(shares, values, STAGE_AXIS, units, ticks)
+    note = (
+        f"Pass@{k}, and the entropy of the samples' distribution: the mean of −log p over their tokens. "
+        f"Validation split, n = {_n(found)} queries."
+    )
+    return f'<div class="figures">{page.figure("narrowing", picture, note)}</div>'
+
+
 def figure4(page: Page, run: RunRecord, suffix: str) -> str:
     """The dynamics at each temperature of the exploration's grid."""
     grids = _grids(run)

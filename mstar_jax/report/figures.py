@@ -91,8 +91,14 @@ def _new(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 2, title: str | None = None) -> None:
+def _legend(
+    figure: Figure, axes: Axes, columns: int = 2, title: str | None = None, more: Axes | None = None
+) -> None:
+    """The legend of axes, and of those that share their x axis."""
     handles, labels = axes.get_legend_handles_labels()
+    if more is not None:
+        others = more.get_legend_handles_labels()
+        handles, labels = [*handles, *others[0]], [*labels, *others[1]]
     if handles:
         labels = [label if len(label) <= 48 else label[:47] + "…" for label in labels]
         columns = 1 if max(map(len, labels)) > 24 else columns
@@ -126,6 +132,29 @@ def cold_to_hot(index: int, count: int) -> str:
     return to_hex(COLD_TO_HOT(index / max(count - 1, 1)))
 
 
+def _draw(axes: Axes, series: Sequence[Line], scale: float) -> None:
+    """Draws curves; their values times `scale` are what the axis shows."""
+    for line in series:
+        if not len(line.y):
+            continue
+        marker = MARKERS[line.colour % len(MARKERS)] if isinstance(line.colour, int) else "o"
+        draw: Callable = axes.plot
+        if line.n > 0:
+            errors = _errors(line.y, [line.n] * len(line.y), scale)
+            draw = functools.partial(axes.errorbar, yerr=errors, elinewidth=0.9, capsize=2.5)
+        draw(
+            line.x,
+            [scale * y for y in line.y],
+            label=f" {line.label}" if line.label else "_",  # "_" hides it; so would a name that begins so
+            color=_colour(line.colour),
+            marker=marker if line.marker is None else line.marker,
+            markersize=4.5,
+            linewidth=1.8,
+            linestyle="none" if line.faint else line.style,
+            alpha=0.45 if line.faint else None,
+        )
+
+
 @styled
 def lines(
     series: Sequence[Line],
@@ -149,25 +178,7 @@ def lines(
       columns, title: of the legend.
     """
     figure, axes = _new(xlabel, ylabel)
-    for line in series:
-        if not len(line.y):
-            continue
-        marker = MARKERS[line.colour % len(MARKERS)] if isinstance(line.colour, int) else "o"
-        draw: Callable = axes.plot
-        if line.n > 0:
-            errors = _errors(line.y, [line.n] * len(line.y), 100)
-            draw = functools.partial(axes.errorbar, yerr=errors, elinewidth=0.9, capsize=2.5)
-        draw(
-            line.x,
-            [100 * y for y in line.y],
-            label=f" {line.label}" if line.label else "_",  # "_" hides it; so would a name that begins so
-            color=_colour(line.colour),
-            marker=marker if line.marker is None else line.marker,
-            markersize=4.5,
-            linewidth=1.8,
-            linestyle="none" if line.faint else line.style,
-            alpha=0.45 if line.faint else None,
-        )
+    _draw(axes, series, 100)
     for a, b in shade:
         low = [100 * y for y in series[a].y]
         high = [100 * y for y in series[b].y]
@@ -178,6 +189,35 @@ def lines(
     if ticks:
         _ticks(axes, ticks)
     _legend(figure, axes, columns, title)
+    return figure
+
+
+@styled
+def two_axes(
+    shares: Sequence[Line],
+    values: Sequence[Line],
+    xlabel: str,
+    ylabels: tuple[str, str],
+    ticks: Mapping[float, str],
+) -> Figure:
+    """Curves of shares, in percent on the left axis, and of other values, on the right one; both begin at 0.
+
+    Args:
+      shares, values: the curves.
+      xlabel, ylabels: labels of the axes; of y left and right.
+      ticks: labels of the x axis by place.
+    """
+    figure, axes = _new(xlabel, ylabels[0])
+    beside = axes.twinx()
+    beside.set_ylabel(ylabels[1])
+    beside.grid(False)
+    beside.spines["right"].set_visible(True)
+    _draw(axes, shares, 100)
+    _draw(beside, values, 1)
+    axes.set_ylim(bottom=0)
+    beside.set_ylim(bottom=0)
+    _ticks(axes, ticks)
+    _legend(figure, axes, more=beside)
     return figure
 
 

@@ -48,6 +48,7 @@ def write(
         page.section("comparison", "Comparison", lambda: tables.comparison(runs))
     page.section("runs", "Runs" if page.several else "Run", lambda: tables.overview(runs))
     page.section("figure3", "Accuracy and Pass@K (Figure 3)", lambda: dynamics.figure3(page, runs))
+    page.section("narrowing", "Pass@K and entropy", lambda: dynamics.narrowing(page, runs))
     page.section("stages", "Stages", each(lambda run, _: tables.stages(run)))
     page.section("figure4", "Temperatures (Figure 4)", each(lambda run, at: dynamics.figure4(page, run, at)))
     page.section("figure5", "Static and adaptive (Figure 5)", lambda: dynamics.figure5(page, runs))

@@ -17,8 +17,19 @@ COLUMNS = {  # of the table of stages; a column that no record has is left out
     "balance_score": "balance %",
     "all_right": "all steps right %",
     "unfaithful": "unfaithful %",
+    "groups_all_right": "all samples right %",
+    "groups_all_wrong": "none right %",
+    "sampler_ess": "sampler's ESS %",
     "unparsed": "unparsed %",
     "truncated": "cut %",
+}
+NUMBERS = {  # of the same table, what is no share
+    "entropy": "entropy, nats",
+    "kl": "KL, nats",
+    "distinct_correct": "distinct correct",
+    "length_right": "tokens, right",
+    "length_wrong": "tokens, wrong",
+    "sampler_greatest": "sampler off, nats",
 }
 SMALL = "Small: 95 % interval (Wilson)."
 HIGHLIGHTS = (
@@ -178,18 +189,23 @@ def stages(run: RunRecord) -> str:
     if not records:
         raise Missing("results.json has no record of a stage yet")
     keys = [key for key in COLUMNS if any(runs.number(r, key) is not None for r in records)]
+    numbers = [key for key in NUMBERS if any(runs.number(r, key) is not None for r in records)]
     ends = {"kept": "kept", "temperature": "T", "chosen": "T next"}
     ends = {key: name for key, name in ends.items() if any(r.get(key) is not None for r in records)}
     rows = []
     for r in sorted(records, key=lambda r: runs.place(r) or 0):
         cells = [stage(r), r.get("split"), r.get("n", "–")]
         shares = [percent(r, key, key == "greedy_accuracy") for key in keys]
+        values = [runs.number(r, key) for key in numbers]
+        plain = ["–" if value is None else f"{value:.3g}" for value in values]
         last = ["–" if r.get(key) is None else r[key] for key in ends]
-        rows.append([*map(escape, cells), *shares, *map(escape, last)])
-    head = ["stage", "split", "n", *(COLUMNS[k] for k in keys), *ends.values()]
+        rows.append([*map(escape, cells), *shares, *plain, *map(escape, last)])
+    head = ["stage", "split", "n", *(COLUMNS[k] for k in keys), *(NUMBERS[k] for k in numbers)]
+    head += ends.values()
     ks = ", ".join(sorted({str(r.get("k", "?")) for r in records}))
     note = (
-        f"Every evaluated stage. n: queries; K = {ks}; cut: at the length cap; kept: responses that trained "
-        f"it; T: temperature that they were sampled at. {SMALL}"
+        f"Every evaluated stage. n: queries; K = {ks}; cut: at the length cap; entropy: of its samples, per "
+        "token; KL, sampler: of the responses that trained it, from the warm-up, and against the trainer; "
+        f"kept: how many they were; T: temperature that they were sampled at. {SMALL}"
     )
     return table(head, rows, note)

@@ -8,7 +8,7 @@ from typing import Any
 from mstar_jax.data import truth
 from mstar_jax.inference.score import Scorer
 from mstar_jax.records import write_samples
-from mstar_jax.rewards import custom, metrics, selection
+from mstar_jax.rewards import custom, diversity, metrics, selection
 from mstar_jax.stages.curriculum import worth
 from mstar_jax.stages.explore import explores
 from mstar_jax.stages.generate import failures, pass_name, respond, stored
@@ -55,6 +55,7 @@ def measure(
         if failed:
             record["reward_failed"] = {**record.get("reward_failed", {}), **failed["reward_failed"]}
         record |= worth(run, stage) if split == "validation" else {}
+        record |= diversity.diversity(groups)
         record |= right_steps(groups, run.truth) | by_part(groups, run.truth, c.eval.k) | lap(run)
         by_id = {query.id: query for query in queries}
         asked = [by_id[group[0].query_id] for group in groups]
