@@ -1,6 +1,7 @@
-"""The paper's ablations at small scale: Tables 1 to 3, and which part of continuous training matters.
+"""The paper's ablations at small scale: Tables 1 to 3, which part of continuous training matters, objectives.
 
     python -m mstar_jax.ablate --config=configs/tiny.py:ablation --tables=1,2,3,4 --seeds=3 [--jobs=2]
+    python -m mstar_jax.ablate --config=configs/tiny.py:ablation --tables=5 --seeds=3
 
 Every seed has one base model, one warm-up and one reward model. Every row of the tables is a run of the main
 job that continues from them, in a folder of its own that can be looked at and reported on like any other run.
@@ -19,14 +20,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import scipy.stats
 from absl import app, flags
-from ml_collections import ConfigDict
 
-from configs.variants import NEW_OPTIMIZER, VARIANTS, Values, resolve
+from configs.ablations import SHARED, TABLES_BY_NUMBER, Row, values_of
+from configs.variants import Values
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.store import read_json, write_text
 from mstar_jax.workdir import FREE, changes
@@ -36,127 +37,7 @@ ROWS = flags.DEFINE_list("rows", [], "Only these rows of them, in this order, by
 SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds; the first is the config's.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Rows that run at the same time.")
 
-# ---- 1. rows ------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """A row of a table.
-
-    Attributes:
-      name: of its folder.
-      title: in the tables.
-      values: what it changes in the config: a variant's values, and what differs from the variant.
-      paper: accuracy on MathV360K and MathVista in the paper, %, with MiniCPM-V-2.5.
-    """
-
-    name: str
-    title: str
-    values: Values
-    paper: tuple[float, float] | None = None
-
-
-class Table(NamedTuple):
-    """A table.
-
-    Attributes:
-      title: its heading.
-      against: name of the row that the others are compared with.
-      rows: from top to bottom.
-    """
-
-    title: str
-    against: str
-    rows: tuple[Row, ...]
-
-
-CONTINUOUS = VARIANTS["continuous"]
-RANDOM_2 = VARIANTS["random_2"]
-NEW_MOMENTS: Values = {"evolve.reset_moments": True}
-NEW_SCHEDULE: Values = {"evolve.reset_schedule": True}
-CONSTANT: Values = {"evolve.final_fraction": 1.0}
-TRUE_ANSWERS: Values = {"evolve.unlabelled.mixin": 0.0, "evolve.unlabelled.oracle": True}
-
-
-def every(fraction: float) -> Values:
-    """The share of the labelled queries in an iteration."""
-    return {"evolve.fraction": fraction}
-
-
-def top(select: str) -> Values:
-    """Top-2 by something other than the reward model."""
-    return {"evolve.select": select, "prm.queries": 0}
-
-
-def votes(mixin: float) -> Values:
-    """Unlabelled queries with voted answers, from this fraction of the iterations on."""
-    return {"evolve.unlabelled.mixin": mixin}
-
-
-TABLES_BY_NUMBER = {
-    "1": Table("Table 1: training methods (no reward model)", "continuous_25", (
-        Row("sft", "SFT", VARIANTS["sft"], (44.3, 54.8)),
-        Row("iterative_rft", "Iterative RFT", VARIANTS["iterative_rft"], (42.3, 55.7)),
-        Row("rest_em", "ReST^EM", VARIANTS["rest_em"], (42.3, 55.1)),
-        Row("continuous_100", "Continuous, 100 %", CONTINUOUS | every(1.0), (42.2, 56.7)),
-        Row("continuous_50", "Continuous, 50 %", CONTINUOUS | every(0.5), (43.1, 56.2)),
-        Row("continuous_25", "Continuous, 25 %", CONTINUOUS | every(0.25), (43.1, 57.2)),
-        Row("continuous_12", "Continuous, 12.5 %", CONTINUOUS | every(0.125), (42.3, 56.1)),
-        Row("continuous_6", "Continuous, 6.25 %", CONTINUOUS | every(0.0625), (41.0, 56.8)),
-    )),
-    "2": Table("Table 2: selection of the correct responses (continuous, 25 %)", "random_2", (
-        Row("continuous_25", "no PRM: all correct", CONTINUOUS | every(0.25), (43.1, 57.2)),
-        Row("random_2", "Random-2", RANDOM_2, (41.0, 55.5)),
-        Row("above", "PRM > 0.25", {"evolve.keep": 0, "evolve.threshold": 0.25}, (43.8, 57.5)),
-        Row("top_1", "PRM Top-1", {"evolve.keep": 1}, (43.0, 59.0)),
-        Row("top_2", "PRM Top-2", {}, (45.3, 59.2)),
-        Row("top_4", "PRM Top-4", {"evolve.keep": 4}, (44.0, 58.4)),
-        Row("likelihood_2", "likelihood under the warm-up policy, Top-2", top("likelihood")),
-        Row("frequency_2", "most frequent, Top-2", top("frequency")),
-        Row("oracle_2", "true steps of the generator, Top-2", top("oracle")),
-        Row("adaptive", "PRM Top-2, adaptive T (M-STaR)", {"explore.adapt": True, "explore.every": 2}),
-    )),
-    "3": Table("Table 3: unlabelled queries (continuous, 25 %)", "top_2", (
-        Row("continuous_25", "labelled only, no PRM", CONTINUOUS | every(0.25), (43.1, 57.2)),
-        Row("top_2", "labelled only, PRM", {}, (45.3, 59.2)),
-        Row("oracle_mix", "true answers, no PRM, from 0 %", CONTINUOUS | TRUE_ANSWERS, (42.5, 58.2)),
-        Row("oracle_mix_prm", "true answers, PRM, from 0 %", TRUE_ANSWERS, (42.9, 59.1)),
-        Row("mix_0", "votes, PRM, from 0 %", votes(0.0), (43.3, 58.2)),
-        Row("mix_25", "votes, PRM, from 25 %", votes(0.25), (42.4, 57.6)),
-        Row("mix_50", "votes, PRM, from 50 %", votes(0.5), (42.9, 58.2)),
-        Row("mix_75", "votes, PRM, from 75 %", votes(0.75), (45.0, 58.8)),
-    )),
-    "4": Table("Continuous training, one part at a time (Random-2, 25 %)", "random_2", (
-        Row("random_2", "moments and schedule carried on, cosine over the run", RANDOM_2),
-        Row("new_moments", "new moments, cosine over the run", RANDOM_2 | NEW_MOMENTS),
-        Row("new_schedule", "moments carried on, a cosine in each iteration", RANDOM_2 | NEW_SCHEDULE),
-        Row("new_both", "new moments, a cosine in each iteration", RANDOM_2 | NEW_OPTIMIZER),
-        Row("constant", "moments carried on, constant rate", RANDOM_2 | CONSTANT),
-        Row("constant_new_moments", "new moments, constant rate", RANDOM_2 | CONSTANT | NEW_MOMENTS),
-    )),
-}  # fmt: skip
-SHARED = Row("shared", "warm-up", {"evolve.iterations": 0}, (38.8, 52.6))
-
-
-def values_of(config: ConfigDict, row: Row, seed: int) -> Values:
-    """What a row changes in the config, by key.
-
-    All rows see as many queries and take as many optimizer steps in all as the config says.
-
-    Raises:
-      ValueError: that is impossible with the row's `evolve.fraction`.
-    """
-    values: Values = {"seed": seed, "data.seed": seed, "explore.adapt": False, "explore.every": 0}
-    if config.data.figures.train:  # as many queries without answers as with them
-        values["data.figures.unlabelled"] = config.data.figures.train
-    try:
-        values |= resolve(config, row.values)
-    except ValueError as error:
-        raise ValueError(f"{row.name}: {error}") from error
-    iterations = values.get("evolve.iterations", config.evolve.iterations)
-    return values | {"eval.every": max(1, iterations // 4)}
-
-
-# ---- 2. runs ------------------------------------------------------------------------------------------
+# ---- 1. runs ------------------------------------------------------------------------------------------
 
 
 def fork(shared: pathlib.Path, folder: pathlib.Path) -> None:
@@ -265,9 +146,11 @@ def _log(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / "logs" / f"{name.replace('/', '_')}.txt"
 
 
-# ---- 3. tables ----------------------------------------------------------------------------------------
+# ---- 2. tables ----------------------------------------------------------------------------------------
 
 MEASURES = {"greedy_accuracy": "greedy", "all_right": "all steps right", "pass_at_k": "Pass@K", "gap": "gap"}
+MEASURES |= {"entropy": "entropy (nats)"}
+NATS = ("entropy",)  # the others are shares, in %
 
 
 class Summary(TypedDict):
@@ -288,12 +171,14 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def measured(folder: pathlib.Path) -> dict[str, float]:
-    """MEASURES of a row's last test record (for `shared` the warm-up's), in %; empty if there is none."""
+    """MEASURES of a row's last test record (for `shared` the warm-up's), shares in %; empty if there is
+    none."""
     path = folder / "results.json"
     records = json.loads(path.read_text())["stages"] if path.exists() else []
     stage = "warmup" if folder.name == SHARED.name else "iteration"
     found = [r for r in records if r["split"] == "test" and r["stage"] == stage]
-    return {key: 100 * found[-1][key] for key in MEASURES if key in found[-1]} if found else {}
+    last = found[-1] if found else {}
+    return {key: (1 if key in NATS else 100) * last[key] for key in MEASURES if key in last}
 
 
 def table(
@@ -342,7 +227,9 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     lines = [f"### {title}", "", "| | " + " | ".join(names.values()) + " | seeds | paper |"]
     lines.append("|---|" + "---:|" * (len(names) + 1) + "---|")
     for record in (record for record in records if record["seeds"]):
-        cells = [cell(record.get(key), signed=key not in MEASURES) for key in names]
+        cells = [
+            cell(record.get(key), signed=key not in MEASURES, digits=2 if key in NATS else 1) for key in names
+        ]
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
     if missing := [record["title"] for record in records if not record["seeds"]]:
@@ -350,12 +237,12 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     return "\n".join(lines)
 
 
-def cell(found: Summary | None, *, signed: bool) -> str:
+def cell(found: Summary | None, *, signed: bool, digits: int = 1) -> str:
     """A summary as text; empty if there is none."""
     if found is None:
         return ""
-    width = "" if found["interval"] is None else f" ± {found['interval']:.1f}"
-    return f"{found['mean']:{'+' if signed else ''}.1f}{width}"
+    width = "" if found["interval"] is None else f" ± {found['interval']:.{digits}f}"
+    return f"{found['mean']:{'+' if signed else ''}.{digits}f}{width}"
 
 
 def main(argv: list[str]) -> None:

@@ -39,7 +39,9 @@ def test_rows_of_a_table_differ():
         assert table.against in {row.name for row in table.rows}
 
 
-@pytest.mark.parametrize("name", ["sft", "iterative_rft", "rest_em", "random_2"])
+@pytest.mark.parametrize(
+    "name", ["sft", "iterative_rft", "rest_em", "random_2", "rloo", "grpo", "grpo_process"]
+)
 def test_rows_are_the_variants_that_users_name(name):
     assert ROWS[name].values == VARIANTS[name]
     assert VARIANTS["continuous"].items() <= ROWS["continuous_25"].values.items()
@@ -74,6 +76,15 @@ def test_tables(tmp_path):
     assert all(line.count("|") == lines[2].count("|") for line in lines[3:-2])
     assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 |" in text
     assert "45.3 / 59.2" in text and "greedy over Random-2" in text
+
+
+def test_entropy_is_no_share(tmp_path):
+    write(tmp_path / "seed_0" / "grpo", "iteration", greedy_accuracy=0.5, entropy=0.271)
+    [row] = [row for row in ablate.TABLES_BY_NUMBER["5"].rows if row.name == "grpo"]
+    found = ablate.table(tmp_path, [row], [0], "top_2")
+    text = ablate.markdown("Table", found, "Top-2")
+    assert "| | greedy | entropy (nats) | seeds | paper |" in text
+    assert "| GRPO | 50.0 | 0.27 | 1 | not in the paper |" in text
 
 
 def test_fork(tmp_path):
