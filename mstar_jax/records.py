@@ -179,7 +179,9 @@ class Results:
 def best(stages: Iterable[Record]) -> Record | None:
     """The validation record of the iteration with the highest greedy accuracy, the first of equal ones; None
     where no iteration has been measured."""
-    measured = [s for s in stages if s["stage"] == Stage.iteration(1).kind and s["split"] == "validation"]
+    kind = Stage.iteration(1).kind
+    measured = [s for s in stages if (s["stage"], s["split"]) == (kind, "validation")]
+    measured = [s for s in measured if "greedy_accuracy" in s]
     return max(measured, key=lambda s: s["greedy_accuracy"], default=None)
 
 
