@@ -143,8 +143,8 @@ TEXT = tuple(
             "extraction",
             "check",
         ),
-    1355: ("report",),  # 55 of it: Pass@K and entropy on two axes, and numbers that are no shares
-    3710: (
+        "rewards": ("steps", "selection", "custom", "custom_worker", "metrics", "diversity", "temperature"),
+        "evaluate": ("scoring", "process", *(n.partition(".")[2] for n in (*PUBLISHED, *READ))),
         "data": (
             "embedded",
             "toy",
