@@ -279,7 +279,7 @@ def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
     assert len({json.loads(line)["greedy"]["response"] for line in lines}) > 1
 
 
-def test_a_policy_judges_by_a_token(place, tmp_path):
+def test_a_policy_judges_by_a_token(place, tmp_path, caplog):
     """Through the scorer that votes; what it says of a step is the softmax of two tokens of its logits."""
     folder, config = place
     config = config.copy_and_resolve_references()
@@ -292,10 +292,13 @@ def test_a_policy_judges_by_a_token(place, tmp_path):
     assert scorer.identity["mark"] == mark and scorer.identity["open"]
     query = Query("q", (), "What is the total of all bars?", answer="6")
     texts = ["Bars red 4\nSum 4 + 2 = 6\nThe answer is 6", "The answer is 6", ""]
-    found = {"q": [Response("q", i, text, (), 0.0, False) for i, text in enumerate(texts)]}
+    some = [*texts, "area 6\n" * 18]  # the last has room without its marks only
+    found = {"q": [Response("q", i, text, (), 0.0, False) for i, text in enumerate(some)]}
     host = inference(config, tmp_path, scorer.processor)
     with jax.set_mesh(mesh):
         scored = score_with(host, scorer, scorer.load(), [Asked(query, "what it answered")], found)
+    assert scored["q"].pop().step_scores == ()
+    assert "1 responses get 0: with their prompt over 160 tokens" in caplog.text
     policy, processor = models.load(folder / "second", jnp.float32)
     pair = [processor.tokenizer.get_vocab()[token] for token in "+-"]
     ids = processor.tokenizer("<|user|>\nJudge. What is the total of all bars?\n")["input_ids"]

@@ -18,11 +18,13 @@ from safetensors.numpy import load_file
 
 from mstar_jax import models, sharding
 from mstar_jax.crops.native import Layout, rounded
-from mstar_jax.data import loader
+from mstar_jax.data import loader, positions
 from mstar_jax.data.pixels import Found
 from mstar_jax.models import hf, layers, native, qwen, qwen25vl, tokenizer
 from mstar_jax.models.layers import DecoderConfig
+from mstar_jax.models.processor import Opened
 from mstar_jax.models.vision import VitConfig, silu
+from mstar_jax.rewards import prm
 from mstar_jax.structs import Prefix, Prompt, Query, Row
 
 VOCAB, SIDE, UNIT = 310, 16, 8  # pixels of a crop and of a feature
@@ -230,6 +232,27 @@ def test_branches_go_on_from_the_greatest_position(processor):
     n, last = len(prompt.tokens), prompt.positions.max()
     assert last < n - 1 and (rows.positions[0, :, :n] == prompt.positions).all()
     assert rows.positions[0, :, n:].tolist() == 3 * [[last + 1, last + 2, last + 3, last + 1, last + 2]]
+
+
+def test_a_judged_conversation_has_the_positions_of_the_whole(processor):
+    """Each branch continues the opened prompt of two images as if the conversation were one sequence."""
+    opened, sizes = Opened(processor), [(40, 24), (9, 9)]
+    mark, between = "<|im_end|>\n<|im_start|>assistant\n", "+<|im_end|>\n<|im_start|>user\n"
+    parts = [tokenizer.literal(processor.tokenizer, text) for text in (mark, between)]
+    encode = prm.marked(processor, *parts)
+    prompt, branches = opened.prefix("Why?\n", sizes), [encode(text).tokens for text in ("area\nbase", "6")]
+    assert opened.prefix_shapes(["Why?\n"], [sizes]) == [(len(prompt.tokens), 8)]
+    branch = np.repeat(range(3), [len(prompt.tokens), *map(len, branches)])
+    found = positions.of_row(prompt.positions, branch)
+    cuts = [processor.cut.layout(size) for size in sizes]
+    texts = (f"Why?\narea{mark}{between}base{mark}", f"Why?\n6{mark}")
+    for number, (text, own) in enumerate(zip(texts, branches, strict=True), start=1):
+        spans = "".join(f"<|vision_start|>{'<|image_pad|>' * cut.features}<|vision_end|>" for cut in cuts)
+        ids = np.array(tokenizer.literal(processor.tokenizer, f"<|im_start|>user\n{spans}{text}"))
+        places = ids == CONFIG.image_token_id
+        assert [*prompt.tokens, *own] == np.where(places, 0, ids).tolist()
+        row = found[:, (branch == 0) | (branch == number)]
+        np.testing.assert_array_equal(row, native.token_positions(places, cuts))
 
 
 def test_frequencies_take_turns():

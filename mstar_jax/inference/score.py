@@ -187,11 +187,11 @@ def score_with(
     name: str = "scores",
 ) -> Groups:
     """The responses with their step scores by a model of the scorer's family, without a store. Copies of a
-    text are scored once."""
+    text are scored once. What cannot be scored gets no scores, and is counted in a warning."""
     buckets = host.data.buckets
     encode = functools.cache(scorer.encode)
     rows: list[Row] = []
-    odd = 0
+    odd = long = 0
     some = [each for each in asked if responses[each.query.id]]
     if scorer.template:
         some = [Asked(query, prompts.render(scorer.template, query)) for query, _ in some]
@@ -201,8 +201,11 @@ def score_with(
         group = selection.distinct(responses[prompt.query.id])
         plain = [r for r in group if prm.same_steps(r.text, encode(r.text))]
         odd += len(group) - len(plain)
-        if plain:
-            rows += loader.split_rows([prm.row(prompt, plain, encode)], max(buckets))
+        room = max(buckets) - prompt.length  # marks, or another tokenizer, may make it too small
+        fits = [r for r in plain if len(encode(r.text).tokens) <= room]
+        long += len(plain) - len(fits)
+        if fits:
+            rows += loader.split_rows([prm.row(prompt, fits, encode)], max(buckets))
     size = host.prm.score_batch or host.prm.batch
     plans = loader.full_batches(rows, size, buckets)
     batches = loader.row_batches(
@@ -221,6 +224,9 @@ def score_with(
             found.update(zip(keys, each, strict=True))
     if odd:
         log.warning("scores: %d responses get 0: their steps cannot be told from their tokens", odd)
+    if long:
+        text = "%s: %d responses get 0: with their prompt over %d tokens, the largest of data.buckets"
+        log.warning(text, name, long, max(buckets))
 
     def scored(response: Response) -> Response:
         key = response.query_id, tuple(encode(response.text).tokens)
