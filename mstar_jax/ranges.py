@@ -196,7 +196,7 @@ def judging(prm: Mapping[str, Any], of_folder: bool) -> Iterator[str]:
     if prm["against"] and not prm["token"]:
         yield f"prm.against = {prm['against']!r}: needs prm.token, of which it is the opposite"
     yield from refusal(prompts.check, prm["prompt"])
-    if "{answer}" in prm["prompt"]:
+    if "{answer" in prm["prompt"]:  # also with a format
         yield f"prm.prompt = {prm['prompt']!r}: must not show the answer to what judges responses"
 
 

@@ -214,7 +214,7 @@ def test_impossible_values_are_refused(key, value, text):
         ({"head": "v.weight"}, r"prm.token = '\+': a token or prm.head scores, so one of them must be empty"),
         ({"token": ""}, "prm.against = '-': needs prm.token"),
         ({"prompt": "{problem}"}, "unknown field {problem}"),
-        ({"prompt": "{question} is {answer}"}, "prm.prompt = .*: must not show the answer"),
+        ({"prompt": "{question} is {answer!s}"}, "prm.prompt = .*: must not show the answer"),
     ],
 )
 def test_how_a_reward_model_is_asked(values, text):

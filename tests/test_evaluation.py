@@ -21,7 +21,7 @@ from mstar_jax.evaluate import evaluation, summary
 from mstar_jax.evaluate.items import Item
 from mstar_jax.inference import generate
 from mstar_jax.inference.generate import Asked, inference
-from mstar_jax.inference.score import Scorer, score_with
+from mstar_jax.inference.score import Scorer, check, score_with
 from mstar_jax.models import vlm
 from mstar_jax.profiling import speed
 from mstar_jax.stages import benchmark as verb
@@ -324,6 +324,19 @@ def test_a_policy_judges_by_a_token(place, tmp_path, caplog):
     config.prm.token = "-"
     with pytest.raises(ValueError, match=r"prm.token = '-', prm.against = '-': both are \d+"):
         evaluate.scorer_of(judge, mesh, jnp.float32, config)
+    config.prm.update({"token": "+", "mark": "<|end|>\n<|im_start|>"})
+    with pytest.raises(ValueError, match=r"prm.mark = .*: <\|im_start\|> is no token of this vocabulary"):
+        evaluate.scorer_of(judge, mesh, jnp.float32, config)
+
+
+def test_a_reward_model_without_its_tokenizer_is_refused_at_the_start(place, tmp_path):
+    """By the check that a run begins with, and not after the warm-up."""
+    folder, config = place
+    check(models.Pretrained(folder / "reward"), config.prm)
+    shutil.copytree(folder / "reward", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"bare.*tokenizer"):
+        check(models.Pretrained(tmp_path / "bare"), config.prm)
 
 
 def test_other_weights_of_the_same_name_are_refused(place, tmp_path):

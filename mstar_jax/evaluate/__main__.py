@@ -6,8 +6,8 @@
 
 A checkpoint is a folder in the official format of a family of `models`, or a run of mstar_jax.main:
 its last policy, or that of `:stage` (`:best` is the best iteration on validation). The first is what the
-others are compared with. A reward model is a run's, or a folder that `export --stage=prm` wrote. Started
-again, the command asks nothing twice.
+others are compared with. A reward model is a run's, or a folder: one that `export --stage=prm` wrote, or
+another's, which the keys of `config.prm` describe. Started again, the command asks nothing twice.
 
 `--benchmarks=visualprocessbench --prm=...` measures the reward model itself and needs no checkpoint.
 
@@ -52,7 +52,7 @@ from mstar_jax.workdir import lock
 CHECKPOINTS = flags.DEFINE_list("checkpoint", None, "Folders of checkpoints, or runs, with :stage.")
 BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Which; default the config's benchmarks.names.")
 ROOT = flags.DEFINE_string("root", None, "Their official files; default the config's benchmarks.root.")
-PRM = flags.DEFINE_string("prm", None, "A reward model that votes over the samples: a run, or an export.")
+PRM = flags.DEFINE_string("prm", None, "A reward model that votes over the samples: a run, or a folder.")
 SAMPLES = flags.DEFINE_integer("samples", None, "Votes per question; default benchmarks.samples.")
 
 log = logging.getLogger("mstar_jax")

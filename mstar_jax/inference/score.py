@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
@@ -51,12 +52,19 @@ def check(files: models.Pretrained, settings: ml_collections.ConfigDict) -> None
 
     Raises:
       ValueError: it has no head, or several; or, where a token scores, it has one, or there is no such token.
+        Or its tokenizer is not its family's, or lacks a control token that is written around steps.
     """
     if settings.token:
         files.check_headless()
         _tokens(files, settings)
     else:
         files.find_head(settings.head)
+    known = files.tokenizer().get_vocab()
+    for key in ("mark", "between"):
+        for token in re.findall(r"<\|\w+\|>", settings[key]):
+            if token not in known:  # it would be read as the words that it consists of
+                raise ValueError(f"prm.{key} = {settings[key]!r}: {token} is no token of this vocabulary")
+    files.processor()
 
 
 def of_folder(

@@ -58,7 +58,7 @@ def find(folder: pathlib.Path, known: Sequence[str], width: int, chosen: str = "
     if not heads:
         raise ValueError(
             f"{folder}: no {hf.HEAD}, and no tensor besides the policy's that maps {width} values to one: "
-            f"a policy's folder has no head"
+            f"a policy's folder has no head; if a token scores, name it by prm.token"
         )
     if len(heads) > 1 and not chosen:
         raise ValueError(f"{folder}: several tensors may be the head: {told}; choose one by prm.head")
