@@ -234,16 +234,22 @@ def test_a_token_is_one_of_the_vocabulary(processor):
 
 
 @pytest.mark.parametrize("against", ["-", ""])
-def test_a_token_scores_as_in_sequences_of_their_own(processor, against):
-    """Responses that share a row, against the softmax of a plain sequence for each of them."""
+def test_a_token_scores_as_in_sequences_of_their_own(processor, against, monkeypatch):
+    """Responses that share a row, one of them empty, against the softmax of a plain sequence for each."""
+    monkeypatch.setattr(vlm, "PIECE", 24)  # pieces with scores, and pieces without any
     policy = tiny.model(tiny.config(original_max_position=256))
     pair = [token_id(processor.tokenizer, token) for token in ("+", against) if token]
     opened, encode = Opened(processor), conversation(processor)
-    found = [response(text, processor, i) for i, text in enumerate((LINES, "area", "base\nThe answer is 4"))]
+    found = [
+        response(text, processor, i) for i, text in enumerate((LINES, "", "area", "base\nThe answer is 4"))
+    ]
     [got] = scored(vlm.TokenRewardModel(policy, *pair), [prm.row(prompt(opened), found, encode)], opened)
     start = opened.prefix("area?", []).tokens
     assert processor.tokenizer.decode(start).endswith("<|user|>\narea?")
+    assert [len(values) for values in got] == [4, 0, 1, 2]
     for one, values in zip(found, got, strict=True):
+        if not values:
+            continue
         tokens, ends = encode(one.text)
         whole = np.zeros(128, np.int32)  # what follows the sequence changes nothing
         whole[: len(start) + len(tokens)] = [*start, *tokens]
