@@ -229,6 +229,7 @@ def get_config() -> ConfigDict:
     # ---- sampling ------------------------------------------------------------------------------------
     c.sampling = sampling = ConfigDict()
     sampling.batch = 16  # queries decoded together, each with k branches; a multiple of data x fsdp
+    sampling.places = 0  # branches of a query decoded at a time, others start where these end; 0: all k
     sampling.refill = 0.25  # fraction of the batch that has to be finished before new queries replace it
     sampling.shard = 4  # batches in a file of rollouts: what is sampled again after a kill
     sampling.cache = ""  # dtype of keys and values; empty: that of the weights; int8 for twice the batch

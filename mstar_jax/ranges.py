@@ -90,6 +90,7 @@ ALWAYS = {
     "benchmarks.temperature": SOME,
 }
 SAMPLING = {
+    "sampling.places": SOME,
     "sampling.shard": COUNT,
     "sampling.max_new_tokens": COUNT,
     "sampling.top_k": SOME,

@@ -347,24 +347,25 @@ def ring(room: int) -> tuple[int, int]:
 
 
 class KVCache(NamedTuple):
-    """Keys and values of decoding: one row per query, shared by the K branches, never copied.
+    """Keys and values of decoding: one row per query, shared by its samples, never copied. M of these are
+    decoded at a time, each in a place of its own.
 
-    Rows may enter at different times, so their suffixes are one ring of columns, cut in chunks. A step writes
-    column `clock mod C` of the first chunk; before a full one is written again, the last one is moved to the
-    front (`rotated`). A step that needs no old columns reads the first chunks only.
+    Samples may start at different times, so their suffixes are one ring of columns, cut in chunks. A step
+    writes column `clock mod C` of the first chunk; before a full one is written again, the last one is moved
+    to the front (`rotated`). A step that needs no old columns reads the first chunks only.
 
-        chunks     [ t4 t5 __ __ ] [ t0 t1 t2 t3 ] [ .. .. .. .. ]     clock 6, C = 4; a row of age 6
+        chunks     [ t4 t5 __ __ ] [ t0 t1 t2 t3 ] [ .. .. .. .. ]     clock 6, C = 4; a sample of age 6
 
     Every layer has arrays of its own: cut out of larger ones they would be copied in every step.
 
     Attributes:
       prefix_k, prefix_v: for each layer [B, G, N, P] and [B, G, P, N]; the query's prompt, and the responses
-        that branches continue.
-      visible: bool[B, K or 1, P]; the columns that a branch sees: the prompt, and its parent up to its start.
-      start: int32[B, K]; position of a branch's first own token.
+        that samples continue.
+      visible: bool[B, M or 1, P]; the columns that a sample sees: the prompt, and its parent up to its start.
+      start: int32[B, M]; position of a sample's first own token.
       long: bool[B]; see `layers.rope_tables`.
-      suffix_k, suffix_v: for each chunk, for each layer [B, K, G, C, N]; the branches' own tokens.
-      age: int32[B]; tokens that the row's branches hold.
+      suffix_k, suffix_v: for each chunk, for each layer [B, M, G, C, N]; the samples' own tokens.
+      age: int32[B, M]; tokens that a sample holds.
       clock: int32[]; steps done.
     """
 

@@ -134,7 +134,7 @@ def test_attention_of_new_tokens(dtype, within, heads, groups, width, cache):
     prefix, suffix = jax.tree.map(lambda x: attention.stored(x, cache), (prefix, suffix))
     keys = jax.tree.map(lambda x: x.swapaxes(2, 3) if x.ndim == 4 else x, prefix[0])
     visible = jnp.asarray(rng.random((rows, BRANCHES, length)) < 0.6)
-    seen = [jnp.asarray(rng.random((rows, size)) < 0.6).at[:, 3].set(True) for _ in range(2)]
+    seen = [jnp.asarray(rng.random((rows, BRANCHES, size)) < 0.6).at[:, :, 3].set(True) for _ in range(2)]
 
     live = jnp.ones((rows, BRANCHES), bool).at[1, 2].set(False)
 

@@ -34,8 +34,8 @@ def inputs(heads, groups, width, length=100, sizes=(20, 20), each=False, dtype=j
         for n in sizes
     ]
     visible = seen(rows, branches if each else 1, length).at[0, :, :70].set(False)  # and a block of nothing
-    own_visible = [seen(rows, n) for n in sizes]
-    own_visible[0] = own_visible[0].at[:, 3].set(True)
+    own_visible = [seen(rows, branches, n) for n in sizes]
+    own_visible[0] = own_visible[0].at[:, :, 3].set(True)
     own_visible[-1] = own_visible[-1].at[1].set(len(sizes) == 1)
     live = jnp.ones((rows, branches), bool).at[-1, 1].set(False)
     return new, (prefix, visible, suffix, own_visible, jnp.asarray(3), live)

@@ -183,7 +183,7 @@ def test_cached_decode_equals_full_forward(policy):
     ]
     full = np.asarray(tiny.logits(policy, tiny.stack(rows)))
     prompts = tiny.stack([tiny.prefix(one, 80) for one in rows], 4)  # one empty row: no NaN
-    hidden, cache = jax.jit(lambda m, b: m.prefill(b, 3, room))(policy, prompts)
+    hidden, cache = jax.jit(lambda m, b: m.prefill(b, 3, 3, room))(policy, prompts)
     decode = jax.jit(lambda m, *rest: m.decoding()(*rest))
     tokens = np.zeros((4, 3, room), np.int32)
     for r, one in enumerate(rows):

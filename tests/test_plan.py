@@ -93,17 +93,31 @@ def test_rollouts_are_two_programs():
 
 
 @pytest.mark.parametrize(
-    ("kind", "titles"),
+    ("kind", "most", "titles"),
     [
-        ("exploration", ["prefill, 8 rows of 128 into 16", "decoding step, 16 rows of 5 samples, 8 tokens"]),
-        ("labels", ["prefill, 8 rows of 160 into 16", "decoding step, 16 rows of 16 samples, 8 tokens"]),
+        (
+            "exploration",
+            0,
+            ["prefill, 8 rows of 128 into 16", "decoding step, 16 rows of 5 samples, 8 tokens"],
+        ),
+        (
+            "labels",
+            4,
+            [
+                "prefill, 8 rows of 160 into 16",
+                "decoding step, 16 rows of 16 samples, 4 at a time, 8 tokens",
+            ],
+        ),
     ],
 )
-def test_passes_with_many_samples_are_planned(kind, titles):
+def test_passes_with_many_samples_are_planned(kind, most, titles):
     """Temperatures, each with its samples and a greedy one; completions that continue responses in a row."""
-    mesh = sharding.make_mesh(**small().mesh)
+    config = small()
+    config.sampling.places = most
+    mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        made = Programs(small(), mesh).make(kind)
+        made = Programs(config, mesh).make(kind)
+    assert made[1].least()["responses"] == 16 / 8 * (most or 5) * 8 * 2 * 4 * 2 * 24  # as above, of a device
     assert [each.title for each in made] == [f"{kind}: {title}" for title in titles]
     assert (made[0].args[3].starts is not None) == (kind == "labels")
 

@@ -36,59 +36,69 @@ class Slots(NamedTuple):
     done: np.ndarray
     out: Generated
     cache: Cache
-    end: np.ndarray
+    left: np.ndarray  # steps of the sample in each place
+    waiting: tuple[list[int], ...]  # of each slot, the lengths of the samples that have not started
 
 
 class Counted(Sampler):
-    """A sampler whose rows end after known numbers of steps, without a model."""
+    """A sampler whose samples end after known numbers of steps, without a model."""
 
-    def __init__(self, lengths, slots, shards, room):
-        self.config, self.slots, self.shards = SamplingConfig(1, room), slots, shards
+    def __init__(self, lengths, slots, shards, config):
+        self.config, self.slots, self.shards = config, slots, shards
         self.lengths = {zlib.crc32(name.encode()): length for name, length in lengths.items()}
         self.steps = self.segments = self.prefills = 0
         self.share = 0.0
 
     def blank(self, model, batch, starts):
-        none = np.zeros((self.slots, 1), int)
+        none, places = np.zeros((self.slots, self.config.branches), int), (self.slots, self.config.places)
         out = Generated(none[:, :, None], none[:, :, None], none, none > 0)
-        return Slots(none == 0, out, Cache(none[:, 0], 0), none[:, 0])
+        empty = np.zeros(places, int)
+        return Slots(empty == 0, out, Cache(empty, 0), empty, tuple([] for _ in empty))
 
     def enter(self, model, slots, key, entry):
         self.prefills += 1
         source, keys = np.asarray(entry.source), np.asarray(entry.query_keys)
-        each, size = self.slots // self.shards, len(keys) // self.shards
-        end, age, done = slots.end.copy(), slots.cache.age.copy(), slots.done.copy()
+        each, size, places = self.slots // self.shards, len(keys) // self.shards, self.config.places
+        left, age, done = slots.left.copy(), slots.cache.age.copy(), slots.done.copy()
         for slot in np.flatnonzero(source >= 0):
-            row = slot // each * size + source[slot]
-            end[slot] = slots.cache.clock + self.lengths[int(keys[row])]
+            lengths = self.lengths[int(keys[slot // each * size + source[slot]])]
+            left[slot], slots.waiting[slot][:] = lengths[:places], lengths[places:]
             age[slot], done[slot] = 0, False
-        return slots._replace(end=end, done=done, cache=slots.cache._replace(age=age))
+        return slots._replace(left=left, done=done, cache=slots.cache._replace(age=age))
 
     def advance(self, model, slots, temperatures, free, chunks=0):
         count, size = rollouts.ring(self.config.max_new_tokens)
         clock, age, done = slots.cache.clock, slots.cache.age.copy(), slots.done.copy()
+        left = slots.left.copy()
         self.segments += 1
         full = (clock // size + 1) * size if count > 1 else 10**9
-        while done[:, 0].reshape(self.shards, -1).sum(1).min() < free and clock < full:
-            oldest = np.where(done[:, 0], 0, age).max()
+        while done.all(axis=1).reshape(self.shards, -1).sum(1).min() < free and clock < full:
+            oldest = np.where(done, 0, age).max()
             if chunks and oldest > clock % size + (chunks - 1) * size:
                 break
-            clock, age = clock + 1, age + 1
+            clock, age, left = clock + 1, age + 1, left - 1
             self.steps += 1
             self.share += (chunks or count) / count
-            done = done | (slots.end <= clock)[:, None]
-        return slots._replace(done=done, cache=Cache(age, clock))
+            for slot, place in np.argwhere(~done & (left == 0)):
+                if slots.waiting[slot]:
+                    left[slot, place], age[slot, place] = slots.waiting[slot].pop(0), 0
+                else:
+                    done[slot, place] = True
+        return slots._replace(done=done, cache=Cache(age, clock), left=left)
 
 
 @pytest.mark.parametrize(
     ("rows", "slots", "entering", "parts", "room", "longest"),
     [(40, 8, 2, 1, 16, 16), (40, 8, 4, 2, 200, 180), (21, 16, 4, 4, 44, 44), (5, 8, 8, 1, 300, 290)],
 )
-def test_rows_are_played_through_the_slots_as_the_loop_does(rows, slots, entering, parts, room, longest):
+@pytest.mark.parametrize(("samples", "places"), [(1, 1), (3, 3), (5, 2)])
+def test_rows_are_played_through_the_slots_as_the_loop_does(
+    rows, slots, entering, parts, room, longest, samples, places
+):
     """Steps, prefills and calls of the real loop of rollouts, with a sampler that only counts."""
-    lengths = np.random.default_rng(rows).integers(1, longest + 1, rows)
-    named = {f"q{at}": int(length) for at, length in enumerate(lengths)}
-    sampler = Counted(named, slots, parts, room)
+    lengths = np.random.default_rng(rows).integers(1, longest + 1, (rows, samples))
+    named = {f"q{at}": each.tolist() for at, each in enumerate(lengths)}
+    sampler = Counted(named, slots, parts, SamplingConfig(samples, room, places))
     mesh = sharding.make_mesh(data=parts, devices=jax.devices()[:parts])
     processor: Any = types.SimpleNamespace(
         length_limit=lambda prompt: prompt + room, decode=lambda tokens: ""
@@ -107,11 +117,11 @@ def test_rows_are_played_through_the_slots_as_the_loop_does(rows, slots, enterin
             batches(),
             processor,
             key=jax.random.key(0),
-            temperatures=np.ones(1),
+            temperatures=np.ones(samples),
             iteration=0,
             mesh=mesh,
         )
-    found = calls.sampled(lengths, slots, entering, parts, room)
+    found = calls.sampled(lengths, slots, places, entering, parts, room)
     assert found.prefills == sampler.prefills == -(-rows // entering)
     assert found.steps == sampler.steps
     assert found.segments == sampler.segments

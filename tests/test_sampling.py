@@ -85,6 +85,10 @@ def test_settings_are_checked():
     for branches, room in [(0, 1), (1, 0)]:
         with pytest.raises(ValueError, match="must be at least 1"):
             SamplingConfig(branches, room)
+    for places in (-1, 3):
+        with pytest.raises(ValueError, match="places must be at most branches"):
+            SamplingConfig(2, 1, places)
+    assert SamplingConfig(2, 1).places == 2 and SamplingConfig(2, 1, 1).places == 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -354,7 +358,8 @@ def test_stop_strings_end_a_branch_where_they_end(policy, processor, rows):
     whole = [texts[t] for t in free[NAMES[0]][1].tokens]
     across = whole[3][-1] + whole[4][0]
     stops = (across, whole[7] + whole[8][0])
-    cut = run(policy, ascii_only, rows, NAMES, one, SamplingConfig(BRANCHES, ROOM, stop_strings=stops))
+    config = SamplingConfig(BRANCHES, ROOM, 2, stop_strings=stops)  # states begin anew in a place
+    cut = run(policy, ascii_only, rows, NAMES, one, config)
     found = 0
     for name in NAMES:
         for r, want in zip(cut[name], free[name]):
@@ -432,19 +437,20 @@ def refilled(
 
 
 @pytest.mark.parametrize(
-    ("slots", "entering", "count"),
+    ("slots", "entering", "count", "places"),
     [
-        (3, 2, 3),
+        (3, 2, 3, 4),
+        (3, 2, 3, 3),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(3, 2, 4), (2, 1, 4), (8, 8, 3), (8, 8, 2)]
+            for case in [(3, 2, 4, 4), (2, 1, 4, 4), (8, 8, 3, 4), (8, 8, 2, 4), (8, 8, 3, 2), (2, 1, 4, 1)]
         ),
     ],
 )
 def test_what_holds_no_token_is_not_read(
-    policy, processor, rows, responses, monkeypatch, slots, entering, count
+    policy, processor, rows, responses, monkeypatch, slots, entering, count, places
 ):
-    """In rings of several chunks, of which only those with tokens of rows still there are read."""
+    """In rings of several chunks, of which only those with tokens of samples still there are read."""
 
     def small(room):
         return count, -(-room // count)
@@ -454,7 +460,8 @@ def test_what_holds_no_token_is_not_read(
     used, chunks = [], Sampler.chunks
     monkeypatch.setattr(Sampler, "chunks", lambda self, *args: used.append(chunks(self, *args)) or used[-1])
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    fresh = sampler_for.__wrapped__(processor, CONFIG, one, slots)  # a cached one has other rings
+    config = dataclasses.replace(CONFIG, places=places)
+    fresh = sampler_for.__wrapped__(processor, config, one, slots)  # a cached one has other rings
     found, _ = refilled(policy, processor, rows, one, slots, entering, sampler=fresh)
     same(found, responses)
     assert used[0] == 1 and set(used) == set(range(count))
@@ -479,8 +486,29 @@ def test_refilled_slots_on_several_devices(policy, processor, rows, responses):
         found, counts = refilled(lower, processor, rows, mesh, 4, 4, order=order)
         same(found, responses)
         assert len(counts) > 1
-    six, _ = refilled(lower, processor, rows[:6], mesh, 4, 4, order=range(6))
+    config = dataclasses.replace(CONFIG, places=3)
+    six, _ = refilled(lower, processor, rows[:6], mesh, 4, 4, config, order=range(6))
     same(six, {name: responses[name] for name in NAMES[:6]})
+
+
+@pytest.mark.parametrize("places", [2, *(pytest.param(places, marks=pytest.mark.slow) for places in (1, 3))])
+def test_a_sample_starts_where_another_one_ends(policy, processor, rows, responses, places):
+    """The same samples, in as many steps as the schedule by hand needs for one row after the other."""
+    one, clocks = sharding.make_mesh(devices=jax.devices()[:1]), []
+    config = dataclasses.replace(CONFIG, places=places)
+
+    def each(ended, clock, tokens):
+        clocks.append(clock)
+
+    found, _ = refilled(policy, processor, rows, one, 1, 1, config, each=each)
+    same(found, responses)
+    steps = 0
+    for name in NAMES:
+        ends = [0] * places
+        for response in responses[name]:
+            ends[ends.index(min(ends))] += len(response.tokens)
+        steps += max(ends)
+    assert clocks[-1] == steps
 
 
 def test_a_slot_is_taken_before_the_longest_row_has_ended(policy, processor, rows, responses):
@@ -574,7 +602,7 @@ def test_int8_is_the_array_to_half_a_step():
 def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, responses, dtype, bound):
     """Greedy branches of the free policy agree, and what was drawn has nearly the probability it had."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    config = dataclasses.replace(CONFIG, cache=dtype)
+    config = dataclasses.replace(CONFIG, cache=dtype, places=2)
     found, _ = refilled(policy, processor, rows, one, 4, 2, config)
     equal, gaps = 0, []
     for name in NAMES:
@@ -589,7 +617,7 @@ def test_a_smaller_cache_samples_nearly_the_same(policy, processor, rows, respon
 # ---- continuing from the steps of a response -----------------------------------------------------------
 
 
-def continued(policy, processor, rows, starts_of, held, mesh, each=lambda *_: None):
+def continued(policy, processor, rows, starts_of, held, mesh, config, each):
     """Continuations of the responses that every row holds; the batch is prompt and responses."""
     length, stems, arrays = LENGTH + BRANCHES * ROOM, [], []
     for row, name, size in zip(rows, NAMES, PREFIXES):
@@ -601,7 +629,7 @@ def continued(policy, processor, rows, starts_of, held, mesh, each=lambda *_: No
         arrays.append(one | {"pixels": row["pixels"]})
         stems.append(Row(Prompt(query(name), "", size, 0), tuple(held[name]), starts=starts_of(name)))
     out = rollouts.rollouts(
-        sampler_for(processor, CONFIG, mesh),
+        sampler_for(processor, config, mesh),
         policy,
         [stems],
         iter([(tuple(stems), tiny.stack(arrays))]),
@@ -616,7 +644,8 @@ def continued(policy, processor, rows, starts_of, held, mesh, each=lambda *_: No
     return {group[0].query_id: group for group in groups}
 
 
-def test_continuations(policy, processor, rows, responses):
+@pytest.mark.parametrize("places", [BRANCHES, 2])
+def test_continuations(policy, processor, rows, responses, places):
     one, rng = sharding.make_mesh(devices=jax.devices()[:1]), np.random.default_rng(3)
     held = {name: [tuple(r.tokens) for r in responses[name]] for name in NAMES}
     parents = {name: rng.integers(1, BRANCHES + 1, BRANCHES) for name in NAMES}
@@ -628,7 +657,8 @@ def test_continuations(policy, processor, rows, responses):
         )
 
     told: list[int] = []
-    found = continued(policy, processor, rows, starts, held, one, lambda *seen: told.append(seen[-1]))
+    config = dataclasses.replace(CONFIG, places=places)
+    found = continued(policy, processor, rows, starts, held, one, config, lambda *seen: told.append(seen[-1]))
     added = 0
     for name, limit in zip(NAMES, LIMITS):
         for (parent, n, _), response in zip(starts(name), found[name], strict=True):

@@ -21,6 +21,7 @@ class SamplingConfig:
     Attributes:
       branches: K, responses per query.
       max_new_tokens: R, the most tokens of a response; one that reaches it is truncated.
+      places: M, how many responses to a query are decoded at a time; 0 for all of them.
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
       min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
@@ -31,6 +32,7 @@ class SamplingConfig:
 
     branches: int
     max_new_tokens: int
+    places: int = 0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -40,6 +42,9 @@ class SamplingConfig:
     def __post_init__(self):
         if self.branches < 1 or self.max_new_tokens < 1:
             raise ValueError(f"branches and max_new_tokens must be at least 1, got {self}")
+        if not 0 <= self.places <= self.branches:
+            raise ValueError(f"places must be at most branches, or 0 for as many, got {self}")
+        object.__setattr__(self, "places", self.places or self.branches)
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1 and self.top_k >= 0):
             raise ValueError(f"need 0 < top_p <= 1, 0 <= min_p <= 1 and top_k >= 0, got {self}")
         if any(not stop for stop in self.stop_strings):

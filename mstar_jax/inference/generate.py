@@ -192,6 +192,11 @@ def entering(batch: int, share: float, shards: int) -> int:
     return min(batch, shards * math.ceil(share * batch / shards))
 
 
+def places(most: int, branches: int) -> int:
+    """How many of a query's responses are decoded at a time, see `sampling.places`."""
+    return min(most or branches, branches)
+
+
 def sampler_for(host: Inference, branches: int, batch: int) -> Sampler:
     """The sampler of so many responses of a row and so many rows at a time."""
     if (branches, batch) not in host.samplers:
@@ -199,6 +204,7 @@ def sampler_for(host: Inference, branches: int, batch: int) -> Sampler:
         settings = draw.SamplingConfig(
             branches=branches,
             max_new_tokens=s.max_new_tokens,
+            places=places(s.places, branches),
             top_k=s.top_k,
             top_p=s.top_p,
             min_p=s.min_p,
@@ -336,7 +342,7 @@ def sample_rows(
                 each=each,
                 logprobs=task.logprobs,
             )
-            room = batch * len(task.temperatures)
+            room = batch * sampler.config.places
             for number, these, responses in zip(missing, shards, answered):
                 watch.done(decoded=tokens_taken, decode_slots=steps_taken * room)
                 tokens_taken = 0

@@ -82,24 +82,26 @@ def rollouts(
         slots, entered = None, 0
         ended = list[tuple[int, Generated]]()
         free, owner = np.ones(count, bool), np.zeros(count, int)  # of every slot, its row in the shard
-        age, clock = np.zeros(count, int), 0
+        age, clock = np.zeros((count, config.places), int), 0
+        done = np.ones(age.shape, bool)
         pending: tuple[tuple[Row, ...], Batch] | None = next(batches)
         while pending or not free.all():
             while pending and _room(free, size := share.whole(len(pending[1].tokens)), parts):
                 these, batch = pending
                 source = _assign(free, owner, entered, len(these), size, parts)
                 entered += len(these)
-                places = _places(these, size, processor, config)
-                query_keys, limits, keys, starts = jax.tree.map(lambda x: x[share.rows(size)], places)
+                values = _values(these, size, processor, config)
+                query_keys, limits, keys, starts = jax.tree.map(lambda x: x[share.rows(size)], values)
                 entry = Entry(batch, query_keys, limits, keys, starts, source[mine])
                 entry = sharding.put_batch(entry, mesh)
                 if slots is None:
                     slots = sampler.blank(model, entry.batch, entry.starts)
                 slots = sampler.enter(model, slots, key, entry)
-                age = np.where(source < 0, age, 0)
+                new = (source >= 0)[:, None]
+                age, done = np.where(new, 0, age), np.where(new, False, done)
                 pending = next(batches) if entered < len(rows) else None
             wanted = np.int32((size if pending else count) // parts)
-            chunks, before = sampler.chunks(age[~free], clock), clock
+            chunks, before = sampler.chunks(age[~done], clock), clock
             slots = sampler.advance(model, slots, temperatures, wanted, chunks=chunks)
             for row, host in ended:  # finished rows are decoded to text while the device continues
                 answered[row] = decoded(rows, row, host)
@@ -107,11 +109,10 @@ def rollouts(
             done, out, age, clock = processes.fetch(here)
             if chunked > 1 and clock % chunk == 0 and clock > before:
                 slots = slots._replace(cache=slots.cache.rotated())
-            new = np.flatnonzero(~free & done.all(axis=1))
-            free[new] = True
-            first = (clock - age) % config.max_new_tokens
-            ended = [(owner[b], _unrolled(Generated(*(x[b] for x in out)), first[b])) for b in new]
-            each(len(new), int(clock), sum(int(host.length.sum()) for _, host in ended))
+            left = np.flatnonzero(~free & done.all(axis=1))
+            free[left] = True
+            ended = [(owner[b], Generated(*(x[b] for x in out))) for b in left]
+            each(len(left), int(clock), sum(int(host.length.sum()) for _, host in ended))
         for row, host in ended:
             answered[row] = decoded(rows, row, host)
         yield answered
@@ -131,14 +132,7 @@ def _assign(free: np.ndarray, owner: np.ndarray, entered: int, rows: int, size: 
     return source
 
 
-def _unrolled(out: Generated, first: int) -> Generated:
-    """A row of the ring buffers, rotated so that its first token comes first."""
-    return out._replace(
-        tokens=np.roll(out.tokens, -first, axis=-1), logprobs=np.roll(out.logprobs, -first, axis=-1)
-    )
-
-
-def _places(rows: Sequence[Row], size: int, processor: Processor, config: SamplingConfig):
+def _values(rows: Sequence[Row], size: int, processor: Processor, config: SamplingConfig):
     """query keys [E], limits [E, K], sample keys [E, K], and starts (parent, kept) [E, K] or None."""
     query_keys, shape = np.zeros(size, np.uint32), (size, config.branches)
     sample_keys = np.broadcast_to(np.arange(config.branches, dtype=np.uint32), shape).copy()

@@ -332,7 +332,7 @@ def branch_attention(
       prefix: keys [B, G, N, P] and values [B, G, P, N], see `KVCache`.
       visible: bool[B, K or 1, P], the columns of the prefix that a branch sees.
       suffix: the chunks that are read, keys and values [B, K, G, C, N]; the first one is written to.
-      own_visible: for each chunk bool[B, C], the columns that a branch sees, including the new token's.
+      own_visible: for each chunk bool[B, K, C], the columns that a branch sees, including the new token's.
       column: int32[], the new token's column in the first chunk.
       live: bool[B, K], the branches that have not ended. What others attend to is not defined.
     """
@@ -379,7 +379,7 @@ def branch_attention(
         parts = []
         for ((own_k, scale), _), seen in zip(chunks, own_visible, strict=True):
             part = jnp.einsum("bkgqn,bkgcn->bkgqc", each, own_k, preferred_element_type=jnp.float32)
-            part = jnp.where(seen[:, None, None, None], own_scaled(part, scale), -jnp.inf)
+            part = jnp.where(seen[:, :, None, None], own_scaled(part, scale), -jnp.inf)
             parts.append(part)
         top = shared.max(-1, keepdims=True).transpose(0, 3, 1, 2, 4)
         top = functools.reduce(jnp.maximum, [top, *(part.max(-1, keepdims=True) for part in parts)])

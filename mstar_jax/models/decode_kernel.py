@@ -59,7 +59,7 @@ def attend(
     Args:
       q: [B, K, G, H/G, N], scaled.
       suffix: chunks of keys and values [B, K, G, C, N], the new token's among them.
-      own_visible: of each chunk bool[B, C].
+      own_visible: of each chunk bool[B, K, C].
       prefix: keys [B, G, N, P] and values [B, G, P, N].
       visible: bool[B, K or 1, P].
       live: bool[B, K]; results of other branches mean nothing.
@@ -175,7 +175,7 @@ def own(
     sum of weights float32[B, K, G, H/G, 1]."""
     rows, branches, groups, heads, width = q.shape
     tile = pl.next_power_of_2(max(16, width))
-    sizes = [seen.shape[1] for seen in own_visible]
+    sizes = [seen.shape[2] for seen in own_visible]
     lengths = [-(-size // min(COLUMNS, _tile(size))) * min(COLUMNS, _tile(size)) for size in sizes]
 
     def spec(*block):
@@ -192,7 +192,7 @@ def own(
         in_specs=[
             spec(head, tile),
             [tuple(cached(x, length) for x in chunk) for chunk, length in zip(suffix, lengths)],
-            [pl.BlockSpec((None, length), lambda b, k, g: (b, 0)) for length in lengths],
+            [pl.BlockSpec((None, None, length), lambda b, k, g: (b, k, 0)) for length in lengths],
             pl.BlockSpec((None, 1), lambda b, k, g: (b, k)),
         ],
         out_specs=[spec(head, tile), spec(head, 1), spec(head, 1)],

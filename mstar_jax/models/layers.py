@@ -362,14 +362,14 @@ def decode_hidden(
     Args:
       decoder: the language model.
       layer: its blocks, see `layers_of`.
-      x: [B, K, D], the embedding of each branch's next token.
-      live: bool[B, K], the branches that have not ended; hidden states of others are not defined.
+      x: [B, M, D], the embedding of the next token of the sample in each place.
+      live: bool[B, M], those that have not ended; hidden states of others are not defined.
       cache: the keys and values of the tokens before it.
-      chunks: how many chunks of the suffixes are read, 0 for all. Results are wrong for rows that have tokens
-        in other chunks.
+      chunks: how many chunks of the suffixes are read, 0 for all. Results are wrong for samples that have
+        tokens in other chunks.
 
     Returns:
-      hidden [B, K, D] and the cache with this token's keys and values.
+      hidden [B, M, D] and the cache with this token's keys and values.
     """
     c = decoder.config
     count = len(cache.suffix_k)
@@ -377,8 +377,8 @@ def decode_hidden(
     column = cache.clock % size
     columns = jnp.arange(size)
     ago = [(column - columns + at * size) % (count * size) for at in range(chunks or count)]
-    seen = [steps <= cache.age[:, None] for steps in ago]  # `ago`: steps since a column was written
-    rope = rope_tables(c, cache.start + cache.age[:, None], cache.long)
+    seen = [steps <= cache.age[..., None] for steps in ago]  # `ago`: steps since a column was written
+    rope = rope_tables(c, cache.start + cache.age, cache.long)
     written = []
     for i in range(c.num_layers):
         prefix = (cache.prefix_k[i], cache.prefix_v[i])

@@ -187,6 +187,7 @@ class VisionLanguageModel(nnx.Module):
         self,
         batch: Batch,
         branches: int,
+        places: int,
         room: int,
         starts: tuple[jax.Array, jax.Array] | None = None,
         dtype: str = "",
@@ -199,13 +200,15 @@ class VisionLanguageModel(nnx.Module):
         Args:
           batch: the rows.
           branches: K, the number of samples that will be decoded from each row.
+          places: M, how many of them will be decoded at a time.
           room: R, the most tokens that a sample may add.
           starts: (parent int32[B, K], kept int32[B, K]): a sample continues the first `kept` tokens of
             response `parent`. None, or 0 and 0, continues the prompt.
           dtype: of the cache, see `attention.stored`.
 
         Returns:
-          hidden [B, K, D] at the token before each sample, and the cache with empty suffixes.
+          hidden [B, K, D] at the token before each sample, and the cache with empty suffixes; its `visible`
+          and `start` are of all K samples.
         """
         positions, _, mask = layers.row_layout(batch.branch)
         x = self.embed(batch.tokens, batch.image_index, batch.pixels)
@@ -241,7 +244,7 @@ class VisionLanguageModel(nnx.Module):
             axes = ("batch", None, "heads", None, "head_dim")
             return sharding.constrain(jnp.zeros(x.shape, x.dtype), axes[: x.ndim])
 
-        shape = (rows, branches, groups, size, width)
+        shape = (rows, places, groups, size, width)
         like = jax.eval_shape(lambda: attention.stored(jnp.zeros(shape, x.dtype), dtype))
 
         def empty_suffix():
@@ -255,18 +258,18 @@ class VisionLanguageModel(nnx.Module):
             long=long,
             suffix_k=empty_suffix(),
             suffix_v=empty_suffix(),
-            age=jnp.zeros(rows, jnp.int32),
+            age=jnp.zeros((rows, places), jnp.int32),
             clock=jnp.zeros((), jnp.int32),
         )
         return before, cache
 
     def decoding(self) -> Callable[..., tuple[jax.Array, KVCache]]:
-        """The decoding step for one token of each branch; get it outside of the loop (see
+        """The decoding step for one token of each place; get it outside of the loop (see
         `layers.layers_of`).
 
         Returns:
-          A function of tokens int32[B, K], `live` bool[B, K], the cache and `chunks` (see
-          `layers.decode_hidden`). It returns hidden [B, K, D] and the cache with these tokens.
+          A function of tokens int32[B, M], `live` bool[B, M], the cache and `chunks` (see
+          `layers.decode_hidden`). It returns hidden [B, M, D] and the cache with these tokens.
         """
         layer = layers.layers_of(self.decoder)
         embedding = self.decoder.embedding[...]

@@ -43,15 +43,16 @@ class Calls(NamedTuple):
     share: float
 
 
-def sampled(lengths: np.ndarray, slots: int, entering: int, parts: int, room: int) -> Calls:
+def sampled(lengths: np.ndarray, slots: int, places: int, entering: int, parts: int, room: int) -> Calls:
     """Plays a shard of rows through the slots, as `rollouts.rollouts` does.
 
     Args:
-      lengths: int[rows], the tokens of the longest of a row's samples.
-      slots, entering, parts: of the sampler.
+      lengths: int[rows, K], the tokens of the samples, in the order in which they start.
+      slots, places, entering, parts: of the sampler.
       room: the most tokens of a sample.
     """
-    end, born = np.zeros(slots, int), np.zeros(slots, int)
+    first, last = spans(lengths, places)
+    end, born, row = np.zeros(slots, int), np.zeros(slots, int), np.zeros(slots, int)
     free = np.ones(slots, bool)
     chunks, size = ring(room)
     clock = prefills = segments = steps = at = 0
@@ -62,7 +63,8 @@ def sampled(lengths: np.ndarray, slots: int, entering: int, parts: int, room: in
             for part in range(parts):
                 mine = np.flatnonzero(free[part * each : (part + 1) * each])[:some] + part * each
                 mine = mine[: max(len(lengths) - at - part * some, 0)]
-                end[mine] = clock + lengths[at + part * some :][: len(mine)]
+                row[mine] = at + part * some + np.arange(len(mine))
+                end[mine] = clock + last[row[mine]].max(axis=1)
                 born[mine], free[mine] = clock, False
             at += entering
             prefills += 1
@@ -71,7 +73,8 @@ def sampled(lengths: np.ndarray, slots: int, entering: int, parts: int, room: in
         until = max(until, clock + 1)
         if chunks > 1:
             until = min(until, (clock // size + 1) * size)
-        oldest = (clock - born[~free]).max(initial=0)
+        took, busy = (clock - born[~free])[:, None], row[~free]
+        oldest = np.where(took < last[busy], took - first[busy], 0).max(initial=0)
         needed = min(1 + max(-(-(oldest - clock % size) // size), 0), chunks)
         read += (until - clock) * needed / chunks
         steps += until - clock
@@ -79,6 +82,18 @@ def sampled(lengths: np.ndarray, slots: int, entering: int, parts: int, room: in
         clock = until
         free |= end <= clock
     return Calls(prefills, segments, int(steps), read / max(steps, 1))
+
+
+def spans(lengths: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+    """When samples [rows, K] start and end, in steps since their row entered: the next one starts in the
+    place that is free first."""
+    rows, free = np.arange(len(lengths)), np.zeros((len(lengths), places), int)
+    first, last = np.zeros_like(lengths), np.zeros_like(lengths)
+    for sample, length in enumerate(lengths.T):
+        at = free.argmin(axis=1)
+        first[:, sample] = free[rows, at]
+        last[:, sample] = free[rows, at] = free[rows, at] + length
+    return first, last
 
 
 def scored_batches(

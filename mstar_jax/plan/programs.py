@@ -269,7 +269,8 @@ class Programs:
         k, rows, length, stems = self.sampling(kind)
         key = {"exploration": "explore.batch", "labels": "prm.rows"}.get(kind, "sampling.batch")
         sharding.check_divides(key, rows, self.mesh)
-        settings = draw.SamplingConfig(k, c.max_new_tokens, c.top_k, c.top_p, c.min_p, cache=c.cache)
+        places = generate.places(c.places, k)
+        settings = draw.SamplingConfig(k, c.max_new_tokens, places, c.top_k, c.top_p, c.min_p, cache=c.cache)
         shards = sharding.batch_shards(self.mesh)
         host: Any = _Host(self.dimensions.decoder.vocab_size)
         sampler = Sampler(host, settings, rows, shards)
@@ -304,12 +305,13 @@ class Programs:
         prefix = own_bytes((cache.prefix_k, cache.prefix_v))
 
         def prefill(model: Any, batch: Batch) -> Any:
-            return model.prefill(batch, k, c.max_new_tokens, None, c.cache)[0]
+            return model.prefill(batch, k, places, c.max_new_tokens, None, c.cache)[0]
 
         decoder = own_bytes(model.decoder)
         if not self.dimensions.decoder.tie_word_embeddings:
             decoder -= own_bytes(model.decoder.embedding)
         suffix = own_bytes((cache.suffix_k, cache.suffix_v))
+        at_a_time = f"{places} at a time, " if places < k else ""
         return [
             Program(
                 f"{kind}: prefill, {size} rows of {length} into {rows}",
@@ -321,7 +323,7 @@ class Programs:
                 length,
             ),
             Program(
-                f"{kind}: decoding step, {rows} rows of {k} samples, {c.max_new_tokens} tokens",
+                f"{kind}: decoding step, {rows} rows of {k} samples, {at_a_time}{c.max_new_tokens} tokens",
                 sampler.advance,
                 decoding,
                 functools.partial(flops.count, sampler.advance, *decoding),

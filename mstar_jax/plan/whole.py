@@ -17,6 +17,7 @@ import numpy as np
 
 from mstar_jax import configure, sharding
 from mstar_jax.data import loader
+from mstar_jax.inference import generate
 from mstar_jax.plan.calls import Assumed, lengths_of, packed, sampled, scored_batches, stems
 from mstar_jax.plan.cost import Cost, peak_times
 from mstar_jax.plan.programs import Program, Programs, trained
@@ -129,6 +130,7 @@ class Estimate:
         c = self.config.sampling
         prefill, decode = self.made[kind]
         shard = decode.rows * c.shard
+        places = generate.places(c.places, samples)
         calls = np.zeros(4)
         written = 0
         for size, often in ((min(shard, queries), queries // shard), (queries % shard, 1)):
@@ -139,27 +141,27 @@ class Estimate:
                 lengths = np.maximum(
                     np.rint(lengths * self.rng.uniform(0, 2 * part, lengths.shape)), 1
                 ).astype(int)
-            found = sampled(lengths.max(axis=1), decode.rows, prefill.rows, self.shards, c.max_new_tokens)
+            found = sampled(lengths, decode.rows, places, prefill.rows, self.shards, c.max_new_tokens)
             written += often * int(lengths.sum())
             calls += often * np.array(
                 [found.prefills, found.segments, found.steps, found.steps * found.share]
             )
         prefills, segments, steps, shares = calls
         # a step reads the weights, the prompts, and of the responses' cache the chunks that rows have reached
-        least, k = decode.least(), self._samples(kind)
-        caches = least["prompts"] * steps + least["responses"] * shares * samples / k
+        least, share = decode.least(), places / generate.places(c.places, self._samples(kind))
+        caches = least["prompts"] * steps + least["responses"] * shares * share
         scale = (least["weights"] * steps + caches) / sum(least.values())
         length = length or self._prompt()
         entering = self._scale(kind, 0, length)
         first, step = self.speeds[kind]
         seconds = prefills * entering * first.each + segments * step.once + scale * step.each
         flops = prefills * entering * sum(self.flops[kind][0].values())
-        flops += steps * samples / k * sum(self.flops[kind][1].values())
+        flops += steps * share * sum(self.flops[kind][1].values())
         read = prefills * prefill.rows * length
         return Use(stage, times, *(times * x for x in (read, written, flops, seconds, queries * samples)))
 
     def _samples(self, kind: str) -> int:
-        return self.made[kind][1].args[1].done.shape[1]
+        return self.made[kind][1].args[1].limits.shape[1]
 
     def score(self, stage: str, queries: int, samples: int, right: float, times: int = 1) -> Use:
         """A pass of scoring; `right` is the share of the responses that are scored."""
