@@ -17,14 +17,16 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     c.policy.max_crops = 12  # tiles, besides the thumbnail (official: 12)
     c.data.max_prompt = 4096  # 256 tokens per tile, so 3328 of an image, at most
     c.data.buckets = (768, 1280, 2048, 3072, 4096, 5120)
-    # A token takes 98 KB of cache: 1.2 GB of a query with 16 responses, 3.3 with all temperatures, 2.1 of a
-    # row of labels. On v5e:2x4 (16.9 GB a chip) pairs of chips share the 4.4 GB of weights and the heads; a
+    # A token takes 98 KB of cache: 1.2 GB of a query whose responses are decoded 16 at a time, 1.3 of a row
+    # of labels. On v5e:2x4 (16.9 GB a chip) pairs of chips share the 4.4 GB of weights and the heads; a
     # row of 5120 tokens and 13 tiles takes about a GB in a training step or a score.
     c.mesh.tensor = 2
     c.train.accumulate = 8
     c.train.offload_optimizer = True
     c.sampling.batch = 32
-    c.explore.batch = 8
+    c.sampling.places = 16
+    c.explore.batch = 32
+    c.prm.rows = 32
     c.prm.score_batch = 16
     c.benchmarks.paper = "InternVL2-2B"
     return variants.apply(c, variant)

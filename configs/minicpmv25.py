@@ -17,6 +17,9 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     c.policy.family = "minicpmv"
     c.policy.max_crops = 9  # slices, besides the whole image (official: 9)
     c.data.max_prompt = 1536  # 98 tokens per slice, so about 1000 of an image
-    c.sampling.batch = 64  # a token takes 131 KB of cache: 1.3 GB of a query, with 16 responses
+    c.sampling.batch = 64  # a token takes 131 KB of cache: 1.3 GB of a query, 16 responses at a time
+    c.sampling.places = 16
+    c.explore.batch = 64
+    c.prm.rows = 32
     c.benchmarks.paper = "MiniCPM-V-2.5"
     return variants.apply(c, variant)
