@@ -71,11 +71,17 @@ def touched(fn: Callable, *args: object) -> float:
 
 def _count(each: Callable[[core.JaxprEqn], float], fn: Callable, *args: object) -> dict[str, float]:
     out: dict[str, float] = collections.defaultdict(float)
+    args = jax.tree.map(_bare, args)
     device = jax.sharding.AbstractDevice(sharding.COUNTED, None, "cpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh().update(abstract_device=device)):
         jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     _walk(jaxpr, "", 1, out, each)
     return dict(out)
+
+
+def _bare(x: object) -> object:
+    """A shape without the devices that it is laid out for: those of the count are others."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct | jax.Array) else x
 
 
 def _walk(
