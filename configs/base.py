@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     c.reward = ""  # what judges responses: empty for the answer checker, format, or path/to/file.py:function
     c.reward_seconds = 10.0  # of wall time for a function of your own to judge one response
 
+    c.tracker = ""  # wandb or mlflow, beside TensorBoard and CSV; empty: nothing is sent
+
     c.mesh = mesh = ConfigDict()  # devices along each axis; one of them may be -1 and takes what is left
     mesh.data = 1  # copies of the parameters, each with its share of a batch
     mesh.fsdp = -1  # parts that parameters, optimizer state and batches are sharded into

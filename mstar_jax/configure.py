@@ -76,6 +76,7 @@ def _words(config: ConfigDict) -> Iterator[str]:
     c, choose = config, ranges.not_among
     yield from choose("evolve.data", c.evolve.data, ("rollouts", "answers", "warmup"))
     yield from choose("evolve.objective", c.evolve.objective, ("sft", *objectives.ADVANTAGES))
+    yield from choose("tracker", c.tracker, ("", "wandb", "mlflow"))
     yield from choose("data.embedded", c.data.embedded, tuple(EMBEDDED))
     yield from ranges.refusal(custom.check, c.reward)
     yield from ranges.refusal(splits.check_choice, c.evolve.curriculum, c.evolve.informative, c.evolve.data)

@@ -18,7 +18,7 @@ from mstar_jax import __version__, cli, configure, evolve, processes, ranges, re
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.evaluate import evaluation
 from mstar_jax.profiling import speed
-from mstar_jax.report import page
+from mstar_jax.report import page, trackers
 from mstar_jax.training.checkpoint import Damaged
 from mstar_jax.workdir import claim, lock, unclaim
 
@@ -61,6 +61,15 @@ def run(
             log.warning("%s", error)
 
 
+def report(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Writes the report; None where it could not be written: the run is complete without it."""
+    try:
+        return page.write([workdir])
+    except OSError as error:
+        log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
+        return None
+
+
 def main(argv: list[str]) -> None:
     stop = cli.start(argv)
     started = time.monotonic()
@@ -78,12 +87,14 @@ def main(argv: list[str]) -> None:
         with processes.first_alone("claim"):
             new = claim(workdir, top["config"])
         log.info("workdir %s, %d %s device(s)", workdir, jax.device_count(), jax.devices()[0].platform)
-        try:
-            found = run(config, workdir, top, stop)
-        except ValueError:
-            if new:
-                unclaim(workdir)
-            raise
+        with trackers.following(config.tracker if processes.first() else "", workdir):
+            try:
+                found = run(config, workdir, top, stop)
+            except ValueError:
+                if new:
+                    unclaim(workdir)
+                raise
+            made = report(workdir) if processes.first() else None
     spent = time.monotonic() - started
     log.info("%d programs compiled in %.0f s, of %.0f s in all", len(compiled), sum(compiled), spent)
     if not processes.first():
@@ -93,10 +104,8 @@ def main(argv: list[str]) -> None:
     tables = [path.read_text().strip() for path in asked]
     shown = [records.table(found), records.shown_best(found), records.speeds(found), *tables]
     print("\n" + "\n\n".join([*filter(None, shown), f"{workdir.absolute()}: {inside}"]))
-    try:
-        print(f"{page.write([workdir])}: the report, one file for any browser")
-    except OSError as error:  # the run is complete without it
-        log.warning("no report was written (%s); python -m mstar_jax.report %s", error, workdir)
+    if made:
+        print(f"{made}: the report, one file for any browser")
 
 
 def _default_workdir() -> str:

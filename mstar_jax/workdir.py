@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # recomputed, sums float32 in another order, so `train.accumulate` and `train.remat` change last bits.
 FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
-FREE += ("train.offload_optimizer",)
+FREE += ("train.offload_optimizer", "tracker")
 BLOCK = 1 << 16  # bytes
 IMAGES = "images.json"
 held: list[IO[str]] = []  # until the process ends, and with it the locks

@@ -31,7 +31,8 @@ ROOMS = {
     1650: ("plan",),  # three compilers' programs, a whole run played through, released sizes
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
-    1355: ("report",),  # 55 of it: Pass@K and entropy on two axes, and numbers that are no shares
+    1600: ("report",),  # 55 of it: Pass@K and entropy on two axes, numbers that are no shares; 240 send a run
+    # to W&B and MLflow
     3710: (
         "answers",
         "evaluate",

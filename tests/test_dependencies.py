@@ -21,7 +21,10 @@ def normalized(name):
 
 def declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["benchmarks"]
+    wanted = list(project["dependencies"])
+    wanted += [
+        each for name in ("benchmarks", "wandb", "mlflow") for each in project["optional-dependencies"][name]
+    ]
     names = {normalized(re.match(r"[\w.-]+", each)[0]) for each in wanted}
     return names
 
