@@ -31,8 +31,8 @@ ROOMS = {
     1650: ("plan",),  # three compilers' programs, a whole run played through, released sizes
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
-    1600: ("report",),  # 55 of it: Pass@K and entropy on two axes, numbers that are no shares; 240 send a run
-    # to W&B and MLflow
+    1715: ("report",),  # 55 of it: Pass@K and entropy on two axes, numbers that are no shares; 240 send a run
+    # to W&B and MLflow, 120 show it while it goes
     3710: (
         "answers",
         "evaluate",
