@@ -17,11 +17,22 @@ import test_smolvlm
 import tiny
 import tiny_minicpm
 from safetensors.numpy import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mstar_jax import evolve, export, finished, main, models, records, sharding
 from mstar_jax.data import figures, toy
 from mstar_jax.inference.generate import Stopped
-from mstar_jax.models import internvl_chat, internvl_hf, minicpmv25, phi35, qwen3vl, qwen25vl, smolvlm, vlm
+from mstar_jax.models import (
+    hf,
+    internvl_chat,
+    internvl_hf,
+    minicpmv25,
+    phi35,
+    qwen3vl,
+    qwen25vl,
+    smolvlm,
+    vlm,
+)
 from mstar_jax.report import page
 from mstar_jax.rewards import selection
 from mstar_jax.structs import Stage
@@ -114,6 +125,7 @@ def qwen3vl_policy(words):
     return models.FromScratch(qwen3vl.FAMILY, roomy(test_qwen3vl.CONFIG), words)
 
 
+TEMPLATED = ("smolvlm", "internvl3:hf", "qwen_vl", "qwen3_vl")  # the others' prompts are their code's
 FAMILIES = {
     "phi35": phi35_policy,
     "internvl2": internvl2_policy,
@@ -124,6 +136,46 @@ FAMILIES = {
     "qwen_vl": qwen25vl_policy,
     "qwen3_vl": qwen3vl_policy,
 }
+
+
+def ends(folder):
+    """The tokens that end a response for whatever reads the folder with transformers, as servers do."""
+    return GenerationConfig.from_pretrained(folder).eos_token_id
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_servers_end_responses_and_write_prompts_as_here(name, tmp_path):
+    """With what transformers reads of an exported folder: it names every stop token, before others that the
+    folder had, and where prompts are a chat template's, it is there and writes the same prompt."""
+    made = FAMILIES[name](tmp_path / "words")
+    folder = tmp_path / "official"
+    folder.mkdir()
+    hf.copy_files(made.folder, folder)
+    for file, values in made.family.config_files(made.config, "float32").items():
+        (folder / file).write_text(json.dumps(values))
+    policy = models.Pretrained(folder)
+    stops = policy.processor().stop_ids
+    assert len(set(stops)) == len(stops) >= 1
+    for number, there in enumerate(
+        (None, {}, {"eos_token_id": 5, "top_k": 7}, {"eos_token_id": [stops[-1]]})
+    ):
+        output = tmp_path / str(number)
+        output.mkdir()
+        hf.copy_files(folder, output)
+        if there is not None:
+            (output / "generation_config.json").write_text(json.dumps(there))
+        export.complete(policy, output)
+        had = {2: [5], 3: [stops[-1]]}.get(number, [])
+        assert ends(output) == [*had, *(token for token in stops if token not in had)]
+        assert json.loads((output / "generation_config.json").read_text()).get("top_k") == (there or {}).get(
+            "top_k"
+        )
+        again = (output / "generation_config.json").read_bytes()
+        export.complete(policy, output)
+        assert (output / "generation_config.json").read_bytes() == again
+    used = getattr(policy.family.load_tokenizer(folder), "chat_template", None)
+    assert PreTrainedTokenizerFast.from_pretrained(output).chat_template == used
+    assert used or name not in TEMPLATED
 
 
 @pytest.mark.timeout(1200)  # some images have several numbers of crops, each with programs of its own
@@ -164,8 +216,9 @@ def test_checkpoint_in_loop_checkpoint_out(name, reward_model, tmp_path, monkeyp
     changed = [k for k in before if before[k].tobytes() != after[k].tobytes()]
     assert len(changed) > len(before) // 2
     for path in folder.iterdir():
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and path.name != "generation_config.json":
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert set(models.Pretrained(folder).processor().stop_ids) <= set(ends(tmp_path / "out"))
     if reward_model:
         assert export.export(work, tmp_path / "reward", Stage.reward_model) == Stage.reward_model
         there = models.Pretrained(tmp_path / "reward").load_reward(jnp.float32)
