@@ -186,7 +186,7 @@ def watch(
                 for line in ended(workdirs, printed):
                     print(line, flush=True)
             if server and all((workdir / "results.json").exists() for workdir in workdirs):
-                server.page, server.at = live(make().read_text(encoding="utf-8"), now), now
+                server.at, server.page = now, live(make().read_text(encoding="utf-8"), now)
         if not server and complete(workdirs):
             return
         time.sleep(EVERY)
