@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_benchmarks import check, image, parquet
 
 from mstar_jax.answers import check as checker
-from mstar_jax.evaluate import examiners, exams, fourfold, scoring, summary
+from mstar_jax.evaluate import examiners, exams, fourfold, scoring, summary, tables
 from mstar_jax.evaluate.benchmarks import SIZES, read
 from mstar_jax.evaluate.items import Item
 from mstar_jax.structs import Query
@@ -104,6 +104,10 @@ def mathvision(id, options=(), answer="60", **more):
     row = {"id": str(id), "question": f"Which {id}?\n<image1>", "options": list(options), "answer": answer}
     row |= {"image": f"images/{id}.jpg", "decoded_image": PICTURE, "solution": None}
     return row | {"level": 2, "subject": "arithmetic"} | more
+
+
+def test_texts_that_utf8_cannot_say():
+    assert tables.texts(["a\ud800", None, 3]) == ["a\ufffd", "", "3"]
 
 
 def test_mathvision_rows(tmp_path):

@@ -29,12 +29,13 @@ def test_the_official_file(tmp_path):
     (tmp_path / "images" / "2.png").write_bytes(b"no image")
     rows = [row(["First,\n\n  so. ", "\n", "Then 3."], [1, 0, -1]), row(["a"], [1, 1]), row(["a"], [2])]
     rows += [row(["a"], [1], image=["images/2.png"]), row(["a"], [1], image=["../x.png"]), row([" "], [1])]
+    rows += [row(["a\ud800"], [1])]  # no tokenizer takes it
     rows += [row(["a"], [1], question=""), row(["a"], [1], image=["images/1.png"] * 2), row([1], [1])]
     rows += [row(["a"], [1], response="a"), row(["a"], [1], image=["https://example.org/x.png"])]
     text = "".join(json.dumps(each) + "\n" for each in rows) + "{\n"
     (tmp_path / "test.jsonl").write_text(text)
     found, report = read(tmp_path, tmp_path / "cache")
-    assert report.kept == len(found) == 2 and report.rows == 12
+    assert report.kept == len(found) == 3 and report.rows == 13
     causes = {
         "steps without labels": 2,
         "a step is no text, or its label is not 1, 0 or -1": 2,
@@ -42,7 +43,8 @@ def test_the_official_file(tmp_path):
     }
     causes |= {"undecodable image": 1, "image path leaves the root": 1, "no question": 1, "broken row": 1}
     assert report.dropped == causes | {"missing image": 1}
-    first, two = found
+    first, cut, two = found
+    assert cut.steps == ("a\ufffd",)
     assert (first.steps, first.labels, first.blank) == (("First, so.", "Then 3."), (1, -1), 1)
     assert first.query.source == "MathVerse" and len(first.query.images) == 1 and len(two.query.images) == 2
     assert first.query.id != two.query.id

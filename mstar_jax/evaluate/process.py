@@ -104,7 +104,8 @@ def _solution(row: Record, number: int) -> Solution:
         raise Bad("steps without labels")
     if not all(isinstance(step, str) for step in steps) or not all(label in (1, 0, -1) for label in labels):
         raise Bad("a step is no text, or its label is not 1, 0 or -1")
-    texts = [" ".join(line.strip() for line in step.split("\n") if line.strip()) for step in steps]
+    lines = [tables.encodable(step).split("\n") for step in steps]
+    texts = [" ".join(line.strip() for line in each if line.strip()) for each in lines]
     pairs = [(text, int(label)) for text, label in zip(texts, labels) if text]
     if not pairs:
         raise Bad("no steps")

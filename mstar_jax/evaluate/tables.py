@@ -79,8 +79,13 @@ def cell(record: Record, *names: str) -> str:
             value = "" if value != value else str(int(value)) if value.is_integer() else str(value)
         text = "" if value is None else str(value)
         if text.strip() and text.strip() not in ("nan", "NaN"):
-            return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+            return encodable(text)
     return ""
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for unpaired surrogates, which JSON can say and UTF-8 cannot."""
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def texts(value: object) -> list[str]:
@@ -92,7 +97,7 @@ def texts(value: object) -> list[str]:
             return []
     if not isinstance(value, list | tuple):
         return []
-    return ["" if each is None else str(each) for each in value]
+    return ["" if each is None else encodable(str(each)) for each in value]
 
 
 # ---- 3. images ----------------------------------------------------------------------------------------
