@@ -364,7 +364,7 @@ def test_which_files_are_meant(tmp_path):
     (tmp_path / "data").mkdir()
     for name in names:
         pq.write_table(pa.table({"a": [1]}), tmp_path / "data" / name)
-    with pytest.raises(ValueError, match="files of test, train: name some of them, as in '.*/data/train-"):
+    with pytest.raises(ValueError, match="files of test, train: name some of them, as in '.*/data/train\\*'"):
         files.shards(str(tmp_path))
     found = files.shards(str(tmp_path / "data/train-*"))
     assert [os.path.basename(path) for path in found] == names[:2]
@@ -372,6 +372,13 @@ def test_which_files_are_meant(tmp_path):
     assert files.folder_of(str(tmp_path / "*/train-*")) == str(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file has such a name"):
         files.shards(str(tmp_path / "data/valid-*"))
+    (tmp_path / "two").mkdir()
+    for name in ("train-00000-of-00001.jsonl", "test.jsonl"):
+        (tmp_path / "two" / name).write_text("{}")
+    with pytest.raises(ValueError, match="files of test, train: name some of them"):
+        files.shards(str(tmp_path / "two"))
+    (tmp_path / "two/test.jsonl").rename(tmp_path / "two/more.jsonl")
+    assert len(files.shards(str(tmp_path / "two"))) == 2
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(ValueError, match="splits train, test: name the folder of one"):
         files.shards(str(tmp_path))
@@ -426,6 +433,21 @@ def test_damaged_files_are_named(tmp_path, made_up):
         path.write_bytes(data[: len(data) // 2])
         with pytest.raises(ValueError, match=f"{path.name}, from row .*: broken"):
             mathv360k.read(path, root, folder=tmp_path / "kept")
+
+
+def test_an_arrow_file_whose_offsets_lead_out_of_it(tmp_path):
+    """pyarrow checks none of them, and the process would end with a segmentation fault."""
+    table = pa.table({"question": ["1?", "2?"], "image": pa.array([b"x" * 5, b"y" * 7], pa.binary())})
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data, offsets = (tmp_path / "d.arrow").read_bytes(), np.array([0, 5, 12], np.int32).tobytes()
+    assert data.count(offsets) == 1
+    broken = data.replace(offsets, np.array([0, 1 << 30, 12], np.int32).tobytes())
+    (tmp_path / "d.arrow").write_bytes(broken)
+    code = "import sys; from mstar_jax.data import files; list(files.records(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "d.arrow")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "d.arrow, from row 0: broken Arrow file" in done.stderr
 
 
 def test_images_inside_need_a_folder(tmp_path, made_up):

@@ -39,7 +39,7 @@ ENDINGS = {  # of names, in the order in which they are looked for in a folder
     ".tsv": "tsv",
 }
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # hold no records
-_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.")
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.|(train|validation|valid|val|dev|test)\.")  # a split's name
 
 
 class Broken(ValueError):
@@ -90,10 +90,10 @@ def _in_folder(folder: str) -> list[str]:
         paths = [each for each in paths if os.path.isfile(each) and os.path.basename(each) not in _ABOUT]
         if named := [(ending, each) for each in paths if (ending := _ending(each))]:
             kinds = {ENDINGS[ending] for ending, _ in named}
-            splits = {found[1] for _, each in named if (found := _SHARD.match(os.path.basename(each)))}
+            splits = {m[1] or m[2] for _, each in named if (m := _SHARD.match(os.path.basename(each)))}
             if len(kinds) > 1 or len(splits) > 1:
                 what = f"files of {', '.join(sorted(kinds if len(kinds) > 1 else splits))}"
-                raise ValueError(f"{place} holds {what}: name some of them, as in '{place}/train-*'")
+                raise ValueError(f"{place} holds {what}: name some of them, as in '{place}/train*'")
             return [each for _, each in named]
     raise FileNotFoundError(f"{folder}: neither here nor in data/ is a file that ends in {_endings()}")
 
@@ -194,6 +194,7 @@ def _arrow(path: str) -> Iterator[tuple[str, object]]:
     try:
         with pyarrow.OSFile(path) as source:  # not mapped: its pages would count as this process's memory
             for batch in _batches(source):
+                _check_offsets(batch)
                 few = max(1, min(512, TOGETHER * batch.num_rows // max(batch.nbytes, 1)))
                 for at in range(0, batch.num_rows, few):
                     for record in _python(batch.slice(at, few)):
@@ -213,6 +214,16 @@ def _batches(source: Any) -> Iterator[Any]:
     else:
         source.seek(0)
         yield from pyarrow.ipc.open_stream(source)
+
+
+def _check_offsets(batch: Any) -> None:
+    """Refuses values that lie outside of their batch: pyarrow would read there, and the process would end."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except ValueError as error:
+            if "UTF8" not in str(error):  # such a row is counted, see `_python`
+                raise
 
 
 def _python(batch: Any) -> Iterator[object]:
