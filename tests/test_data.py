@@ -326,6 +326,8 @@ def test_marks_are_counted_over_all_turns():
         (["1 cm", "2 cm"], ("1 cm", "2 cm")),
         (["A. 1", "2"], ("A. 1", "2")),  # one is no rule
         ({"A": "1", "B": 2, "C": None}, ("1", "2")),
+        ({"B": "2", "A": "1"}, ("1", "2")),  # by letter, for the answer names one
+        ([str(number) for number in range(27)], "too many options"),
         ([], None),
         ("1, 2", "options are no list"),
     ],
@@ -516,6 +518,40 @@ def test_broken_rows_in_parquet(tmp_path):
     assert len(os.listdir(tmp_path / "kept")) == 1  # one picture, whatever it is called
 
 
+def test_values_that_are_too_large_or_too_deep(tmp_path):
+    records = [{"question": f"{n}?", "answer": "1"} for n in range(3)]
+    records[1]["id"] = records[2]["answer"] = 10**400  # no float is as large
+    queries, report = read_lines(tmp_path, *records)
+    assert [query.id for query in queries] == ["d_0", str(10**400), "d_2"] and not report.dropped
+    assert queries[2].answer == str(10**400)
+    nested: object = "x.png"
+    for _ in range(sys.getrecursionlimit()):
+        nested = {"path": nested}
+    with pytest.raises(turns.Unreadable, match="wrong types"):
+        rows.shown(nested)
+
+
+def test_many_rows_of_one_id(tmp_path):
+    """The work grows with the rows, not with their square."""
+    looked = []
+
+    class Names(set):
+        def __contains__(self, name):
+            looked.append(name)
+            return super().__contains__(name)
+
+    taken, tried = Names({"a", "a_3"}), {}
+    for number in range(100):
+        name = mathv360k.free_name("a", taken, tried)
+        assert name == ("a_2" if number == 0 else f"a_{number + 3}")
+        taken.add(name)
+    assert len(looked) == 201
+    queries, report = read_lines(
+        tmp_path, *({"id": name, "question": f"{n}?", "answer": 1} for n, name in enumerate("aabaa"))
+    )
+    assert [query.id for query in queries] == ["a", "a_2", "b", "a_3", "a_4"] and report.renamed == 3
+
+
 def test_text_that_is_not_utf8_in_parquet(tmp_path):
     answers = pa.array([b"1", b"\xff\xfe", b"3"], pa.binary()).view(pa.string())  # not checked when written
     pq.write_table(pa.table({"question": ["1?", "2?", "3?"], "answer": answers}), tmp_path / "d.parquet")
@@ -595,6 +631,17 @@ def test_rationales(tmp_path):
     assert [r.sample for r in responses["known"]] == [0, 1, 2]
     cause = "image of the validation or test split"
     assert report.dropped == {"conflicting answers": 2, cause: 1, "long text answer": 1}
+
+
+def test_questions_without_images_are_kept_apart_too(tmp_path):
+    hidden = Query("hidden", (), "How many?", answer="5")
+    lines = [{"question": asked, "response": "2 + 3 = 5\nThe answer is 5"} for asked in ("How many?", "Why?")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, report = given.read(
+        tmp_path / "d.jsonl", tmp_path, "rationales", folder=tmp_path, kept_apart=[hidden]
+    )
+    assert [row.query.question for row in found] == ["Why?"]
+    assert report.dropped == {"question of the validation or test split": 1}
 
 
 def steps(tmp_path, *records, **more):

@@ -22,16 +22,17 @@ A response with labelled steps, one JSON line; a file of any other format says t
 A label is the chance that the response so far ends well, in 0..1, or `+` or `-`. Steps may also be structs of
 both, `{"step": "A book about music costs $4.73.", "score": 1.0}`. `answer` may be absent.
 
-Several rows may answer one question. What shows an image of the validation or test split is left out.
+Several rows may answer one question. What shows an image of the validation or test split, or
+asks one of their questions that have none, is left out.
 """
 
 import collections
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mstar_jax.data import mathv360k, pictures, rows
+from mstar_jax.data import mathv360k, rows
 from mstar_jax.data.mathv360k import Found, Report
 from mstar_jax.structs import Query
 
@@ -71,7 +72,7 @@ def read(
       columns: their names, where they are unusual.
       labelled: queries whose gold answers count, where a row asks one of them: of the same id or question,
         about the same images.
-      kept_apart: queries whose images no row may show.
+      kept_apart: queries whose images no row may show; of those without images, no row may ask the question.
       long: also keep rows whose answer is long, which the answer checker cannot judge.
 
     Raises:
@@ -83,13 +84,14 @@ def read(
         found = mathv360k.gather(each, report)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
-    hidden = set(pictures.contents({image for query in kept_apart for image in query.images}).values())
+    apart = set(mathv360k.keys(kept_apart))
+    hidden = {image for images, *_ in apart for image in images}
     known = dict(zip(mathv360k.keys(labelled), labelled, strict=True))
     by_id = {query.id: (key[0], query) for key, query in known.items()}
     groups: dict[mathv360k.Key, list[Found]] = collections.defaultdict(list)
     for key, row in zip(mathv360k.keys([row.query for row in found]), found, strict=True):
-        if hidden.intersection(key[0]):
-            report.drop("image of the validation or test split", row.place)
+        if key in apart or hidden.intersection(key[0]):
+            report.drop(f"{'image' if key[0] else 'question'} of the validation or test split", row.place)
             continue
         images, query = by_id.get(row.query.id, ((), None))
         same = known.get(key) or (query if images == key[0] else None)
@@ -97,6 +99,7 @@ def read(
             row, key = row._replace(query=same), (key[0], same.question, same.options)
         groups[key].append(row)
     taken = {query.id for query in labelled}
+    tried: dict[str, Iterator[int]] = {}
     out: list[Given] = []
     for key, group in groups.items():
         golds = [row.query for row in group if row.query.answer is not None]
@@ -106,7 +109,7 @@ def read(
             continue
         query = (golds or [group[0].query])[0]
         if key not in known:
-            query = dataclasses.replace(query, id=mathv360k.free_name(query.id, taken))
+            query = dataclasses.replace(query, id=mathv360k.free_name(query.id, taken, tried))
             taken.add(query.id)
         out += [Given(query, row.response, row.labels) for row in group]
     report.kept = len(out)

@@ -342,18 +342,26 @@ def same_gold(a: Query, b: Query) -> bool:
 
 def _rename(queries: list[Query], report: Report) -> list[Query]:
     """Makes ids unique: a query whose id is taken gets the first free suffix."""
-    taken: set[str] = set()
-    reserved = {query.id for query in queries}
+    seen: set[str] = set()
+    taken = {query.id for query in queries}
+    tried: dict[str, Iterator[int]] = {}
     unique = []
     for query in queries:
-        name = query.id if query.id not in taken else free_name(query.id, taken | reserved)
+        name = query.id if query.id not in seen else free_name(query.id, taken, tried)
+        seen.add(name)
         taken.add(name)
         report.renamed += name != query.id
         unique.append(query if name == query.id else dataclasses.replace(query, id=name))
     return unique
 
 
-def free_name(name: str, taken: Collection[str]) -> str:
-    """The name, or the first free one with a suffix `_2`, `_3`, ..."""
-    more = (f"{name}_{number}" for number in itertools.count(2))
+def free_name(name: str, taken: Collection[str], tried: dict[str, Iterator[int]]) -> str:
+    """The name, or the first free one with a suffix `_2`, `_3`, ...
+
+    Args:
+      name: the wanted one.
+      taken: those that are not free; from call to call there may only be more.
+      tried: of each name, the suffixes from which the next call goes on: a file may give all rows one id.
+    """
+    more = (f"{name}_{number}" for number in tried.setdefault(name, itertools.count(2)))
     return next(each for each in itertools.chain([name], more) if each not in taken)

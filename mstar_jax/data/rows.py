@@ -134,6 +134,7 @@ _IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?na
 _NUMBERED_FIELD = re.compile(r"image_?(\d{1,2})", re.IGNORECASE)
 _IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+MOST_OPTIONS = 26  # a letter for each
 _LABELLED = r"[(\[]?{}\s?[)\].:]\s*(?=\S)"
 
 
@@ -212,7 +213,7 @@ def text(value: object) -> str:
     Raises:
       Unreadable: it is neither.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or isinstance(value, float) and math.isfinite(value):  # a bool is neither
         return str(value)
     return "" if value is None else string(value)
 
@@ -265,11 +266,15 @@ def _joined(parts: Sequence[object], own: list[Shown | None]) -> str:
 def _listed(value: object) -> tuple[str, ...] | None:
     """Options of a column, a list of texts or {letter: text}; letters before all of them are removed."""
     if isinstance(value, dict):  # a struct of Arrow's has all letters, with None for those that are absent
-        value = [each for each in value.values() if each is not None]
+        there = {name: each for name, each in value.items() if each is not None}
+        letters_only = all(len(name) == 1 for name in there)
+        value = [there[name] for name in (sorted(there) if letters_only else there)]
     if value is None or value == []:
         return None
     if not isinstance(value, list):
         raise Unreadable("options are no list")
+    if len(value) > MOST_OPTIONS:
+        raise Unreadable("too many options")
     texts = [text(each) for each in value]
     letters = [re.match(_LABELLED.format(chr(ord("A") + at)), each) for at, each in enumerate(texts)]
     if all(letters):
@@ -309,7 +314,7 @@ def shown(value: object) -> Shown:
     """
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path") or value.get("url") or ""
-        if data is None:
+        if data is None and not isinstance(path, dict):
             return shown(path)
         if not isinstance(data, bytes):
             raise Unreadable("wrong types")
