@@ -705,13 +705,16 @@ def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
 # ---- the command --------------------------------------------------------------------------------------
 
 
-def test_the_command_shows_what_was_understood(tmp_path, made_up, capsys):
+def test_the_command_shows_what_was_understood(tmp_path, made_up, capsys, monkeypatch):
+    judged, of_a_row = [], look.facts
+    monkeypatch.setattr(look, "facts", lambda *row: judged.append(row) or of_a_row(*row))
     found, root = made_up
     path = as_parquet(tmp_path, root, [*found, conversation("bad", [], "Why?", "")])
     with flagsaver.flagsaver():
         flags.FLAGS(["data", f"--page={tmp_path / 'look.html'}"])
         look.main(["data", str(path)])
     shown = capsys.readouterr().out
+    assert len(judged) == 10  # a response to judge takes long
     assert shown.count("question  ") == 10 and "kept 60 of 61 rows" in shown
     assert "dropped      1  no answer (row 60: bad)" in shown
     assert "options   (A) yes\n          (B) no\ngold      B (choice)" in shown

@@ -57,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="mstar_jax-") as scratch:
             found, report = read(argv[1], config, str(workdir or scratch))
             planned = lengths([row.query for row in found], config, workdir) if config else None
-            shown = [(row, facts(row, prompt)) for row, prompt in zip(found, planned or [None] * len(found))]
-            shown = shown[: SHOWN.value]
+            some = found[: SHOWN.value]  # to judge all responses would take long
+            shown = [(row, facts(row, prompt)) for row, prompt in zip(some, planned or [None] * len(some))]
             for _, each in shown:
                 print("\n".join(f"{name:9} {text}" for name, text in each), end="\n\n")
             about = summary(found, report, planned, config)
