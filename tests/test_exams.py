@@ -210,6 +210,13 @@ def test_mathvision_equality(gold, said):
     assert official("mathvision", one, f"\\boxed{{{said}}}") == same
 
 
+@pytest.mark.parametrize("said", ["{0}", "({0}, 2)"])
+def test_mathvision_values_that_no_float_holds(said):
+    large = "99^{99}\\cdot 99^{99}\\cdot 99^{99}"
+    one = item("5", None, "math")
+    assert not official("mathvision", one, f"\\boxed{{{said.replace('{0}', large)}}}")
+
+
 def test_mathvision_options_by_letter_or_value():
     one = item("B", ("1/2", "2\\sqrt{3}", "x", "y", "z"))
     for text in ("\\boxed{B}", "Therefore (B).", "B\nsince", "\\boxed{3.46}", "the answer is 2\\sqrt{3}"):

@@ -107,7 +107,7 @@ def _values(text: str) -> tuple[str, list[str | float]] | None:
         value = _worth(part)
         if listed and "infty" in part:
             found.append(part)
-        elif value is None:
+        elif value is None or abs(value) > 1e300:  # a product of powers may be larger than any float
             return None
         else:
             found.append(round(float(value), 2))
