@@ -47,7 +47,8 @@ def logprobs(
     """
     chunk = host.prm.chunk
     chunks = [rows[at : at + chunk] for at in range(0, len(rows), chunk)]
-    settings = {"temperature": rows[0].temperature if rows else None, "dtype": dtype, "batch": size}
+    # not of `size`: it follows from train.accumulate, which may change from start to start
+    settings = {"temperature": rows[0].temperature if rows else None, "dtype": dtype}
     store = Store(host.workdir / "logprobs" / name, settings | {"chunk": chunk})
 
     def asked(number: int) -> str:
