@@ -17,11 +17,30 @@ QUERIES = [Query(f"q{n}", (), "How many?", answer="1") for n in range(40)]
 K = 4
 
 
-def run_in(workdir, seed=3, **values):
+class Processor:
+    """A token a character; there are no images."""
+
+    def prefix_shapes(self, texts, sizes):
+        return [(len(text), 0) for text in texts]
+
+    def length_limit(self, prefix_tokens):
+        return 1000
+
+
+def run_in(workdir, seed=3, labelled=QUERIES, **values):
     config = tiny.get_config()
     config.seed = seed
     config.evolve.update({"curriculum": "informative", "fraction": 0.25, "k": K, **values})
-    return types.SimpleNamespace(config=config, seed=seed, workdir=workdir, labelled=QUERIES)
+    return types.SimpleNamespace(
+        config=config,
+        seed=seed,
+        workdir=workdir,
+        labelled=labelled,
+        template="{question}",
+        processor=Processor(),
+        data=types.SimpleNamespace(max_prompt=20),
+        shapes={},
+    )
 
 
 def write(workdir, stage, queries, seed=0):
@@ -113,3 +132,16 @@ def test_uniform_reads_nothing(tmp_path):
 
 def test_without_any_store_it_is_the_first_share(tmp_path):
     assert curriculum.next_queries(run_in(tmp_path), 1) == splits.share(QUERIES, 0.25, 1, 3)
+
+
+def test_a_query_whose_prompt_is_too_long_takes_no_place(tmp_path):
+    """It can never be measured: where all others have been, no query is new."""
+    long = [Query(f"long{n}", (), "How many of them are there?", answer="1") for n in range(20)]
+    run = run_in(tmp_path, labelled=[*QUERIES, *long])
+    write(tmp_path, Stage.reward_model, QUERIES)
+    for t in (1, 2):
+        asked = curriculum.next_queries(run, t)
+        assert len(asked) == 10 and set(asked) <= set(QUERIES)  # a fraction of those that can be asked
+        write(tmp_path, Stage.iteration(t), asked)
+        told = curriculum.worth(run, Stage.iteration(t))["curriculum"]
+        assert told["asked"]["new"] == 0 and told["uniform"] > 0

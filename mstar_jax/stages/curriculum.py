@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mstar_jax import processes
 from mstar_jax.data import splits
+from mstar_jax.inference.generate import ask, plan
 from mstar_jax.rewards import selection
 from mstar_jax.stages.generate import stored
 from mstar_jax.stages.run import Run
@@ -22,7 +23,7 @@ def next_queries(run: Run, t: int) -> list[Query]:
     if c.curriculum == "uniform":
         return splits.share(run.labelled, c.fraction, t, run.seed)  # the next ones of an epoch
     return splits.informative(
-        run.labelled,
+        askable(run),
         c.fraction,
         t,
         run.seed,
@@ -32,13 +33,20 @@ def next_queries(run: Run, t: int) -> list[Query]:
     )
 
 
+def askable(run: Run) -> list[Query]:
+    """The labelled queries whose prompts fit. Others get no response, so they would count as never measured
+    for ever, and take the places that are kept for such queries."""
+    prompts = plan(run, ask(run.labelled, run.template), "curriculum")
+    return [query for query, prompt in zip(run.labelled, prompts, strict=True) if prompt is not None]
+
+
 def worth(run: Run, stage: Stage) -> dict[str, object]:
     """For an iteration's record, what its choice of queries was worth (`splits.spared`); empty if uniform."""
     c = run.config.evolve
     if c.curriculum == "uniform" or not stage.number:
         return {}
     known, bounds = measured(run, stage.number), tuple(c.informative)
-    found = splits.spared(run.labelled, pass_rates(run, stage), c.k, known=known, bounds=bounds)
+    found = splits.spared(askable(run), pass_rates(run, stage), c.k, known=known, bounds=bounds)
     return {"curriculum": found}
 
 
