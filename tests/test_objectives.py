@@ -34,7 +34,7 @@ def test_advantages_by_hand():
     close(objectives.group_normalised(graded), (graded - 0.5) / np.sqrt(0.26 / 3), dtype="float64")
 
 
-@pytest.mark.parametrize("rewards", [[1.0] * 4, [0.0] * 3, [0.1] * 3, [0.7], []])
+@pytest.mark.parametrize("rewards", [[1.0] * 4, [0.0] * 3, [0.1] * 3, [0.7], [], [0.1 + 0.2, 0.3]])
 def test_equal_rewards_are_no_direction(rewards):
     for advantage in objectives.ADVANTAGES.values():
         found = advantage(np.array(rewards))

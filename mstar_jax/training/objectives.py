@@ -23,6 +23,7 @@ from mstar_jax.structs import Batch, Remat
 from mstar_jax.training.step import Loss, Metrics, token_loss
 
 LIMIT = 20.0  # nats; log ratios are cut here, so that no exponential overflows and turns a gradient into NaN
+SAME = 1e-6  # of rewards in 0..1: those that differ by less are equal
 
 # ---- 1. advantages ------------------------------------------------------------------------------------
 
@@ -49,8 +50,8 @@ def group_normalised(rewards: np.ndarray) -> np.ndarray:
 
 
 def _differ(rewards: np.ndarray) -> bool:
-    """Exactly: of equal rewards rounding must not make a direction."""
-    return len(rewards) > 1 and bool(rewards.min() < rewards.max())
+    """Whether there is a direction: 0.1 + 0.2 and 0.3 are equal rewards, and rounding must not make one."""
+    return len(rewards) > 1 and bool(rewards.max() - rewards.min() > SAME)
 
 
 ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # by `evolve.objective`
