@@ -363,6 +363,7 @@ def test_queries_that_cannot_teach_are_skipped_and_counted():
     assert [group.query.id for group in found] == ["both"]
     assert counts == {"trained_groups": 1, "skipped_right": 1, "skipped_wrong": 1, "skipped_other": 0}
     assert [each.tolist() for each in found[0].advantages] == [[1.0] * 3, [-0.5] * 3, [-0.5] * 3]
+    assert all(each.strides == (0,) for each in found[0].advantages)  # no memory for each token
 
 
 def test_steps_may_teach_where_outcomes_do_not():

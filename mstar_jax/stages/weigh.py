@@ -150,7 +150,8 @@ def advantages(
     its steps."""
     advantage = objectives.ADVANTAGES[settings.objective]
     whole = advantage(np.array([selection.outcome(r) for r in group]))
-    found = [np.full(len(r.tokens), value) for r, value in zip(group, whole, strict=True)]
+    # views of one number: an iteration's tokens are many
+    found = [np.broadcast_to(value, len(r.tokens)) for r, value in zip(group, whole, strict=True)]
     if not settings.process_weight:
         return found
     parts = objectives.dense(
