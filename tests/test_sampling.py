@@ -411,7 +411,17 @@ def test_token_texts(processor):
 
 
 def refilled(
-    policy, processor, rows, mesh, slots, entering, config=CONFIG, order=range(8), each=None, sampler=None
+    policy,
+    processor,
+    rows,
+    mesh,
+    slots,
+    entering,
+    config=CONFIG,
+    order=range(8),
+    each=None,
+    sampler=None,
+    logprobs=False,
 ):
     """The rows as one shard, `entering` at a time into so many slots; and how many ended in every segment."""
     asked = [Row(Prompt(query(NAMES[i]), "", PREFIXES[i], 0)) for i in order]
@@ -432,6 +442,7 @@ def refilled(
         iteration=3,
         mesh=mesh,
         each=each or (lambda ended, *_: counts.append(ended)),
+        logprobs=logprobs,
     )
     return {group[0].query_id: group for group in groups}, counts
 
@@ -492,16 +503,24 @@ def test_refilled_slots_on_several_devices(policy, processor, rows, responses):
 
 
 @pytest.mark.parametrize("places", [2, *(pytest.param(places, marks=pytest.mark.slow) for places in (1, 3))])
-def test_a_sample_starts_where_another_one_ends(policy, processor, rows, responses, places):
-    """The same samples, in as many steps as the schedule by hand needs for one row after the other."""
+def test_a_sample_starts_where_another_one_ends(policy, processor, rows, responses, full, places):
+    """The same samples, in as many steps as the schedule by hand needs for one row after the other; each
+    token's log probability is its own."""
     one, clocks = sharding.make_mesh(devices=jax.devices()[:1]), []
     config = dataclasses.replace(CONFIG, places=places)
 
     def each(ended, clock, tokens):
         clocks.append(clock)
 
-    found, _ = refilled(policy, processor, rows, one, 1, 1, config, each=each)
+    found, _ = refilled(policy, processor, rows, one, 1, 1, config, each=each, logprobs=True)
     same(found, responses)
+    for name in NAMES:
+        for response, logits, temperature in zip(found[name], full[name], TEMPERATURES, strict=True):
+            kept = logits.copy()
+            kept[:, list(processor.forbidden_ids)] = -np.inf
+            want = [filtered(step / (temperature or 1.0), top_k=60, top_p=0.95, min_p=0.01) for step in kept]
+            own = [float(each[token]) for each, token in zip(want, response.tokens, strict=True)]
+            assert list(response.logprobs) == pytest.approx(own, abs=LOGPROB)
     steps = 0
     for name in NAMES:
         ends = [0] * places
