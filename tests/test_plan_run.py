@@ -234,6 +234,10 @@ def test_what_a_reader_reads_off():
     size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(programs.build)))
     assert 12 * size <= one <= 12 * size + 16 and count == 6  # float32, two moments; and two counts
     assert "left out: the base stage, compilation" in text
+    for iterations, there in ((3, 6), (4, 7)):  # while 4 trains, 2 and 3 are there, and 1 may be best
+        config = programs.config.copy_and_resolve_references()
+        config.evolve.iterations = iterations
+        assert whole.checkpoint_bytes(Programs(config, programs.mesh))[1] == there
 
 
 def test_lengths_are_those_assumed():

@@ -283,8 +283,9 @@ def checkpoint_bytes(programs: Programs) -> tuple[int, int]:
     one = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.train_state()))
     c = programs.config
     own = configure.trains_reward_model(c)
-    # the warm-up's, R_p's, and two of a stage that trains
-    return one, 1 + own + c.evolve.keep_checkpoints + 2
+    # the warm-up's, R_p's, two of a stage that trains, and the best iteration's once it is none of the last
+    best = c.evolve.iterations > c.evolve.keep_checkpoints + 1
+    return one, 1 + own + c.evolve.keep_checkpoints + best + 2
 
 
 def describe(
