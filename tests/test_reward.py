@@ -89,7 +89,12 @@ def test_what_became_of_responses_of_which_none_is_kept(monkeypatch):
     verdicts = ["wrong", "wrong", "unparsed", "gold-unparsed", "correct"]
     found = [dataclasses.replace(RESPONSES[0], sample=i, verdict=v) for i, v in enumerate(verdicts)]
     found[-1] = dataclasses.replace(found[-1], truncated=True)
-    config = {"evolve": SETTINGS, "warmup": {"keep": 1}, "prm": {"aggregate": "min"}, "prompts": {"cot": ""}}
+    config = {
+        "evolve": SETTINGS,
+        "warmup": {"keep": 1, "data": ""},
+        "prm": {"aggregate": "min"},
+        "prompts": {"cot": ""},
+    }
     run = types.SimpleNamespace(config=ConfigDict(config), seed=0, truth={})
     queries = [QUERY, dataclasses.replace(QUERY, id="long")]
     want = {"wrong": 2, "unparsed": 1, "gold-unparsed": 1, "truncated": 1, "unanswered": 1}
@@ -175,7 +180,7 @@ def test_queries_of_the_reward_model(labelled, trained):
     """The warm-up's come last; few queries are used up, never refused, and never twice."""
     found = [dataclasses.replace(QUERY, id=f"q{i}") for i in range(labelled)]
     config = ConfigDict({"prm": {"queries": 20, "held_out": 5}, "warmup": {"queries": 12}})
-    out = reward_queries(types.SimpleNamespace(config=config, labelled=found))
+    out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
     ids = [q.id for q in [*out.held_out, *out.trained]]
     assert len(out.trained) == trained and len(ids) == len(set(ids))
     fresh = [q.id for q in found[12:]]
