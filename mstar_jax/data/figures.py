@@ -78,8 +78,18 @@ def font(size: int) -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     return PIL.ImageFont.load_default(size)
 
 
-def render(rng: np.random.Generator, kind: str, objects: Pairs) -> PIL.Image.Image:
-    """Draws a figure, with jitter in places, sizes and colours."""
+class Digit(NamedTuple):
+    """A digit in an image, and the pixel of its middle."""
+
+    digit: int
+    x: float
+    y: float
+
+
+def render(
+    rng: np.random.Generator, kind: str, objects: Pairs, printed: list[Digit] | None = None
+) -> PIL.Image.Image:
+    """Draws a figure, with jitter in places, sizes and colours; `printed` gets the digits that are in it."""
 
     def near(colour: Sequence[int]) -> tuple[int, ...]:
         return tuple(np.clip(np.asarray(colour) + rng.normal(0, 8, 3), 0, 255).astype(int).tolist())
@@ -90,6 +100,16 @@ def render(rng: np.random.Generator, kind: str, objects: Pairs) -> PIL.Image.Ima
     image = PIL.Image.new("RGB", (SIZE, SIZE), near((238, 238, 234)))
     draw = PIL.ImageDraw.Draw(image)
     ink = near((40, 40, 46))
+
+    def write(place: tuple[int, int], value: int, size: int, anchor: str) -> None:
+        text, type_ = str(value), font(size)
+        draw.text(place, text, fill=ink, font=type_, anchor=anchor)
+        if printed is not None:
+            left, top, _, bottom = draw.textbbox(place, text, font=type_, anchor=anchor)
+            ends = [left + type_.getlength(text[:n]) for n in range(len(text) + 1)]
+            middles = [(start + end) / 2 for start, end in itertools.pairwise(ends)]
+            printed.extend(Digit(int(c), x, (top + bottom) / 2) for c, x in zip(text, middles, strict=True))
+
     slot = SIZE // len(objects)
     if kind == "bars":
         base, size = between(116, 124), between(13, 15)
@@ -98,14 +118,14 @@ def render(rng: np.random.Generator, kind: str, objects: Pairs) -> PIL.Image.Ima
             middle, half = slot * at + slot // 2 + between(-2, 2), between(8, 12)
             top = base - 4 - round((base - 30) * value / tallest)
             draw.rectangle((middle - half, top, middle + half, base), fill=near(COLOURS[name]))
-            draw.text((middle, top - 3), str(value), fill=ink, font=font(size), anchor="mb")
+            write((middle, top - 3), value, size, "mb")
         draw.line((2, base, SIZE - 3, base), fill=ink)
     elif kind == "list":
         left, right, size = between(14, 24), between(98, 120), between(14, 17)
         for at, (name, value) in enumerate(objects):
             middle = slot * at + slot // 2 + between(-1, 1)
             shape(draw, name, (left, middle), between(8, 10), near((90, 110, 150)))
-            draw.text((right, middle), str(value), fill=ink, font=font(size), anchor="rm")
+            write((right, middle), value, size, "rm")
     else:
         everything = [name for name, count in objects for _ in range(count)]
         cells = rng.permutation(25)[: len(everything)].tolist()
