@@ -144,9 +144,9 @@ def tower_weights(rng: np.random.Generator) -> Weights:
     """A random vision tower, by SmolVLM's names. A weight has the variance 1 / inputs, and less where it adds
     to the residual stream.
 
-    Left to themselves, patches take long to find out which of them are neighbours, and a digit lies on several.
-    So the first 2 * CODE features are a patch's place, and each head of the first layers begins with its
-    attention on one neighbour, as a convolution would (structured initialisation, arXiv 2404.01139).
+    A digit lies on several patches, and a tower takes long to find out which of them are neighbours. So the
+    first 2 * CODE features are a patch's place, and each head of the first layers begins with its attention
+    on one neighbour, as a convolution would (structured initialisation, arXiv 2404.01139).
     """
 
     def normal(*shape: int, fan: int) -> np.ndarray:

@@ -3,9 +3,9 @@
     python benchmarks/assemble_smolvlm.py /checkpoints/smollm2
     python benchmarks/teach_tower.py /checkpoints/smollm2 /checkpoints/smollm2-seeing [--steps=1000]
 
-From captions alone a tower finds the digits late, since a language model has to learn at the same time what to
-do with them. Here a linear layer on the tower says of each of the image's tokens which digits have their middle
-in it (two at most, from left to right), and is thrown away in the end. The figures are new ones of
+From captions alone a tower finds the digits late, since a language model has to learn at the same time what
+to do with them. Here a linear layer on the tower says of each of the image's tokens which digits have their
+middle in it (two at most, from left to right), and is thrown away in the end. The figures are new ones of
 `data.figures`; 2,000 that nothing is trained on tell how well it reads. OUTPUT is INPUT with another tower.
 """
 

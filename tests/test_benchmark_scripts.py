@@ -3,10 +3,16 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+
+from mstar_jax.models.vision import Vit, VitConfig
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -86,3 +92,28 @@ def test_host_judging(tmp_path, monkeypatch):
         counts[kind] = len(found), sum(r["verdict"] == "correct" and not r["truncated"] for r in found)
     assert counts["rollouts"][0] == 6 * 16
     assert counts["scores"] == (counts["rollouts"][1],) * 2 and counts["scores"][0] > 0
+
+
+def test_teach_tower(monkeypatch, capsys):
+    """Digits are named in the cells where they are printed, from left to right; a tower learns them, and the
+    one that it starts from keeps its values."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("mstar_jax.data.figures.draw_objects", lambda rng: ("list", (("star", 417),)))
+    import teach_tower
+
+    images, digits = teach_tower.drawn(0)
+    named = digits[digits != teach_tower.NONE].reshape(len(images), 3)
+    assert (np.sort(named, axis=1) == [1, 4, 7]).all()
+    cells = digits.reshape(len(images), teach_tower.CELLS, teach_tower.CELLS, teach_tower.SLOTS)
+    line = (cells != teach_tower.NONE).any(axis=(0, 2, 3))
+    assert line.nonzero()[0].tolist() in ([3], [4], [3, 4])  # the middle of the image
+    monkeypatch.setattr(teach_tower, "figures_of", lambda seeds: (images, digits))
+    monkeypatch.setattr(teach_tower, "PIECE", 100)
+    config = VitConfig(32, 64, 1, 2, 128, 8, select_layer=-1, class_token=False, pre_norm=False)
+    tower = Vit(config, nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, tower)
+    taught = teach_tower.teach(tower, 100, 400, 3e-3, held=100)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, tower)))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, taught)))
+    share = float(re.search(r"held-out figures: ([\d.]+) %", capsys.readouterr().out)[1])
+    assert share > 60  # of digits; a guess is right in a third of them

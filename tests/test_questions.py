@@ -137,6 +137,24 @@ def test_numbers_and_steps(truths):
     assert max(number for found in truths.values() for _, number in found.objects) > 400
 
 
+@pytest.mark.parametrize("kind", figures.KINDS)
+def test_printed_digits_are_where_they_are_said_to_be(kind):
+    """They are the digits of the objects' numbers, in order, on ink; a scene prints none. The image is the
+    same whether they are asked for or not."""
+    objects = (("red circle", 3),) if kind == "scene" else (("red", 417), ("green", 98), ("blue", 5))
+    if kind == "list":
+        objects = (("star", 417), ("circle", 98), ("square", 5))
+    printed = []
+    image = figures.render(np.random.default_rng(2), kind, objects, printed)
+    assert image == figures.render(np.random.default_rng(2), kind, objects)
+    assert [one.digit for one in printed] == ([] if kind == "scene" else [4, 1, 7, 9, 8, 5])
+    dark = np.asarray(image.convert("L")) < 110
+    for _, x, y in printed:
+        box = dark[round(y) - 4 : round(y) + 5, round(x) - 3 : round(x) + 4]
+        assert 0.1 < box.mean() < 0.9
+    assert all(a.x + 4 < b.x for a, b in zip(printed[:3], printed[1:3]))
+
+
 @pytest.mark.parametrize("kind", list(questions.WORDS))
 @pytest.mark.parametrize("family", [*questions.KNOWN, *questions.UNSEEN])
 def test_every_step_is_verified_in_all_wordings(kind, family):

@@ -197,3 +197,26 @@ def test_assembled_answers_as_smollm2(tmp_path):
         logits = ours(input_ids=torch.tensor(np.append(tokens[0], answer)[None])).logits[0]
     likeliest(answer, logits[tokens.shape[1] - 1 : -1])
     assert processor.decode(answer) == " The capital of France is Paris."
+
+
+def test_the_random_tower_looks_at_neighbours():
+    """In each head of the first layers the place that a patch attends to most is its neighbour's."""
+    found = assemble_smolvlm.tower_weights(np.random.default_rng(0))
+    side, codes = assemble_smolvlm.SIDE, 2 * assemble_smolvlm.CODE
+    places = found["embeddings.position_embedding.weight"]
+    np.testing.assert_allclose(places[:, :codes] @ places[:, :codes].T, _overlap(side), atol=1e-4)
+    for layer, heads in enumerate(assemble_smolvlm.NEIGHBOURS):
+        at = f"encoder.layers.{layer}.self_attn."
+        q, k = (places @ found[f"{at}{name}_proj.weight"].T for name in "qk")
+        for head, (column, line) in enumerate(heads):
+            part = slice(head * codes, (head + 1) * codes)
+            nearest = (q[:, part] @ k[:, part].T).argmax(axis=1).reshape(side, side)
+            lines, columns = np.mgrid[3 : side - 3, 3 : side - 3]
+            assert (nearest[3:-3, 3:-3] == (lines + line) * side + columns + column).all()
+
+
+def _overlap(side):
+    """What the codes of two patches have in common: half of it by the column, half by the line."""
+    same = np.eye(side) * side / 2
+    ones = np.ones((side, side))
+    return np.kron(ones, same) + np.kron(same, ones)
