@@ -187,6 +187,15 @@ def test_stages_by_hand():
     assert uses["temperatures, samples"].times == 2  # after the warm-up and the second iteration
 
 
+def test_of_more_responses_fewer_are_no_copies():
+    """What is known of K samples holds for them, and of one response none is a copy."""
+    assumed = dataclasses.replace(ASSUMED, distinct=0.45)
+    assert assumed.distinct_of(16, 16) == pytest.approx(0.45)
+    assert assumed.distinct_of(1, 16) == 1.0
+    assert 16 * 0.45 / 57 < assumed.distinct_of(57, 16) < 0.45
+    assert ASSUMED.distinct_of(57, 16) == 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "there", "absent"),
     [

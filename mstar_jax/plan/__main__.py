@@ -50,7 +50,13 @@ PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; 
 RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
 SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
 RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
-DISTINCT = flags.DEFINE_float("distinct", 1.0, "Share of a query's responses that are no copies of another.")
+DISTINCT = flags.DEFINE_float(
+    "distinct",
+    1.0,
+    "Share of a query's evolve.k responses that are no copies of another.",
+    lower_bound=0.001,
+    upper_bound=1.0,
+)
 PREFIXES = flags.DEFINE_float(
     "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
 )

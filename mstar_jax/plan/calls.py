@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ class Assumed:
       prompt: tokens of a prompt.
       response, spread: mean and standard deviation of the tokens of a response.
       right: share of the responses that are right; a copy of another one's text counts as wrong.
-      distinct: share of a query's responses that are no copies of another one's text: only these are scored.
+      distinct: share of a query's `evolve.k` responses that are no copies of another one's text: only these
+        are scored.
       prefixes: steps of a response, on average, that a label is sampled for: all but the last, and but those
         that begin another response as well.
     """
@@ -32,6 +34,11 @@ class Assumed:
     right: float
     distinct: float
     prefixes: float
+
+    def distinct_of(self, samples: int, k: int) -> float:
+        """The share of `samples` responses that are no copies, where `distinct` is that of k: how many differ
+        grows as a power of how many there are (Heaps' law)."""
+        return float(samples ** (math.log(self.distinct) / math.log(max(k, 2))))
 
 
 class Calls(NamedTuple):

@@ -217,10 +217,13 @@ def estimate(
     samples, scores = 1 + c.eval.samples, "score" in made
     out: list[Use] = []
 
+    def distinct(samples: int) -> float:
+        return assumed.distinct_of(samples, c.evolve.k)
+
     def measure(stage: str, queries: int, times: int = 1, scored: bool = True) -> None:
         out.append(e.sample(f"{stage}: samples", "evaluation", queries, samples, times))
         if scores and scored:
-            out.append(e.score(f"{stage}: scores", queries, samples, assumed.distinct, times))
+            out.append(e.score(f"{stage}: scores", queries, samples, distinct(samples), times))
 
     embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
     test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
@@ -244,7 +247,7 @@ def estimate(
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
     if "train prm" in made:
         out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
-        out.append(e.score("reward model, report", held_out, c.prm.k, assumed.distinct))
+        out.append(e.score("reward model, report", held_out, c.prm.k, distinct(c.prm.k)))
     measure("warm-up, measure", tests("warmup"))
     count = c.evolve.iterations
     if "exploration" in made:
@@ -252,18 +255,18 @@ def estimate(
         branches = e._samples("exploration")
         queries = min(c.explore.queries, c.data.validation)
         out.append(e.sample("temperatures, samples", "exploration", queries, branches, times))
-        out.append(e.score("temperatures, scores", queries, branches, assumed.distinct, times))
+        out.append(e.score("temperatures, scores", queries, branches, distinct(branches), times))
     if c.evolve.data == "rollouts" and count:
         queries = math.ceil(c.evolve.fraction * assumed.queries)
         mixin = c.evolve.unlabelled.mixin
         more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
         out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
         if scores and more:
-            out.append(e.score("iterations, votes", queries, c.evolve.k, assumed.distinct, more))
+            out.append(e.score("iterations, votes", queries, c.evolve.k, distinct(c.evolve.k), more))
         imitates = c.evolve.objective == "sft"  # a policy gradient takes the wrong ones too
         asked = c.evolve.select in ("prm", "likelihood") if imitates else c.evolve.process_weight > 0
         if scores and asked:
-            share = assumed.right if imitates else assumed.distinct
+            share = assumed.right if imitates else distinct(c.evolve.k)
             out.append(e.score("iterations, select", queries, c.evolve.k, share, count + more))
     if count:
         out.append(e.train("iterations, improve", "train", c.evolve, trained(c.evolve), count))
@@ -297,7 +300,8 @@ def describe(
     lines = [
         f"the run, assuming {assumed.queries:,} labelled queries, prompts of {assumed.prompt} tokens, "
         f"responses of {assumed.response:g} +- {assumed.spread:g} tokens, {100 * assumed.right:g} % of them "
-        f"right, {100 * assumed.distinct:g} % no copies, {assumed.prefixes:g} labelled steps in each:",
+        f"right, {100 * assumed.distinct:g} % of {programs.config.evolve.k} no copies, "
+        f"{assumed.prefixes:g} labelled steps in each:",
         "",
         "| stage | times | M tokens read | sampled | PFLOP of the model | hours | share |",
         "|---|---:|---:|---:|---:|---:|---:|",
