@@ -27,7 +27,7 @@ from PIL import Image
 from configs import tiny as tiny_config
 from mstar_jax import configure, sharding
 from mstar_jax.data import __main__ as look
-from mstar_jax.data import files, given, images, mathv360k, pictures, prompts, rows, splits, turns
+from mstar_jax.data import arrow, files, given, images, mathv360k, pictures, prompts, rows, splits, turns
 from mstar_jax.rewards import custom
 from mstar_jax.stages import given as stage
 from mstar_jax.structs import Query
@@ -422,9 +422,96 @@ def test_files_that_would_need_much_memory_are_refused(tmp_path, monkeypatch):
     assert len(queries) == 1 and report.dropped == {"line too long": 1, "wrong types": 1}
     assert report.examples["line too long"] == ["line 2"]
     pq.write_table(pa.table({"image": [bytes(1 << 20)]}), tmp_path / "d.parquet", compression="zstd")
-    monkeypatch.setattr(files, "INFLATED", (1 << 16, 50))
+    monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
     with pytest.raises(ValueError, match="row group 0 of column image has .* so it is refused"):
         mathv360k.read(tmp_path / "d.parquet", tmp_path)
+
+
+REPEATED = """
+import json, resource, sys
+from mstar_jax.data import files
+before, seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+for place, record in files.records(sys.argv[1]):
+    said = str(record) if isinstance(record, Exception) else record["question"]
+    seen[said] = seen.get(said, 0) + 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, json.dumps(seen))
+"""
+
+
+def one_value(count, size=10 << 20):
+    """The same bytes, `count` times, stored once."""
+    index = pa.array(np.zeros(count, np.int32))
+    return pa.DictionaryArray.from_arrays(index, pa.array([os.urandom(size)]))
+
+
+def write_dictionary(table, path):
+    """A parquet or Arrow file of a table whose dictionaries stay such; the reader is not told of them."""
+    if path.suffix == ".arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path, store_schema=False, dictionary_pagesize_limit=1 << 30)
+    assert path.stat().st_size < 12 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is counted in KiB there")
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+def test_values_that_a_dictionary_repeats_take_no_memory(tmp_path, name):
+    """An image of 10 MiB, 100,000 times in one row, which would be 1,000 GB, and once in 30 others."""
+    lengths = np.concatenate([np.ones(30, np.int32), [100_000], np.zeros(969, np.int32)])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    listed = pa.ListArray.from_arrays(offsets, one_value(int(lengths.sum())))
+    table = pa.table({"images": listed, "question": ["Why?"] * len(lengths)})
+    write_dictionary(table, tmp_path / name)
+    command = [sys.executable, "-c", REPEATED, str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    more, seen = done.stdout.split(maxsplit=1)
+    assert json.loads(seen) == {"Why?": 999, "row too large": 1}
+    assert int(more) < 1 << 20, f"{more} KiB"
+
+
+def test_as_many_rows_are_decoded_as_a_dictionary_allows(tmp_path):
+    table = pa.table({"image": one_value(1000), "question": [str(n) for n in range(1000)]})
+    write_dictionary(table, tmp_path / "d.parquet")
+    with pq.ParquetFile(tmp_path / "d.parquet") as file:
+        assert arrow._together("d", file, 0) == (25, [])  # 25 * 10 MiB are 250
+    plain = pa.table({"image": one_value(100, 1 << 20).dictionary_decode()})
+    pq.write_table(plain, tmp_path / "d.parquet", use_dictionary=False, compression="zstd")
+    with pq.ParquetFile(tmp_path / "d.parquet") as file:
+        assert arrow._together("d", file, 0) == (
+            15,
+            [],
+        )  # 16 MiB of the 100 that are there, less their lengths
+
+
+def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):
+    encoded = pa.RunEndEncodedArray.from_arrays([3], pa.array(["Why?"]))
+    write_dictionary(pa.table({"question": encoded}), tmp_path / "d.arrow")
+    with pytest.raises(ValueError, match="d.arrow: question is run_end_encoded.* cast it to"):
+        list(files.records(str(tmp_path / "d.arrow")))
+    monkeypatch.setattr(arrow, "MOST_VALUES", 1000)
+    pq.write_table(pa.table({"images": [[None] * 1000, ["a"]]}), tmp_path / "d.parquet")
+    with pytest.raises(
+        ValueError, match="group 0 of column images.* may hold 1000 values .* so it is refused"
+    ):
+        list(files.records(str(tmp_path / "d.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("array", "least", "most"),
+    [
+        (pa.array([1, 2]), 16, 200),
+        (pa.array([b"0" * 1000]), 1000, 1200),
+        (pa.array([[b"0" * 1000] * 3, None]), 3000, 4000),
+        (pa.array([{"a": b"0" * 1000, "b": None}]), 1000, 2000),
+        (pa.array([[("a", 1)] * 10, [("b", 2)]], pa.map_(pa.string(), pa.int8())).slice(1), 1, 400),
+        (one_value(7, 1000), 7000, 8000),
+        (one_value(7, 1000).slice(5), 2000, 3000),
+        (pa.array([[None] * 1000], pa.list_(pa.null())), 8000, 80_000),
+    ],
+)
+def test_what_values_take_in_python(array, least, most):
+    assert least <= arrow._weight(array) <= most
 
 
 def test_damaged_files_are_named(tmp_path, made_up):

@@ -6,9 +6,8 @@ What is asked for is a file, a folder or a pattern:
     geometry3k/                      the shards in it, or in its `data/`; or what `Dataset.save_to_disk` wrote
     "geometry3k/data/train-*"        a pattern of names; give one where a folder holds several splits
 
-All but a JSON list are read in parts, so that they may be larger than the memory: a parquet file page by
-page, an Arrow file batch by batch. pyarrow needs about twice the largest page: with `datasets` these are 100
-rows with images at most, with pyarrow itself up to 1,024 values. A record is a dict of its columns.
+All but a JSON list are read in parts, so that they may be larger than the memory. A record is a dict of
+its columns.
 """
 
 import csv
@@ -22,13 +21,12 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from mstar_jax.data.images import resolve
+from mstar_jax.data.turns import Unreadable
 
 Record = dict[str, Any]  # by column; a JSON, TSV, parquet or Arrow value
 
 LONGEST_LINE = 1 << 28  # bytes of a JSON line; a gzip file of a few MB can hold one of many GB
 LONGEST_CELL = 1 << 28  # bytes of a TSV cell; Python's default of 128 KiB is too small for most images
-TOGETHER = 16 << 20  # bytes of records that are in memory together, about
-INFLATED = (1 << 30, 200)  # bytes, and times its size on the disk, that a part of a parquet file may have
 ENDINGS = {  # of names, in the order in which they are looked for in a folder
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -40,10 +38,6 @@ ENDINGS = {  # of names, in the order in which they are looked for in a folder
 }
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # hold no records
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.|(train|validation|valid|val|dev|test)\.")  # a split's name
-
-
-class Broken(ValueError):
-    """A record that cannot be read; the message is the cause that a report counts it under."""
 
 
 # ---- 1. which files -----------------------------------------------------------------------------------
@@ -134,8 +128,8 @@ def kind(path: str) -> str:
 
 
 def records(path: str) -> Iterator[tuple[str, object]]:
-    """Yields (`row 7` or `line 7`, the record) for every record of a file; a `Broken` for one that cannot be
-    read. A record of JSON may be anything that JSON can say.
+    """Yields (`row 7` or `line 7`, the record) for every record of a file; an `Unreadable` for one that
+    cannot be read. A record of JSON may be anything that JSON can say.
 
     Raises:
       ValueError: the file as a whole, or from some record on, cannot be read; the message says where.
@@ -153,91 +147,15 @@ def all_records(paths: Sequence[str]) -> Iterator[tuple[str, int, str, object]]:
 
 
 def _parquet(path: str) -> Iterator[tuple[str, object]]:
-    import pyarrow  # here: it takes longer to import than most files to read
-    import pyarrow.parquet
+    from mstar_jax.data import arrow  # here: pyarrow takes longer to import than most files to read
 
-    number = 0
-    try:
-        # the pages of a column are read as they are needed; pyarrow would read and keep whole row groups
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            _check_inflated(path, file.metadata)
-            for at in range(file.num_row_groups):
-                group = file.metadata.row_group(at)
-                few = max(1, min(64, TOGETHER * group.num_rows // max(group.total_byte_size, 1)))
-                for batch in file.iter_batches(batch_size=few, row_groups=[at]):
-                    for record in _python(batch):
-                        yield f"row {number}", record
-                        number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        hint = "download the file again"
-        raise ValueError(f"{path}, from row {number}: broken parquet, {hint} ({error})") from error
-
-
-def _check_inflated(path: str, metadata: Any) -> None:
-    """Refuses a file whose parts would need far more memory than they take on the disk."""
-    for at in range(metadata.num_row_groups):
-        group = metadata.row_group(at)
-        for column in map(group.column, range(group.num_columns)):
-            size = column.total_uncompressed_size
-            if size > INFLATED[0] and size > INFLATED[1] * column.total_compressed_size:
-                raise ValueError(
-                    f"{path}: row group {at} of column {column.path_in_schema} has {size} bytes, compressed "
-                    f"to {column.total_compressed_size}: more than {INFLATED[1]} times, so it is refused"
-                )
+    return arrow.parquet(path)
 
 
 def _arrow(path: str) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.ipc
+    from mstar_jax.data import arrow
 
-    number = 0
-    try:
-        with pyarrow.OSFile(path) as source:  # not mapped: its pages would count as this process's memory
-            for batch in _batches(source):
-                _check_offsets(batch)
-                few = max(1, min(512, TOGETHER * batch.num_rows // max(batch.nbytes, 1)))
-                for at in range(0, batch.num_rows, few):
-                    for record in _python(batch.slice(at, few)):
-                        yield f"row {number}", record
-                        number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        hint = "copy the folder again"
-        raise ValueError(f"{path}, from row {number}: broken Arrow file, {hint} ({error})") from error
-
-
-def _batches(source: Any) -> Iterator[Any]:
-    import pyarrow.ipc
-
-    if source.read(6) == b"ARROW1":
-        file = pyarrow.ipc.open_file(source)
-        yield from map(file.get_batch, range(file.num_record_batches))
-    else:
-        source.seek(0)
-        yield from pyarrow.ipc.open_stream(source)
-
-
-def _check_offsets(batch: Any) -> None:
-    """Refuses values that lie outside of their batch: pyarrow would read there, and the process would end."""
-    for column in batch.columns:
-        try:
-            column.validate(full=True)
-        except ValueError as error:
-            if "UTF8" not in str(error):  # such a row is counted, see `_python`
-                raise
-
-
-def _python(batch: Any) -> Iterator[object]:
-    """The rows of a record batch; one that Python has no value for is `Broken`."""
-    try:
-        yield from batch.to_pylist()
-    except (ValueError, OverflowError):  # neither format checks its strings and times
-        for at in range(batch.num_rows):
-            try:
-                yield batch.slice(at, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield Broken("text is not UTF-8")
-            except (ValueError, OverflowError):
-                yield Broken("wrong types")
+    return arrow.arrow(path)
 
 
 def _lines(path: str) -> Iterator[tuple[str, object]]:
@@ -249,7 +167,7 @@ def _lines(path: str) -> Iterator[tuple[str, object]]:
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
-                    yield f"line {number}", Broken("line too long")
+                    yield f"line {number}", Unreadable("line too long")
                 elif line.strip():
                     yield f"line {number}", _decode(line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -266,7 +184,7 @@ def _decode(line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return Broken("bad JSON line")
+        return Unreadable("bad JSON line")
 
 
 def _json(path: str) -> Iterator[tuple[str, object]]:
@@ -305,6 +223,6 @@ def _tsv(path: str) -> Iterator[tuple[str, object]]:
             except StopIteration:
                 return
             except csv.Error:
-                record = Broken("broken row")
+                record = Unreadable("broken row")
             yield f"row {number}", record
             number += 1

@@ -40,7 +40,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mstar_jax.data import pictures
-from mstar_jax.data.files import Broken
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.turns import Unreadable, image_marks, name_marks
 from mstar_jax.rewards import steps
@@ -144,8 +143,8 @@ def parse(record: object, columns: Columns) -> Row:
     Raises:
       Unreadable: it is no row; the message is the cause.
     """
-    if isinstance(record, Broken):
-        raise Unreadable(str(record))
+    if isinstance(record, Unreadable):
+        raise record
     if not isinstance(record, dict):
         raise Unreadable("wrong types")
     turns, response = column(record, columns, "turns"), column(record, columns, "response")
