@@ -387,9 +387,56 @@ def test_which_files_are_meant(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="neither here nor in data/"):
         files.shards(str(tmp_path / "empty"))
-    (tmp_path / "empty/state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}')
-    with pytest.raises(ValueError, match="without '..'"):
-        files.shards(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        (
+            "state.json",
+            b'{"_data_files": [{"filename": "../x.arrow"}]}',
+            "'../x.arrow' of a data file must be",
+        ),
+        ("state.json", b'{"_data_files": [{"filename": "/x.arrow"}]}', "'/x.arrow' of a data file must be"),
+        ("state.json", b'{"_data_files": [{"filename": "link.arrow"}]}', "'link.arrow' of a data file must"),
+        ("state.json", b'{"_data_files": [{"filename": "x\\u0000"}]}', r"'x.x00' of a data file must be"),
+        (
+            "state.json",
+            b'{"_data_files": [{"filename": "absent.arrow"}]}',
+            "no file 'absent.arrow' beside it",
+        ),
+        ("state.json", b'{"_data_files": [{"filename": 3}]}', "the name 3 of a data file must be"),
+        ("state.json", b'{"_data_files": [{}]}', "the name None of a data file must be"),
+        ("state.json", b'{"_data_files": ["a.arrow"]}', "the name None of a data file must be"),
+        ("state.json", b'{"_data_files": {"filename": "a.arrow"}}', "an object with a list of '_data_files'"),
+        ("state.json", b'{"_data_files": []}', "an object with a list of '_data_files'"),
+        ("state.json", b"{}", "an object with a list of '_data_files'"),
+        ("state.json", b"[]", "an object with a list of '_data_files'"),
+        ("state.json", b"{", "cannot be read"),
+        ("state.json", b"[" * 200_000, "cannot be read"),
+        ("state.json", b'{"\xff": 1}', "cannot be read"),
+        ("state.json", None, "cannot be read"),
+        ("dataset_dict.json", b"[]", "an object with a list of 'splits'"),
+        ("dataset_dict.json", b'{"splits": "train"}', "an object with a list of 'splits'"),
+        ("dataset_dict.json", b"no", "cannot be read"),
+        ("dataset_dict.json", None, "cannot be read"),
+    ],
+)
+def test_odd_files_of_a_saved_data_set_are_named(tmp_path, name, text, cause):
+    (tmp_path / "link.arrow").symlink_to(__file__)
+    if text is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name}: .*{cause}.*; save the data set again"):
+        files.shards(str(tmp_path))
+
+
+def test_what_is_said_about_a_saved_data_set_is_not_needed(tmp_path, made_up):
+    found, root = made_up
+    (as_dataset(tmp_path, root, found) / "dataset_info.json").write_bytes(b"\xff[")
+    (tmp_path / "state.json").unlink()
+    assert len(files.shards(str(tmp_path))) == 2
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ ENDINGS = {  # of names, in the order in which they are looked for in a folder
     ".tsv": "tsv",
 }
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # hold no records
+_SAVE = "save the data set again, or name its .arrow files, as in 'folder/*.arrow'"
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.|(train|validation|valid|val|dev|test)\.")  # a split's name
 
 
@@ -71,14 +72,21 @@ def folder_of(path: str) -> str:
 
 
 def _in_folder(folder: str) -> list[str]:
-    if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-        with open(os.path.join(folder, "dataset_dict.json"), encoding="utf-8") as file:
-            splits = json.load(file).get("splits", [])
-        raise ValueError(f"{folder} holds the splits {', '.join(splits)}: name the folder of one of them")
-    if os.path.exists(state := os.path.join(folder, "state.json")):  # of Dataset.save_to_disk
-        with open(state, encoding="utf-8") as file:
-            names = [each["filename"] for each in json.load(file).get("_data_files", [])]
-        return [resolve(folder, name) for name in names]
+    if os.path.lexists(about := os.path.join(folder, "dataset_dict.json")):
+        found = ", ".join(map(str, _said(about, "splits")))
+        raise ValueError(f"{folder} holds the splits {found}: name the folder of one of them")
+    if os.path.lexists(state := os.path.join(folder, "state.json")):  # of Dataset.save_to_disk
+        paths = []
+        for each in _said(state, "_data_files"):
+            name = each.get("filename") if isinstance(each, dict) else None
+            try:
+                paths.append(resolve(folder, name if isinstance(name, str) else ""))
+            except ValueError as error:
+                what = "must be relative and stay in the folder"
+                raise ValueError(f"{state}: the name {name!r} of a data file {what}; {_SAVE}") from error
+            if not os.path.isfile(paths[-1]):
+                raise ValueError(f"{state}: there is no file {name!r} beside it; {_SAVE}")
+        return paths
     for place in (folder, os.path.join(folder, "data")):
         paths = sorted(glob.glob(os.path.join(glob.escape(place), "*")))
         paths = [each for each in paths if os.path.isfile(each) and os.path.basename(each) not in _ABOUT]
@@ -90,6 +98,23 @@ def _in_folder(folder: str) -> list[str]:
                 raise ValueError(f"{place} holds {what}: name some of them, as in '{place}/train*'")
             return [each for _, each in named]
     raise FileNotFoundError(f"{folder}: neither here nor in data/ is a file that ends in {_endings()}")
+
+
+def _said(path: str, key: str) -> list[object]:
+    """The list that a file of `datasets` holds under a key.
+
+    Raises:
+      ValueError: it holds none; the message names the file.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {_SAVE}") from error
+    values = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{path}: expected an object with a list of {key!r}; {_SAVE}")
+    return values
 
 
 def _endings() -> str:
