@@ -196,6 +196,8 @@ def judging(prm: Mapping[str, Any], of_folder: bool) -> Iterator[str]:
         yield f"prm.token = {prm['token']!r}: a token or prm.head scores, so one of them must be empty"
     if prm["against"] and not prm["token"]:
         yield f"prm.against = {prm['against']!r}: needs prm.token, of which it is the opposite"
+    if prm["between"] != "\n" and not prm["mark"] and not prm["token"]:
+        yield f"prm.between = {prm['between']!r}: needs prm.mark, which it is written after"
     yield from refusal(prompts.check, prm["prompt"])
     if "{answer" in prm["prompt"]:  # also with a format
         yield f"prm.prompt = {prm['prompt']!r}: must not show the answer to what judges responses"

@@ -213,6 +213,10 @@ def test_impossible_values_are_refused(key, value, text):
         ({"path": ""}, r"prm.token = '\+': is said of a reward model in a folder, so set prm.path"),
         ({"head": "v.weight"}, r"prm.token = '\+': a token or prm.head scores, so one of them must be empty"),
         ({"token": ""}, "prm.against = '-': needs prm.token"),
+        (
+            {"token": "", "against": "", "mark": "", "between": "\n\n"},
+            r"prm.between = '\\n\\n': needs prm.mark",
+        ),
         ({"prompt": "{problem}"}, "unknown field {problem}"),
         ({"prompt": "{question} is {answer!s}"}, "prm.prompt = .*: must not show the answer"),
     ],

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +280,16 @@ def test_a_stopped_evaluation_ends_like_an_unbroken_one(place, tmp_path):
     assert len({json.loads(line)["greedy"]["response"] for line in lines}) > 1
 
 
+def test_a_reward_model_of_the_hub(place, monkeypatch):
+    """As `prm.path`: its snapshot's files, and its own name in place of the snapshot's."""
+    snapshot = {"OpenGVLab/VisualPRM": str(place[0] / "second")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: snapshot[name])
+    found = evaluate.Checkpoint("OpenGVLab/VisualPRM", Stage.reward_model)
+    assert (found.path, found.name, found.stage) == (place[0] / "second", "VisualPRM", None)
+    with pytest.raises(ValueError, match="OpenGVLab/Other: no such folder, and the hub could not provide it"):
+        evaluate.Checkpoint("OpenGVLab/Other", Stage.reward_model)
+
+
 def test_a_policy_judges_by_a_token(place, tmp_path, caplog):
     """Through the scorer that votes; what it says of a step is the softmax of two tokens of its logits."""
     folder, config = place
@@ -515,7 +526,9 @@ def test_the_main_job_asks_its_reward_model(monkeypatch, caplog):
         ({"names": ("mathvista",)}, ["first"], None, "mathvista: .*looked for testmini"),
         ({"names": ("nonsense",)}, ["first"], None, "'nonsense': choose one of 'mathvista'"),
         ({"prompt": "nonsense"}, ["first"], None, "choose one of 'official', "),
-        ({}, ["nowhere"], None, "neither a run nor a checkpoint's folder"),
+        ({}, ["nowhere"], None, "nowhere: no such folder, and a hub id would be owner/name"),
+        ({}, ["nowhere:warmup"], None, "neither a run nor a checkpoint's folder"),
+        ({"samples": 2}, ["first"], "nothing", "nothing: no such folder, and a hub id would be owner/name"),
         ({}, ["first", "./first"], None, "have the same name"),
         ({}, ["first"], "reward", "--samples=16"),
     ],

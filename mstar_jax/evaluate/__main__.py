@@ -6,8 +6,9 @@
 
 A checkpoint is a folder in the official format of a family of `models`, or a run of mstar_jax.main:
 its last policy, or that of `:stage` (`:best` is the best iteration on validation). The first is what the
-others are compared with. A reward model is a run's, or a folder: one that `export --stage=prm` wrote, or
-another's, which the keys of `config.prm` describe. Started again, the command asks nothing twice.
+others are compared with. A reward model is a run's, or what `prm.path` takes: a folder that `export
+--stage=prm` wrote, or another's, which the keys of `config.prm` describe. Both may be hub ids. Started again,
+the command asks nothing twice.
 
 `--benchmarks=visualprocessbench --prm=...` measures the reward model itself and needs no checkpoint.
 
@@ -44,6 +45,7 @@ from mstar_jax.evaluate.summary import Result, Results, table
 from mstar_jax.inference import draw, sampler
 from mstar_jax.inference.generate import inference
 from mstar_jax.inference.score import Scorer, of_folder
+from mstar_jax.models import hf
 from mstar_jax.rewards.prm import as_written
 from mstar_jax.store import read_json
 from mstar_jax.structs import Processor, Stage
@@ -73,14 +75,16 @@ class Checkpoint:
         """Reads what is needed to name it.
 
         Args:
-          text: a folder, or a run followed by `:stage`.
+          text: a folder, or a run followed by `:stage`; or a hub id, as `policy.path` and `prm.path` are.
           stage: of a run, where the text names none; None for its last policy.
 
         Raises:
-          ValueError: it is neither, or has no such stage.
+          ValueError: it is none of them, or has no such stage.
         """
-        folder, _, named = text.rpartition(":") if not pathlib.Path(text).exists() else (text, "", "")
-        self.path = pathlib.Path(folder or text)
+        whole = ":" not in text or pathlib.Path(text).exists()
+        folder, _, named = (text, "", "") if whole else text.rpartition(":")
+        path = pathlib.Path(folder)
+        self.path = path if named or path.exists() else hf.local_folder(text)
         config = self.path / "config.json"
         values = read_json(config) if config.exists() else {}
         self.run = "model_type" not in values and "evolve" in values
@@ -89,7 +93,7 @@ class Checkpoint:
         wanted = finished.stage_of(self.path, named) if named else stage
         self.stage = finished.finished(self.path, wanted) if self.run else None
         suffix = f"_{self.stage}" if self.stage else ""
-        self.name = self.path.resolve().name + suffix
+        self.name = path.resolve().name + suffix
         self.identity = identity(self.path, self.stage)
 
     def processor(self, config: ml_collections.ConfigDict) -> Processor:
