@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from mstar_jax.report import live, markup
+from mstar_jax.report import live, markup, page
 
 RECORD = {"iteration": 0, "split": "validation", "greedy_accuracy": 0.25, "pass_at_k": 0.5, "seconds": 1800}
 
@@ -138,6 +138,34 @@ def test_stages_are_printed_once_until_the_end(tmp_path, monkeypatch, capsys):
         "iteration 1, validation: greedy 25.0%, pass@k 50.0%; 1.50 h so far",
         "iteration 1, test: greedy 25.0%, pass@k 50.0%; 2.00 h so far",
     ]
+
+
+def test_planned_hours_are_shown_beside_those_spent(tmp_path):
+    last = RECORD | {"stage": "iteration", "iteration": 1}
+    write(tmp_path, RECORD | {"stage": "base"}, RECORD | {"stage": "prm"}, last)
+    parts = {"base": 0.25, "warm-up and reward model": 2, "iterations": 9.75}
+    plan = {"on": "8 x <H100>", "hours": parts, "left_out": "compilation"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    ends = [line.split("; ")[1] for line in live.ended([tmp_path], set())]
+    assert ends == [
+        "0.50 h so far of 12.00 h planned (base 0.50 of 0.25)",
+        "1.00 h so far of 12.00 h planned (warm-up and reward model 0.50 of 2.00)",
+        "1.50 h so far of 12.00 h planned (iterations 0.50 of 9.75)",
+    ]
+    text = page.write([tmp_path]).read_text()
+    assert "Planned: for 8 x &lt;H100&gt;, without compilation." in text
+    assert '<th scope="row">all</th><td>12.00</td><td>1.50</td>' in text
+    for odd in (
+        "[]",
+        "{",
+        json.dumps(plan | {"hours": {}}),
+        json.dumps(plan | {"hours": parts | {"base": -1}}),
+    ):
+        (tmp_path / "plan.json").write_text(odd)
+        assert [line.split("; ")[1] for line in live.ended([tmp_path], set())][0] == "0.50 h so far"
+        assert "Left out: plan.json is not what plan --out writes" in page.write([tmp_path]).read_text()
+    (tmp_path / "plan.json").unlink()
+    assert "Hours planned" not in page.write([tmp_path]).read_text()
 
 
 def test_a_port_that_is_taken_is_named(server, tmp_path):

@@ -14,11 +14,14 @@ from mstar_jax import sharding
 from mstar_jax.inference import rollouts
 from mstar_jax.inference.draw import SamplingConfig
 from mstar_jax.inference.sampler import Generated, Sampler
+from mstar_jax.plan import __main__ as plan
 from mstar_jax.plan import calls, hlo, measure, whole
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost
 from mstar_jax.plan.programs import Programs
 from mstar_jax.profiling.flops import Chip
+from mstar_jax.report import hours
+from mstar_jax.report.runs import RunRecord
 from mstar_jax.structs import Batch, Prompt, Query, Row
 
 ASSUMED = Assumed(queries=1000, prompt=60, response=20, spread=0, right=0.5, distinct=1.0, prefixes=4)
@@ -247,6 +250,29 @@ def test_what_a_reader_reads_off():
         config = programs.config.copy_and_resolve_references()
         config.evolve.iterations = iterations
         assert whole.checkpoint_bytes(Programs(config, programs.mesh))[1] == there
+
+
+def test_the_parts_of_a_run_add_up_to_it():
+    named = ("base, measure", "warm-up, train", "reward model, labels", "temperatures, scores", "last, test")
+    uses = [whole.Use(name, 4 if name[0] == "t" else 1, 0, 0, 0, 3600.0) for name in named]
+    assert whole.hours(uses, 1) == {"base": 1, "warm-up and reward model": 2.25, "iterations": 1.75}
+    _, uses = estimated({}, seconds=3600.0)
+    found = whole.hours(list(uses.values()), 0.5)
+    assert sum(found.values()) == pytest.approx(2 * sum(use.seconds for use in uses.values()) / 3600)
+    assert set(found) == set(hours.PARTS.values()) and min(found.values()) > 0
+
+
+def test_the_report_finds_the_hours_of_a_plan(tmp_path, monkeypatch):
+    programs, uses = estimated({}, seconds=3600.0)
+    monkeypatch.setattr(measure, "speeds", lambda *_: [])
+    monkeypatch.setattr(whole, "estimate", lambda *_: list(uses.values()))
+    flags = {"MEASURE": True, "REACH": 0.5, "PRICE": 0.0, "OUT": str(tmp_path / "run/plan.json")}
+    for name, value in flags.items():
+        monkeypatch.setattr(plan, name, types.SimpleNamespace(value=value))
+    plan.run_of(programs, dict.fromkeys(programs.kinds(), plan.Fitting(programs, [])), ASSUMED, "Phi35")
+    found, about = hours.planned(RunRecord("run", tmp_path / "run", {}))
+    assert found == whole.hours(list(uses.values()), 1.0)  # of measured times, whatever --reach says
+    assert about.startswith("Planned: for 1 x cpu, without the base stage, compilation")
 
 
 def test_lengths_are_those_assumed():

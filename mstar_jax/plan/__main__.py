@@ -13,10 +13,14 @@ reward model, prefill and a decoding step of every pass that samples, and the re
     each stage    what lies on a chip: the programs, and what stays beside them
     the run       tokens, FLOPs and time of every stage, chip-hours, disk and, with --price, what it costs
 
+With --out=runs/phi35/plan.json, `report` shows these hours beside those that the run has spent.
+
 What does not fit is tried again with other settings until it does. Without `policy.path` the dimensions are
 those of the released model of `policy.family`.
 """
 
+import json
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,6 +36,7 @@ from mstar_jax.plan.cost import Cost, TooLarge, compile_cost, peak_times
 from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
 from mstar_jax.plan.topology import devices_of, without_driver
 from mstar_jax.profiling.flops import Chip, chip_of
+from mstar_jax.store import write_text
 
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -60,6 +65,8 @@ DISTINCT = flags.DEFINE_float(
 PREFIXES = flags.DEFINE_float(
     "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
 )
+
+OUT = flags.DEFINE_string("out", None, "File for the run's hours: WORKDIR/plan.json, for `report` to show.")
 
 GB = 1e9
 TERA = 1e12
@@ -253,6 +260,12 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
         return f"without an estimate of the whole run: the rates of {kind!r} are not known; try --measure"
     uses = whole.estimate(programs, assumed, made, speeds)
     reach = 1.0 if MEASURE.value else REACH.value
+    if OUT.value:
+        on = f"{len(devices)} x {devices[0].device_kind}"
+        plan = {"on": on, "hours": whole.hours(uses, reach), "left_out": whole.left_out(programs)}
+        path = pathlib.Path(OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(plan, indent=1))
     return whole.describe(uses, programs, assumed, reach, PRICE.value, name)
 
 

@@ -339,10 +339,32 @@ def describe(
         f"disk: {stores / 1e9:,.1f} GB of rollouts, scores and labels, at most {count} checkpoints of "
         f"{one / 1e9:,.1f} GB; {(stores + count * one) / 1e9:,.0f} GB"
     )
-    left_out = ["benchmarks"] * bool(programs.config.benchmarks.names)
-    left_out += ["the base stage"] * bool(programs.config.base.steps)
-    gradient = programs.config.evolve.objective != "sft"
-    left_out += ["log probabilities of the rollouts, read once or twice an iteration"] * gradient
-    left_out += ["compilation, reading and saving of checkpoints, and judging of answers"]
-    lines.append(f"left out: {', '.join(left_out)}")
+    lines.append(f"left out: {left_out(programs)}")
     return "\n".join(lines)
+
+
+def left_out(programs: Programs) -> str:
+    """What a run does besides, in words."""
+    found = ["benchmarks"] * bool(programs.config.benchmarks.names)
+    found += ["the base stage"] * bool(programs.config.base.steps)
+    gradient = programs.config.evolve.objective != "sft"
+    found += ["log probabilities of the rollouts, read once or twice an iteration"] * gradient
+    found += ["compilation, reading and saving of checkpoints, and judging of answers"]
+    return ", ".join(found)
+
+
+def hours(uses: Sequence[Use], reach: float) -> dict[str, float]:
+    """Hours of the parts of a run whose records tell what they took, see `report.hours`.
+
+    Args:
+      uses: of the run.
+      reach: the share of the programs' rates that it reaches.
+    """
+    found = {"base": 0.0, "warm-up and reward model": 0.0, "iterations": 0.0}
+    for use in uses:
+        after = use.seconds / use.times if use.stage.startswith("temperatures") else 0.0  # the warm-up
+        named = use.stage.partition(",")[0]
+        part = {"base": "base", "warm-up": "warm-up and reward model"}.get(named, "iterations")
+        found["warm-up and reward model" if named == "reward model" else part] += use.seconds - after
+        found["warm-up and reward model"] += after
+    return {part: seconds / 3600 / reach for part, seconds in found.items()}

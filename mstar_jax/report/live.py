@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from mstar_jax.report import hours
 from mstar_jax.report.markup import escape
 from mstar_jax.report.runs import Record, number, read_runs
 
@@ -112,13 +113,14 @@ def ended(workdirs: Sequence[pathlib.Path], printed: set[str]) -> Iterator[str]:
     """A line for every record, and for every temperature that was chosen, that is not among those printed."""
     for run in read_runs([each for each in workdirs if (each / "results.json").exists()]):
         spent = 0.0
-        for record in run.results["stages"]:
+        for at, record in enumerate(run.results["stages"], start=1):
             spent += number(record, "seconds") or 0.0
+            planned = hours.beside(run, at)
             for line in _lines(record):
                 text = f"{run.name}: {line}" if len(workdirs) > 1 else line
                 if text not in printed:
                     printed.add(text)
-                    yield f"{text}; {spent / 3600:.2f} h so far"
+                    yield f"{text}; {spent / 3600:.2f} h so far{planned}"
 
 
 def _lines(record: Record) -> Iterator[str]:

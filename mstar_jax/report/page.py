@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable, Sequence
 
-from mstar_jax.report import dynamics, figure2, gallery, relativity, tables
+from mstar_jax.report import dynamics, figure2, gallery, hours, relativity, tables
 from mstar_jax.report.markup import Page, escape
 from mstar_jax.report.runs import Missing, RunRecord, read_runs
 from mstar_jax.store import write_text
@@ -50,6 +50,8 @@ def write(
     page.section("figure3", "Accuracy and Pass@K (Figure 3)", lambda: dynamics.figure3(page, runs))
     page.section("narrowing", "Pass@K and entropy", lambda: dynamics.narrowing(page, runs))
     page.section("stages", "Stages", each(lambda run, _: tables.stages(run)))
+    if any((run.workdir / hours.FILE).exists() for run in runs):
+        page.section("hours", "Hours planned and spent", each(lambda run, _: hours.compared(run)))
     page.section("figure4", "Temperatures (Figure 4)", each(lambda run, at: dynamics.figure4(page, run, at)))
     page.section("figure5", "Static and adaptive (Figure 5)", lambda: dynamics.figure5(page, runs))
     page.section("temperature", "The temperature's path", each(lambda run, at: dynamics.path(page, run, at)))
