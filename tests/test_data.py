@@ -806,6 +806,98 @@ def test_labelled_steps(tmp_path, record, expected):
     assert ([(row.response, row.labels) for row in found] or list(report.dropped)) == [expected]
 
 
+def judged(*said):
+    """A conversation of VisualPRM400K, each step with its sign after it."""
+    turns = [{"from": "system", "value": "You are an advanced AI assistant, ..."}]
+    for step in said:
+        turns += [{"from": "human", "value": step[:-1]}, {"from": "gpt", "value": step[-1]}]
+    return {
+        "id": -1,
+        "image": "train/1471/img_diagram.png",
+        "conversations": turns,
+    }
+
+
+def placed(folder, name):
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(drawn(0))
+
+
+HEAD = "### Question:\n<image>\nFind x.\nA. 26\nB. 52\n\n### Solution Process:\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "labels", "answer"),
+    [
+        (judged(f"{HEAD}Half of it is 26.+", "Twice 26 is 52.+", "Final answer: A-"), (1, 1, 0), None),
+        (
+            {
+                "image": "VisualPRM400K-v1.1-Raw/Geometry3K/train/1471/img_diagram.png",
+                "question": "<image>\nFind x.\nA. 26\nB. 52",
+                "answer": "B",
+                "response": "Half of it is 26.\n\nTwice 26 is 52.\n\nFinal answer: A",
+                "steps_with_score": [
+                    {"step": "Half of it is 26.", "score": 0.9375, "num_mc_correct": 15, "num_mc_total": 16},
+                    {"step": "Twice 26 is 52.", "score": 1.0, "num_mc_correct": 16, "num_mc_total": 16},
+                    {"step": "Final answer: A", "score": 0.0, "num_mc_correct": 0, "num_mc_total": 16},
+                ],
+                "num_mc_sequences": 16,
+            },
+            (0.9375, 1, 0),
+            "B",
+        ),
+    ],
+)
+def test_rows_of_visualprm400k(tmp_path, record, labels, answer):
+    placed(tmp_path, record["image"])
+    [row], report = steps(tmp_path, record)
+    assert (row.query.question, row.query.options, row.query.answer) == ("Find x.", ("26", "52"), answer)
+    assert row.response == "Half of it is 26.\nTwice 26 is 52.\nFinal answer: A" and row.labels == labels
+    assert row.query.images == (str(tmp_path / record["image"]),) and report.dropped == {}
+    named = {"talk" if key == "conversations" else key: value for key, value in record.items()}
+    columns = rows.named("turns=talk,question=ask" if "talk" in named else "")
+    assert steps(tmp_path, named, columns=columns)[0] == [row]
+
+
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        (judged("Find x.+"), "no steps"),  # no question and first step
+        (judged(f"{HEAD}a+", "b5"), "no steps"),
+        (judged(f"{HEAD}a+", " -"), "empty step"),
+        (judged(f"{HEAD}a+", "b+") | {"image": ["a.png", "b.png"]}, "image marks do not match images"),
+        ({"conversations": [{"from": "gpt", "value": "+"}]}, "turns are not questions and answers in turn"),
+        ({"conversations": "x"}, "wrong types"),
+    ],
+)
+def test_conversations_without_labelled_steps_are_counted(tmp_path, record, cause):
+    assert steps(tmp_path, record)[1].dropped == {cause: 1}
+
+
+def test_columns_of_steps_count_where_a_conversation_says_them_too(tmp_path):
+    """As in VL-PRM300K."""
+    more = {"question": "<image>\nFind y.", "steps_with_score": [{"step": "c", "score": 0.0625}]}
+    record = judged(f"{HEAD}a+", "b-") | more
+    placed(tmp_path, record["image"])
+    [row], _ = steps(tmp_path, record)
+    assert (row.query.question, row.response, row.labels) == ("Find y.", "c", (0.0625,))
+
+
+def test_rows_of_mmpr_are_rationales(tmp_path):
+    record = {
+        "image": "train/1471/img_diagram.png",
+        "question": "<image>\nFind x.\nA. 26\nB. 52",
+        "chosen": "Half of it is 26.\n\nTwice 26 is 52.\n\nFinal answer: B",
+        "rejected": "It is 26.\n\nFinal answer: A",
+    }
+    placed(tmp_path, record["image"])
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n")
+    columns = rows.named("response=chosen")
+    [row], report = given.read(tmp_path / "d.jsonl", tmp_path, "rationales", folder=tmp_path, columns=columns)
+    assert (row.query.question, row.query.answer, row.response) == ("Find x.", "B", record["chosen"])
+    assert report.dropped == {}
+
+
 def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(drawn(number))

@@ -20,7 +20,8 @@ A response with labelled steps, one JSON line; a file of any other format says t
      "labels": [1.0, 0.25, 0.625]}
 
 A label is the chance that the response so far ends well, in 0..1, or `+` or `-`. Steps may also be structs of
-both, `{"step": "A book about music costs $4.73.", "score": 1.0}`. `answer` may be absent.
+both, `{"step": "A book about music costs $4.73.", "score": 1.0}`, or turns with a sign after each, as in
+VisualPRM400K (docs/data.md). `answer` may be absent.
 
 Several rows may answer one question. What shows an image of the validation or test split, or
 asks one of their questions that have none, is left out.

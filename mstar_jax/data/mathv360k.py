@@ -197,6 +197,8 @@ def stream(
     with concurrent.futures.ThreadPoolExecutor(pictures.THREADS) as pool:
         records = files.all_records(files.shards(os.fspath(path)))
         while some := list(itertools.islice(records, TOGETHER)):
+            if wanted == "steps":
+                some = [(f, n, place, _unrolled(record, columns)) for f, n, place, record in some]
             parsed = [_parsed(record, columns) for *_, record in some]
             images = [image for row in parsed if isinstance(row, rows.Row) for image in row.images]
             held = any(image.data is not None for image in images)
@@ -224,6 +226,13 @@ def stream(
 def _parsed(record: object, columns: rows.Columns) -> rows.Row | Unreadable:
     try:
         return rows.parse(record, columns)
+    except Unreadable as error:
+        return error
+
+
+def _unrolled(record: object, columns: rows.Columns) -> object:
+    try:
+        return rows.unrolled(record, columns)
     except Unreadable as error:
         return error
 

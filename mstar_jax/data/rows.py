@@ -334,6 +334,29 @@ def shown(value: object) -> Shown:
 # ---- 3. steps with labels -----------------------------------------------------------------------------
 
 _SIGNS = {"+": 1.0, "-": 0.0}
+_ASKED, _SOLUTION = "### Question:", "### Solution Process:"  # of VisualPRM's prompt
+
+
+def unrolled(record: object, columns: Columns) -> object:
+    """A record with its steps in columns, where a conversation says them, as in VisualPRM400K: a step a turn,
+    `+` or `-` after each, and the question in front of the first. Where there are both, the columns count.
+
+    Raises:
+      Unreadable: a conversation of other types.
+    """
+    if not isinstance(record, dict) or (turns := column(record, columns, "turns")) is None:
+        return record
+    plain = {key: None if value is turns else value for key, value in record.items()}
+    if column(record, columns, "steps") is not None:
+        return plain if column(record, columns, "question") is not None else record
+    told, _, last = _dialogue(turns, ())
+    said = [*told, text(last)]
+    asked, mark, first = said[0].partition(_SOLUTION)
+    if not mark or not all(each.strip() in _SIGNS for each in said[1::2]):
+        return record
+    question = asked.replace(_ASKED, "", 1).strip()
+    found = {"question": question, "steps": [first, *said[2::2]], "labels": said[1::2]}
+    return plain | {getattr(columns, role) or role: value for role, value in found.items()}
 
 
 def labelled_steps(record: Mapping[str, Any], columns: Columns) -> tuple[str, tuple[float, ...]]:
