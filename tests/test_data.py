@@ -1,6 +1,7 @@
 """Data in every format: the same queries come out, broken rows are counted, large files are streamed."""
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -529,6 +530,33 @@ def test_as_many_rows_are_decoded_as_a_dictionary_allows(tmp_path):
             15,
             [],
         )  # 16 MiB of the 100 that are there, less their lengths
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("coded", [False, True])
+def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path, monkeypatch, new, coded):
+    values = pa.array([bytes(1 << 20)])
+    if coded:
+        values = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), values)
+    table = pa.table({"question": ["Why?"], "image": values})
+    for name in (None, "zstd", "lz4"):
+        options = pa.ipc.IpcWriteOptions(compression=name)
+        with new(tmp_path / f"{name}.arrow", table.schema, options=options) as writer:
+            writer.write_table(table)
+        assert len(list(files.records(str(tmp_path / f"{name}.arrow")))) == 1
+    monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
+    assert len(list(files.records(str(tmp_path / "None.arrow")))) == 1
+    for name in ("zstd", "lz4"):
+        path = tmp_path / f"{name}.arrow"
+        with pytest.raises(
+            ValueError, match=f"{name}.arrow: the batch at byte .* more than 50 times, so it is"
+        ):
+            list(files.records(str(path)))
+        data = path.read_bytes()
+        for end in range(8, min(len(data), 700), 7):  # wherever it was cut, or garbled
+            path.write_bytes(data[:end] + b"\xf7" * 9 + data[end + 9 :] if end % 2 else data[:end])
+            with contextlib.suppress(ValueError):
+                list(files.records(str(path)))
 
 
 def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):

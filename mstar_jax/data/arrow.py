@@ -7,6 +7,7 @@ Both formats can say in a few KB what takes many GB: compressed, by a dictionary
 would need too much memory is refused, a file by its metadata and a row by what it would take in Python.
 """
 
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -105,6 +106,7 @@ def arrow(path: str) -> Iterator[tuple[str, object]]:
     """As `files.records`, of an Arrow file or stream."""
     number = 0
     try:
+        _check_bodies(path)
         with pyarrow.OSFile(path) as source:  # not mapped: its pages would count as this process's memory
             for batch in _batches(source):
                 _check_types(path, batch.schema)
@@ -114,9 +116,70 @@ def arrow(path: str) -> Iterator[tuple[str, object]]:
                     for record in _python(batch.slice(at, few)):
                         yield f"row {number}", record
                         number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, struct.error) as error:
         hint = "copy the folder again"
         raise ValueError(f"{path}, from row {number}: broken Arrow file, {hint} ({error})") from error
+
+
+def _check_bodies(path: str) -> None:
+    """As `_check_inflated`, of an Arrow file's batches, which pyarrow inflates before it tells their sizes.
+
+    Reads the header of each message, a flatbuffer of Arrow's Message.fbs, and of a compressed batch the first
+    eight bytes of each buffer, which say what it inflates to.
+
+    Raises:
+      ValueError: a batch would need far more memory than it takes on the disk.
+      struct.error: a header is damaged.
+    """
+    with open(path, "rb") as file:
+        at = 8 if file.read(6) == b"ARROW1" else 0
+        while True:
+            file.seek(at)
+            prefix = file.read(8)
+            if len(prefix) < 8 or prefix[:4] != b"\xff" * 4 or prefix[4:] == bytes(4):
+                return  # the end; or a file from before 0.15, which cannot be compressed
+            many = struct.unpack("<I", prefix[4:])[0]
+            header = file.read(min(many, LARGEST_ROW))
+            message = struct.unpack_from("<I", header)[0]
+            body, length = file.tell(), _number(header, "<q", _field(header, message, 3))
+            if not 0 <= length < 1 << 62:
+                raise struct.error(f"a message of {length} bytes")
+            kind, batch = _number(header, "<B", _field(header, message, 1)), _inner(header, message, 2)
+            if kind == 2:  # of a dictionary
+                batch = _inner(header, batch, 1)
+            if kind in (2, 3) and _field(header, batch, 3):  # compressed
+                buffers, size = _inner(header, batch, 2), 0
+                for each in range(_number(header, "<I", buffers)):
+                    start, count = struct.unpack_from("<qq", header, buffers + 4 + 16 * each)
+                    if count >= 8 and 0 <= start < length:
+                        file.seek(body + start)
+                        size += max(0, struct.unpack("<q", file.read(8))[0])
+                if size > INFLATED[0] and size > INFLATED[1] * length:
+                    raise ValueError(
+                        f"{path}: the batch at byte {at} has {size} bytes, compressed to {length}: more than "
+                        f"{INFLATED[1]} times, so it is refused"
+                    )
+            at = body + length
+
+
+def _field(buffer: bytes, table: int, number: int) -> int:
+    """Where a field of a flatbuffer's table is; 0 if it is absent."""
+    known = table - struct.unpack_from("<i", buffer, table)[0]
+    there = 4 + 2 * number < struct.unpack_from("<H", buffer, known)[0]
+    offset = struct.unpack_from("<H", buffer, known + 4 + 2 * number)[0] if there else 0
+    return table + offset if offset else 0
+
+
+def _inner(buffer: bytes, table: int, number: int) -> int:
+    """Where the table or vector is that a field refers to; 0 if it is absent."""
+    at = _field(buffer, table, number)
+    return at + struct.unpack_from("<I", buffer, at)[0] if at else 0
+
+
+def _number(buffer: bytes, kind: str, at: int) -> int:
+    """A number of a flatbuffer; 0, its default, if it is absent."""
+    found: int = struct.unpack_from(kind, buffer, at)[0] if at else 0
+    return found
 
 
 def _batches(source: Any) -> Iterator[Any]:
