@@ -184,8 +184,17 @@ def without_manifest(step):
     shutil.rmtree(step / "state" / "d")
 
 
-@pytest.mark.parametrize("damage", [cut, zeros, without_where, without_manifest])
-@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "done"),
+    [
+        *((damage, False) for damage in (cut, zeros, without_where, without_manifest)),
+        (cut, True),
+        *(
+            pytest.param(each, True, marks=pytest.mark.slow)
+            for each in (zeros, without_where, without_manifest)
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, state, tx, mesh, caplog, damage, done):
     checkpoints = Checkpoints(tmp_path)
     later = state._replace(step=state.step + 1)

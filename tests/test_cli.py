@@ -71,7 +71,13 @@ def test_a_signal_saves_and_ends_with_one_line(sent):
     assert said == "warmup: stopped. Start the same command again to continue.\n"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,  # all three have one handler, as the test above shows
+        *(pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_the_process_is_gone_within_its_time(sent):
     process = begin(0.5, "compiles")
     process.send_signal(sent)

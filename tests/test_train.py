@@ -1,5 +1,7 @@
 """The loss by hand, the step against itself in other layouts, and what an optimizer must leave alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +104,7 @@ def test_loss_by_hand(policy, batch):
     assert float(extra["right"]) == pytest.approx(right)
 
 
-@pytest.mark.parametrize("piece", [LENGTH - 1, 16, 5])
+@pytest.mark.parametrize("piece", [LENGTH - 1, pytest.param(16, marks=pytest.mark.slow), 5])
 def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
     """The same losses and gradients, without the logits of a whole row."""
     step = jax.value_and_grad(lambda model: token_loss(model, text), has_aux=True)
@@ -171,18 +173,21 @@ def test_only_branch_tokens_are_targets(policy, batch):
 
 @pytest.fixture(scope="module")
 def sgd_steps(policy, one, text):
-    """Parameters and metrics after one plain gradient step, by how many microbatches it was taken in."""
-    tx, out = optax.identity(), {}
-    for accumulate in (1, 2, 4):
+    """Parameters and metrics after one plain gradient step, by how many microbatches it is taken in."""
+
+    @functools.cache
+    def steps(accumulate):
+        tx = optax.identity()
         step = make_train_step(tx, one, accumulate=accumulate)
         state, metrics = step(start(policy, tx, ()), text, np.float32(0.1))
-        out[accumulate] = named(state.params), {k: float(v) for k, v in metrics.items()}
-    return out
+        return named(state.params), {k: float(v) for k, v in metrics.items()}
+
+    return steps
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_equals_one_large_batch(sgd_steps, accumulate):
-    (params, metrics), (want, wanted) = sgd_steps[accumulate], sgd_steps[1]
+    (params, metrics), (want, wanted) = sgd_steps(accumulate), sgd_steps(1)
     for name, value in want.items():
         np.testing.assert_allclose(params[name], value, atol=1e-6, err_msg=name)
     assert metrics == pytest.approx(wanted, rel=1e-5)
@@ -190,7 +195,7 @@ def test_accumulation_equals_one_large_batch(sgd_steps, accumulate):
 
 def test_metrics_and_step_are_the_mean_gradient(policy, text, sgd_steps):
     """Gradient of the mean over the tokens of all rows, from a forward pass written here."""
-    params, metrics = sgd_steps[1]
+    params, metrics = sgd_steps(1)
 
     def mean(policy, batch):
         logprobs = jax.nn.log_softmax(tiny.logits(policy, batch), axis=-1)
@@ -280,7 +285,7 @@ def test_bfloat16_compute_keeps_float32_masters(policy, one, text, sgd_steps):
     state, metrics = make_train_step(tx, one, dtype=jnp.bfloat16)(start(policy, tx, ()), text, RATE)
     for x in jax.tree.leaves((state.params, state.opt_state)):
         assert x.dtype in (jnp.float32, jnp.int32)
-    loss = sgd_steps[1][1]["loss"]
+    loss = sgd_steps(1)[1]["loss"]
     assert float(metrics["loss"]) != loss and float(metrics["loss"]) == pytest.approx(loss, rel=0.02)
     moved = np.abs(named(state.params)["decoder.norm"] - named(policy)["decoder.norm"])
     assert moved.max() < 2e-3, "a step of 1e-3 on values near 1 survives only in float32"
