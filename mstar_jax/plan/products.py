@@ -26,7 +26,7 @@ NONE: tuple[str, ...] = (
     "annotate",
     "Move",
 )
-NONE += ("Pin", "Bitcast", "Bitpacked")
+NONE += ("Pin", "Bitcast", "Bitpacked", "AsyncCollective")
 
 
 def flops(op: Op, ops: Computation) -> float | None:
