@@ -6,7 +6,9 @@
 From captions alone a tower finds the digits late, since a language model has to learn at the same time what
 to do with them. Here a linear layer on the tower says of each of the image's tokens which digits have their
 middle in it (two at most, from left to right), and is thrown away in the end. The figures are new ones of
-`data.figures`; 2,000 that nothing is trained on tell how well it reads. OUTPUT is INPUT with another tower.
+`data.figures`; 2,000 that nothing is trained on tell how well it reads. OUTPUT is INPUT with another tower,
+in a new or empty folder. INPUT may be any checkpoint in SmolVLM's format that reads an image of 128 pixels a
+side as one token for each 16 x 16 of them; others are refused.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from flax import nnx
 
 from mstar_jax import models, sharding
 from mstar_jax.data import figures
-from mstar_jax.models.smolvlm import merge
+from mstar_jax.models.smolvlm import SmolVLM, SmolVLMConfig, merge
 from mstar_jax.models.vision import Vit, patchify
 
 CELL = 16  # pixels a side of a token's part of the image
@@ -84,6 +86,34 @@ def loss(
     return (each * weight).sum() / weight.sum(), right.sum() / there.sum()
 
 
+def checked(source: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> models.Pretrained:
+    """The checkpoint to begin with, if all values fit.
+
+    Args:
+      source: its folder.
+      output: a new or empty folder.
+      steps, count: see `teach`.
+
+    Raises:
+      ValueError: a value is out of range, `output` holds something, or the tower does not fit the figures.
+    """
+    if min(steps, count) < 1:
+        raise ValueError(f"--steps={steps} --figures={count}: at least 1 of each")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty: nothing is overwritten")
+    found = models.Pretrained(source)
+    if not isinstance(found.config, SmolVLMConfig):
+        raise ValueError(f"{source}/config.json: not a checkpoint in SmolVLM's format")
+    vision, scale = found.config.vision, found.config.scale_factor
+    if vision.image_size != figures.SIZE or vision.patch_size * scale != CELL:
+        raise ValueError(
+            f"{source}/config.json: image_size {vision.image_size}, patch_size {vision.patch_size} and "
+            f"scale_factor {scale}; a tower of {figures.SIZE} pixels and patch_size * scale_factor = {CELL} "
+            "can be taught here, as assemble_smolvlm.py writes it"
+        )
+    return found
+
+
 def teach(tower: Vit, steps: int, count: int, rate: float, held: int = 2000) -> Vit:
     """Trains a tower, and prints how well it reads.
 
@@ -95,7 +125,7 @@ def teach(tower: Vit, steps: int, count: int, rate: float, held: int = 2000) -> 
       held: how many further figures tell how well it reads.
     """
     began = time.monotonic()
-    images, digits = figures_of(range((held + count) // PIECE))
+    images, digits = (part[: held + count] for part in figures_of(range(-(-(held + count) // PIECE))))
     print(f"{len(images)} figures, {time.monotonic() - began:.0f} s", flush=True)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps, 0.02 * rate)
@@ -132,11 +162,15 @@ def main() -> None:
     parser.add_argument("input", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=1000, help="of 64 figures")
-    parser.add_argument("--figures", type=int, default=32_000)
+    parser.add_argument("--figures", type=int, default=32_000, help="that it is trained on")
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
     values = parser.parse_args()
-    source = models.Pretrained(values.input)
+    try:
+        source = checked(values.input, values.output, values.steps, values.figures)
+    except ValueError as error:
+        parser.error(str(error))
     policy = source.load(jnp.float32)
+    assert isinstance(policy, SmolVLM)
     policy.tower = teach(policy.tower, values.steps, values.figures, values.rate)
     source.save(policy, values.output)
     print(values.output)

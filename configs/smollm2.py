@@ -6,13 +6,13 @@ format of SmolVLM, on the larger embedded data set; on one H100, or on a CPU in 
     python benchmarks/teach_tower.py /checkpoints/smollm2 /checkpoints/smollm2-seeing
     python -m mstar_jax.main --config=configs/smollm2.py --config.policy.path=/checkpoints/smollm2-seeing
 
-The second command teaches the vision tower to read digits. Captions of figures then teach tower and connector
+`teach_tower.py` teaches the vision tower to read digits. Captions of figures then teach tower and connector
 what the frozen decoder expects (`align`), and all parameters learn captions, arithmetic and a few examples of
 reasoning (`base`), until the target is reached. From there on it is the paper's method. results.json has
 held-out figures and held-out questions apart. docs/smollm2.md has what came out on one H100.
 Every key is explained in configs/base.py.
 
-    --config=configs/smollm2.py:continuous   # Random-2 without a reward model; or :random_2, :rest_em, ...
+    --config=configs/smollm2.py:random_2     # without a reward model; :continuous takes all correct responses
     --config=configs/smollm2.py:cpu          # smaller batches; stop it and start it again as you like
     --config=configs/smollm2.py:smoke        # to see that everything runs
 """
