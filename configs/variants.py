@@ -5,13 +5,21 @@
 `ablate` builds the rows of the paper's tables from the same entries.
 """
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 Values = dict[str, Any]  # values by dotted key, e.g. {"evolve.keep": 0}
+
+
+class Times(NamedTuple):
+    """A value in place of a number: the config's own, times this."""
+
+    factor: float
+
 
 ALL_CORRECT: Values = {  # trains on all correct responses, without a reward model
     "evolve.select": "random",
@@ -19,6 +27,7 @@ ALL_CORRECT: Values = {  # trains on all correct responses, without a reward mod
     "prm.queries": 0,
     "explore.every": 0,
 }
+POLICY_GRADIENT: Values = {"evolve.learning_rate": Times(0.1)}  # see docs/objectives.md
 NEW_OPTIMIZER: Values = {"evolve.reset_moments": True, "evolve.reset_schedule": True}
 
 VARIANTS: dict[str, Values] = {
@@ -30,9 +39,10 @@ VARIANTS: dict[str, Values] = {
     "sft": ALL_CORRECT | {"evolve.data": "answers"},  # the labelled answers themselves, without rollouts
     "control": ALL_CORRECT | {"evolve.data": "warmup"},  # the same steps, without new rollouts
     # right and wrong responses by their advantage, without a reward model; and with its steps' rewards
-    "rloo": ALL_CORRECT | {"evolve.objective": "reinforce"},
-    "grpo": ALL_CORRECT | {"evolve.objective": "grpo"},
-    "grpo_process": {
+    "rloo": ALL_CORRECT | POLICY_GRADIENT | {"evolve.objective": "reinforce"},
+    "grpo": ALL_CORRECT | POLICY_GRADIENT | {"evolve.objective": "grpo"},
+    "grpo_process": POLICY_GRADIENT
+    | {
         "evolve.objective": "grpo",
         "evolve.process_weight": 0.2,
         "evolve.keep": 0,
@@ -78,7 +88,7 @@ VARIANTS: dict[str, Values] = {
 
 
 def resolve(config: ConfigDict, changes: Mapping[str, Any]) -> Values:
-    """The changes, with what follows from a new `evolve.fraction`.
+    """The changes as plain values, with what follows from a new `evolve.fraction`.
 
     A method that samples for other shares of the queries sees as many queries and takes as many steps in all:
     evolve.iterations and evolve.steps are those of the config (or of the changes) for its own fraction.
@@ -86,7 +96,12 @@ def resolve(config: ConfigDict, changes: Mapping[str, Any]) -> Values:
     Raises:
       ValueError: the queries seen in all cannot be divided into iterations with the new fraction.
     """
-    values = dict(changes)
+    values = {
+        key: value.factor * functools.reduce(getattr, key.split("."), config)
+        if isinstance(value, Times)
+        else value
+        for key, value in changes.items()
+    }
     before = config.evolve.fraction
     after = values.get("evolve.fraction", before)
     if after == before:

@@ -328,6 +328,12 @@ def test_what_a_policy_gradient_needs(key, value, text):
         configure.check(config, sharding.make_mesh())
 
 
+@pytest.mark.parametrize("variant", ["rloo", "grpo", "grpo_process"])
+def test_policy_gradients_take_smaller_steps_than_imitation(variant):
+    rates = [tiny.get_config(name).evolve.learning_rate for name in ("mstar", variant)]
+    assert rates[1] == pytest.approx(0.1 * rates[0])
+
+
 def test_a_threshold_needs_rewards():
     config = tiny.get_config("continuous")
     config.evolve.threshold = 0.5
