@@ -532,6 +532,18 @@ def test_as_many_rows_are_decoded_as_a_dictionary_allows(tmp_path):
         )  # 16 MiB of the 100 that are there, less their lengths
 
 
+def test_lists_of_numbers_are_read_whatever_their_encoding(tmp_path):
+    """Columns of labels are dictionaries as pyarrow writes them; a number takes its width, however stored."""
+    labels = [[n % 17 / 16, n / 7] for n in range(5000)]
+    steps = [[{"step": "a", "score": each[0]}] * 3 for each in labels]
+    table = pa.table({"response": ["a"] * 5000, "labels": labels, "steps_with_score": steps})
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pq.ParquetFile(tmp_path / "d.parquet") as file:
+        of = file.metadata.row_group(0).column(1)
+        assert of.has_dictionary_page and of.physical_type == "DOUBLE"
+    assert [record for _, record in files.records(str(tmp_path / "d.parquet"))] == table.to_pylist()
+
+
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("coded", [False, True])
 def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path, monkeypatch, new, coded):

@@ -21,6 +21,7 @@ from mstar_jax.data.turns import Unreadable
 TOGETHER = 16 << 20  # bytes of records that are in memory together, about
 LARGEST_ROW = 1 << 28  # bytes of a row of parquet or Arrow, and of the rows that are decoded together
 MOST_VALUES = 1 << 25  # in the lists of a row group, for they could all be one row's
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}  # bytes of parquet's
 INFLATED = (1 << 30, 200)  # bytes, and times its size on the disk, that a part of a parquet file may have
 
 
@@ -83,8 +84,8 @@ def _together(path: str, file: Any, at: int) -> tuple[int, list[str]]:
             if column.has_dictionary_page and not delta:
                 pages = column.data_page_offset - column.dictionary_page_offset
                 largest -= column.total_compressed_size - pages
-        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":  # also what is absent takes it
-            largest = max(largest, known.length)
+        if column.physical_type != "BYTE_ARRAY":  # each value takes as much, also what is absent
+            largest = WIDTHS.get(column.physical_type, known.length)
         if listed:
             values = column.num_values - group.num_rows + 1
         rows = LARGEST_ROW // max(largest * values, 1)
