@@ -17,6 +17,7 @@ import zlib
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import test_evolve
@@ -571,10 +572,25 @@ def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path,
                 list(files.records(str(path)))
 
 
+@pytest.mark.parametrize("write", [pq.write_table, pa.feather.write_feather])
+def test_views_are_read(tmp_path, write):
+    """As polars writes strings and bytes."""
+    short, long = pa.array(["1?", None, "3?"] * 9), pa.array([b"much longer than a view", b"", None] * 9)
+    table = pa.table({"question": short.cast(pa.string_view()), "image": long.cast(pa.binary_view())})
+    listed = pa.ListArray.from_arrays(pa.array(range(28), pa.int32()), table["question"].chunk(0))
+    table = table.append_column("steps", listed)
+    write(table, str(tmp_path / "d"))
+    assert [record for _, record in files.records(str(tmp_path / "d"))] == table.to_pylist()
+
+
 def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):
     encoded = pa.RunEndEncodedArray.from_arrays([3], pa.array(["Why?"]))
     write_dictionary(pa.table({"question": encoded}), tmp_path / "d.arrow")
     with pytest.raises(ValueError, match="d.arrow: question is run_end_encoded.* cast it to"):
+        list(files.records(str(tmp_path / "d.arrow")))
+    coded = pa.DictionaryArray.from_arrays(pa.array([0, 0]), pa.array([["a"]], pa.list_view(pa.string())))
+    write_dictionary(pa.table({"question": coded}), tmp_path / "d.arrow")
+    with pytest.raises(ValueError, match="d.arrow: question is list_view.* cast it to"):
         list(files.records(str(tmp_path / "d.arrow")))
     monkeypatch.setattr(arrow, "MOST_VALUES", 1000)
     pq.write_table(pa.table({"images": [[None] * 1000, ["a"]]}), tmp_path / "d.parquet")
@@ -595,6 +611,9 @@ def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):
         (one_value(7, 1000), 7000, 8000),
         (one_value(7, 1000).slice(5), 2000, 3000),
         (pa.array([[None] * 1000], pa.list_(pa.null())), 8000, 80_000),
+        (pa.array([b"0" * 1000, None, b"1" * 1000] * 2, pa.binary_view()).slice(1, 4), 2000, 3000),
+        (one_value(7, 1000).cast(pa.dictionary(pa.int32(), pa.large_binary())), 7000, 8000),
+        (pa.DictionaryArray.from_arrays(pa.array([0] * 9), pa.array(range(1000))), 9 * 8, 1000),
     ],
 )
 def test_what_values_take_in_python(array, least, most):

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.ipc
@@ -229,16 +230,18 @@ def _row(batch: Any) -> object:
 
 
 def _check_types(path: str, fields: Iterable[Any]) -> None:
-    """Refuses Arrow types whose values may share memory in other ways than through a dictionary."""
+    """Refuses Arrow types whose lists or runs may share memory; what a dictionary or a view of strings shares,
+    `_weight` counts."""
     types = pyarrow.types
     for field in fields:
         kind = field.type.storage_type if hasattr(field.type, "storage_type") else field.type
         lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        views = types.is_binary_view(kind) or types.is_string_view(kind)
-        if views or not (lists or types.is_struct(kind) or types.is_map(kind) or not kind.num_fields):
+        if not (lists or types.is_struct(kind) or types.is_map(kind) or not kind.num_fields):
             plain = "a list, a string or binary"
             raise ValueError(f"{path}: {field.name} is {kind}, which is not read: cast it to {plain}")
         _check_types(path, map(kind.field, range(kind.num_fields)))
+        if types.is_dictionary(kind):
+            _check_types(path, [pyarrow.field(field.name, kind.value_type)])
 
 
 def _weight(array: Any) -> int:
@@ -247,9 +250,12 @@ def _weight(array: Any) -> int:
     if isinstance(array, pyarrow.ExtensionArray):
         return _weight(array.storage)
     if types.is_dictionary(kind):
-        if not (types.is_binary(kind.value_type) or types.is_string(kind.value_type)):
+        if types.is_primitive(kind.value_type):
+            return own
+        if (sizes := _sizes(array.dictionary)) is None:
             return own + len(array) * _weight(array.dictionary)
-        sizes = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return own + (pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0)
+    if (sizes := _sizes(array)) is not None:
         return own + (pyarrow.compute.sum(sizes).as_py() or 0)
     if types.is_struct(kind):
         return 4 * own + sum(map(_weight, array.flatten()))
@@ -259,3 +265,13 @@ def _weight(array: Any) -> int:
     if kind.num_fields:  # a list of some kind, see `_check_types`
         return own + _weight(array.flatten())
     return own + array.nbytes
+
+
+def _sizes(array: Any) -> Any:
+    """Bytes of each string or binary value, as an array; None for an array of other values."""
+    kind, types = array.type, pyarrow.types
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # 16 bytes each, of which 4 are the size
+        views = np.frombuffer(array.buffers()[1] or b"", np.int32)[4 * array.offset :: 4][: len(array)]
+        return pyarrow.array(views, pyarrow.int64(), mask=array.is_null().to_numpy(zero_copy_only=False))
+    kinds = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
+    return pyarrow.compute.binary_length(array) if any(each(kind) for each in kinds) else None
