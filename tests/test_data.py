@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import types
@@ -552,14 +553,15 @@ def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path,
     if coded:
         values = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), values)
     table = pa.table({"question": ["Why?"], "image": values})
-    for name in (None, "zstd", "lz4"):
-        options = pa.ipc.IpcWriteOptions(compression=name)
+    for name, old in ((None, False), ("zstd", False), ("lz4", False), ("lz4", True)):
+        options = pa.ipc.IpcWriteOptions(compression=name, use_legacy_format=old)
+        name = "old" if old else name
         with new(tmp_path / f"{name}.arrow", table.schema, options=options) as writer:
             writer.write_table(table)
         assert len(list(files.records(str(tmp_path / f"{name}.arrow")))) == 1
     monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
     assert len(list(files.records(str(tmp_path / "None.arrow")))) == 1
-    for name in ("zstd", "lz4"):
+    for name in ("zstd", "lz4", "old"):
         path = tmp_path / f"{name}.arrow"
         with pytest.raises(
             ValueError, match=f"{name}.arrow: the batch at byte .* more than 50 times, so it is"
@@ -643,6 +645,49 @@ def test_an_arrow_file_whose_offsets_lead_out_of_it(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "d.arrow")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "d.arrow, from row 0: broken Arrow file" in done.stderr
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_text_that_is_not_utf8_hides_no_offset(tmp_path, lists):
+    values = pa.array([b"\xff\xfe", b"no UTF-8"]).view(pa.string())
+    other = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), values)
+    table = pa.table({"question": ["1?", "2?"], "steps": other if lists else values})
+    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert [str(record) for _, record in files.records(str(tmp_path / "d.arrow"))][0] == "text is not UTF-8"
+    data = (tmp_path / "d.arrow").read_bytes()
+    there = struct.pack("<3i", *((0, 1, 2) if lists else (0, 2, 10)))
+    assert data.count(there) == 1
+    (tmp_path / "d.arrow").write_bytes(data.replace(there, struct.pack("<3i", 0, 1, 1 << 30)))
+    with pytest.raises(ValueError, match="from row 0: broken Arrow file.*1073741824"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
+def test_a_batch_that_only_the_footer_names(tmp_path):
+    table = pa.table({"question": ["1?"]})
+    with pa.ipc.new_file(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    data = (tmp_path / "d.arrow").read_bytes()
+    at = 16 + struct.unpack_from("<I", data, 12)[0]  # of the batch, behind the schema
+    moved = data[at:].replace(struct.pack("<q", at), struct.pack("<q", at + 8))
+    (tmp_path / "d.arrow").write_bytes(data[:at] + b"\xff" * 4 + bytes(4) + moved)
+    assert pa.ipc.open_file(tmp_path / "d.arrow").read_all() == table
+    with pytest.raises(ValueError, match="broken Arrow file.*the footer names 1 batches more"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
+def test_times_that_python_does_not_know_are_not_needed(tmp_path):
+    """As pandas and others write them; a row is lost only where its question or answer is one."""
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns"))
+    odd = pa.array([86_400_001, None], pa.date64())
+    table = pa.table({"question": ["1?", "2?"], "answer": [1, 2], "seen": times, "day": odd})
+    pa.feather.write_feather(table, str(tmp_path / "d.arrow"))
+    pq.write_table(table, tmp_path / "d.parquet")
+    for name in ("d.arrow", "d.parquet"):
+        queries, report = mathv360k.read(tmp_path / name, tmp_path)
+        assert [query.answer for query in queries] == ["1", "2"] and not report.dropped
+        columns = rows.named("answer=seen")
+        assert "wrong types" in mathv360k.read(tmp_path / name, tmp_path, columns=columns)[1].dropped
 
 
 def test_images_inside_need_a_folder(tmp_path, made_up):
