@@ -13,7 +13,9 @@ import struct
 import subprocess
 import sys
 import types
+import uuid
 import zlib
+from decimal import Decimal
 
 import jax
 import numpy as np
@@ -1000,6 +1002,29 @@ def test_rows_of_mmpr_are_rationales(tmp_path):
     [row], report = given.read(tmp_path / "d.jsonl", tmp_path, "rationales", folder=tmp_path, columns=columns)
     assert (row.query.question, row.query.answer, row.response) == ("Find x.", "B", record["chosen"])
     assert report.dropped == {}
+
+
+def test_types_of_arrow_that_json_has_not(tmp_path):
+    """Decimals, as DuckDB and Spark write numbers; UUIDs; a Sequence of structs, as `datasets` stores it."""
+    exact = pa.array([Decimal("0.5"), Decimal(0)], pa.decimal128(38, 9))
+    names = [uuid.UUID(int=number) for number in range(2)]
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([each.bytes for each in names], pa.binary(16)))
+    told = [{"from": ["human", "gpt"], "value": [f"{n}?", "So it is"]} for n in range(2)]
+    scored = pa.StructArray.from_arrays(
+        [
+            pa.array([["a"], ["b"]]),
+            pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), exact),
+        ],
+        ["step", "score"],
+    )
+    pq.write_table(pa.table({"id": ids, "conversations": told, "answer": exact}), tmp_path / "d.parquet")
+    queries, report = mathv360k.read(tmp_path / "d.parquet", tmp_path, columns=rows.named("answer=answer"))
+    found = [(query.id, query.question, query.answer) for query in queries]
+    expected = ("0.5", "0")
+    assert found == [(str(names[n]), f"{n}?", expected[n]) for n in range(2)] and not report.dropped
+    pq.write_table(pa.table({"question": ["0?", "1?"], "steps_with_score": scored}), tmp_path / "s.parquet")
+    judged, _ = given.read(tmp_path / "s.parquet", tmp_path, "steps", folder=tmp_path)
+    assert [(row.response, row.labels) for row in judged] == [("a", (0.5,)), ("b", (0.0,))]
 
 
 def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
