@@ -665,6 +665,25 @@ def test_a_text_that_is_not_utf8_hides_no_offset(tmp_path, lists):
         list(files.records(str(tmp_path / "d.arrow")))
 
 
+def test_compression_as_arrow_017_wrote_it_is_measured(tmp_path, monkeypatch):
+    """It is in the batch's metadata, and the field that says it now is absent."""
+    table, name = pa.table({"image": [bytes(1 << 20)]}), {"ARROW:experimental_compression": "zstd"}
+    options = pa.ipc.IpcWriteOptions(compression="zstd", metadata_version=pa.ipc.MetadataVersion.V4)
+    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema, options=options) as writer:
+        writer.write_batch(table.to_batches()[0], custom_metadata=name)
+    data = bytearray((tmp_path / "d.arrow").read_bytes())
+    at = 16 + struct.unpack_from("<I", data, 4)[0]  # of the batch's header, behind the schema
+    header = bytes(data[at:])
+    batch = arrow._inner(header, struct.unpack_from("<I", header)[0], 2)
+    known = batch - struct.unpack_from("<i", header, batch)[0]
+    struct.pack_into("<H", data, at + known + 4 + 2 * 3, 0)
+    (tmp_path / "d.arrow").write_bytes(data)
+    assert pa.ipc.open_stream(tmp_path / "d.arrow").read_all() == table
+    monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
+    with pytest.raises(ValueError, match="d.arrow: the batch at byte .* more than 50 times, so it is"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
 def test_a_batch_that_only_the_footer_names(tmp_path):
     table = pa.table({"question": ["1?"]})
     with pa.ipc.new_file(tmp_path / "d.arrow", table.schema) as writer:
