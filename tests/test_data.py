@@ -9,14 +9,18 @@ import io
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import types
+import uuid
 import zlib
+from decimal import Decimal
 
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import test_evolve
@@ -532,6 +536,18 @@ def test_as_many_rows_are_decoded_as_a_dictionary_allows(tmp_path):
         )  # 16 MiB of the 100 that are there, less their lengths
 
 
+def test_lists_of_numbers_are_read_whatever_their_encoding(tmp_path):
+    """Columns of labels are dictionaries as pyarrow writes them; a number takes its width, however stored."""
+    labels = [[n % 17 / 16, n / 7] for n in range(5000)]
+    steps = [[{"step": "a", "score": each[0]}] * 3 for each in labels]
+    table = pa.table({"response": ["a"] * 5000, "labels": labels, "steps_with_score": steps})
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pq.ParquetFile(tmp_path / "d.parquet") as file:
+        of = file.metadata.row_group(0).column(1)
+        assert of.has_dictionary_page and of.physical_type == "DOUBLE"
+    assert [record for _, record in files.records(str(tmp_path / "d.parquet"))] == table.to_pylist()
+
+
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("coded", [False, True])
 def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path, monkeypatch, new, coded):
@@ -539,14 +555,15 @@ def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path,
     if coded:
         values = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), values)
     table = pa.table({"question": ["Why?"], "image": values})
-    for name in (None, "zstd", "lz4"):
-        options = pa.ipc.IpcWriteOptions(compression=name)
+    for name, old in ((None, False), ("zstd", False), ("lz4", False), ("lz4", True)):
+        options = pa.ipc.IpcWriteOptions(compression=name, use_legacy_format=old)
+        name = "old" if old else name
         with new(tmp_path / f"{name}.arrow", table.schema, options=options) as writer:
             writer.write_table(table)
         assert len(list(files.records(str(tmp_path / f"{name}.arrow")))) == 1
     monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
     assert len(list(files.records(str(tmp_path / "None.arrow")))) == 1
-    for name in ("zstd", "lz4"):
+    for name in ("zstd", "lz4", "old"):
         path = tmp_path / f"{name}.arrow"
         with pytest.raises(
             ValueError, match=f"{name}.arrow: the batch at byte .* more than 50 times, so it is"
@@ -559,10 +576,25 @@ def test_compressed_batches_of_arrow_are_measured_before_they_are_read(tmp_path,
                 list(files.records(str(path)))
 
 
+@pytest.mark.parametrize("write", [pq.write_table, pa.feather.write_feather])
+def test_views_are_read(tmp_path, write):
+    """As polars writes strings and bytes."""
+    short, long = pa.array(["1?", None, "3?"] * 9), pa.array([b"much longer than a view", b"", None] * 9)
+    table = pa.table({"question": short.cast(pa.string_view()), "image": long.cast(pa.binary_view())})
+    listed = pa.ListArray.from_arrays(pa.array(range(28), pa.int32()), table["question"].chunk(0))
+    table = table.append_column("steps", listed)
+    write(table, str(tmp_path / "d"))
+    assert [record for _, record in files.records(str(tmp_path / "d"))] == table.to_pylist()
+
+
 def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):
     encoded = pa.RunEndEncodedArray.from_arrays([3], pa.array(["Why?"]))
     write_dictionary(pa.table({"question": encoded}), tmp_path / "d.arrow")
     with pytest.raises(ValueError, match="d.arrow: question is run_end_encoded.* cast it to"):
+        list(files.records(str(tmp_path / "d.arrow")))
+    coded = pa.DictionaryArray.from_arrays(pa.array([0, 0]), pa.array([["a"]], pa.list_view(pa.string())))
+    write_dictionary(pa.table({"question": coded}), tmp_path / "d.arrow")
+    with pytest.raises(ValueError, match="d.arrow: question is list_view.* cast it to"):
         list(files.records(str(tmp_path / "d.arrow")))
     monkeypatch.setattr(arrow, "MOST_VALUES", 1000)
     pq.write_table(pa.table({"images": [[None] * 1000, ["a"]]}), tmp_path / "d.parquet")
@@ -583,6 +615,9 @@ def test_arrays_that_share_memory_are_refused(tmp_path, monkeypatch):
         (one_value(7, 1000), 7000, 8000),
         (one_value(7, 1000).slice(5), 2000, 3000),
         (pa.array([[None] * 1000], pa.list_(pa.null())), 8000, 80_000),
+        (pa.array([b"0" * 1000, None, b"1" * 1000] * 2, pa.binary_view()).slice(1, 4), 2000, 3000),
+        (one_value(7, 1000).cast(pa.dictionary(pa.int32(), pa.large_binary())), 7000, 8000),
+        (pa.DictionaryArray.from_arrays(pa.array([0] * 9), pa.array(range(1000))), 9 * 8, 1000),
     ],
 )
 def test_what_values_take_in_python(array, least, most):
@@ -612,6 +647,68 @@ def test_an_arrow_file_whose_offsets_lead_out_of_it(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "d.arrow")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "d.arrow, from row 0: broken Arrow file" in done.stderr
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_text_that_is_not_utf8_hides_no_offset(tmp_path, lists):
+    values = pa.array([b"\xff\xfe", b"no UTF-8"]).view(pa.string())
+    other = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), values)
+    table = pa.table({"question": ["1?", "2?"], "steps": other if lists else values})
+    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert [str(record) for _, record in files.records(str(tmp_path / "d.arrow"))][0] == "text is not UTF-8"
+    data = (tmp_path / "d.arrow").read_bytes()
+    there = struct.pack("<3i", *((0, 1, 2) if lists else (0, 2, 10)))
+    assert data.count(there) == 1
+    (tmp_path / "d.arrow").write_bytes(data.replace(there, struct.pack("<3i", 0, 1, 1 << 30)))
+    with pytest.raises(ValueError, match="from row 0: broken Arrow file.*1073741824"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
+def test_compression_as_arrow_017_wrote_it_is_measured(tmp_path, monkeypatch):
+    """It is in the batch's metadata, and the field that says it now is absent."""
+    table, name = pa.table({"image": [bytes(1 << 20)]}), {"ARROW:experimental_compression": "zstd"}
+    options = pa.ipc.IpcWriteOptions(compression="zstd", metadata_version=pa.ipc.MetadataVersion.V4)
+    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema, options=options) as writer:
+        writer.write_batch(table.to_batches()[0], custom_metadata=name)
+    data = bytearray((tmp_path / "d.arrow").read_bytes())
+    at = 16 + struct.unpack_from("<I", data, 4)[0]  # of the batch's header, behind the schema
+    header = bytes(data[at:])
+    batch = arrow._inner(header, struct.unpack_from("<I", header)[0], 2)
+    known = batch - struct.unpack_from("<i", header, batch)[0]
+    struct.pack_into("<H", data, at + known + 4 + 2 * 3, 0)
+    (tmp_path / "d.arrow").write_bytes(data)
+    assert pa.ipc.open_stream(tmp_path / "d.arrow").read_all() == table
+    monkeypatch.setattr(arrow, "INFLATED", (1 << 16, 50))
+    with pytest.raises(ValueError, match="d.arrow: the batch at byte .* more than 50 times, so it is"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
+def test_a_batch_that_only_the_footer_names(tmp_path):
+    table = pa.table({"question": ["1?"]})
+    with pa.ipc.new_file(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    data = (tmp_path / "d.arrow").read_bytes()
+    at = 16 + struct.unpack_from("<I", data, 12)[0]  # of the batch, behind the schema
+    moved = data[at:].replace(struct.pack("<q", at), struct.pack("<q", at + 8))
+    (tmp_path / "d.arrow").write_bytes(data[:at] + b"\xff" * 4 + bytes(4) + moved)
+    assert pa.ipc.open_file(tmp_path / "d.arrow").read_all() == table
+    with pytest.raises(ValueError, match="broken Arrow file.*the footer names 1 batches more"):
+        list(files.records(str(tmp_path / "d.arrow")))
+
+
+def test_times_that_python_does_not_know_are_not_needed(tmp_path):
+    """As pandas and others write them; a row is lost only where its question or answer is one."""
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns"))
+    odd = pa.array([86_400_001, None], pa.date64())
+    table = pa.table({"question": ["1?", "2?"], "answer": [1, 2], "seen": times, "day": odd})
+    pa.feather.write_feather(table, str(tmp_path / "d.arrow"))
+    pq.write_table(table, tmp_path / "d.parquet")
+    for name in ("d.arrow", "d.parquet"):
+        queries, report = mathv360k.read(tmp_path / name, tmp_path)
+        assert [query.answer for query in queries] == ["1", "2"] and not report.dropped
+        columns = rows.named("answer=seen")
+        assert "wrong types" in mathv360k.read(tmp_path / name, tmp_path, columns=columns)[1].dropped
 
 
 def test_images_inside_need_a_folder(tmp_path, made_up):
@@ -924,6 +1021,29 @@ def test_rows_of_mmpr_are_rationales(tmp_path):
     [row], report = given.read(tmp_path / "d.jsonl", tmp_path, "rationales", folder=tmp_path, columns=columns)
     assert (row.query.question, row.query.answer, row.response) == ("Find x.", "B", record["chosen"])
     assert report.dropped == {}
+
+
+def test_types_of_arrow_that_json_has_not(tmp_path):
+    """Decimals, as DuckDB and Spark write numbers; UUIDs; a Sequence of structs, as `datasets` stores it."""
+    exact = pa.array([Decimal("0.5"), Decimal(0)], pa.decimal128(38, 9))
+    names = [uuid.UUID(int=number) for number in range(2)]
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([each.bytes for each in names], pa.binary(16)))
+    told = [{"from": ["human", "gpt"], "value": [f"{n}?", "So it is"]} for n in range(2)]
+    scored = pa.StructArray.from_arrays(
+        [
+            pa.array([["a"], ["b"]]),
+            pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), exact),
+        ],
+        ["step", "score"],
+    )
+    pq.write_table(pa.table({"id": ids, "conversations": told, "answer": exact}), tmp_path / "d.parquet")
+    queries, report = mathv360k.read(tmp_path / "d.parquet", tmp_path, columns=rows.named("answer=answer"))
+    found = [(query.id, query.question, query.answer) for query in queries]
+    expected = ("0.5", "0")
+    assert found == [(str(names[n]), f"{n}?", expected[n]) for n in range(2)] and not report.dropped
+    pq.write_table(pa.table({"question": ["0?", "1?"], "steps_with_score": scored}), tmp_path / "s.parquet")
+    judged, _ = given.read(tmp_path / "s.parquet", tmp_path, "steps", folder=tmp_path)
+    assert [(row.response, row.labels) for row in judged] == [("a", (0.5,)), ("b", (0.0,))]
 
 
 def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):

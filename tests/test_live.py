@@ -160,6 +160,7 @@ def test_planned_hours_are_shown_beside_those_spent(tmp_path):
         "{",
         json.dumps(plan | {"hours": {}}),
         json.dumps(plan | {"hours": parts | {"base": -1}}),
+        json.dumps(plan | {"hours": parts | {"base": 10**400}}),
     ):
         (tmp_path / "plan.json").write_text(odd)
         assert [line.split("; ")[1] for line in live.ended([tmp_path], set())][0] == "0.50 h so far"

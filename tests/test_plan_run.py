@@ -272,7 +272,8 @@ def test_the_report_finds_the_hours_of_a_plan(tmp_path, monkeypatch):
     plan.run_of(programs, dict.fromkeys(programs.kinds(), plan.Fitting(programs, [])), ASSUMED, "Phi35")
     found, about = hours.planned(RunRecord("run", tmp_path / "run", {}))
     assert found == whole.hours(list(uses.values()), 1.0)  # of measured times, whatever --reach says
-    assert about.startswith("Planned: for 1 x cpu, without the base stage, compilation")
+    run = f"Phi35, {programs.config.evolve.iterations} iterations, 1,000 queries"
+    assert about.startswith(f"Planned: for 1 x cpu ({run}), without the base stage, compilation")
 
 
 def test_lengths_are_those_assumed():

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.ipc
@@ -21,6 +22,8 @@ from mstar_jax.data.turns import Unreadable
 TOGETHER = 16 << 20  # bytes of records that are in memory together, about
 LARGEST_ROW = 1 << 28  # bytes of a row of parquet or Arrow, and of the rows that are decoded together
 MOST_VALUES = 1 << 25  # in the lists of a row group, for they could all be one row's
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}  # bytes of parquet's
+_EARLY = b"ARROW:experimental_compression"  # in a batch's metadata, as of 0.17
 INFLATED = (1 << 30, 200)  # bytes, and times its size on the disk, that a part of a parquet file may have
 
 
@@ -83,8 +86,8 @@ def _together(path: str, file: Any, at: int) -> tuple[int, list[str]]:
             if column.has_dictionary_page and not delta:
                 pages = column.data_page_offset - column.dictionary_page_offset
                 largest -= column.total_compressed_size - pages
-        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":  # also what is absent takes it
-            largest = max(largest, known.length)
+        if column.physical_type != "BYTE_ARRAY":  # each value takes as much, also what is absent
+            largest = WIDTHS.get(column.physical_type, known.length)
         if listed:
             values = column.num_values - group.num_rows + 1
         rows = LARGEST_ROW // max(largest * values, 1)
@@ -136,9 +139,12 @@ def _check_bodies(path: str) -> None:
         while True:
             file.seek(at)
             prefix = file.read(8)
-            if len(prefix) < 8 or prefix[:4] != b"\xff" * 4 or prefix[4:] == bytes(4):
-                return  # the end; or a file from before 0.15, which cannot be compressed
-            many = struct.unpack("<I", prefix[4:])[0]
+            if prefix[:4] != b"\xff" * 4:  # as before 0.15
+                prefix = prefix[:4]
+                file.seek(at + 4)
+            if len(prefix) < 4 or prefix[-4:] == bytes(4):
+                return
+            many = struct.unpack("<I", prefix[-4:])[0]
             header = file.read(min(many, LARGEST_ROW))
             message = struct.unpack_from("<I", header)[0]
             body, length = file.tell(), _number(header, "<q", _field(header, message, 3))
@@ -147,7 +153,7 @@ def _check_bodies(path: str) -> None:
             kind, batch = _number(header, "<B", _field(header, message, 1)), _inner(header, message, 2)
             if kind == 2:  # of a dictionary
                 batch = _inner(header, batch, 1)
-            if kind in (2, 3) and _field(header, batch, 3):  # compressed
+            if kind in (2, 3) and (_field(header, batch, 3) or _EARLY in header):  # compressed
                 buffers, size = _inner(header, batch, 2), 0
                 for each in range(_number(header, "<I", buffers)):
                     start, count = struct.unpack_from("<qq", header, buffers + 4 + 16 * each)
@@ -183,22 +189,42 @@ def _number(buffer: bytes, kind: str, at: int) -> int:
 
 
 def _batches(source: Any) -> Iterator[Any]:
-    if source.read(6) == b"ARROW1":
-        file = pyarrow.ipc.open_file(source)
-        yield from map(file.get_batch, range(file.num_record_batches))
-    else:
-        source.seek(0)
-        yield from pyarrow.ipc.open_stream(source)
+    """Those that `_check_bodies` saw; an Arrow file is a stream, and a footer that may say something else."""
+    named = source.read(6) == b"ARROW1"
+    count = pyarrow.ipc.open_file(source).num_record_batches if named else 0
+    source.seek(8 if named else 0)
+    for batch in pyarrow.ipc.open_stream(source):
+        count -= 1
+        yield batch
+    if named and count:
+        raise pyarrow.ArrowInvalid(f"the footer names {abs(count)} batches {'more' if count > 0 else 'less'}")
 
 
 def _check_offsets(batch: Any) -> None:
     """Refuses values that lie outside of their batch: pyarrow would read there, and the process would end."""
     for column in batch.columns:
-        try:
-            column.validate(full=True)
-        except ValueError as error:
-            if "UTF8" not in str(error):  # such a row is counted, see `_python`
-                raise
+        nested = not pyarrow.types.is_primitive(column.type)  # a time of day that is none refuses no file
+        column.view(_unread(column.type)).validate(full=nested)
+
+
+def _unread(kind: Any) -> Any:
+    """A type with bytes in place of strings: a row that is not UTF-8 is counted, see `_python`."""
+    types = pyarrow.types
+    if hasattr(kind, "storage_type"):
+        return _unread(kind.storage_type)
+    if types.is_dictionary(kind):
+        return pyarrow.dictionary(kind.index_type, _unread(kind.value_type), kind.ordered)
+    if types.is_map(kind):
+        return pyarrow.map_(_unread(kind.key_type), _unread(kind.item_type))
+    fields = [field.with_type(_unread(field.type)) for field in map(kind.field, range(kind.num_fields))]
+    if types.is_struct(kind):
+        return pyarrow.struct(fields)
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(fields[0], kind.list_size)
+    if fields:
+        return (pyarrow.large_list if types.is_large_list(kind) else pyarrow.list_)(fields[0])
+    plain = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    return pyarrow.binary_view() if types.is_string_view(kind) else plain.get(kind, kind)
 
 
 def _python(batch: Any) -> Iterator[object]:
@@ -219,25 +245,32 @@ def _python(batch: Any) -> Iterator[object]:
 
 
 def _row(batch: Any) -> object:
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        return Unreadable("text is not UTF-8")
-    except (ValueError, OverflowError):
-        return Unreadable("wrong types")
+    found = dict[str, object]()
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            found[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            return Unreadable("text is not UTF-8")
+        except (
+            ValueError,
+            OverflowError,
+        ):  # a time of nanoseconds, as pandas writes; fatal only where it is read
+            found[name] = Unreadable("wrong types")
+    return found
 
 
 def _check_types(path: str, fields: Iterable[Any]) -> None:
-    """Refuses Arrow types whose values may share memory in other ways than through a dictionary."""
+    """Refuses types whose lists or runs may share memory; `_weight` counts what others share."""
     types = pyarrow.types
     for field in fields:
         kind = field.type.storage_type if hasattr(field.type, "storage_type") else field.type
         lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        views = types.is_binary_view(kind) or types.is_string_view(kind)
-        if views or not (lists or types.is_struct(kind) or types.is_map(kind) or not kind.num_fields):
+        if not (lists or types.is_struct(kind) or types.is_map(kind) or not kind.num_fields):
             plain = "a list, a string or binary"
             raise ValueError(f"{path}: {field.name} is {kind}, which is not read: cast it to {plain}")
         _check_types(path, map(kind.field, range(kind.num_fields)))
+        if types.is_dictionary(kind):
+            _check_types(path, [pyarrow.field(field.name, kind.value_type)])
 
 
 def _weight(array: Any) -> int:
@@ -246,9 +279,12 @@ def _weight(array: Any) -> int:
     if isinstance(array, pyarrow.ExtensionArray):
         return _weight(array.storage)
     if types.is_dictionary(kind):
-        if not (types.is_binary(kind.value_type) or types.is_string(kind.value_type)):
+        if types.is_primitive(kind.value_type):
+            return own
+        if (sizes := _sizes(array.dictionary)) is None:
             return own + len(array) * _weight(array.dictionary)
-        sizes = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return own + (pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0)
+    if (sizes := _sizes(array)) is not None:
         return own + (pyarrow.compute.sum(sizes).as_py() or 0)
     if types.is_struct(kind):
         return 4 * own + sum(map(_weight, array.flatten()))
@@ -258,3 +294,13 @@ def _weight(array: Any) -> int:
     if kind.num_fields:  # a list of some kind, see `_check_types`
         return own + _weight(array.flatten())
     return own + array.nbytes
+
+
+def _sizes(array: Any) -> Any:
+    """Bytes of each string or binary value, as an array; None for an array of other values."""
+    kind, types = array.type, pyarrow.types
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # 16 bytes each, of which 4 are the size
+        views = np.frombuffer(array.buffers()[1] or b"", np.int32)[4 * array.offset :: 4][: len(array)]
+        return pyarrow.array(views, pyarrow.int64(), mask=array.is_null().to_numpy(zero_copy_only=False))
+    kinds = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
+    return pyarrow.compute.binary_length(array) if any(each(kind) for each in kinds) else None

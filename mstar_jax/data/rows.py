@@ -34,14 +34,14 @@ other names than usual. An image is its bytes, a struct of bytes and path, a pat
 elsewhere is refused, for nothing is downloaded.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mstar_jax.data import pictures
 from mstar_jax.data.images import ImageError
-from mstar_jax.data.turns import Unreadable, image_marks, name_marks
+from mstar_jax.data.turns import Unreadable, image_marks, name_marks, plain_number, structs
 from mstar_jax.rewards import steps
 
 
@@ -152,7 +152,7 @@ def parse(record: object, columns: Columns) -> Row:
     images = _images(record, columns)
     if turns is not None:
         texts, images, response = _dialogue(turns, images)
-        sound = type(gold) in (str, int) or type(gold) is float and math.isfinite(gold)
+        sound = isinstance(gold, str) or plain_number(gold) is not None
         gold = gold if columns.answer or sound else None
         options = options if columns.options or isinstance(options, list) else None
     else:
@@ -212,8 +212,8 @@ def text(value: object) -> str:
     Raises:
       Unreadable: it is neither.
     """
-    if type(value) is int or isinstance(value, float) and math.isfinite(value):  # a bool is neither
-        return str(value)
+    if (known := plain_number(value)) is not None:
+        return known
     return "" if value is None else string(value)
 
 
@@ -222,14 +222,14 @@ def text(value: object) -> str:
 
 def _dialogue(value: object, images: Sequence[Shown]) -> tuple[list[str], list[Shown], object]:
     """(the texts of the turns up to the last that asks, the images, what answers it) of a conversation."""
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    if not isinstance(value := structs(value), list) or not all(isinstance(turn, dict) for turn in value):
         raise Unreadable("wrong types")
     speakers, said = [], list[object]()
     own = list[Shown | None]()
     for turn in value:
         name = turn.get("role") if turn.get("from") is None else turn["from"]
         speaker = _SPEAKERS.get(str(name).lower())
-        content = turn.get("content") if turn.get("value") is None else turn["value"]
+        content = structs(turn.get("content") if turn.get("value") is None else turn["value"])
         if speaker != "system":
             speakers.append(speaker)
             said.append(_joined(content, own) if isinstance(content, list) else content)
@@ -365,7 +365,7 @@ def labelled_steps(record: Mapping[str, Any], columns: Columns) -> tuple[str, tu
     Raises:
       Unreadable: the steps or labels are absent, of other types, or not equally many.
     """
-    found, labels = column(record, columns, "steps", "no steps"), column(record, columns, "labels")
+    found, labels = structs(column(record, columns, "steps", "no steps")), column(record, columns, "labels")
     if isinstance(found, str):
         found = steps.split(found)
     if not isinstance(found, list) or not (labels is None or isinstance(labels, list)):
@@ -390,7 +390,7 @@ def _field(step: object, *names: str) -> object:
 def _label(value: object) -> float:
     if isinstance(value, str):
         value = _SIGNS.get(value.strip(), value)
-    if not isinstance(value, int | float):  # a bool is 0 or 1
+    if not isinstance(value, int | float | Decimal):  # a bool is 0 or 1
         raise Unreadable("wrong types")
     if not 0 <= value <= 1:
         raise Unreadable("label outside of 0..1")

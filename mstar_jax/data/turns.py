@@ -11,8 +11,11 @@ case, and an instruction may follow them. An answer may be a solution that ends 
 a tag. What looks like options and is not understood is refused: a model would be asked for one of them.
 """
 
+import decimal
 import itertools
+import math
 import re
+import uuid
 from collections.abc import Sequence
 
 from mstar_jax.answers.check import as_gold, extract
@@ -23,6 +26,29 @@ LONGEST_TEXT = 5  # words; a longer text answer cannot be checked by comparison
 
 class Unreadable(Exception):
     """A row that is dropped; the message is the cause."""
+
+
+def plain_number(value: object) -> str | None:
+    """A finite number, or an id that is one to Arrow, as text; None for anything else, also for a bool."""
+    if (
+        type(value) is int
+        or isinstance(value, uuid.UUID)
+        or isinstance(value, float)
+        and math.isfinite(value)
+    ):
+        return str(value)
+    if not isinstance(value, decimal.Decimal) or not value.is_finite():
+        return None
+    known = f"{value:f}"
+    return known.rstrip("0").rstrip(".") if "." in known else known  # the zeros are its type's
+
+
+def structs(value: object) -> object:
+    """A list of structs of a struct of lists, as which `datasets` stores a Sequence of them; or the value."""
+    if not isinstance(value, dict) or not all(isinstance(each, list) for each in value.values()):
+        return value
+    same = len(set(map(len, value.values()))) == 1
+    return [dict(zip(value, each)) for each in zip(*value.values())] if same else value
 
 
 # ---- 1. questions -------------------------------------------------------------------------------------

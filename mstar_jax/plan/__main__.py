@@ -261,7 +261,8 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
     uses = whole.estimate(programs, assumed, made, speeds)
     reach = 1.0 if MEASURE.value else REACH.value
     if OUT.value:
-        on = f"{len(devices)} x {devices[0].device_kind}"
+        run = f"{name}, {programs.config.evolve.iterations} iterations, {assumed.queries:,} queries"
+        on = f"{len(devices)} x {devices[0].device_kind} ({run})"  # tells a plan of another config
         plan = {"on": on, "hours": whole.hours(uses, reach), "left_out": whole.left_out(programs)}
         path = pathlib.Path(OUT.value)
         path.parent.mkdir(parents=True, exist_ok=True)

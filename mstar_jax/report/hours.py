@@ -25,8 +25,8 @@ def planned(run: RunRecord) -> tuple[dict[str, float], str]:
         plan = json.loads(path.read_text(encoding="utf-8"))
         found = {part: float(plan["hours"][part]) for part in dict.fromkeys(PARTS.values())}
         about = f"Planned: for {plan['on']}, without {plan['left_out']}."
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Missing(f"{FILE} is not what plan --out writes ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise Missing(f"{FILE} is not what plan --out writes ({type(error).__name__}: {error})") from error
     if not all(math.isfinite(value) and value >= 0 for value in found.values()):
         raise Missing(f"{FILE} is not what plan --out writes (hours {found})")
     return found, about
