@@ -164,13 +164,13 @@ HOSTILE = [
 @pytest.mark.parametrize("index", range(len(HOSTILE)))
 def test_hostile_input_is_fast_and_raises_nothing(index):
     text = HOSTILE[index]
-    start = time.perf_counter()
+    start = time.process_time()
     for gold in ("3", "B", "[1, 2]", "red", "{1, 2}", text[-300:], text[14:300]):
         for options in (None, CM, (text[:500], "", "x")):
             for fallback in (False, True):
                 grade(text, gold, options=options, fallback=fallback)
         equivalent(text, gold)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2  # others may use this machine
 
 
 # ---- random input ---------------------------------------------------------------------------------------
