@@ -251,10 +251,8 @@ def _row(batch: Any) -> object:
             found[name] = column[0].as_py()
         except UnicodeDecodeError:
             return Unreadable("text is not UTF-8")
-        except (
-            ValueError,
-            OverflowError,
-        ):  # a time of nanoseconds, as pandas writes; fatal only where it is read
+        except (ValueError, OverflowError):
+            # a time of nanoseconds, as pandas writes: the row is lost only where this column is read
             found[name] = Unreadable("wrong types")
     return found
 
