@@ -24,7 +24,16 @@ from mstar_jax.report import hours
 from mstar_jax.report.runs import RunRecord
 from mstar_jax.structs import Batch, Prompt, Query, Row
 
-ASSUMED = Assumed(queries=1000, prompt=60, response=20, spread=0, right=0.5, distinct=1.0, prefixes=4)
+ASSUMED = Assumed(
+    queries=1000,
+    prompt=60,
+    response=20,
+    spread=0,
+    right=0.5,
+    distinct=1.0,
+    distinct_warm_up=1.0,
+    prefixes=4,
+)
 
 
 class Cache(NamedTuple):
@@ -192,11 +201,38 @@ def test_stages_by_hand():
 
 def test_of_more_responses_fewer_are_no_copies():
     """What is known of K samples holds for them, and of one response none is a copy."""
-    assumed = dataclasses.replace(ASSUMED, distinct=0.45)
+    assumed = dataclasses.replace(ASSUMED, distinct=0.45, distinct_warm_up=0.71)
     assert assumed.distinct_of(16, 16) == pytest.approx(0.45)
+    assert assumed.distinct_of(16, 16, warm_up=True) == pytest.approx(0.71)
     assert assumed.distinct_of(1, 16) == 1.0
     assert 16 * 0.45 / 57 < assumed.distinct_of(57, 16) < 0.45
     assert ASSUMED.distinct_of(57, 16) == 1.0
+    _, plain = estimated({}, ASSUMED)
+    _, uses = estimated({}, dataclasses.replace(ASSUMED, distinct_warm_up=0.3))
+    of_warm_up = {"warm-up, measure: scores", "reward model, report"}
+    assert all((uses[stage].read < plain[stage].read) == (stage in of_warm_up) for stage in plain)
+
+
+def test_scores_that_are_timed_by_length():
+    """A row counts as the shortest program that holds it, at its own speed; the plan compiles the longest."""
+    programs, plain = estimated({})
+    mesh = programs.mesh
+    with jax.set_mesh(mesh):
+        made = {kind: programs.make(kind) for kind in programs.kinds()}
+        made["score"] = programs.scores()
+        assert [each.length for each in made["score"]] == [128, 256]  # prompts have at most 120 tokens
+        assert [each.length for each in programs.make("score")] == [256]
+        for kind, each in made.items():
+            made[kind] = [program._replace(own=lambda: {"language": 1e18}) for program in each]
+        speeds = {kind: [whole.Speed(1.0, 0.0)] * len(each) for kind, each in made.items()}
+        speeds["score"] = [whole.Speed(0.5, 0.0), whole.Speed(1.0, 0.0)]
+        exact = {use.stage: use for use in whole.estimate(programs, ASSUMED, made, speeds)}
+        speeds["score"] = [whole.Speed(0.8, 0.0), whole.Speed(1.0, 0.0)]
+        slower = {use.stage: use for use in whole.estimate(programs, ASSUMED, made, speeds)}
+    for stage, use in exact.items():
+        assert use.read == plain[stage].read and use.seconds == pytest.approx(plain[stage].seconds)
+        short = stage == "iterations, select"  # of 4 responses; the others' rows hold 5 and more
+        assert (slower[stage].seconds > use.seconds) == short
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,13 @@ DISTINCT = flags.DEFINE_float(
     lower_bound=0.001,
     upper_bound=1.0,
 )
+DISTINCT_WARM_UP = flags.DEFINE_float(
+    "distinct_warm_up",
+    None,
+    "The same of the warm-up policy; default --distinct.",
+    lower_bound=0.001,
+    upper_bound=1.0,
+)
 PREFIXES = flags.DEFINE_float(
     "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
 )
@@ -248,6 +255,8 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
         return f"without an estimate of the whole run: {', '.join(missing)} do not fit or were not asked for"
     made = {kind: [program for program, _ in costs] for kind, (_, costs) in found.items()}
     if MEASURE.value:
+        if "score" in made:  # a device takes longer for each token of short rows than FLOPs say
+            made["score"] = programs.scores()
         speeds = {}
         for kind, each in made.items():
             speeds[kind] = measure.speeds(each, programs.mesh)
@@ -289,6 +298,7 @@ def main(argv: Sequence[str]) -> None:
             spread=SPREAD.value,
             right=RIGHT.value,
             distinct=DISTINCT.value,
+            distinct_warm_up=DISTINCT_WARM_UP.value or DISTINCT.value,
             prefixes=PREFIXES.value,
         )
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()

@@ -23,6 +23,7 @@ class Assumed:
       right: share of the responses that are right; a copy of another one's text counts as wrong.
       distinct: share of a query's `evolve.k` responses that are no copies of another one's text: only these
         are scored.
+      distinct_warm_up: the same of the warm-up policy, which repeats itself less.
       prefixes: steps of a response, on average, that a label is sampled for: all but the last, and but those
         that begin another response as well.
     """
@@ -33,12 +34,14 @@ class Assumed:
     spread: float
     right: float
     distinct: float
+    distinct_warm_up: float
     prefixes: float
 
-    def distinct_of(self, samples: int, k: int) -> float:
+    def distinct_of(self, samples: int, k: int, warm_up: bool = False) -> float:
         """The share of `samples` responses that are no copies, where `distinct` is that of k: how many differ
         grows as a power of how many there are (Heaps' law)."""
-        return float(samples ** (math.log(self.distinct) / math.log(max(k, 2))))
+        share = self.distinct_warm_up if warm_up else self.distinct
+        return float(samples ** (math.log(share) / math.log(max(k, 2))))
 
 
 class Calls(NamedTuple):

@@ -131,7 +131,7 @@ class Programs:
             return [self._train()]
         if kind == "train prm":
             return [self._train_reward()]
-        return [self._score()] if kind == "score" else self._sample(kind)
+        return self.scores()[-1:] if kind == "score" else self._sample(kind)
 
     # ---- what lies on a device ----
 
@@ -333,10 +333,14 @@ class Programs:
             ),
         ]
 
-    def _score(self) -> Program:
+    def scores(self) -> list[Program]:
+        """The scores of rows of every length that holds more than a prompt, the shortest first."""
+        prompt, buckets = self.config.data.max_prompt, sorted(self.config.data.buckets)
+        return [self._score(length) for length in buckets if length > prompt or length == buckets[-1]]
+
+    def _score(self, length: int) -> Program:
         rows = self.config.prm.score_batch or self.config.prm.batch
         sharding.check_divides("prm.score_batch", rows, self.mesh)
-        length = max(self.config.data.buckets)
         model = self.weights(reward=True)
         args = model, self._batch(rows, length)
         count = functools.partial(flops.count, prm.token_scores, *args)

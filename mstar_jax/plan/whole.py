@@ -7,6 +7,7 @@ tower's part stays, the decoder's shrinks with the length, its attention's with 
 taken to have the most crops.
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -79,7 +80,7 @@ class Estimate:
         Args:
           programs: of the config.
           assumed: see `Assumed`.
-          made: the programs by kind.
+          made: the programs by kind; of the scores one or more, the shortest rows first.
           speeds: the same for each of them.
         """
         self.config = programs.config
@@ -176,11 +177,14 @@ class Estimate:
             chunk=self.config.prm.chunk,
             batch=self.made["score"][0].rows,
         )
-        calls = sum(self._scale("score", 0, length) * count for length, count in batches.items())
-        read = sum(length * count for length, count in batches.items()) * self.made["score"][0].rows
-        flops = calls * sum(self.flops["score"][0].values())
-        values = (read, 0, flops, calls * self.speeds["score"][0].each, queries * samples)
-        return Use(stage, times, *(times * x for x in values))
+        read = flops = seconds = 0.0
+        for length, count in batches.items():
+            at = bisect.bisect_left(self.made["score"], length, key=lambda program: program.length)
+            calls = count * self._scale("score", at, length)
+            read += count * length * self.made["score"][at].rows
+            flops += calls * sum(self.flops["score"][at].values())
+            seconds += calls * self.speeds["score"][at].each
+        return Use(stage, times, *(times * x for x in (read, 0, flops, seconds, queries * samples)))
 
     def train(
         self, stage: str, kind: str, settings: ml_collections.ConfigDict, samples: int, times: int = 1
@@ -217,13 +221,14 @@ def estimate(
     samples, scores = 1 + c.eval.samples, "score" in made
     out: list[Use] = []
 
-    def distinct(samples: int) -> float:
-        return assumed.distinct_of(samples, c.evolve.k)
+    def distinct(samples: int, warm_up: bool = False) -> float:
+        return assumed.distinct_of(samples, c.evolve.k, warm_up)
 
     def measure(stage: str, queries: int, times: int = 1, scored: bool = True) -> None:
         out.append(e.sample(f"{stage}: samples", "evaluation", queries, samples, times))
         if scores and scored:
-            out.append(e.score(f"{stage}: scores", queries, samples, distinct(samples), times))
+            share = distinct(samples, stage.startswith("warm-up"))
+            out.append(e.score(f"{stage}: scores", queries, samples, share, times))
 
     embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
     test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
@@ -247,7 +252,7 @@ def estimate(
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
     if "train prm" in made:
         out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
-        out.append(e.score("reward model, report", held_out, c.prm.k, distinct(c.prm.k)))
+        out.append(e.score("reward model, report", held_out, c.prm.k, distinct(c.prm.k, True)))
     measure("warm-up, measure", tests("warmup"))
     count = c.evolve.iterations
     if "exploration" in made:
@@ -300,7 +305,8 @@ def describe(
     lines = [
         f"the run, assuming {assumed.queries:,} labelled queries, prompts of {assumed.prompt} tokens, "
         f"responses of {assumed.response:g} +- {assumed.spread:g} tokens, {100 * assumed.right:g} % of them "
-        f"right, {100 * assumed.distinct:g} % of {programs.config.evolve.k} no copies, "
+        f"right, {100 * assumed.distinct:g} % of {programs.config.evolve.k} no copies "
+        f"({100 * assumed.distinct_warm_up:g} % of the warm-up policy's), "
         f"{assumed.prefixes:g} labelled steps in each:",
         "",
         "| stage | times | M tokens read | sampled | PFLOP of the model | hours | share |",
