@@ -28,8 +28,9 @@ class Record(TypedDict, total=False):
       temperature: what the stage's training responses were sampled at; None for the base.
       kept: how many responses it was trained on; None for the base and the reward model.
       dropped: where none was kept, how many there were by cause; see `stages.select.dropped`.
+      given: of `warmup.data`, its rationales by verdict.
       greedy_accuracy, ..., length: see `rewards.metrics.dynamics`.
-      entropy, ..., length_wrong: how various the samples are, see `rewards.diversity.diversity`.
+      entropy, ..., length_wrong: how diverse the samples are, see `rewards.diversity.diversity`.
       trained_groups, ..., skipped_other: queries of the stage, see `stages.weigh.teaching`.
       sampler_mean, sampler_greatest, sampler_ess: sampler against trainer, see `rewards.diversity.agreement`.
       kl: of the policy that sampled what the stage was trained on, from the warm-up; see
@@ -53,6 +54,7 @@ class Record(TypedDict, total=False):
     temperature: float | None
     kept: int | None
     dropped: dict[str, int]
+    given: dict[str, int]
     greedy_accuracy: float
     pass_at_k: float
     gap: float

@@ -1,4 +1,4 @@
-"""How various responses are, and how far two computations agree, by hand."""
+"""How diverse responses are, and how far two computations agree, by hand."""
 
 import math
 

@@ -10,7 +10,7 @@ from mstar_jax.structs import Response
 
 
 def diversity(groups: Sequence[Sequence[Response]]) -> dict[str, float]:
-    """How various the samples of a split are; all of it from what is stored of them.
+    """How diverse the samples of a split are; all of it from what is stored of them.
 
     Args:
       groups: for each query its samples; greedy responses (temperature 0) among them are not looked at.
