@@ -1,9 +1,9 @@
 """Every key of a config, once, with its meaning and unit; the values are the paper's (arXiv 2412.17451).
 
 Where the paper gives no value, it is ours. One file for each policy overrides what differs (`phi35.py`,
-`internvl2.py`, `internvl3.py`, `minicpmv25.py`, `smolvlm.py`, `qwen_vl.py`, `qwen3_vl.py`, `tiny.py`),
-`variants.py` holds the training methods, and the command line overrides both: `--config.evolve.k=8`. A config
-of your own:
+`internvl2.py`, `internvl3.py`, `minicpmv25.py`, `smolvlm.py`, `smollm2.py`, `qwen_vl.py`, `qwen3_vl.py`,
+`tiny.py`), `variants.py` holds the training methods, and the command line overrides both:
+`--config.evolve.k=8`. A config of your own:
 
     from configs import base
 
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     # ---- policy: a checkpoint, or (configs/tiny.py) a small Phi-3.5-vision with random parameters ----
     c.policy = policy = ConfigDict()
     policy.path = ""  # folder or hub id of a checkpoint; empty for a policy from scratch
-    policy.family = ""  # a key of `plan.official.OFFICIAL`, such as phi3_v: for `plan` without a path
+    policy.family = ""  # a key of `plan.official.OFFICIAL`, such as phi3_v: for `plan` and `evaluate`
     policy.max_crops = placeholder(int)  # crops, tiles or slices of an image, at most; None: the checkpoint's
     policy.vocab_size = 0  # tokens; from scratch only, like all that follows
     policy.num_crops = 0  # high-resolution crops of an image, at most
@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     evolve.k = 16  # responses sampled per query
     evolve.curriculum = "uniform"  # which queries: uniform, or informative (by their last pass rates)
     evolve.informative = (0.0, 1.0)  # pass rates of informative queries, bounds included, but never 0 or 1
-    evolve.remeasure = 0.1  # share of an iteration for never measured queries, and as much for others
+    evolve.remeasure = 0.1  # informative: share of an iteration for new queries, and as much for settled ones
     evolve.select = "prm"  # which correct responses are kept: prm, random, likelihood, frequency or oracle
     evolve.keep = 2  # responses kept per query, at most; 0 keeps all
     evolve.threshold = placeholder(float)  # reward (or likelihood) that kept responses exceed; None: no limit
@@ -163,12 +163,12 @@ def get_config() -> ConfigDict:
     unlabelled.mixin = placeholder(float)  # fraction of the iterations before it is used; None: never
     unlabelled.threshold = 0.3  # share of a query's votes that its voted answer needs
     unlabelled.oracle = False  # use the true answers instead of votes: an upper bound
-    unlabelled.weight = 1.0  # how often each of these rows is drawn; a labelled row has 1
+    unlabelled.weight = 1.0  # how often each of these rows is drawn, relative to a labelled one
 
     # ---- prm: the process reward model, trained from the warm-up policy on Monte-Carlo step labels ---
     c.prm = prm = ConfigDict()
     prm.path = ""  # a trained one of any family, as `export --stage=prm` writes it; empty: train one
-    prm.head = ""  # the tensor of `prm.path` that is its head, where others saved it and several may be
+    prm.head = ""  # the tensor of `prm.path` that is its head, where several might be
     prm.token = ""  # `prm.path` has no head: a step's score is the probability of this token after it
     prm.against = ""  # among these two tokens; empty: in the whole vocabulary
     prm.mark = ""  # text after each step, at whose end `prm.path` scores it; control tokens count
@@ -185,7 +185,7 @@ def get_config() -> ConfigDict:
     prm.labelled = 50_000  # of `queries`, those whose steps are labelled
     prm.completions = 16  # sampled from every step for its label
     prm.hard = False  # label 1 if any completion is correct, instead of the fraction that is
-    prm.samples = 32  # completions in a row, a multiple of `completions` (6.4 GB of cache)
+    prm.samples = 32  # completions in a row, a multiple of `completions` (Phi-3.5, all at once: 6.4 GB)
     prm.rows = 16  # rows of completions sampled together
     prm.mc_weight = 0.2  # of the loss on step labels; that of the correct responses' likelihood is 1
     prm.steps = 3000  # optimizer steps, about one pass
@@ -207,7 +207,7 @@ def get_config() -> ConfigDict:
     explore.temperatures = tuple(t / 10 for t in range(3, 17))  # 0.3, 0.4, ..., 1.6
     explore.samples = 4  # responses per query and temperature
     explore.queries = 250  # validation queries
-    explore.batch = 16  # queries sampled together, each with all temperatures (12 GB of cache a query)
+    explore.batch = 16  # queries sampled together, at all temperatures (Phi-3.5, all at once: 12 GB each)
 
     # ---- train: what all stages share ----------------------------------------------------------------
     c.train = train = ConfigDict()
@@ -231,7 +231,7 @@ def get_config() -> ConfigDict:
     # ---- sampling ------------------------------------------------------------------------------------
     c.sampling = sampling = ConfigDict()
     sampling.batch = 16  # queries decoded together, each with k branches; a multiple of data x fsdp
-    sampling.places = 0  # branches of a query decoded at a time, others start where these end; 0: all k
+    sampling.places = 0  # branches of a query decoded at a time; another starts where one ends; 0: all
     sampling.refill = 0.25  # fraction of the batch that has to be finished before new queries replace it
     sampling.shard = 4  # batches in a file of rollouts: what is sampled again after a kill
     sampling.cache = ""  # dtype of keys and values; empty: that of the weights; int8 for twice the batch

@@ -2,8 +2,8 @@
 
     base       a checkpoint; or a small policy, trained here from scratch on narrow data; or a checkpoint
                that is taught to see first (`base.tune`)
-    warm-up    shown the gold answers, the base policy writes rationales (or a file has some); SFT on correct
-               ones gives pi_1
+    warm-up    shown the gold answers, the base policy writes rationales (or a file holds them); SFT on the
+               correct ones gives pi_1
     reward     R_p, a process reward model, trained once: on Monte-Carlo labels of steps of pi_1's responses,
                or on those of a file
     iteration  generate   y_1..y_K ~ pi_t( . | x, o; T)    for a share of labelled queries x with images o
@@ -138,7 +138,7 @@ def evolve(
             moments=t > 1 and not method.reset_moments,
             schedule=t > 1 and not method.reset_schedule,
         )
-        loss = objectives.loss_of(method, run.processor.forbidden_ids)  # of sft the likelihood
+        loss = objectives.loss_of(method, run.processor.forbidden_ids)  # for sft, token_loss
         policy = improve(run, stage, start_policy, sources, carry=carry, sampled_at=temperature, loss=loss)
         measure(run, policy, reward, sources, sampled_at=temperature)  # every eval.every, and the last one
         temperature = explore(run, policy, reward, temperature)  # every explore.every iterations
