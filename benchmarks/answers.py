@@ -1,6 +1,6 @@
 """How far the answer checker agrees with official verdicts on real responses, and how fast it is.
 
-    python benchmarks/answers.py FOLDER [--show=20] [--part=development]
+    python benchmarks/answers.py FOLDER [--show=20] [--only=letter]
 
 FOLDER holds mathvista_outputs.jsonl.gz and m3cot_outputs.jsonl.gz: responses of released models and the
 verdicts of the benchmarks' own scorers (M3CoT's judge is reimplemented below). A hash of its id assigns a
