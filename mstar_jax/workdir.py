@@ -25,11 +25,11 @@ from mstar_jax.structs import Query
 
 log = logging.getLogger(__name__)
 
-# May differ from start to start: they say nothing about the method. What is done in microbatches, or
-# recomputed, sums float32 in another order, so `train.accumulate` and `train.remat` change last bits.
+# May differ from start to start: they say nothing about the method. What is done in microbatches, recomputed,
+# or divided among other devices sums float32 in another order, so some of these change last bits.
 FREE: tuple[str, ...] = ("data.workers", "eval.show", "evolve.keep_checkpoints")
 FREE += ("train.accumulate", "train.log_every", "train.profile", "train.remat", "train.save_every")
-FREE += ("train.offload_optimizer", "tracker")
+FREE += ("train.offload_optimizer", "tracker", "mesh.data", "mesh.fsdp", "mesh.tensor")
 BLOCK = 1 << 16  # bytes
 IMAGES = "images.json"
 held: list[IO[str]] = []  # until the process ends, and with it the locks

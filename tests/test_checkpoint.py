@@ -75,6 +75,9 @@ def test_round_trip(tmp_path, state, tx, mesh):
     assert fresh.run(Stage.iteration(3)) == run
     moments = [x for x in jax.tree.leaves(found.opt_state) if x.ndim > 1]
     assert moments and any(not x.sharding.is_fully_replicated for x in moments)
+    alone = sharding.make_mesh(devices=jax.devices()[:1])  # another machine goes on
+    moved = fresh.restore(Stage.iteration(3), abstract(tx, alone))
+    jax.tree.map(np.testing.assert_array_equal, moved, state)
 
 
 def test_latest_wins_and_old_ones_go(tmp_path, state, tx, mesh):

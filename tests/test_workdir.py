@@ -44,8 +44,10 @@ def test_claim(tmp_path):
 
 def test_values_that_cannot_change_results_may_differ(tmp_path):
     config = {"seed": 0, "train": {"accumulate": 1, "remat": "full"}, "eval": {"show": 5}}
+    config |= {"mesh": {"fsdp": -1, "tensor": 2}}
     workdir.claim(tmp_path, config)
     config = {"seed": 0, "train": {"accumulate": 2, "remat": "none"}, "eval": {"show": 0}}
+    config |= {"mesh": {"fsdp": -1, "tensor": 1}}  # another machine
     workdir.claim(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text()) == config
     with pytest.raises(ValueError, match=r"other values \(seed: 0 there, 1 now\)"):
