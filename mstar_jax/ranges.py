@@ -17,7 +17,7 @@ FEW = "(0, inf)"
 # in the notation of intervals; a value that is None is not set
 ALWAYS = {
     "seed": "[0, 2147483647]",
-    "reward_seconds": FEW,
+    "reward_seconds": "(0, 1000000]",  # poll takes milliseconds as a C int
     "policy.max_crops": COUNT,
     "data.seed": SOME,
     "data.validation": COUNT,

@@ -190,6 +190,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
         ("reward", "exact", "reward = .exact.: choose .format., leave it empty for the answer checker"),
         ("reward", "/none.py:grade", "reward = ./none.py:grade.: there is no file /none.py to load"),
         ("reward_seconds", 0.0, "reward_seconds = 0.0: must be above 0"),
+        ("reward_seconds", 1e9, "reward_seconds = 1000000000.0: must be above 0 and at most 1000000"),
         ("prm.samples", 17, "prm.samples = 17: must be a multiple of prm.completions = 2"),
         ("train.profile", (5, 5), r"train.profile = \(5, 5\): give \(first step, end\)"),
         ("benchmarks.names", ("ai3d",), "benchmarks.names = 'ai3d': choose one of "),
