@@ -47,10 +47,13 @@ def test_rows_are_the_variants_that_users_name(name):
     assert VARIANTS["continuous"].items() <= ROWS["continuous_25"].values.items()
 
 
-def write(folder, stage, **values):
+def write(folder, stage, done=8, **values):
+    """Results of a run of 8 iterations, `done` of them, or of the warm-up alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "iteration": 8 if stage == "iteration" else 0, "split": "test"} | values
-    (folder / "results.json").write_text(json.dumps({"stages": [record]}))
+    last = stage == "iteration"
+    record = {"stage": stage, "iteration": done if last else 0, "split": "test"} | values
+    there = {"config": {"evolve": {"iterations": 8 if last else 0}}, "stages": [record]}
+    (folder / "results.json").write_text(json.dumps(there))
 
 
 def test_tables(tmp_path):
@@ -76,6 +79,15 @@ def test_tables(tmp_path):
     assert all(line.count("|") == lines[2].count("|") for line in lines[3:-2])
     assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 |" in text
     assert "45.3 / 59.2" in text and "greedy over Random-2" in text
+
+
+def test_a_row_that_was_killed_is_not_tabulated(tmp_path):
+    """Though it was tested after every iteration."""
+    write(tmp_path / "seed_0" / "grpo", "iteration", done=5, greedy_accuracy=0.5)
+    assert ablate.measured(tmp_path / "seed_0" / "grpo") == {}
+    assert not ablate.finished(tmp_path / "seed_0" / "grpo", 8)
+    write(tmp_path / "seed_0" / "grpo", "iteration", greedy_accuracy=0.5)
+    assert ablate.measured(tmp_path / "seed_0" / "grpo") == {"greedy_accuracy": 50.0}
 
 
 def test_entropy_is_no_share(tmp_path):
