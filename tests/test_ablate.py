@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -114,6 +117,33 @@ def test_fork(tmp_path):
     write(folder, "iteration", greedy_accuracy=0.6)
     assert ablate.finished(folder, 8)
     assert json.loads((shared / "results.json").read_text())["stages"][0]["stage"] == "warmup"
+
+
+def test_a_row_that_fails_or_is_killed_leaves_the_others(tmp_path, monkeypatch):
+    """And a second start runs it alone, in the folder where it stopped."""
+    codes = {"grpo": "sys.exit(3)", "rloo": "os.kill(os.getpid(), 9)", "top_2": "pass", "informative": "pass"}
+    begun = []
+
+    def start(workdir, name, values):
+        begun.append(name)
+        folder = workdir / name
+        assert (folder / "tokenizer.json").exists()  # forked from `shared`, or there before
+        if (code := codes[folder.name]) == "pass":
+            write(folder, "iteration", greedy_accuracy=0.5)
+        return subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"])
+
+    monkeypatch.setattr(ablate, "_start", start)
+    monkeypatch.setattr(ablate, "JOBS", types.SimpleNamespace(value=2))
+    (tmp_path / "seed_0" / "shared").mkdir(parents=True)
+    (tmp_path / "seed_0" / "shared" / "tokenizer.json").write_text("{}")
+    todo = {f"seed_0/{name}": {} for name in codes}
+    assert set(ablate.run(todo, tmp_path, 8)) == {"seed_0/grpo", "seed_0/rloo"} and set(begun) == set(todo)
+    table = ablate.TABLES_BY_NUMBER["5"].rows
+    done = [record["name"] for record in ablate.table(tmp_path, table, [0], "top_2") if record["seeds"]]
+    assert done == ["top_2", "informative"]
+    begun.clear()
+    codes["grpo"] = codes["rloo"] = "pass"
+    assert ablate.run(todo, tmp_path, 8) == [] and set(begun) == {"seed_0/grpo", "seed_0/rloo"}
 
 
 def test_rows_with_other_values_are_not_mixed(tmp_path):

@@ -56,6 +56,17 @@ def test_there_may_be_none(tmp_path):
         finished.stage_of(tmp_path, "beste")
 
 
+def test_one_whose_checkpoint_was_removed_is_named(tmp_path):
+    results(tmp_path)
+    for name in ("warmup", "prm", "iteration_08", "iteration_09"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "done.json").write_text("{}")
+    assert finished.finished(tmp_path) == Stage.iteration(9)
+    said = "no finished training of iteration_06; there is warmup, prm, iteration_08, iteration_09"
+    with pytest.raises(ValueError, match=said):
+        finished.finished(tmp_path, finished.stage_of(tmp_path, "best"))
+
+
 @pytest.mark.parametrize("every", [1, 3])  # iterations from one measurement to the next
 def test_its_checkpoint_is_kept(tmp_path, every):
     """Besides the last two, whether or not the run was killed between a record and what it drops."""
