@@ -66,7 +66,7 @@ BAD = {
     "end": "it ended its process (exit code 0)",
     "crash": "it ended its process (exit code -11)",
     "memory": "MemoryError",
-    "fork": "it forks: start other programs with subprocess, without preexec_fn, and fork nothing",
+    "fork": "it forks: start programs with subprocess, without preexec_fn, and fork nothing",
     "close": "it ended its process",  # its end of the pipe is closed, and then it is killed
     "deep": "RecursionError",
     "unknown": "KeyError: 'unknown'",

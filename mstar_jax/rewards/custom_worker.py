@@ -111,7 +111,7 @@ def main(path: pathlib.Path, name: str, digest: str, seconds: float, memory: int
         signal.setitimer(signal.ITIMER_REAL, 0)
         if forks:
             said = {
-                "error": "it forks: start other programs with subprocess, without preexec_fn, and fork nothing",
+                "error": "it forks: start programs with subprocess, without preexec_fn, and fork nothing",
                 "replace": True,
             }
         answers.write(json.dumps(said) + "\n")
