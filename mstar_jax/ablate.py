@@ -171,12 +171,13 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def measured(folder: pathlib.Path) -> dict[str, float]:
-    """MEASURES of a row's last test record (for `shared` the warm-up's), shares in %; empty if there is
-    none."""
+    """MEASURES of a row's test record at its end (for `shared` the warm-up's), shares in %; empty before it:
+    a row that was killed may have been tested on the way (`eval.test_at`)."""
     path = folder / "results.json"
-    records = json.loads(path.read_text())["stages"] if path.exists() else []
+    there = json.loads(path.read_text()) if path.exists() else {"stages": []}
     stage = "warmup" if folder.name == SHARED.name else "iteration"
-    found = [r for r in records if r["split"] == "test" and r["stage"] == stage]
+    found = [r for r in there["stages"] if r["split"] == "test" and r["stage"] == stage]
+    found = [r for r in found if r["iteration"] == there["config"]["evolve"]["iterations"]]
     last = found[-1] if found else {}
     return {key: (1 if key in NATS else 100) * last[key] for key in MEASURES if key in last}
 

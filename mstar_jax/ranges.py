@@ -17,7 +17,7 @@ FEW = "(0, inf)"
 # in the notation of intervals; a value that is None is not set
 ALWAYS = {
     "seed": "[0, 2147483647]",
-    "reward_seconds": FEW,
+    "reward_seconds": "(0, 1000000]",  # poll takes milliseconds as a C int
     "policy.max_crops": COUNT,
     "data.seed": SOME,
     "data.validation": COUNT,
@@ -224,6 +224,9 @@ def method(values: Mapping[str, Any], figures: bool) -> Iterator[str]:
     if values["evolve.threshold"] is not None and select not in ("prm", "likelihood"):
         rule = f"must be None, for evolve.select = {select!r} has no rewards"
         yield f"evolve.threshold = {values['evolve.threshold']}: {rule}"
+    if values["evolve.curriculum"] == "informative" and values["evolve.k"] < 2:
+        asked = f"evolve.k = {values['evolve.k']}"
+        yield f"{asked}: evolve.curriculum = 'informative' goes by how many of 2 or more samples are right"
     if objective == "sft":
         return
     if values["evolve.process_weight"] and not trained and select != "likelihood":
@@ -231,8 +234,10 @@ def method(values: Mapping[str, Any], figures: bool) -> Iterator[str]:
             f"evolve.process_weight = {values['evolve.process_weight']}: needs step scores, so set "
             "prm.queries or prm.path, or evolve.select = 'likelihood'"
         )
-    only = {"evolve.data": "rollouts", "evolve.start": "last", "evolve.unlabelled.mixin": None}
-    for key, value in (only | {"sampling.stop_strings": ()}).items():
+    only: dict[str, object] = {"evolve.data": "rollouts", "evolve.start": "last"}
+    only |= {"evolve.unlabelled.mixin": None, "sampling.stop_strings": ()}
+    only |= {"evolve.threshold": None, "evolve.distinct": False}  # all responses train, none is selected
+    for key, value in only.items():
         if values[key] != value:
             yield f"{key} = {values[key]!r}: must be {value!r} with evolve.objective = {objective!r}"
     if values["evolve.temperature"] == 0 or values["evolve.k"] < 2:

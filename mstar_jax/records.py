@@ -188,12 +188,19 @@ def best(stages: Iterable[Record]) -> Record | None:
 
 
 def shown_best(stages: Iterable[Record]) -> str:
-    """A line about the best iteration; empty without one."""
+    """A line about the best iteration, and whether the warm-up was better; empty without an iteration."""
+    stages = list(stages)
     found = best(stages)
     if found is None:
         return ""
     greedy = f"{100 * found['greedy_accuracy']:.1f}%"
-    return f"best on validation: iteration {found['iteration']}, greedy {greedy} (export --stage=best)"
+    line = f"best on validation: iteration {found['iteration']}, greedy {greedy} (export --stage=best)"
+    kind = Stage.warmup.kind
+    before = [s for s in stages if (s["stage"], s["split"]) == (kind, "validation")]
+    accuracy = before[0].get("greedy_accuracy", 0.0) if before else 0.0
+    if accuracy > found["greedy_accuracy"]:
+        line += f"; the warm-up was better, {100 * accuracy:.1f}% (--stage={kind})"
+    return line
 
 
 def table(stages: Iterable[Record]) -> str:
@@ -216,15 +223,19 @@ def table(stages: Iterable[Record]) -> str:
 
 def untrained(stages: Iterable[Record]) -> str:
     """A line that says which stages trained nothing, and what became of their responses; empty for none."""
-    causes = {(s["stage"], s["iteration"]): s.get("dropped", {}) for s in stages if s["kept"] == 0}
+    lost = [s for s in stages if s["kept"] == 0]
+    causes = {(s["stage"], s["iteration"]): s.get("dropped", {}) for s in lost}
     if not causes:
         return ""
+    gradients = ["trained_groups" in s for s in lost]
+    reasons = ["no response was kept"] * (not all(gradients))
+    reasons += ["no query's responses had different rewards"] * any(gradients)
     names = ", ".join(f"{stage} {number}" if number else stage for stage, number in causes)
     total = collections.Counter[str]()
     for each in causes.values():
         total.update(each)
     found = ", ".join(f"{count} {cause}" for cause, count in total.most_common() if count)
-    return f"Nothing was trained in {names}, for no response was kept. What became of them: {found}\n\n"
+    return f"Nothing was trained in {names}, for {' or '.join(reasons)}. What became of them: {found}\n\n"
 
 
 def speeds(stages: Iterable[Record]) -> str:

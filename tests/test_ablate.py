@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -47,10 +50,13 @@ def test_rows_are_the_variants_that_users_name(name):
     assert VARIANTS["continuous"].items() <= ROWS["continuous_25"].values.items()
 
 
-def write(folder, stage, **values):
+def write(folder, stage, done=8, **values):
+    """Results of a run of 8 iterations, `done` of them, or of the warm-up alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "iteration": 8 if stage == "iteration" else 0, "split": "test"} | values
-    (folder / "results.json").write_text(json.dumps({"stages": [record]}))
+    last = stage == "iteration"
+    record = {"stage": stage, "iteration": done if last else 0, "split": "test"} | values
+    there = {"config": {"evolve": {"iterations": 8 if last else 0}}, "stages": [record]}
+    (folder / "results.json").write_text(json.dumps(there))
 
 
 def test_tables(tmp_path):
@@ -78,6 +84,15 @@ def test_tables(tmp_path):
     assert "45.3 / 59.2" in text and "greedy over Random-2" in text
 
 
+def test_a_row_that_was_killed_is_not_tabulated(tmp_path):
+    """Though it was tested after every iteration."""
+    write(tmp_path / "seed_0" / "grpo", "iteration", done=5, greedy_accuracy=0.5)
+    assert ablate.measured(tmp_path / "seed_0" / "grpo") == {}
+    assert not ablate.finished(tmp_path / "seed_0" / "grpo", 8)
+    write(tmp_path / "seed_0" / "grpo", "iteration", greedy_accuracy=0.5)
+    assert ablate.measured(tmp_path / "seed_0" / "grpo") == {"greedy_accuracy": 50.0}
+
+
 def test_entropy_is_no_share(tmp_path):
     write(tmp_path / "seed_0" / "grpo", "iteration", greedy_accuracy=0.5, entropy=0.271)
     [row] = [row for row in ablate.TABLES_BY_NUMBER["5"].rows if row.name == "grpo"]
@@ -102,6 +117,33 @@ def test_fork(tmp_path):
     write(folder, "iteration", greedy_accuracy=0.6)
     assert ablate.finished(folder, 8)
     assert json.loads((shared / "results.json").read_text())["stages"][0]["stage"] == "warmup"
+
+
+def test_a_row_that_fails_or_is_killed_leaves_the_others(tmp_path, monkeypatch):
+    """And a second start runs it alone, in the folder where it stopped."""
+    codes = {"grpo": "sys.exit(3)", "rloo": "os.kill(os.getpid(), 9)", "top_2": "pass", "informative": "pass"}
+    begun = []
+
+    def start(workdir, name, values):
+        begun.append(name)
+        folder = workdir / name
+        assert (folder / "tokenizer.json").exists()  # forked from `shared`, or there before
+        if (code := codes[folder.name]) == "pass":
+            write(folder, "iteration", greedy_accuracy=0.5)
+        return subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"])
+
+    monkeypatch.setattr(ablate, "_start", start)
+    monkeypatch.setattr(ablate, "JOBS", types.SimpleNamespace(value=2))
+    (tmp_path / "seed_0" / "shared").mkdir(parents=True)
+    (tmp_path / "seed_0" / "shared" / "tokenizer.json").write_text("{}")
+    todo = {f"seed_0/{name}": {} for name in codes}
+    assert set(ablate.run(todo, tmp_path, 8)) == {"seed_0/grpo", "seed_0/rloo"} and set(begun) == set(todo)
+    table = ablate.TABLES_BY_NUMBER["5"].rows
+    done = [record["name"] for record in ablate.table(tmp_path, table, [0], "top_2") if record["seeds"]]
+    assert done == ["top_2", "informative"]
+    begun.clear()
+    codes["grpo"] = codes["rloo"] = "pass"
+    assert ablate.run(todo, tmp_path, 8) == [] and set(begun) == {"seed_0/grpo", "seed_0/rloo"}
 
 
 def test_rows_with_other_values_are_not_mixed(tmp_path):

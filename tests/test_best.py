@@ -34,9 +34,13 @@ def test_the_best_iteration_is_the_first_of_equal_ones(tmp_path):
         assert results(folder, COURSE[:count]).best() == Stage.iteration(best)
         assert json.loads((folder / "results.json").read_text())["best"] == f"iteration_{best:02d}"
         assert finished.stage_of(folder, "best") == Stage.iteration(best)
-    assert records.shown_best(results(tmp_path).records) == (
-        "best on validation: iteration 6, greedy 80.0% (export --stage=best)"
+    found = results(tmp_path).records
+    assert records.shown_best(found) == (
+        "best on validation: iteration 6, greedy 80.0% (export --stage=best); the warm-up was better, 90.0% "
+        "(--stage=warmup)"
     )
+    equal = [{**found[0], "greedy_accuracy": 0.8}, *found[1:]]
+    assert records.shown_best(equal).endswith("greedy 80.0% (export --stage=best)")
 
 
 def test_there_may_be_none(tmp_path):
@@ -50,6 +54,17 @@ def test_there_may_be_none(tmp_path):
     assert finished.stage_of(tmp_path, "iteration_07") == Stage.iteration(7)
     with pytest.raises(ValueError, match="no stage is called 'beste'"):
         finished.stage_of(tmp_path, "beste")
+
+
+def test_one_whose_checkpoint_was_removed_is_named(tmp_path):
+    results(tmp_path)
+    for name in ("warmup", "prm", "iteration_08", "iteration_09"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "done.json").write_text("{}")
+    assert finished.finished(tmp_path) == Stage.iteration(9)
+    said = "no finished training of iteration_06; there is warmup, prm, iteration_08, iteration_09"
+    with pytest.raises(ValueError, match=said):
+        finished.finished(tmp_path, finished.stage_of(tmp_path, "best"))
 
 
 @pytest.mark.parametrize("every", [1, 3])  # iterations from one measurement to the next

@@ -190,6 +190,7 @@ def test_a_fraction_that_does_not_divide_the_passes():
         ("reward", "exact", "reward = .exact.: choose .format., leave it empty for the answer checker"),
         ("reward", "/none.py:grade", "reward = ./none.py:grade.: there is no file /none.py to load"),
         ("reward_seconds", 0.0, "reward_seconds = 0.0: must be above 0"),
+        ("reward_seconds", 1e9, "reward_seconds = 1000000000.0: must be above 0 and at most 1000000"),
         ("prm.samples", 17, "prm.samples = 17: must be a multiple of prm.completions = 2"),
         ("train.profile", (5, 5), r"train.profile = \(5, 5\): give \(first step, end\)"),
         ("benchmarks.names", ("ai3d",), "benchmarks.names = 'ai3d': choose one of "),
@@ -316,6 +317,7 @@ def test_every_number_has_a_range():
         ("evolve.data", "answers", "evolve.data = 'answers': must be 'rollouts' with evolve.objective = "),
         ("evolve.unlabelled.mixin", 0.5, "evolve.unlabelled.mixin = 0.5: must be None with evolve.objective"),
         ("sampling.stop_strings", ("x",), r"sampling.stop_strings = \('x',\): must be \(\) with evolve.obj"),
+        ("evolve.distinct", True, "evolve.distinct = True: must be False with evolve.objective = 'grpo'"),
         ("evolve.k", 1, "evolve.k = 1: evolve.objective = 'grpo' compares 2 or more samples"),
         ("evolve.temperature", 0.0, "evolve.temperature = 0.0, .* drawn above 0"),
         ("evolve.process_weight", 0.5, "evolve.process_weight = 0.5: needs step scores, so set prm.queries"),
@@ -332,6 +334,21 @@ def test_what_a_policy_gradient_needs(key, value, text):
 def test_policy_gradients_take_smaller_steps_than_imitation(variant):
     rates = [tiny.get_config(name).evolve.learning_rate for name in ("mstar", variant)]
     assert rates[1] == pytest.approx(0.1 * rates[0])
+
+
+def test_a_gradient_of_all_responses_has_no_threshold():
+    """Not even where a reward model could draw the line."""
+    config = tiny.get_config("grpo_process")
+    config.evolve.threshold = 0.5
+    with pytest.raises(ValueError, match="evolve.threshold = 0.5: must be None with evolve.objective"):
+        configure.check(config, sharding.make_mesh())
+
+
+def test_one_sample_has_no_pass_rate():
+    config = tiny.get_config("continuous")
+    config.evolve.update({"curriculum": "informative", "k": 1})
+    with pytest.raises(ValueError, match="evolve.k = 1: evolve.curriculum = 'informative' goes by how many"):
+        configure.check(config, sharding.make_mesh())
 
 
 def test_a_threshold_needs_rewards():

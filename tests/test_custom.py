@@ -47,12 +47,15 @@ GOOD = {
     "0.49": ("wrong", 0.49),
     "numpy": ("correct", 0.75),
     "numpy bool": ("correct", 1.0),
+    "rounded up": ("correct", 1.0),
+    "rounded down": ("wrong", 0.0),
     "spew": ("correct", 1.0),
     "jax": ("correct", 1.0),
 }
 BAD = {
     "nothing": "returned None, neither a bool, nor correct, wrong, unparsed, nor a number in 0..1",
     "7": "returned 7, neither",
+    "1.001": "returned 1.001, neither",
     "nan": "returned nan, neither",
     "list": "returned [1.0], neither",
     "gold-unparsed": "returned 'gold-unparsed', neither",
@@ -63,7 +66,7 @@ BAD = {
     "end": "it ended its process (exit code 0)",
     "crash": "it ended its process (exit code -11)",
     "memory": "MemoryError",
-    "fork": "it forks: start other programs with subprocess, and fork nothing",
+    "fork": "it forks: start programs with subprocess, without preexec_fn, and fork nothing",
     "close": "it ended its process",  # its end of the pipe is closed, and then it is killed
     "deep": "RecursionError",
     "unknown": "KeyError: 'unknown'",
@@ -114,6 +117,29 @@ def test_a_late_one_is_replaced(caplog):
         ("correct", 0.5),
     ]
     assert caplog.text.count("no answer within 2 s") == 2
+
+
+def test_an_alarm_of_its_own_is_its_own():
+    """A handler that the file sets when it is loaded is not taken away."""
+    function = custom.Function(f"{FILE}:own_limit", seconds=20)
+    assert outcomes(function, "0.01", "0.02") == [("correct", 0.5)] * 2
+
+
+def test_a_thread_does_not_outlive_this_process():
+    """As after a kill: nothing but the end of its input tells the worker."""
+    function = custom.Function(f"{FILE}:leave_a_thread", seconds=20)
+    assert outcomes(function, "") == [("correct", 1.0)]
+    worker = function.idle.get()
+    worker.process.stdin.close()
+    assert worker.process.wait(timeout=60) == 0
+
+
+def test_one_that_is_full_of_what_it_keeps_is_replaced(monkeypatch):
+    monkeypatch.setattr(custom, "MEMORY", 3 << 30)  # room for less than ten calls
+    function = custom.Function(f"{FILE}:keep", seconds=20)
+    found = [outcomes(function, "")[0][0] for _ in range(20)]
+    assert found[0] == "correct" and "failed" in found
+    assert ("failed", "failed") not in zip(found, found[1:])
 
 
 def test_what_it_is_shown():

@@ -52,6 +52,17 @@ def test_a_finished_exploration_is_read(tmp_path):
     assert explore(here, policy, object(), 1.0) == 0.6
 
 
+def test_a_records_numbers_are_drawn_and_tabulated(tmp_path):
+    """In TensorBoard by split, and in the file of all records; what is no number of its own in neither."""
+    numbers = {"entropy": 0.25, "groups_all_right": 0.5, "kl": 0.0625}
+    add(run(tmp_path), Stage.iteration(3), curriculum={"groups": 10}, **numbers)
+    [events] = (tmp_path / "tensorboard" / "dynamics").glob("*tfevents*")
+    assert all(f"validation/{name}".encode() in events.read_bytes() for name in numbers)
+    head, row = (tmp_path / "metrics" / "dynamics.csv").read_text().splitlines()
+    found = dict(zip(head.split(","), row.split(","), strict=True))
+    assert {name: float(found[name]) for name in numbers} == numbers and "curriculum" not in found
+
+
 def older(there):
     there["stages"] = there["stages"][:2]
     there["digest"] = store.digest(there["stages"])  # a copy that the run has written

@@ -417,3 +417,41 @@ def test_weighed_rows(monkeypatch, kl, stage, passes):
     moved = 1.9 if stage else 0.0
     assert source.notes["kl"] == pytest.approx(np.exp(moved) - moved - 1, rel=1e-5, abs=1e-12)
     assert source.responses == 3 and source.notes["skipped_right"] == 1
+
+
+def test_a_reward_models_scores_weigh_all_responses(monkeypatch):
+    """Those of the wrong ones too; the log probabilities that were sampled are still there."""
+    asked = []
+
+    def scored(run, reward, name, queries, responses):
+        asked.append((reward, name, [query.id for query in queries]))
+        steps = {0: (0.9, 0.1)}
+        return {
+            query: [dataclasses.replace(r, step_scores=steps.get(r.sample, (0.5, 0.5))) for r in group]
+            for query, group in responses.items()
+        }
+
+    def read(run, name, load, rows, *, size, dtype):
+        return [tuple(float32([-1.0, -0.5, -1.5]) for _ in row.responses) for row in rows]
+
+    monkeypatch.setattr(weigh, "scores", scored)
+    monkeypatch.setattr(weigh, "logprobs", read)
+    monkeypatch.setattr(
+        weigh, "plan", lambda run, asked, name: [Prompt(each.query, each.prompt, 4, 0) for each in asked]
+    )
+    config = {"evolve": SETTINGS | {"process_weight": 0.5, "batch": 8}}
+    run = types.SimpleNamespace(
+        config=ConfigDict(config | {"train": {"accumulate": 1, "dtype": "float32"}}),
+        texts=TEXTS,
+        template="{question}",
+    )
+    queries = [Query(name, (), "") for name in ("both", "wrong")]
+    policy = types.SimpleNamespace(stage=Stage.warmup)
+    source = weigh.weigh(run, Stage.iteration(1), policy, "R_p", queries, groups())
+    assert asked == [("R_p", "iteration_01", ["both", "wrong"])]
+    # leave one out of six steps' scores: 0.48, -0.48 and four times 0; a token answers for what follows too
+    part = 0.5 * np.array([0.0, -0.48, -0.48])
+    for row, outcomes in zip(source.rows, ((1.0, -0.5, -0.5), (0.0, 0.0, 0.0)), strict=True):
+        for weights, outcome, steps in zip(row.weights, outcomes, (part, 0.0, 0.0), strict=True):
+            close(weights, outcome + steps * np.ones(3), scale=1.0)
+    assert source.notes["trained_groups"] == 2

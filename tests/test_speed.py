@@ -172,6 +172,13 @@ def test_the_table_says_where_nothing_was_trained():
         "10 wrong, 9 truncated, 2 unparsed, 1 correct"
     )
     assert not empty and rest[0].startswith("stage ") and len(rest) == 7
+    stages.append(record("iteration", 3, "validation", 0, dropped={"correct": 8}, trained_groups=0))
+    both = "for no response was kept or no query's responses had different rewards. What became of them: "
+    assert both in records.table(stages)
+    assert records.untrained(stages[-1:]) == (
+        "Nothing was trained in iteration 3, for no query's responses had different rewards. "
+        "What became of them: 8 correct\n\n"
+    )
 
 
 def test_flops_of_a_step_are_those_of_the_gradient():

@@ -95,6 +95,21 @@ def test_few_queries():
                 assert len(found) == len(set(found)) == count
 
 
+@pytest.mark.parametrize("remeasure", [0.1, 0.29, 0.5])
+def test_a_share_of_less_than_a_query_is_kept_now_and_then(remeasure):
+    """Of 8 or 9 of 90 queries a tenth is none; over 100 iterations it is that share all the same."""
+    rates = dict.fromkeys(range(30), 0.5) | dict.fromkeys(range(30, 60), 1.0)
+    for fraction, count in ((8 / 90, 8), (0.1, 9)):
+        found = collections.Counter()
+        for t in range(1, 101):
+            asked = chosen(measured(rates), t, MANY[:90], fraction=fraction, remeasure=remeasure)
+            assert len(set(asked)) == count
+            kinds = ("informative", "settled", "new")  # see rates
+            found.update(kinds[int(n) // 30] for n in asked)
+        share = min(100 * remeasure * count, 100 * (count // 2))  # never more than half of an odd number
+        assert found["new"] == found["settled"] == pytest.approx(share, abs=1)
+
+
 def test_what_was_spared():
     """By hand. 100 queries: 20 informative before, 30 new, 50 settled; asked 10, 5 and 5 of them, of which 8,
     2 and 1 groups are informative now. Uniform: 0.2 * 0.8 + 0.3 * 0.4 + 0.5 * 0.2 = 0.38, so 11 informative

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -53,8 +54,11 @@ RETURNED = {
     "0.49": 0.49,
     "numpy": np.float32(0.75),
     "numpy bool": np.bool_(True),
+    "rounded up": np.float32(1) + np.finfo(np.float32).eps,
+    "rounded down": 0.3 - (0.1 + 0.2),
     "nothing": None,
     "7": 7,
+    "1.001": 1.001,
     "nan": float("nan"),
     "list": [1.0],
     "gold-unparsed": "gold-unparsed",
@@ -100,8 +104,35 @@ def coin(query, text):
     return zlib.crc32(text.encode()) % 2 == 0
 
 
+def on_alarm(number, frame):
+    raise TimeoutError
+
+
+def own_limit(query, text):
+    """Half of the score for what takes too long, by a limit of its own; see the handler below."""
+    signal.setitimer(signal.ITIMER_REAL, float(text))
+    try:
+        time.sleep(60)
+    except TimeoutError:
+        return 0.5
+
+
+def leave_a_thread(query, text):
+    """Starts a thread that does not end with the process."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    return True
+
+
+def keep(query, text):
+    """Keeps 300 MiB of every call; none of it is ever touched."""
+    KEPT.append(bytes(300 << 20))
+    return True
+
+
 def one_argument(query):
     return True
 
 
+KEPT: list[bytes] = []
 NO_FUNCTION = 1
+signal.signal(signal.SIGALRM, on_alarm)

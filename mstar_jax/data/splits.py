@@ -221,17 +221,19 @@ def informative(
 ) -> list[Query]:
     """As many queries as `share` gives, but those first that were informative when they were last measured.
 
-    A policy changes, so a share `remeasure` is kept for settled queries, and as large a one for new ones.
-    What informative queries leave goes to new ones and then to settled ones. Of its kind, the query that was
-    not measured for longest comes first; otherwise the order is random. Where nothing has been measured, this
-    is the first iteration of `share`.
+    A policy changes, so a share `remeasure` is kept for settled queries, and as large a one for new ones;
+    where it is less than a query, some iterations keep one and others none. What informative queries leave
+    goes to new ones and then to settled ones. Of its kind, the query that was not measured for longest comes
+    first; otherwise the order is random. Where nothing has been measured, this is the first iteration of
+    `share`.
     """
     count = max(1, math.ceil(fraction * len(queries)))
     order = shuffled(queries, seed, iteration)
     parts = strata(order, known, bounds)
     for name in ("informative", "settled"):
         parts[name].sort(key=lambda query: known[query.id].at)
-    kept = int(remeasure * count)
+    so_far = [int(remeasure * count * t + 1e-9) for t in (iteration - 1, iteration)]  # 0.29 * 100 is below 29
+    kept = min(so_far[1] - so_far[0], count // 2)
     takes = {name: min(kept, len(parts[name])) for name in ("new", "settled")}
     for name in ("informative", "new", "settled"):
         room = count - sum(takes.values())

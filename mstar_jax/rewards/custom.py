@@ -216,8 +216,8 @@ class Function:
                         return {"error": f"it ended its process (exit code {code})"}
                     continue
                 except ValueError:
-                    found = {"error": "its process did not answer with JSON", "forked": True}
-                if found.get("forked"):
+                    found = {"error": "its process did not answer with JSON", "replace": True}
+                if found.get("replace"):
                     worker.close()
                     worker = None
                 return found

@@ -29,6 +29,7 @@ ORPHAN = 20.0  # seconds beyond the limit after which a call ends this process, 
 SHOWN = 200  # characters of an error
 VERDICTS = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0}
 RIGHT = 0.5  # the least score of a correct response
+ROUNDING = 1e-6  # a score beyond 0..1 by no more is one of its ends: a float32 sum of parts may miss it
 Judged = Callable[[types.SimpleNamespace, str], object]
 
 
@@ -70,8 +71,9 @@ def outcome(value: object) -> dict[str, object]:
         value = value.item()  # a number of numpy's
     if isinstance(value, str) and value in VERDICTS:
         return {"score": VERDICTS[value], "verdict": value}
-    if isinstance(value, bool | int | float) and 0 <= value <= 1:
-        return {"score": float(value), "verdict": "correct" if value >= RIGHT else "wrong"}
+    if isinstance(value, bool | int | float) and -ROUNDING <= value <= 1 + ROUNDING:
+        score = min(max(float(value), 0.0), 1.0)
+        return {"score": score, "verdict": "correct" if score >= RIGHT else "wrong"}
     raise ValueError(f"returned {value!r}, neither a bool, nor {', '.join(VERDICTS)}, nor a number in 0..1")
 
 
@@ -102,13 +104,15 @@ def main(path: pathlib.Path, name: str, digest: str, seconds: float, memory: int
             said = call()
         except BaseException as error:
             said = told(error, path)
+            if isinstance(error, MemoryError):  # it may be full of what earlier calls have kept
+                said["replace"] = True
         if os.getpid() != own:  # a fork of the function's comes back here
             os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if forks:
             said = {
-                "error": "it forks: start other programs with subprocess, and fork nothing",
-                "forked": True,
+                "error": "it forks: start programs with subprocess, without preexec_fn, and fork nothing",
+                "replace": True,
             }
         answers.write(json.dumps(said) + "\n")
         answers.flush()
@@ -119,8 +123,7 @@ def main(path: pathlib.Path, name: str, digest: str, seconds: float, memory: int
         options = None if options is None else tuple(options)
         shown = types.SimpleNamespace(**query, images=images, options=options)
         forks.clear()
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN)
+        signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN)  # a handler of the function's own stays
         return outcome(grade(shown, text))
 
     def loaded() -> dict[str, object]:
@@ -134,6 +137,7 @@ def main(path: pathlib.Path, name: str, digest: str, seconds: float, memory: int
     [grade] = found
     for line in asked:
         answer(functools.partial(called, line))
+    os._exit(0)  # the parent is gone; a thread of the function's would keep this process
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def train(
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
     if not steps:
-        log.warning("%s: no response was kept, so nothing is trained", stage)
+        log.warning("%s: no response can teach, so nothing is trained", stage)
     batches: Any = steps and batches_of(run, stage, sources, saved.loader if saved else None)
     rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
     curve = curves.StageLog(run.workdir, stage, cursor, saved.curve if saved else None)
