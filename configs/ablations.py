@@ -14,13 +14,13 @@ class Row(NamedTuple):
       name: of its folder.
       title: in the tables.
       values: what it changes in the config: a variant's values, and what differs from the variant.
-      paper: accuracy on MathV360K and MathVista in the paper, %, with MiniCPM-V-2.5.
+      paper: accuracy on MathV360K and MathVista in the paper, %, with MiniCPM-V-2.5; "-" where it has none.
     """
 
     name: str
     title: str
     values: Values
-    paper: tuple[float, float] | None = None
+    paper: tuple[float | str, float] | None = None
 
 
 class Table(NamedTuple):
@@ -38,6 +38,7 @@ class Table(NamedTuple):
 
 
 CONTINUOUS = VARIANTS["continuous"]
+ADAPTIVE = {"explore.adapt": True, "explore.every": 2}
 RANDOM_2 = VARIANTS["random_2"]
 NEW_MOMENTS: Values = {"evolve.reset_moments": True}
 NEW_SCHEDULE: Values = {"evolve.reset_schedule": True}
@@ -81,7 +82,7 @@ TABLES_BY_NUMBER = {
         Row("likelihood_2", "likelihood under the warm-up policy, Top-2", top("likelihood")),
         Row("frequency_2", "most frequent, Top-2", top("frequency")),
         Row("oracle_2", "true steps of the generator, Top-2", top("oracle")),
-        Row("adaptive", "PRM Top-2, adaptive T (M-STaR)", {"explore.adapt": True, "explore.every": 2}),
+        Row("adaptive", "PRM Top-2, adaptive T (M-STaR)", ADAPTIVE, ("-", 59.5)),
     )),
     "3": Table("Table 3: unlabelled queries (continuous, 25 %)", "top_2", (
         Row("continuous_25", "labelled only, no PRM", CONTINUOUS | every(0.25), (43.1, 57.2)),
