@@ -40,7 +40,12 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
 
 def problems(config: ConfigDict, mesh: Mesh) -> list[str]:
     """What is impossible: each key, its value and what it may be."""
-    found = [*_sources(config), *_words(config), *_numbers(config), *_batches(config, mesh)]
+    return [*_sources(config), *impossible(config, mesh)]
+
+
+def impossible(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """As `problems`, whether or not a checkpoint and data are named: what a plan has to ask."""
+    found = [*_words(config), *_numbers(config), *_batches(config, mesh)]
     found += [*sampling_problems(config, mesh), *ranges.judging(config.prm, bool(config.prm.path))]
     for template in config.prompts.values():
         found += ranges.refusal(prompts.check, template)

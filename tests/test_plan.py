@@ -2,15 +2,18 @@
 
 import importlib
 import importlib.util
+import re
 
 import jax
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from configs import tiny as tiny_config
 from mstar_jax import sharding
 from mstar_jax.plan import __main__ as plan
 from mstar_jax.plan import cost, hlo, residency, topology
-from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
+from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of, trained
 from mstar_jax.profiling import flops
 
 
@@ -18,7 +21,7 @@ def small():
     config = tiny_config.get_config("smoke")
     changes = {"policy.decoder.num_layers": 1, "policy.decoder.unroll": 1, "policy.vision.num_layers": 1}
     changes |= {"data.buckets": (128, 160), "data.max_prompt": 120, "evolve.batch": 8, "evolve.keep": 1}
-    changes |= {"sampling.batch": 8, "sampling.max_new_tokens": 8, "prm.batch": 8}
+    changes |= {"warmup.keep": 1, "sampling.batch": 8, "sampling.max_new_tokens": 8, "prm.batch": 8}
     config.update_from_flattened_dict(changes)
     return config
 
@@ -163,7 +166,7 @@ def test_what_lies_beside_a_program(offload):
 
 def test_what_is_tried():
     config, mesh = small(), sharding.make_mesh(fsdp=8, data=1)
-    config.evolve.batch = 32
+    config.mesh.data, config.mesh.fsdp, config.evolve.batch = 1, -1, 32
     assert list(plan.smaller_settings("train", config, mesh)) == [
         {"train.remat": "full"},
         {"train.accumulate": 2},
@@ -178,6 +181,82 @@ def test_what_is_tried():
         {"sampling.batch": 16},
         {"sampling.batch": 8},
     ]
+    config.mesh.fsdp, config.mesh.tensor = 4, 2  # neither what is there already nor a mesh that fits nothing
+    mesh = sharding.make_mesh(**config.mesh)
+    assert list(plan.smaller_settings("score", config, mesh))[-2:] == [
+        {"mesh.fsdp": -1, "mesh.tensor": 4},
+        {"mesh.fsdp": -1, "mesh.tensor": 8},
+    ]
+
+
+def test_what_a_run_would_refuse_is_not_tried(monkeypatch):
+    """Microbatches divide the batches of all stages; a mesh has all devices."""
+
+    def compile_cost(*args, loop):
+        raise cost.TooLarge("needs 2G of 1G")
+
+    monkeypatch.setattr(plan, "compile_cost", compile_cost)
+    monkeypatch.setattr(Programs, "make", lambda self, kind: [made_up()])
+    config = small()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 2, 1
+    config.evolve.batch, config.warmup.batch, config.prm.batch = 32, 16, 32
+    lines = [line for line in plan.plan(config, "train", jax.devices(), True, {}) if "--config" in line]
+    remat, twice = "--config.train.remat=full", "--config.train.accumulate=2"
+    assert lines == [f"with {remat}", f"with {remat} {twice}"] + [
+        f"with {remat} {twice} --config.mesh.fsdp=-1 --config.mesh.tensor=2"
+    ]
+    config.evolve.batch = 12
+    with pytest.raises(ValueError, match="evolve.batch = 12 is impossible"):
+        next(plan.plan(config, "train", jax.devices(), True, {}))
+
+
+def test_what_an_iteration_trains_on():
+    """Gold answers are one a query, the warm-up's rationales as many as it keeps."""
+    config = small()
+    config.evolve.k, config.evolve.keep, config.warmup.k, config.warmup.keep = 16, 0, 4, 0
+    found = {}
+    for data in ("rollouts", "answers", "warmup"):
+        config.evolve.data = data
+        found[data] = trained(config)
+    assert found == {"rollouts": 16, "answers": 1, "warmup": 4}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("reach", 0.0, "--reach = 0.0: must be above 0 and at most 1"),
+        ("price", -1.0, "--price = -1.0: must be at least 0"),
+        ("response", float("nan"), "--response = nan: must be above 0"),
+        ("spread", float("inf"), "--spread = inf: must be at least 0"),
+        ("queries", 0, "--queries = 0: must be at least 1"),
+        ("prompt", 121, "--prompt = 121: must be at least 0 and at most 120"),
+        ("distinct", 0.25, "--right = 0.5: copies count as wrong, so at most distinct = 0.25"),
+        ("distinct_warm_up", 1.5, "--distinct_warm_up = 1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_flags_that_mean_nothing(flag, value, message):
+    flags.FLAGS.mark_as_parsed()
+    assert plan.assumptions(small()).prompt == 120
+    with flagsaver.flagsaver(**{flag: value}), pytest.raises(ValueError, match=re.escape(message)):
+        plan.assumptions(small())
+
+
+def test_how_many_queries_there_are():
+    """The embedded set's own number, but not of another data set."""
+    flags.FLAGS.mark_as_parsed()
+    config = small()
+    assert plan.assumptions(config).queries == config.data.figures.train
+    config.data.labelled = "elsewhere.json"
+    with flagsaver.flagsaver(queries=500):
+        assert plan.assumptions(config).queries == 500
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file in it, .*plan.json"):
+        plan.check_output(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out=.*plan.json: the folder .*file cannot be made"):
+        plan.check_output(tmp_path / "file" / "plan.json")
 
 
 def made_up(title="a program", flops=8 * 98.5e12):
@@ -201,7 +280,7 @@ def test_what_does_not_fit_is_tried_again(monkeypatch):
     monkeypatch.setattr(plan, "chip_of", lambda kind: flops.CHIPS["TPU v5 lite"])
     monkeypatch.setattr(Programs, "make", lambda self, kind: [made_up()])
     config = small()
-    config.evolve.batch = 32
+    config.evolve.batch = config.warmup.batch = config.prm.batch = 32
     found = {}
     lines = list(plan.plan(config, "train", jax.devices(), True, found))
     assert lines[0] == lines[2] == "a program\n  does not fit: needs 2G of 1G"
@@ -245,6 +324,8 @@ def test_a_program_that_is_not_shown():
 def test_topologies_that_are_not_known():
     with pytest.raises(ValueError, match="h100:9: expected the GPUs of one host, at most 8, e.g. h100:8"):
         topology.devices_of("h100:9")
+    with pytest.raises(ValueError, match="--topology=H100: expected the GPUs of one host"):
+        topology.devices_of("H100")
     with pytest.raises(ValueError, match="b200:8: .*or one of h100:8, h200:8, a100:8"):
         topology.devices_of("b200:8")
 

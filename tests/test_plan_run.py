@@ -18,7 +18,7 @@ from mstar_jax.plan import __main__ as plan
 from mstar_jax.plan import calls, hlo, measure, whole
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost
-from mstar_jax.plan.programs import Programs
+from mstar_jax.plan.programs import Program, Programs
 from mstar_jax.profiling.flops import Chip
 from mstar_jax.report import hours
 from mstar_jax.report.runs import RunRecord
@@ -261,13 +261,49 @@ def test_unlabelled_queries_are_asked_as_often():
     assert mixed["iterations, votes"].times == 4
 
 
+def test_stages_that_only_some_configs_have():
+    """The test split after every iteration, no votes where answers are known, and the embedded set's sizes:
+    there an untrained reward model scores beside the trained one."""
+    _, uses = estimated({"evolve.iterations": 4, "eval.test_at": ("iteration",)})
+    assert uses["iterations, test: samples"].times == uses["iterations, test: scores"].times == 3
+    _, uses = estimated({})
+    assert "iterations, test: samples" not in uses and uses["reward model, report"].times == 1
+    changes = {"evolve.unlabelled.mixin": 0.5, "evolve.unlabelled.oracle": True}
+    assert "iterations, votes" not in estimated(changes)[1]
+    changes = {"data.figures.train": 1000, "data.validation": 40, "data.figures.validation": 30}
+    _, uses = estimated(changes | {"eval.test_at": ()})
+    assert uses["reward model, report"].times == 2
+    assert uses["base, measure: samples"].responses == 30 * 5
+
+
+def test_stages_whose_programs_fit_on_another_mesh():
+    """Their rows enter the slots of that mesh's shards, whatever the config's mesh is."""
+    config = tiny_config.get_config("smoke")
+    config.sampling.batch, devices = 8, jax.devices()
+    wide = sharding.make_mesh(data=8, devices=devices)
+    tall = sharding.make_mesh(data=4, tensor=2, devices=devices)
+    written = []
+    for mesh in (wide, tall):
+        with jax.set_mesh(tall):
+            made = {"rollouts": Programs(config, tall).make("rollouts")}
+        made["rollouts"] = [each._replace(own=lambda: {"language": 1e18}) for each in made["rollouts"]]
+        speeds = {"rollouts": [whole.Speed(1.0, 0.0)] * 2}
+        estimate = whole.Estimate(Programs(config, mesh), ASSUMED, made, speeds)
+        written.append(estimate.sample("generate", "rollouts", 64, 4))
+    assert written[0] == written[1]
+
+
 def test_a_lower_bound_is_that_of_the_slowest_part():
     chip = Chip(memory=1e9, flops=1e12, bandwidth=1e10, network=1e9)
     memory = dict.fromkeys(("arguments", "outputs", "temporary", "code", "shared"), 0.0)
     step = hlo.Work(5e11, 2e10, (hlo.Collective("all-gather", 8 * 10**8, 8, 2),))  # 0.5, 2 and 1.4 s
     once = hlo.Work(3e12, 0.0, ())
-    assert whole.bound(Cost(memory, step, once), chip) == whole.Speed(2.0, 3.0)
-    assert whole.bound(Cost(memory, None), chip) == whole.Speed(0.0, 0.0)
+    own, least = {"language": 2e12}, {"weights": 3 * 10**9}
+    program = Program("a program", None, (), lambda: own, lambda: least, 8, 128)
+    assert whole.bound(program, Cost(memory, step, once), chip, 8) == whole.Speed(2.0, 3.0)
+    hidden = Cost(memory, None)  # what the model computes and what has to be moved are known all the same
+    assert whole.bound(program, hidden, chip, 8) == whole.Speed(0.3, 0.0)
+    assert whole.bound(program, hidden, chip, 2) == whole.Speed(1.0, 0.0)
 
 
 def test_what_a_reader_reads_off():
@@ -305,7 +341,9 @@ def test_the_report_finds_the_hours_of_a_plan(tmp_path, monkeypatch):
     flags = {"MEASURE": True, "REACH": 0.5, "PRICE": 0.0, "OUT": str(tmp_path / "run/plan.json")}
     for name, value in flags.items():
         monkeypatch.setattr(plan, name, types.SimpleNamespace(value=value))
-    plan.run_of(programs, dict.fromkeys(programs.kinds(), plan.Fitting(programs, [])), ASSUMED, "Phi35")
+    plan.check_output(tmp_path / "run/plan.json")
+    found = dict.fromkeys(programs.kinds(), plan.Fitting(programs, [], {}))
+    plan.run_of(programs, found, ASSUMED, "Phi35")
     found, about = hours.planned(RunRecord("run", tmp_path / "run", {}))
     assert found == whole.hours(list(uses.values()), 1.0)  # of measured times, whatever --reach says
     run = f"Phi35, {programs.config.evolve.iterations} iterations, 1,000 queries"

@@ -20,6 +20,7 @@ those of the released model of `policy.family`.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -28,7 +29,7 @@ import jax
 import ml_collections
 from absl import app, flags
 
-from mstar_jax import cli, sharding
+from mstar_jax import cli, configure, ranges, sharding
 from mstar_jax.cli import CONFIG
 from mstar_jax.plan import measure, residency, whole
 from mstar_jax.plan.calls import Assumed
@@ -48,7 +49,7 @@ ADVISE = flags.DEFINE_bool("advise", True, "Look for settings with which a progr
 MEASURE = flags.DEFINE_bool(
     "measure", False, "Run the programs on the local devices, for their actual times."
 )
-PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency.")
+PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency; 0 for no amount.")
 REACH = flags.DEFINE_float("reach", 0.5, "Share of the bounds' rates that a run reaches, for the forecast.")
 QUERIES = flags.DEFINE_integer("queries", 180_000, "Labelled queries, if the config does not say it.")
 PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; default data.max_prompt.")
@@ -56,18 +57,10 @@ RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
 SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
 RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
 DISTINCT = flags.DEFINE_float(
-    "distinct",
-    1.0,
-    "Share of a query's evolve.k responses that are no copies of another.",
-    lower_bound=0.001,
-    upper_bound=1.0,
+    "distinct", 1.0, "Share of a query's evolve.k responses that are no copies of another."
 )
 DISTINCT_WARM_UP = flags.DEFINE_float(
-    "distinct_warm_up",
-    None,
-    "The same of the warm-up policy; default --distinct.",
-    lower_bound=0.001,
-    upper_bound=1.0,
+    "distinct_warm_up", None, "The same of the warm-up policy; default --distinct."
 )
 PREFIXES = flags.DEFINE_float(
     "prefixes", 5, "Labelled steps of a response: all but the last and shared ones."
@@ -75,15 +68,32 @@ PREFIXES = flags.DEFINE_float(
 
 OUT = flags.DEFINE_string("out", None, "File for the run's hours: WORKDIR/plan.json, for `report` to show.")
 
+# what these numbers may be, in the notation of `ranges`
+INTERVALS = {
+    "price": ranges.SOME,
+    "reach": "(0, 1]",
+    "queries": ranges.COUNT,
+    "response": ranges.FEW,
+    "spread": ranges.SOME,
+    "right": ranges.SHARE,
+    "distinct": "(0, 1]",
+    "distinct_warm_up": "(0, 1]",
+    "prefixes": ranges.SOME,
+}
+
 GB = 1e9
 TERA = 1e12
 
 
+Settings = dict[str, str | int]  # by dotted name
+
+
 class Fitting(NamedTuple):
-    """Programs that fit, with the settings that they fit with."""
+    """Programs that fit, with the settings that they fit with, and which of these are not the config's."""
 
     programs: Programs
     costs: list[tuple[Program, Cost]]
+    changes: Settings
 
 
 # ---- 1. a program -------------------------------------------------------------------------------------
@@ -130,9 +140,6 @@ def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: f
     return "\n".join(lines)
 
 
-Settings = dict[str, str | int]  # by dotted name
-
-
 def smaller_settings(
     kind: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
 ) -> Iterator[Settings]:
@@ -156,9 +163,30 @@ def smaller_settings(
         while size >= shards and size % shards == 0:
             yield {name: size}
             size //= 2
+    rest: Settings = {} if -1 in (config.mesh.data, config.mesh.fsdp) else {"mesh.fsdp": -1}
     for tensor in (2, 4, 8):
-        if mesh.size % tensor == 0:
-            yield {"mesh.tensor": tensor}
+        if tensor > mesh.shape["tensor"]:
+            yield rest | {"mesh.tensor": tensor}
+
+
+def as_flags(changes: Settings) -> str:
+    """Settings as they are given on the command line."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def with_settings(
+    config: ml_collections.ConfigDict, changes: Settings, devices: Sequence[jax.Device]
+) -> Programs:
+    """The programs of a config with changes.
+
+    Raises:
+      ValueError: a run would refuse it.
+    """
+    tried = config.copy_and_resolve_references()
+    tried.update_from_flattened_dict(changes)
+    mesh = sharding.make_mesh(**tried.mesh, devices=devices)
+    ranges.refuse(configure.impossible(tried, mesh))
+    return Programs(tried, mesh)
 
 
 def costs_of(programs: Programs, kind: str, chip: Chip | None) -> Iterator[tuple[Program, Cost]]:
@@ -190,30 +218,32 @@ def plan(
     """Output about the programs of a kind and, if they do not fit, about the settings that were tried; those
     that fit are added to `found`."""
     chip = chip_of(devices[0].device_kind)
-    steps = smaller_settings(kind, config, sharding.make_mesh(**config.mesh, devices=devices))
     changes: Settings = {}
+    programs = with_settings(config, changes, devices)
+    steps = smaller_settings(kind, config, programs.mesh)
     while True:
-        tried = config.copy_and_resolve_references()
-        tried.update_from_flattened_dict(changes)
-        mesh = sharding.make_mesh(**tried.mesh, devices=devices)
-        programs = Programs(tried, mesh)
         costs: list[tuple[Program, Cost]] = []
         try:
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(programs.mesh):
                 for program, cost in costs_of(programs, kind, chip):
                     costs.append((program, cost))
                     yield describe(program, cost, chip, len(devices), sum(program.own().values()))
         except TooLarge as error:
             yield str(error)
-            change = next(steps, None) if advise else None
-            if change is None:
+            for change in steps if advise else ():
+                try:  # the other stages have to work with it as well
+                    programs = with_settings(config, changes | change, devices)
+                    break
+                except ValueError:
+                    continue
+            else:
                 if advise:
                     yield f"{kind}: no setting that was tried makes it fit; use more chips, or train.lora"
                 return
             changes |= change
-            yield "with " + " ".join(f"--config.{key}={value}" for key, value in changes.items())
+            yield f"with {as_flags(changes)}"
             continue
-        found[kind] = Fitting(programs, costs)
+        found[kind] = Fitting(programs, costs, changes)
         return
 
 
@@ -228,7 +258,7 @@ def stages_table(found: Mapping[str, Fitting], chip: Chip | None) -> str:
         "| at peak |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for kind, (programs, costs) in found.items():
+    for kind, (programs, costs, _) in found.items():
         others = residency.beside(programs, kind)
         for program, cost in costs:
             parts = *others, cost.peak
@@ -250,33 +280,80 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
     """Output about the whole run, or why there is none."""
     devices = programs.mesh.devices.flat
     chip = chip_of(devices[0].device_kind)
-    missing = [kind for kind in programs.kinds() if kind not in found]
-    if missing:
-        return f"without an estimate of the whole run: {', '.join(missing)} do not fit or were not asked for"
-    made = {kind: [program for program, _ in costs] for kind, (_, costs) in found.items()}
+    why = ""
+    if missing := [kind for kind in programs.kinds() if kind not in found]:
+        why = f"{', '.join(missing)} do not fit or were not asked for"
+    elif chip is None and not MEASURE.value:
+        why = f"the rates of {devices[0].device_kind!r} are not known"
+        why += "" if TOPOLOGY.value else "; try --measure"
+    if why:
+        unwritten = f"; {OUT.value} is not written" if OUT.value else ""
+        return f"without an estimate of the whole run: {why}{unwritten}"
+    made = {kind: [program for program, _ in each.costs] for kind, each in found.items()}
+    speeds: dict[str, list[whole.Speed]] = {}
     if MEASURE.value:
         if "score" in made:  # a device takes longer for each token of short rows than FLOPs say
-            made["score"] = programs.scores()
-        speeds = {}
+            made["score"] = found["score"].programs.scores()
         for kind, each in made.items():
-            speeds[kind] = measure.speeds(each, programs.mesh)
+            with jax.set_mesh(found[kind].programs.mesh):
+                speeds[kind] = measure.speeds(each, found[kind].programs.mesh)
             for program, speed in zip(each, speeds[kind]):
                 print(f"{program.title}: measured {1000 * speed.each:.2f} ms", flush=True)
     elif chip:
-        speeds = {kind: [whole.bound(cost, chip) for _, cost in each.costs] for kind, each in found.items()}
-    else:
-        kind = devices[0].device_kind
-        return f"without an estimate of the whole run: the rates of {kind!r} are not known; try --measure"
+        for kind, fitting in found.items():
+            speeds[kind] = [whole.bound(*each, chip, len(devices)) for each in fitting.costs]
+    if changed := {kind: each.changes for kind, each in found.items() if each.changes}:
+        settings = "; ".join(f"{kind} with {as_flags(changes)}" for kind, changes in changed.items())
+        print(f"each stage with the settings that fit ({settings}); plan the run again with all of them")
     uses = whole.estimate(programs, assumed, made, speeds)
     reach = 1.0 if MEASURE.value else REACH.value
     if OUT.value:
         run = f"{name}, {programs.config.evolve.iterations} iterations, {assumed.queries:,} queries"
         on = f"{len(devices)} x {devices[0].device_kind} ({run})"  # tells a plan of another config
         plan = {"on": on, "hours": whole.hours(uses, reach), "left_out": whole.left_out(programs)}
-        path = pathlib.Path(OUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(plan, indent=1))
+        write_text(pathlib.Path(OUT.value), json.dumps(plan, indent=1))
     return whole.describe(uses, programs, assumed, reach, PRICE.value, name)
+
+
+def assumptions(config: ml_collections.ConfigDict) -> Assumed:
+    """What the flags say of the data.
+
+    Raises:
+      ValueError: a flag is outside of its range; the message has all of them.
+    """
+    given = (PRICE, REACH, QUERIES, RESPONSE, SPREAD, RIGHT, DISTINCT, DISTINCT_WARM_UP, PREFIXES, PROMPT)
+    within = INTERVALS | {"prompt": f"[0, {config.data.max_prompt}]"}  # queries with longer ones are left out
+    found = list(ranges.outside({flag.name: flag.value for flag in given}, within))
+    if RIGHT.value > DISTINCT.value:
+        found.append(f"right = {RIGHT.value}: copies count as wrong, so at most distinct = {DISTINCT.value}")
+    ranges.refuse([f"--{problem}" for problem in found])
+    embedded = 0 if config.data.labelled else config.data.figures.train
+    return Assumed(
+        queries=embedded or QUERIES.value,
+        prompt=PROMPT.value or config.data.max_prompt,
+        response=RESPONSE.value,
+        spread=SPREAD.value,
+        right=RIGHT.value,
+        distinct=DISTINCT.value,
+        distinct_warm_up=DISTINCT_WARM_UP.value or DISTINCT.value,
+        prefixes=PREFIXES.value,
+    )
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Makes the folder of --out, before anything is compiled.
+
+    Raises:
+      ValueError, OSError: a file cannot be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out={path}: is a folder; name a file in it, {path / 'plan.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out={path}: the folder {path.parent} cannot be made: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out={path}: no file can be written to {path.parent}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -285,27 +362,25 @@ def main(argv: Sequence[str]) -> None:
     cli.show_log()
     config = CONFIG.value
     with cli.explained():
-        if unknown := set(PROGRAMS.value) - set(KINDS):
-            raise ValueError(f"--programs: there is no {', '.join(unknown)}; choose of {', '.join(KINDS)}")
+        unknown = [kind for kind in PROGRAMS.value if kind not in KINDS]
+        if unknown or not PROGRAMS.value:
+            named = f"there is no {', '.join(unknown)}" if unknown else "none is named"
+            raise ValueError(f"--programs: {named}; choose of {', '.join(KINDS)}")
         if MEASURE.value and TOPOLOGY.value:
             raise ValueError("--measure runs programs on local devices, and those of --topology are not here")
-        if MEASURE.value and PROMPT.value:  # times of the shapes that the run has, not of the longest
-            config.data.max_prompt = min(PROMPT.value, config.data.max_prompt)
-        assumed = Assumed(
-            queries=config.data.figures.train or QUERIES.value,
-            prompt=min(PROMPT.value or config.data.max_prompt, config.data.max_prompt),
-            response=RESPONSE.value,
-            spread=SPREAD.value,
-            right=RIGHT.value,
-            distinct=DISTINCT.value,
-            distinct_warm_up=DISTINCT_WARM_UP.value or DISTINCT.value,
-            prefixes=PREFIXES.value,
-        )
+        assumed = assumptions(config)
+        if MEASURE.value:  # times of the shapes that the run has, not of the longest
+            config.data.max_prompt = assumed.prompt
+        if OUT.value:
+            check_output(pathlib.Path(OUT.value))
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
         _, dimensions = policy_of(config)
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        ranges.refuse(configure.impossible(config, mesh))
         programs = Programs(config, mesh)
+        if not set(PROGRAMS.value) & set(programs.kinds()):
+            raise ValueError(f"--programs: a run of this config has no {', '.join(PROGRAMS.value)}")
         size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(programs.build)))
         name = type(dimensions).__name__.removesuffix("Config")
         print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {name}, {size:,} parameters")

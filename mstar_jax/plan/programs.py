@@ -90,9 +90,13 @@ def own_bytes(tree: Any) -> int:
     )
 
 
-def trained(evolve: ml_collections.ConfigDict) -> int:
-    """The most responses to a query that an iteration trains on; a policy gradient takes all of them."""
-    return evolve.k if evolve.objective != "sft" else evolve.keep or evolve.k
+def trained(config: ml_collections.ConfigDict) -> int:
+    """The most responses to a query that an iteration trains on; a policy gradient takes all of them, and of
+    gold answers there is one."""
+    evolve, warmup = config.evolve, config.warmup
+    if evolve.data == "rollouts":
+        return evolve.k if evolve.objective != "sft" else evolve.keep or evolve.k
+    return 1 if evolve.data == "answers" else warmup.keep or warmup.k
 
 
 class Programs:
@@ -199,7 +203,8 @@ class Programs:
 
     def _train(self) -> Program:
         e, buckets = self.config.evolve, self.config.data.buckets
-        kept = trained(e) * self.config.sampling.max_new_tokens
+        warmup = self.config.warmup
+        kept = max(trained(self.config), warmup.keep or warmup.k) * self.config.sampling.max_new_tokens
         length = loader.bucket(min(self.config.data.max_prompt + kept, max(buckets)), buckets)
         return self._step("train step", "evolve.batch", self.build, token_loss, e.batch, length)
 

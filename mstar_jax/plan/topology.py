@@ -43,8 +43,8 @@ def devices_of(topology: str) -> list[jax.Device]:
       ValueError: the compiler for them is not installed, or does not know the topology.
     """
     name, _, count = topology.partition(":")
-    if name in GPUS:
-        return _gpus(name, count)
+    if name.lower() in GPUS:
+        return _gpus(topology, name.lower(), count)
     for variable, value in COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)
     try:
@@ -61,17 +61,15 @@ def devices_of(topology: str) -> list[jax.Device]:
     return found
 
 
-def _gpus(name: str, count: str) -> list[jax.Device]:
+def _gpus(topology: str, name: str, count: str) -> list[jax.Device]:
     if not re.fullmatch("[1-8]", count):
-        raise ValueError(
-            f"--topology={name}:{count}: expected the GPUs of one host, at most 8, e.g. {name}:8"
-        )
+        raise ValueError(f"--topology={topology}: expected the GPUs of one host, at most 8, e.g. {name}:8")
     shape = f"1 x 1 x {count}"  # slices, hosts, devices of a host
     try:
         found = topologies.get_topology_desc("", "cuda", topology=shape, target_config=target(name))
     except Exception as error:
         hint = "XLA's plugin for CUDA 12 is not installed: pip install 'mstar_jax[plan-gpu]'"
-        raise ValueError(f"--topology={name}:{count}: {str(error).splitlines()[0]}; {hint}") from error
+        raise ValueError(f"--topology={topology}: {str(error).splitlines()[0]}; {hint}") from error
     return list(found.devices)
 
 

@@ -56,10 +56,14 @@ class Use(NamedTuple):
     responses: float = 0.0
 
 
-def bound(cost: Cost, chip: Chip) -> Speed:
-    """The least seconds of a program at a chip's peak rates; of one that is not shown, 0."""
-    each = max(peak_times(cost.work, chip).values()) if cost.work else 0.0
-    return Speed(each, max(peak_times(cost.once, chip).values()) if cost.once else 0.0)
+def bound(program: Program, cost: Cost, chip: Chip, count: int) -> Speed:
+    """The least seconds of a program at the peak rates of `count` chips; of one that is not shown, those of
+    the model's own FLOPs and of the bytes that have to be moved."""
+    if cost.work is None:
+        compute = sum(program.own().values()) / count / chip.flops
+        return Speed(max(compute, sum(program.least().values()) / chip.bandwidth), 0.0)
+    once = max(peak_times(cost.once, chip).values()) if cost.once else 0.0
+    return Speed(max(peak_times(cost.work, chip).values()), once)
 
 
 # ---- 1. stages ----------------------------------------------------------------------------------------
@@ -85,7 +89,6 @@ class Estimate:
         """
         self.config = programs.config
         self.decoder = programs.dimensions.decoder
-        self.shards = sharding.batch_shards(programs.mesh)
         self.assumed = assumed
         self.made = made
         self.speeds = speeds
@@ -131,6 +134,7 @@ class Estimate:
         c = self.config.sampling
         prefill, decode = self.made[kind]
         shard = decode.rows * c.shard
+        shards = sharding.batch_shards(prefill.args[3].limits.sharding.mesh)  # what fits may have another
         places = generate.places(c.places, samples)
         calls = np.zeros(4)
         written = 0
@@ -142,7 +146,7 @@ class Estimate:
                 lengths = np.maximum(
                     np.rint(lengths * self.rng.uniform(0, 2 * part, lengths.shape)), 1
                 ).astype(int)
-            found = sampled(lengths, decode.rows, places, prefill.rows, self.shards, c.max_new_tokens)
+            found = sampled(lengths, decode.rows, places, prefill.rows, shards, c.max_new_tokens)
             written += often * int(lengths.sum())
             calls += often * np.array(
                 [found.prefills, found.segments, found.steps, found.steps * found.share]
@@ -230,17 +234,18 @@ def estimate(
             share = distinct(samples, stage.startswith("warm-up"))
             out.append(e.score(f"{stage}: scores", queries, samples, share, times))
 
-    embedded = c.data.figures.train  # the number of its queries; it has all of its test questions
-    test = c.data.figures.test if embedded and not c.data.labelled else c.data.test
+    embedded = c.data.figures.train and not c.data.labelled  # it has all of its test questions
+    test = c.data.figures.test if embedded else c.data.test
+    validation = min(c.data.validation, c.data.figures.validation) if embedded else c.data.validation
 
     def tests(stage: str) -> int:
-        return c.data.validation + (test if stage in c.eval.test_at else 0)
+        return validation + (test if stage in c.eval.test_at else 0)
 
     measure("base, measure", tests("base"), scored=False)
     if not c.warmup.data:
         queries = min(c.warmup.queries, assumed.queries)
         out.append(e.sample("warm-up, rationales", "rollouts", queries, c.warmup.k))
-    out.append(e.train("warm-up, train", "train", c.warmup, c.warmup.keep))
+    out.append(e.train("warm-up, train", "train", c.warmup, c.warmup.keep or c.warmup.k))
     held_out = min(c.prm.held_out, assumed.queries // 4)
     if "labels" in made:
         queries = min(c.prm.queries, assumed.queries - held_out)
@@ -252,13 +257,14 @@ def estimate(
         out.append(e.sample("reward model, labels", "labels", rows, c.prm.samples, part=0.5, length=length))
     if "train prm" in made:
         out.append(e.train("reward model, train", "train prm", c.prm, c.prm.k))
-        out.append(e.score("reward model, report", held_out, c.prm.k, distinct(c.prm.k, True)))
+        times = 1 + bool(embedded)  # there its steps' truth is known, and the untrained one scores as well
+        out.append(e.score("reward model, report", held_out, c.prm.k, distinct(c.prm.k, True), times))
     measure("warm-up, measure", tests("warmup"))
     count = c.evolve.iterations
     if "exploration" in made:
         times = 1 + count // c.explore.every
         branches = e._samples("exploration")
-        queries = min(c.explore.queries, c.data.validation)
+        queries = min(c.explore.queries, validation)
         out.append(e.sample("temperatures, samples", "exploration", queries, branches, times))
         out.append(e.score("temperatures, scores", queries, branches, distinct(branches), times))
     if c.evolve.data == "rollouts" and count:
@@ -266,7 +272,7 @@ def estimate(
         mixin = c.evolve.unlabelled.mixin
         more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
         out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
-        if scores and more:
+        if scores and more and not c.evolve.unlabelled.oracle:
             out.append(e.score("iterations, votes", queries, c.evolve.k, distinct(c.evolve.k), more))
         imitates = c.evolve.objective == "sft"  # a policy gradient takes the wrong ones too
         asked = c.evolve.select in ("prm", "likelihood") if imitates else c.evolve.process_weight > 0
@@ -274,11 +280,13 @@ def estimate(
             share = assumed.right if imitates else distinct(c.evolve.k)
             out.append(e.score("iterations, select", queries, c.evolve.k, share, count + more))
     if count:
-        out.append(e.train("iterations, improve", "train", c.evolve, trained(c.evolve), count))
+        out.append(e.train("iterations, improve", "train", c.evolve, trained(c), count))
         measured = {t for t in range(1, count + 1) if t % c.eval.every == 0 or t == count}
         if c.explore.every and scores:
             measured |= set(range(c.explore.every, count + 1, c.explore.every))
-        measure("iterations, measure", c.data.validation, len(measured))
+        measure("iterations, measure", validation, len(measured))
+        if before := len(measured - {count}) * ("iteration" in c.eval.test_at):
+            measure("iterations, test", test, before)
         measure("last, test", test)
     return out
 
@@ -354,6 +362,9 @@ def left_out(programs: Programs) -> str:
     found = ["benchmarks"] * bool(programs.config.benchmarks.names)
     found += ["the base stage"] * bool(programs.config.base.steps)
     gradient = programs.config.evolve.objective != "sft"
+    found += ["what prm.path differs from the policy in, which stands for it"] * bool(
+        programs.config.prm.path
+    )
     found += ["log probabilities of the rollouts, read once or twice an iteration"] * gradient
     found += ["compilation, reading and saving of checkpoints, and judging of answers"]
     return ", ".join(found)
