@@ -226,7 +226,7 @@ def test_what_an_iteration_trains_on():
     [
         ("reach", 0.0, "--reach = 0.0: must be above 0 and at most 1"),
         ("price", -1.0, "--price = -1.0: must be at least 0"),
-        ("response", float("nan"), "--response = nan: must be above 0"),
+        ("response", float("nan"), "--response = nan: must be above 0 and at most 8"),
         ("spread", float("inf"), "--spread = inf: must be at least 0"),
         ("queries", 0, "--queries = 0: must be at least 1"),
         ("prompt", 121, "--prompt = 121: must be at least 0 and at most 120"),
@@ -236,8 +236,12 @@ def test_what_an_iteration_trains_on():
 )
 def test_flags_that_mean_nothing(flag, value, message):
     flags.FLAGS.mark_as_parsed()
-    assert plan.assumptions(small()).prompt == 120
-    with flagsaver.flagsaver(**{flag: value}), pytest.raises(ValueError, match=re.escape(message)):
+    with flagsaver.flagsaver(response=5.0):
+        assert plan.assumptions(small()).prompt == 120
+    with (
+        flagsaver.flagsaver(**{"response": 5.0, flag: value}),
+        pytest.raises(ValueError, match=re.escape(message)),
+    ):
         plan.assumptions(small())
 
 
@@ -245,9 +249,9 @@ def test_how_many_queries_there_are():
     """The embedded set's own number, but not of another data set."""
     flags.FLAGS.mark_as_parsed()
     config = small()
-    assert plan.assumptions(config).queries == config.data.figures.train
-    config.data.labelled = "elsewhere.json"
     with flagsaver.flagsaver(queries=500):
+        assert plan.assumptions(config).queries == config.data.figures.train
+        config.data.labelled = "elsewhere.json"
         assert plan.assumptions(config).queries == 500
 
 

@@ -360,6 +360,7 @@ def test_lengths_are_those_assumed():
 def test_responses_of_a_query_share_rows():
     assert list(calls.packed(np.array([50, 50, 50]), 100, 200)) == [200, 150]
     assert list(calls.packed(np.array([], int), 100, 200)) == []
+    assert list(calls.packed(np.array([50, 50]), 180, 200)) == [200, 200]  # no row is longer
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, in any currency; 0 for
 REACH = flags.DEFINE_float("reach", 0.5, "Share of the bounds' rates that a run reaches, for the forecast.")
 QUERIES = flags.DEFINE_integer("queries", 180_000, "Labelled queries, if the config does not say it.")
 PROMPT = flags.DEFINE_integer("prompt", 0, "Tokens of a prompt, image included; default data.max_prompt.")
-RESPONSE = flags.DEFINE_float("response", 177, "Mean tokens of a response.")
+RESPONSE = flags.DEFINE_float("response", None, "Mean tokens of a response; default 177, or fewer.")
 SPREAD = flags.DEFINE_float("spread", 60, "Standard deviation of this number.")
 RIGHT = flags.DEFINE_float("right", 0.5, "Share of the responses that are right, copies not counted.")
 DISTINCT = flags.DEFINE_float(
@@ -73,7 +73,6 @@ INTERVALS = {
     "price": ranges.SOME,
     "reach": "(0, 1]",
     "queries": ranges.COUNT,
-    "response": ranges.FEW,
     "spread": ranges.SOME,
     "right": ranges.SHARE,
     "distinct": "(0, 1]",
@@ -83,7 +82,6 @@ INTERVALS = {
 
 GB = 1e9
 TERA = 1e12
-
 
 Settings = dict[str, str | int]  # by dotted name
 
@@ -323,6 +321,7 @@ def assumptions(config: ml_collections.ConfigDict) -> Assumed:
     """
     given = (PRICE, REACH, QUERIES, RESPONSE, SPREAD, RIGHT, DISTINCT, DISTINCT_WARM_UP, PREFIXES, PROMPT)
     within = INTERVALS | {"prompt": f"[0, {config.data.max_prompt}]"}  # queries with longer ones are left out
+    within |= {"response": f"(0, {config.sampling.max_new_tokens}]"}
     found = list(ranges.outside({flag.name: flag.value for flag in given}, within))
     if RIGHT.value > DISTINCT.value:
         found.append(f"right = {RIGHT.value}: copies count as wrong, so at most distinct = {DISTINCT.value}")
@@ -331,7 +330,7 @@ def assumptions(config: ml_collections.ConfigDict) -> Assumed:
     return Assumed(
         queries=embedded or QUERIES.value,
         prompt=PROMPT.value or config.data.max_prompt,
-        response=RESPONSE.value,
+        response=RESPONSE.value or min(177, config.sampling.max_new_tokens),
         spread=SPREAD.value,
         right=RIGHT.value,
         distinct=DISTINCT.value,

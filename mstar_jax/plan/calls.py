@@ -156,11 +156,11 @@ def stems(room: int, samples: int, assumed: Assumed) -> tuple[float, float]:
 
 
 def packed(responses: np.ndarray, prompt: int, longest: int) -> Iterator[int]:
-    """Tokens of the rows that hold a query's responses, each with the prompt."""
+    """Tokens of the rows that hold a query's responses, each with the prompt; at most `longest`."""
     row = 0
     for tokens in responses:
         if row and prompt + row + tokens > longest:
-            yield prompt + row
+            yield min(prompt + row, longest)
             row = 0
         row += int(tokens)
     if row:
