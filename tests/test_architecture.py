@@ -31,7 +31,7 @@ ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
     300: ("profiling",),
-    1750: ("plan",),  # three compilers' programs, a whole run played through, released sizes; 55 refuse flags
+    1760: ("plan",),  # three compilers' programs, a whole run played through, released sizes; 65 refuse flags
     # and configs that mean nothing before anything is compiled, and try only settings that a run would take
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before

@@ -141,6 +141,11 @@ def test_the_reward_models_step_is_planned():
         ({"prm.path": "elsewhere"}, {"train prm", "labels"}),
         ({"evolve.select": "likelihood"}, {"train prm", "labels"}),
         ({"explore.every": 0}, {"exploration"}),
+        ({"warmup.data": "a file", "evolve.data": "warmup"}, set()),  # the reward model's responses
+        (
+            {"warmup.data": "a file", "evolve.data": "warmup", "prm.data": "a file"},
+            {"rollouts", "labels"},
+        ),
     ],
 )
 def test_only_what_a_run_has_is_planned(changes, absent):

@@ -238,14 +238,18 @@ def test_scores_that_are_timed_by_length():
 @pytest.mark.parametrize(
     ("changes", "there", "absent"),
     [
-        ({}, {"reward model, labels", "iterations, select", "temperatures, samples"}, {"iterations, votes"}),
+        (
+            {},
+            {"reward model, labels", "iterations, select", "temperatures, samples"},
+            {"iterations, unlabelled, votes"},
+        ),
         (
             {"prm.queries": 0, "evolve.select": "random", "explore.every": 0},
             {"iterations, generate", "last, test: samples"},
             {"reward model, labels", "iterations, select", "temperatures, samples", "last, test: scores"},
         ),
         ({"evolve.data": "answers"}, {"iterations, improve"}, {"iterations, generate", "iterations, select"}),
-        ({"evolve.unlabelled.mixin": 0.5}, {"iterations, votes"}, set()),
+        ({"evolve.unlabelled.mixin": 0.5}, {"iterations, unlabelled, votes"}, set()),
         ({"prm.path": "elsewhere"}, {"iterations, select"}, {"reward model, train"}),
     ],
 )
@@ -257,8 +261,16 @@ def test_stages_of_a_method(changes, there, absent):
 def test_unlabelled_queries_are_asked_as_often():
     _, plain = estimated({"evolve.iterations": 8})
     _, mixed = estimated({"evolve.iterations": 8, "evolve.unlabelled.mixin": 0.5})
-    assert plain["iterations, generate"].times == 8 and mixed["iterations, generate"].times == 12
-    assert mixed["iterations, votes"].times == 4
+    assert plain["iterations, generate"].times == mixed["iterations, generate"].times == 8
+    stages = ("generate", "votes", "select")
+    for stage in stages:
+        assert mixed[f"iterations, unlabelled, {stage}"].times == 4
+        assert f"iterations, unlabelled, {stage}" not in plain
+    asked = mixed["iterations, generate"].responses / 8
+    assert mixed["iterations, unlabelled, generate"].responses == 4 * asked
+    changes = {"data.figures.train": 1000, "data.figures.unlabelled": 40}
+    _, few = estimated(changes | {"evolve.iterations": 8, "evolve.unlabelled.mixin": 0.5})
+    assert few["iterations, unlabelled, generate"].responses == 4 * 10 * 4  # a quarter of 40, 4 of each
 
 
 def test_stages_that_only_some_configs_have():
@@ -269,7 +281,7 @@ def test_stages_that_only_some_configs_have():
     _, uses = estimated({})
     assert "iterations, test: samples" not in uses and uses["reward model, report"].times == 1
     changes = {"evolve.unlabelled.mixin": 0.5, "evolve.unlabelled.oracle": True}
-    assert "iterations, votes" not in estimated(changes)[1]
+    assert "iterations, unlabelled, votes" not in estimated(changes)[1]
     changes = {"data.figures.train": 1000, "data.validation": 40, "data.figures.validation": 30}
     _, uses = estimated(changes | {"eval.test_at": ()})
     assert uses["reward model, report"].times == 2

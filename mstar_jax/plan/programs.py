@@ -123,6 +123,9 @@ class Programs:
             absent |= {"score", "exploration"}
         if not c.explore.every:
             absent.add("exploration")
+        generates = c.evolve.data == "rollouts" and c.evolve.iterations > 0
+        if c.warmup.data and "labels" in absent and not generates:
+            absent.add("rollouts")
         return [kind for kind in KINDS if kind not in absent]
 
     def make(self, kind: str) -> list[Program]:

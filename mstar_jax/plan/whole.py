@@ -268,17 +268,21 @@ def estimate(
         out.append(e.sample("temperatures, samples", "exploration", queries, branches, times))
         out.append(e.score("temperatures, scores", queries, branches, distinct(branches), times))
     if c.evolve.data == "rollouts" and count:
-        queries = math.ceil(c.evolve.fraction * assumed.queries)
         mixin = c.evolve.unlabelled.mixin
         more = 0 if mixin is None else sum(t >= mixin * count for t in range(count))
-        out.append(e.sample("iterations, generate", "rollouts", queries, c.evolve.k, count + more))
-        if scores and more and not c.evolve.unlabelled.oracle:
-            out.append(e.score("iterations, votes", queries, c.evolve.k, distinct(c.evolve.k), more))
         imitates = c.evolve.objective == "sft"  # a policy gradient takes the wrong ones too
         asked = c.evolve.select in ("prm", "likelihood") if imitates else c.evolve.process_weight > 0
-        if scores and asked:
-            share = assumed.right if imitates else distinct(c.evolve.k)
-            out.append(e.score("iterations, select", queries, c.evolve.k, share, count + more))
+        share = assumed.right if imitates else distinct(c.evolve.k)
+        others = c.data.figures.unlabelled if embedded else assumed.queries  # half of a data set is labelled
+        for name, among, times in (("", assumed.queries, count), ("unlabelled, ", others, more)):
+            queries = math.ceil(c.evolve.fraction * among)
+            if times:
+                out.append(e.sample(f"iterations, {name}generate", "rollouts", queries, c.evolve.k, times))
+            if times and scores and name and not c.evolve.unlabelled.oracle:
+                every = distinct(c.evolve.k)
+                out.append(e.score(f"iterations, {name}votes", queries, c.evolve.k, every, times))
+            if times and scores and asked:
+                out.append(e.score(f"iterations, {name}select", queries, c.evolve.k, share, times))
     if count:
         out.append(e.train("iterations, improve", "train", c.evolve, trained(c), count))
         measured = {t for t in range(1, count + 1) if t % c.eval.every == 0 or t == count}
