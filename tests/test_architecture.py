@@ -31,7 +31,7 @@ ROOMS = {
     220: ("models.decode_kernel",),  # does what models.attention does, faster on one kind of device
     840: ("data.embedded", "data.toy", "data.questions", "data.figures", "data.truth"),  # made, not read
     300: ("profiling",),
-    1760: ("plan",),  # three compilers' programs, a whole run played through, released sizes; 65 refuse flags
+    1770: ("plan",),  # three compilers' programs, a whole run played through, released sizes; 80 refuse flags
     # and configs that mean nothing before anything is compiled, and try only settings that a run would take
     280: ("rewards.custom", "rewards.custom_worker"),  # a user's code, where it can do no harm
     360: ("crops",),  # what decodes images without jax; the models' files held it before
@@ -45,7 +45,7 @@ ROOMS = {
 }
 
 COMMANDS = ("main", "ablate", "export", "data.__main__", "evaluate.__main__", "plan.__main__")
-COMMANDS += tuple(f"plan.{name}" for name in ("programs", "residency", "measure", "whole"))
+COMMANDS += tuple(f"plan.{name}" for name in ("programs", "advice", "residency", "measure", "whole"))
 REPORT = ("report.__main__", "report.page")
 ORDER = (
     "configure",

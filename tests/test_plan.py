@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from configs import tiny as tiny_config
 from mstar_jax import sharding
 from mstar_jax.plan import __main__ as plan
-from mstar_jax.plan import cost, hlo, residency, topology
+from mstar_jax.plan import advice, cost, hlo, residency, topology
 from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of, trained
 from mstar_jax.profiling import flops
 
@@ -172,7 +172,7 @@ def test_what_lies_beside_a_program(offload):
 def test_what_is_tried():
     config, mesh = small(), sharding.make_mesh(fsdp=8, data=1)
     config.mesh.data, config.mesh.fsdp, config.evolve.batch = 1, -1, 32
-    assert list(plan.smaller_settings("train", config, mesh)) == [
+    assert list(advice.smaller_settings("train", config, mesh)) == [
         {"train.remat": "full"},
         {"train.accumulate": 2},
         {"train.accumulate": 4},
@@ -181,14 +181,14 @@ def test_what_is_tried():
         {"mesh.tensor": 8},
     ]
     config.sampling.batch = 32
-    assert list(plan.smaller_settings("rollouts", config, mesh))[:3] == [
+    assert list(advice.smaller_settings("rollouts", config, mesh))[:3] == [
         {"train.offload_optimizer": True},
         {"sampling.batch": 16},
         {"sampling.batch": 8},
     ]
     config.mesh.fsdp, config.mesh.tensor = 4, 2  # neither what is there already nor a mesh that fits nothing
     mesh = sharding.make_mesh(**config.mesh)
-    assert list(plan.smaller_settings("score", config, mesh))[-2:] == [
+    assert list(advice.smaller_settings("score", config, mesh))[-2:] == [
         {"mesh.fsdp": -1, "mesh.tensor": 4},
         {"mesh.fsdp": -1, "mesh.tensor": 8},
     ]
@@ -273,6 +273,29 @@ def made_up(title="a program", flops=8 * 98.5e12):
 
 
 MEMORY = {"arguments": 3e9, "outputs": 1e9, "temporary": 2e9, "code": 0.0, "shared": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "message"),
+    [
+        (
+            ["train"],
+            ["train"],
+            "--programs leaves out rollouts, evaluation; the rates of 'cpu' are not known",
+        ),
+        (["rollouts", "train", "evaluation"], ["train"], "rollouts, evaluation did not fit; the rates"),
+    ],
+)
+def test_why_there_is_no_estimate(asked, found, message):
+    flags.FLAGS.mark_as_parsed()
+    config = small()
+    config.prm.queries = 0
+    programs = Programs(config, sharding.make_mesh(**config.mesh))
+    made = dict.fromkeys(found, plan.Fitting(programs, [], {}))
+    with flagsaver.flagsaver(programs=asked, out="plan.json"):
+        text = plan.run_of(programs, made, None, "Phi35")
+    assert text.startswith(f"without an estimate of the whole run: {message}")
+    assert text.endswith(" are not known (try --measure); plan.json is not written")
 
 
 def test_what_does_not_fit_is_tried_again(monkeypatch):

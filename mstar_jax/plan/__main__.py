@@ -32,6 +32,7 @@ from absl import app, flags
 from mstar_jax import cli, configure, ranges, sharding
 from mstar_jax.cli import CONFIG
 from mstar_jax.plan import measure, residency, whole
+from mstar_jax.plan.advice import Settings, as_flags, smaller_settings, with_settings
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost, TooLarge, compile_cost, peak_times
 from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
@@ -82,8 +83,6 @@ INTERVALS = {
 
 GB = 1e9
 TERA = 1e12
-
-Settings = dict[str, str | int]  # by dotted name
 
 
 class Fitting(NamedTuple):
@@ -136,55 +135,6 @@ def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: f
         best = min(own / count, cost.work.flops) / chip.flops / max(found.values())
         lines.append(f"  at peak   {each} ms: bound by {slowest}; MFU at most {100 * best:.0f} %")
     return "\n".join(lines)
-
-
-def smaller_settings(
-    kind: str, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> Iterator[Settings]:
-    """Settings to try one after the other if a stage does not fit; each is added to those before it."""
-    shards = sharding.batch_shards(mesh)
-    if kind.startswith("train"):
-        if config.train.remat != "full":
-            yield {"train.remat": "full"}
-        rows = config.evolve.batch if kind == "train" else config.prm.batch
-        accumulate = 2 * config.train.accumulate
-        while rows % (accumulate * shards) == 0:
-            yield {"train.accumulate": accumulate}
-            accumulate *= 2
-    else:
-        if not config.train.offload_optimizer:
-            yield {"train.offload_optimizer": True}
-        key = {"exploration": "explore.batch", "labels": "prm.rows", "score": "prm.score_batch"}
-        name = key.get(kind, "sampling.batch")
-        section, field = name.split(".")
-        size = (config[section][field] or config.prm.batch) // 2
-        while size >= shards and size % shards == 0:
-            yield {name: size}
-            size //= 2
-    rest: Settings = {} if -1 in (config.mesh.data, config.mesh.fsdp) else {"mesh.fsdp": -1}
-    for tensor in (2, 4, 8):
-        if tensor > mesh.shape["tensor"]:
-            yield rest | {"mesh.tensor": tensor}
-
-
-def as_flags(changes: Settings) -> str:
-    """Settings as they are given on the command line."""
-    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
-
-
-def with_settings(
-    config: ml_collections.ConfigDict, changes: Settings, devices: Sequence[jax.Device]
-) -> Programs:
-    """The programs of a config with changes.
-
-    Raises:
-      ValueError: a run would refuse it.
-    """
-    tried = config.copy_and_resolve_references()
-    tried.update_from_flattened_dict(changes)
-    mesh = sharding.make_mesh(**tried.mesh, devices=devices)
-    ranges.refuse(configure.impossible(tried, mesh))
-    return Programs(tried, mesh)
 
 
 def costs_of(programs: Programs, kind: str, chip: Chip | None) -> Iterator[tuple[Program, Cost]]:
@@ -278,15 +228,18 @@ def run_of(programs: Programs, found: Mapping[str, Fitting], assumed: Assumed, n
     """Output about the whole run, or why there is none."""
     devices = programs.mesh.devices.flat
     chip = chip_of(devices[0].device_kind)
-    why = ""
-    if missing := [kind for kind in programs.kinds() if kind not in found]:
-        why = f"{', '.join(missing)} do not fit or were not asked for"
-    elif chip is None and not MEASURE.value:
-        why = f"the rates of {devices[0].device_kind!r} are not known"
-        why += "" if TOPOLOGY.value else "; try --measure"
+    missing = [kind for kind in programs.kinds() if kind not in found]
+    why = []
+    if left := [kind for kind in missing if kind not in PROGRAMS.value]:
+        why.append(f"--programs leaves out {', '.join(left)}")
+    if large := [kind for kind in missing if kind in PROGRAMS.value]:
+        why.append(f"{', '.join(large)} did not fit")
+    if chip is None and not MEASURE.value:
+        known = "" if TOPOLOGY.value else " (try --measure)"
+        why.append(f"the rates of {devices[0].device_kind!r} are not known{known}")
     if why:
-        unwritten = f"; {OUT.value} is not written" if OUT.value else ""
-        return f"without an estimate of the whole run: {why}{unwritten}"
+        why += [f"{OUT.value} is not written"] * bool(OUT.value)
+        return f"without an estimate of the whole run: {'; '.join(why)}"
     made = {kind: [program for program, _ in each.costs] for kind, each in found.items()}
     speeds: dict[str, list[whole.Speed]] = {}
     if MEASURE.value:
