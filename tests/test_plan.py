@@ -231,10 +231,11 @@ def test_what_an_iteration_trains_on():
     [
         ("reach", 0.0, "--reach = 0.0: must be above 0 and at most 1"),
         ("price", -1.0, "--price = -1.0: must be at least 0"),
-        ("response", float("nan"), "--response = nan: must be above 0 and at most 8"),
+        ("response", float("nan"), "--response = nan: must be above 0"),
+        ("response", 9.0, "--response = 9.0: the most is sampling.max_new_tokens = 8"),
         ("spread", float("inf"), "--spread = inf: must be at least 0"),
         ("queries", 0, "--queries = 0: must be at least 1"),
-        ("prompt", 121, "--prompt = 121: must be at least 0 and at most 120"),
+        ("prompt", 121, "--prompt = 121: the most is data.max_prompt = 120"),
         ("distinct", 0.25, "--right = 0.5: copies count as wrong, so at most distinct = 0.25"),
         ("distinct_warm_up", 1.5, "--distinct_warm_up = 1.5: must be above 0 and at most 1"),
     ],

@@ -74,6 +74,8 @@ INTERVALS = {
     "price": ranges.SOME,
     "reach": "(0, 1]",
     "queries": ranges.COUNT,
+    "prompt": ranges.SOME,
+    "response": ranges.FEW,
     "spread": ranges.SOME,
     "right": ranges.SHARE,
     "distinct": "(0, 1]",
@@ -273,9 +275,11 @@ def assumptions(config: ml_collections.ConfigDict) -> Assumed:
       ValueError: a flag is outside of its range; the message has all of them.
     """
     given = (PRICE, REACH, QUERIES, RESPONSE, SPREAD, RIGHT, DISTINCT, DISTINCT_WARM_UP, PREFIXES, PROMPT)
-    within = INTERVALS | {"prompt": f"[0, {config.data.max_prompt}]"}  # queries with longer ones are left out
-    within |= {"response": f"(0, {config.sampling.max_new_tokens}]"}
-    found = list(ranges.outside({flag.name: flag.value for flag in given}, within))
+    values = {flag.name: flag.value for flag in given}
+    found = list(ranges.outside(values, INTERVALS))
+    for name, section, key in (("prompt", "data", "max_prompt"), ("response", "sampling", "max_new_tokens")):
+        if (values[name] or 0) > config[section][key]:
+            found.append(f"{name} = {values[name]}: the most is {section}.{key} = {config[section][key]}")
     if RIGHT.value > DISTINCT.value:
         found.append(f"right = {RIGHT.value}: copies count as wrong, so at most distinct = {DISTINCT.value}")
     ranges.refuse([f"--{problem}" for problem in found])
