@@ -211,6 +211,10 @@ def test_what_a_run_would_refuse_is_not_tried(monkeypatch):
         f"with {remat} {twice} --config.mesh.fsdp=-1 --config.mesh.tensor=2"
     ]
     config.evolve.batch = 12
+    with pytest.raises(ValueError, match="policy.decoder.num_heads = 0: must be at least 1"):
+        phi35 = importlib.import_module("configs.phi35").get_config()
+        phi35.policy.decoder.num_layers = 2  # that of a policy from scratch, whose other sizes are not given
+        advice.with_settings(phi35, {}, jax.devices())
     with pytest.raises(ValueError, match="evolve.batch = 12 is impossible"):
         next(plan.plan(config, "train", jax.devices(), True, {}))
 

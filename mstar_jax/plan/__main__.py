@@ -29,13 +29,13 @@ import jax
 import ml_collections
 from absl import app, flags
 
-from mstar_jax import cli, configure, ranges, sharding
+from mstar_jax import cli, ranges
 from mstar_jax.cli import CONFIG
 from mstar_jax.plan import measure, residency, whole
 from mstar_jax.plan.advice import Settings, as_flags, smaller_settings, with_settings
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost, TooLarge, compile_cost, peak_times
-from mstar_jax.plan.programs import KINDS, Program, Programs, policy_of
+from mstar_jax.plan.programs import KINDS, Program, Programs
 from mstar_jax.plan.topology import devices_of, without_driver
 from mstar_jax.profiling.flops import Chip, chip_of
 from mstar_jax.store import write_text
@@ -330,18 +330,15 @@ def main(argv: Sequence[str]) -> None:
         if OUT.value:
             check_output(pathlib.Path(OUT.value))
         devices = devices_of(TOPOLOGY.value) if TOPOLOGY.value else jax.devices()
-        _, dimensions = policy_of(config)
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        ranges.refuse(configure.impossible(config, mesh))
-        programs = Programs(config, mesh)
+        programs = with_settings(config, {}, devices)
+        axes = ", ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
         if not set(PROGRAMS.value) & set(programs.kinds()):
             raise ValueError(f"--programs: a run of this config has no {', '.join(PROGRAMS.value)}")
         size = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(programs.build)))
-        name = type(dimensions).__name__.removesuffix("Config")
+        name = type(programs.dimensions).__name__.removesuffix("Config")
         print(f"{len(devices)} x {devices[0].device_kind} ({axes}), {name}, {size:,} parameters")
         found: dict[str, Fitting] = {}
-        with without_driver(devices[0]), jax.set_mesh(mesh):
+        with without_driver(devices[0]), jax.set_mesh(programs.mesh):
             for kind in programs.kinds():
                 if kind in PROGRAMS.value:
                     for text in plan(config, kind, devices, ADVISE.value, found):
