@@ -35,6 +35,7 @@ from mstar_jax.plan import measure, residency, whole
 from mstar_jax.plan.advice import Settings, as_flags, smaller_settings, with_settings
 from mstar_jax.plan.calls import Assumed
 from mstar_jax.plan.cost import Cost, TooLarge, compile_cost, peak_times
+from mstar_jax.plan.hlo import Work
 from mstar_jax.plan.programs import KINDS, Program, Programs
 from mstar_jax.plan.topology import devices_of, without_driver
 from mstar_jax.profiling.flops import Chip, chip_of
@@ -98,6 +99,22 @@ class Fitting(NamedTuple):
 # ---- 1. a program -------------------------------------------------------------------------------------
 
 
+class Peak(NamedTuple):
+    """The least time of a program's call in seconds, what bounds it, and the MFU that it allows."""
+
+    slowest: str
+    seconds: float
+    mfu: float
+
+
+def peak_of(work: Work, chip: Chip, own: float) -> Peak:
+    """Of a program that does this work for `own` FLOPs of the model, both on one device."""
+    found = peak_times(work, chip)
+    slowest = max(found, key=found.__getitem__)
+    # a causal kernel computes less than the model's full square
+    return Peak(slowest, found[slowest], min(own, work.flops) / chip.flops / found[slowest])
+
+
 def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: float = 0.0) -> str:
     """The lines of output about a program of `own` FLOPs of the model, on `count` devices."""
     kinds = {kind: size for kind, size in cost.memory.items() if kind != "shared"}
@@ -131,11 +148,9 @@ def describe(program: Program, cost: Cost, chip: Chip | None, count: int, own: f
         lines.append(f"  left out  the FLOPs of {', '.join(cost.work.unknown)}")
     lines.append(f"  network   {sum(moved.values()) / GB:.3f} GB received: {text}")
     if chip:
-        found = peak_times(cost.work, chip)
-        slowest = max(found, key=found.__getitem__)
-        each = ", ".join(f"{kind} {1000 * value:.1f}" for kind, value in found.items())
-        best = min(own / count, cost.work.flops) / chip.flops / max(found.values())
-        lines.append(f"  at peak   {each} ms: bound by {slowest}; MFU at most {100 * best:.0f} %")
+        each = ", ".join(f"{kind} {1000 * s:.1f}" for kind, s in peak_times(cost.work, chip).items())
+        peak = peak_of(cost.work, chip, own / count)
+        lines.append(f"  at peak   {each} ms: bound by {peak.slowest}; MFU at most {100 * peak.mfu:.0f} %")
     return "\n".join(lines)
 
 
@@ -205,8 +220,8 @@ def stages_table(found: Mapping[str, Fitting], chip: Chip | None) -> str:
     of = f" of {chip.memory / GB:.0f}" if chip else ""
     lines = [
         f"| stage | program | parameters + moments + program, GB a chip{of} | moved | has to be | ratio "
-        "| at peak |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| at peak | MFU at most |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for kind, (programs, costs, _) in found.items():
         others = residency.beside(programs, kind)
@@ -215,13 +230,13 @@ def stages_table(found: Mapping[str, Fitting], chip: Chip | None) -> str:
             memory = " + ".join(f"{part / GB:.1f}" for part in parts) + f" = {sum(parts) / GB:.1f}"
             least = sum(program.least().values())
             cells = [kind, program.title.removeprefix(f"{kind}: "), memory]
-            moved, ratio, peak = "not shown", "", {}
+            moved, ratio, times = "not shown", "", ["", ""]
             if cost.work is not None:
                 moved, ratio = f"{cost.work.bytes / GB:.1f} GB", f"{cost.work.bytes / least:.2f}"
-                peak = peak_times(cost.work, chip) if chip else {}
-            slowest = max(peak, key=peak.__getitem__, default="")
-            cells += [moved, f"{least / GB:.1f} GB", ratio]
-            cells.append(f"{1000 * peak[slowest]:.1f} ms, {slowest}" if peak else "")
+            if cost.work is not None and chip:
+                peak = peak_of(cost.work, chip, sum(program.own().values()) / programs.mesh.size)
+                times = [f"{1000 * peak.seconds:.1f} ms, {peak.slowest}", f"{100 * peak.mfu:.0f} %"]
+            cells += [moved, f"{least / GB:.1f} GB", ratio, *times]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -249,7 +249,7 @@ class Programs:
             return loss(sharding.cast(model, compute), batch, None)[0]
 
         parts = optimizer.split(state.params, frozen)
-        count = functools.partial(flops.count, jax.grad(value), *parts, batch)
+        count = functools.cache(functools.partial(flops.count, jax.grad(value), *parts, batch))
         alone = self._alone(batch, c.accumulate)
 
         def again(trained: nnx.Module, fixed: nnx.Module, batch: Batch) -> jax.Array:
@@ -325,7 +325,7 @@ class Programs:
                 f"{kind}: prefill, {size} rows of {length} into {rows}",
                 sampler.enter,
                 entering,
-                functools.partial(flops.count, sampler.enter, *entering),
+                functools.cache(functools.partial(flops.count, sampler.enter, *entering)),
                 lambda: {"products": self._shared(flops.touched(prefill, model, self._alone(batch)))},
                 size,
                 length,
@@ -334,7 +334,7 @@ class Programs:
                 f"{kind}: decoding step, {rows} rows of {k} samples, {at_a_time}{c.max_new_tokens} tokens",
                 sampler.advance,
                 decoding,
-                functools.partial(flops.count, sampler.advance, *decoding),
+                functools.cache(functools.partial(flops.count, sampler.advance, *decoding)),
                 lambda: {"weights": decoder, "prompts": prefix, "responses": suffix},
                 rows,
                 length,
@@ -351,7 +351,7 @@ class Programs:
         sharding.check_divides("prm.score_batch", rows, self.mesh)
         model = self.weights(reward=True)
         args = model, self._batch(rows, length)
-        count = functools.partial(flops.count, prm.token_scores, *args)
+        count = functools.cache(functools.partial(flops.count, prm.token_scores, *args))
         title = f"score, {rows} rows of {length}"
 
         def least() -> dict[str, int]:
