@@ -302,8 +302,7 @@ def stored(x: jax.Array, dtype: str) -> Cached:
     """Keys or values [..., N] as a cache stores them: `int8` gives `Int8`, an empty dtype keeps theirs."""
     if dtype != "int8":
         return x.astype(dtype or x.dtype)
-    # x is read twice: XLA for GPUs would add up the partial sums of the product that it comes from twice, too
-    x = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    x = jax.lax.optimization_barrier(x).astype(jnp.float32)  # read twice: not as partial sums on a GPU
     scale = jnp.maximum(jnp.abs(x).max(axis=-1), 1e-12) / 127
     return Int8(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
 
