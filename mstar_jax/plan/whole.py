@@ -366,9 +366,7 @@ def left_out(programs: Programs) -> str:
     found = ["benchmarks"] * bool(programs.config.benchmarks.names)
     found += ["the base stage"] * bool(programs.config.base.steps)
     gradient = programs.config.evolve.objective != "sft"
-    found += ["what prm.path differs from the policy in, which stands for it"] * bool(
-        programs.config.prm.path
-    )
+    found += ["the size of prm.path, for which the policy's is taken"] * bool(programs.config.prm.path)
     found += ["log probabilities of the rollouts, read once or twice an iteration"] * gradient
     found += ["compilation, reading and saving of checkpoints, and judging of answers"]
     return ", ".join(found)
