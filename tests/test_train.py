@@ -104,12 +104,18 @@ def test_loss_by_hand(policy, batch):
     assert float(extra["right"]) == pytest.approx(right)
 
 
-@pytest.mark.parametrize("piece", [LENGTH - 1, pytest.param(16, marks=pytest.mark.slow), 5])
-def test_long_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece):
-    """The same losses and gradients, without the logits of a whole row."""
+@pytest.mark.parametrize(
+    "piece, many",
+    [(LENGTH - 1, 10_000), pytest.param(16, 10_000, marks=pytest.mark.slow), (5, 10_000), (LENGTH, 1)],
+)
+def test_rows_are_scored_piece_by_piece(policy, text, monkeypatch, piece, many):
+    """The same losses and gradients, without the logits of a whole row: long rows, and short ones where the
+    vocabulary is large."""
     step = jax.value_and_grad(lambda model: token_loss(model, text), has_aux=True)
     (value, extra), grads = jax.jit(step)(policy)
     monkeypatch.setattr(vlm, "PIECE", piece)
+    monkeypatch.setattr(vlm, "SHORT", 7)
+    monkeypatch.setattr(vlm, "MANY", many)
     lowered = jax.jit(jax.value_and_grad(lambda model: token_loss(model, text), has_aux=True)).lower(policy)
     whole = f"tensor<{text.tokens.shape[0]}x{LENGTH}x{policy.decoder.config.vocab_size}xf32>"
     assert whole not in lowered.as_text()

@@ -20,7 +20,9 @@ from mstar_jax.models import attention, layers
 from mstar_jax.models.vision import VitConfig
 from mstar_jax.structs import Batch, KVCache, ring
 
-PIECE = 512  # tokens of a row whose logits are in memory at the same time
+# Tokens of a row whose logits are in memory at the same time. A row that is no longer is cut into SHORT ones
+# where the vocabulary has MANY tokens: logits that nobody wants cost a small model a fifth of its train step.
+PIECE, SHORT, MANY = 512, 64, 10_000
 Remat = Callable[..., Any]  # a `jax.checkpoint` policy
 
 
@@ -135,8 +137,8 @@ class VisionLanguageModel(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Log probabilities of tokens, given the hidden states that predict them.
 
-        Long rows are processed in pieces, in the backward pass too, so that the logits [B, T, V] are never
-        all in memory. Wanted tokens are moved to the front, and pieces without any are skipped.
+        Rows are processed in pieces, in the backward pass too, so that the logits [B, T, V] are never all in
+        memory. Wanted tokens are moved to the front, and pieces without any are skipped.
 
         Args:
           hidden: [B, T, D].
@@ -161,8 +163,8 @@ class VisionLanguageModel(nnx.Module):
         def nothing(hidden, tokens):
             return jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, bool)
 
-        length = tokens.shape[1]
-        count = -(-length // PIECE)
+        length, many = tokens.shape[1], self.decoder.config.vocab_size >= MANY
+        count = -(-length // (SHORT if many and length <= PIECE else PIECE))
         if count <= 1:
             return read(hidden, tokens)
         order = jnp.argsort(~wanted, axis=1, stable=True)
