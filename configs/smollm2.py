@@ -22,9 +22,6 @@ from configs import base, variants
 
 SINGLE_TEMPERATURE = {"evolve.temperature": 0.7}  # without a reward model
 CPU: variants.Values = {
-    "data.figures.captions": 9000,
-    "data.figures.arithmetic": 2000,
-    "data.figures.instruct": 3000,
     "data.figures.train": 1024,
     "data.figures.validation": 128,
     "data.figures.test": 300,
@@ -36,8 +33,8 @@ CPU: variants.Values = {
     "align.steps": 150,
     "align.batch": 16,
     "align.warmup_steps": 20,
-    "base.steps": 1000,
     "base.batch": 16,
+    "base.check_from": 1500,
     "base.target": 0.25,
     "base.check_queries": 128,
     "warmup.queries": 192,
