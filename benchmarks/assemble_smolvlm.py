@@ -350,6 +350,7 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         parser.error(f"{output} exists and is not empty: nothing is overwritten")
     source = values.gguf or installed()
+    output.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before an hour of training
     if not values.steps:
         assemble(source, output, values.seed)
     else:

@@ -28,7 +28,7 @@ CPU: variants.Values = {
     "data.validation": 128,
     "data.test": 300,
     "data.workers": 0,
-    "data.grouped": True,  # more programs than on a GPU, and a third of the padding
+    "data.grouped": True,  # like the finer buckets: more programs, less padding
     "data.buckets": (48, 112, 144, 192, 256, 384, 640, 1056, 1824),
     "align.steps": 150,
     "align.batch": 16,
