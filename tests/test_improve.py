@@ -42,7 +42,8 @@ def policy(stage, value, step, tx):
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("schedule", [False, True])
 def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
-    """The parameters are those of `start`; moments and schedule are those of the iteration before."""
+    """The parameters are those of `start`; moments and schedule are those of the iteration before. Neither's
+    state stays in memory beside the one that trains."""
     tx, mesh = optimizer.make_optimizer(), sharding.make_mesh(devices=jax.devices()[:1])
     run = types.SimpleNamespace(
         tx=tx,
@@ -54,7 +55,9 @@ def test_what_a_stage_starts_from(monkeypatch, start, moments, schedule):
     monkeypatch.setattr(improve, "train", lambda run, stage, begin, sources, **_: begin())
     chosen = warmup if start == "warmup" else last
     carry = improve.Carry(last, moments=moments, schedule=schedule)
+    assert last.params and warmup.params  # they have sampled
     state = improve.improve(run, Stage.iteration(2), chosen, [], carry=carry, sampled_at=1.0)
+    assert last.state is None and chosen.state is None
     assert state.params.value[...].tolist() == [2.0 if start == "last" else 1.0] * 3
     assert state.opt_state[1].mu.value[...].tolist() == [4.0 if moments else 0.0] * 3
     assert int(state.step) == (4 if schedule else 0)

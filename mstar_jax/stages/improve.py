@@ -77,6 +77,8 @@ def improve(
     def begin() -> TrainState:
         policy = carry.policy or start
         if policy.stage == start.stage or not (carry.moments or carry.schedule):
+            if policy is not start:
+                policy.release()  # it has sampled, and nothing of it is carried on
             return carried(run, stage, start.take(), carry)
         start.release()
         state = policy.take()._replace(params=())  # makes room for the other parameters
@@ -141,7 +143,7 @@ def train(
     state = restore(run, stage) if saved else begin()
     cursor = saved.cursor if saved else 0
     steps = settings.steps if any(len(source.rows) for source in sources) else 0
-    if not steps:
+    if not steps and settings.steps:
         log.warning("%s: no response can teach, so nothing is trained", stage)
     batches: Any = steps and batches_of(run, stage, sources, saved.loader if saved else None)
     rates = optimizer.learning_rates(configure.schedule(settings), int(state.step) - cursor, steps)
