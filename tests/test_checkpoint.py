@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mstar_jax import sharding
@@ -232,6 +233,35 @@ def test_what_cannot_be_read_is_set_aside(tmp_path, state, tx, mesh):
         fresh.restore(Stage.base, abstract(tx, mesh))
     assert fresh.run(Stage.base).cursor == 5  # what `main` goes on with
     assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), state)
+
+
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 14 GiB"), False),
+        (MemoryError(), False),
+        (OSError("stale file handle"), True),
+    ],
+)
+def test_what_is_whole_is_not_set_aside(tmp_path, state, tx, mesh, monkeypatch, error, noted):
+    """Where it could not be read for another reason, it would be trained again for nothing."""
+    Checkpoints(tmp_path).save(Stage.base, state, where(5, done=True), wait=True)
+    if not noted:
+        (tmp_path / "base" / "5.sum").unlink()
+    fresh = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+        patch.setattr(ocp.CheckpointManager, "restore", raises(error))
+        fresh.restore(Stage.base, abstract(tx, mesh))
+    assert raised.value is error
+    assert fresh.run(Stage.base).done and not (tmp_path / "base" / "damaged_5").exists()
+    assert_same(fresh.restore(Stage.base, abstract(tx, mesh)), state)
+
+
+def raises(error):
+    def failing(*_, **__):
+        raise error
+
+    return failing
 
 
 def test_two_and_two_steps_are_four(tmp_path, tx, mesh):

@@ -219,12 +219,16 @@ class Checkpoints:
         """Sets newest checkpoints aside until one is as it was written."""
         folder = self.folder / stage.name
         for step in sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True):
-            noted = folder / f"{step}.sum"
-            same = not noted.exists() or noted.read_text() == of_folder(folder / str(step), BLOCKS)
-            if same and (folder / str(step) / "run").exists():
+            if self._same(stage, step) is not False and (folder / str(step) / "run").exists():
                 return
             self._set_aside(stage, step)
             log.warning("%s/%d: damaged, so it is set aside and made again from the one before", folder, step)
+
+    def _same(self, stage: Stage, step: int) -> bool | None:
+        """Whether a checkpoint's files are as they were written; None where no digest was noted."""
+        folder = self.folder / stage.name
+        noted = folder / f"{step}.sum"
+        return noted.read_text() == of_folder(folder / str(step), BLOCKS) if noted.exists() else None
 
     def _set_aside(self, stage: Stage, step: int) -> None:
         folder = self.folder / stage.name
@@ -250,17 +254,21 @@ class Checkpoints:
 
         Raises:
           ValueError: there is no checkpoint, or it does not fit the model.
-          Damaged: it cannot be read.
+          Damaged: it cannot be read, and no digest says that its files are whole.
         """
         step = self._manager(stage).latest_step()
         if step is None:
             raise ValueError(f"{self.folder / stage.name} holds no checkpoint")
         try:
             yield step
+        except (MemoryError, jax.errors.JaxRuntimeError):  # no room, on the host or a device
+            raise
         except Exception as error:  # Orbax raises what its storage raises
             path = self.folder / stage.name / str(step)
             if not self._fits(path / "state", wanted):
                 raise ValueError(f"{path} does not fit this model: {error}") from error
+            if self._same(stage, step):  # it could not be read, but not because it is damaged
+                raise
             if processes.first():
                 self._set_aside(stage, step)
             self._managers.pop(stage).close()
