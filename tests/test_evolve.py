@@ -401,6 +401,19 @@ def test_a_second_start_does_nothing(whole, monkeypatch):
     assert after == before
 
 
+def test_a_damaged_reward_model_is_trained_again(whole, tmp_path):
+    """From the labels that are there, though it has been reported on: the next iteration is scored by it."""
+    shutil.copytree(whole, tmp_path / "run")
+    [step] = [p for p in (tmp_path / "run" / "checkpoints" / "prm").iterdir() if p.name.isdigit()]
+    for path in (step / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    run(small(), tmp_path / "run")
+    assert results(tmp_path / "run") == results(whole)
+    one, two = arrays(tmp_path / "run", "prm"), arrays(whole, "prm")
+    assert one.keys() == two.keys() and all(one[name].tobytes() == two[name].tobytes() for name in one)
+
+
 @pytest.mark.parametrize("kept", [0, 5])  # of 8 records: none, or those up to the warm-up
 def test_an_older_copy_of_the_results_is_refused(whole, tmp_path, kept):
     """Iteration 1 is not measured again, and the last one sampled at a temperature that they name."""

@@ -60,7 +60,8 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     if not (settings.queries or settings.data):
         return None
     reward = own_scorer(run, likelihood=False)
-    if run.results.find(Stage.reward_model, "held-out"):
+    reported = run.results.find(Stage.reward_model, "held-out") is not None
+    if reported and run.checkpoints.has(Stage.reward_model):  # a damaged one is gone, and made again
         return reward
 
     if settings.data:
@@ -78,6 +79,8 @@ def train_reward_model(run: Run, warmup: Policy) -> Scorer | None:
     loss = prm.make_loss(settings.mc_weight)
     train(run, Stage.reward_model, begin, [Source(rows)], sampled_at=settings.temperature, loss=loss)
 
+    if reported:
+        return reward
     record = report(run, reward, ask(found.held_out, run.template), found.responses, found.labels)
     record |= failures(run, Stage.reward_model, lambda: failed_rewards(run, found.responses))
     run.results.add(Stage.reward_model, record | lap(run))
