@@ -68,10 +68,11 @@ def answers(name, *texts, scores=()):
 class Host:
     """What an evaluation reads of `Inference`; it answers as prepared, and remembers how it was asked."""
 
-    def __init__(self, found):
+    def __init__(self, found, aggregate="min"):
         sampling = {"max_new_tokens": 8, "dtype": "float32", "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         self.sampling = ConfigDict(sampling | {"stop_strings": ()})
         self.data, self.seed, self.found, self.asked = ConfigDict({"buckets": (64,)}), 0, found, []
+        self.prm = ConfigDict({"aggregate": aggregate})
         self.speeds = speed.Speeds(chips=1)
 
 
@@ -167,6 +168,22 @@ def test_votes(tmp_path, evaluated):
     assert host.asked[0][2] == [0.0, 1.0, 1.0, 1.0, 1.0]
     plain = evaluated(items, {"p": Host(found)}, folder=tmp_path / "plain", samples=4)["p"]["m3cot"].record
     assert "majority" in plain and "best_of_n" not in plain
+
+
+@pytest.mark.parametrize(("aggregate", "best", "two_best"), [("min", "C", 0.0), ("last", "B", 1.0)])
+def test_rewards_are_aggregated_as_the_config_says(tmp_path, evaluated, aggregate, best, two_best):
+    group = answers("1", "The answer is A", "The answer is B", "The answer is C", "So: the answer is C")
+    scores = [None, (0.1, 0.9), (0.5, 0.5), (0.5, 0.5)]
+    verdicts = ["wrong", "correct", "wrong", "wrong"]
+    group = [
+        dataclasses.replace(r, step_scores=each, verdict=verdict)
+        for r, each, verdict in zip(group, scores, verdicts)
+    ]
+    host = Host({"1": group}, aggregate)
+    record = evaluated({"m3cot": [item("1", "B")]}, {"p": host}, scores=True, samples=3)["p"]["m3cot"].record
+    chosen = json.loads((tmp_path / "benchmarks/p/m3cot.jsonl").read_text())
+    assert chosen["best_of_n"]["answer"] == best
+    assert record["samples"]["reward_pass_at_2"] == two_best
 
 
 def test_parts_of_a_benchmark(evaluated):

@@ -143,7 +143,8 @@ def evaluate(
         pairs = [Asked(item.query, _prompt(asked, item)) for item in items]
         found = _responses(host, asked, policy, scorer, f"{policy.name}_{name}", pairs)
         samples = asked.settings.samples
-        methods = _methods(items, found, samples > 0, samples > 0 and scorer is not None)
+        aggregate = host.prm.aggregate if samples and scorer else None
+        methods = _methods(items, found, samples > 0, aggregate)
         results[name] = _result(host, asked, policy.name, name, found, methods)
         if processes.first():
             _write(asked, policy.name, name, results[name].record, pairs, methods)
@@ -232,14 +233,14 @@ def _responses(
     return score(host, scorer, name, pairs, found, settings=settings, longest=longest)
 
 
-def _methods(items: Sequence[Item], found: Groups, sampled: bool, scored: bool) -> Methods:
-    """By method, the response that every item is answered with."""
+def _methods(items: Sequence[Item], found: Groups, sampled: bool, aggregate: str | None) -> Methods:
+    """By method, the response that every item is answered with; with `aggregate`, by rewards too."""
     groups = [found.get(item.query.id, []) for item in items]
     out: dict[str, list[Response | None]] = {"greedy": [group[0] if group else None for group in groups]}
     if sampled:
         out["majority"] = [_voted(item, group[1:], None) for item, group in zip(items, groups)]
-    if scored:
-        rewards = [[selection.reward(r) for r in group[1:]] for group in groups]
+    if aggregate:
+        rewards = [[selection.reward(r, aggregate) for r in group[1:]] for group in groups]
         out["weighted_vote"] = [
             _voted(item, group[1:], each) for item, group, each in zip(items, groups, rewards)
         ]
@@ -264,7 +265,8 @@ def _result(
         record[method] = scoring.summarise(name, items, judged(name, items, chosen))
     if s.samples:
         groups = [found[item.query.id] for item in items if item.query.id in found]
-        record["samples"] = metrics.dynamics(groups, s.samples) | {"k": s.samples}
+        measured = metrics.dynamics(groups, s.samples, aggregate=host.prm.aggregate)
+        record["samples"] = measured | {"k": s.samples}
     device = jax.devices()[0]
     record["left_out"] = sum(item.query.id not in found for item in items)
     record["settings"] = {
