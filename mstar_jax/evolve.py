@@ -155,4 +155,4 @@ def unlabelled_join(method: ml_collections.ConfigDict, t: int) -> bool:
     """Whether unlabelled queries join in iteration t: once the fraction `unlabelled.mixin` of the iterations
     is done; None is never."""
     mixin = method.unlabelled.mixin
-    return mixin is not None and t - 1 >= mixin * method.iterations
+    return mixin is not None and t - 1 >= round(mixin * method.iterations, 6)  # 0.55 * 20 is over 11

@@ -56,7 +56,7 @@ ALWAYS = {
     "prm.held_out": SOME,
     "prm.labelled": SOME,
     "prm.k": COUNT,
-    "prm.temperature": SOME,
+    "prm.temperature": FEW,
     "prm.completions": COUNT,
     "prm.samples": COUNT,
     "prm.mc_weight": SOME,
@@ -171,15 +171,19 @@ def not_among(key: str, value: object, known: Collection[str]) -> list[str]:
 
 
 def lengths(buckets: Sequence[int], longest: Mapping[str, int]) -> list[str]:
-    """What is wrong with the lengths of rows, `data.buckets`, and with what has to fit into them (by key)."""
+    """What is wrong with the lengths of rows, `data.buckets`, and with what a row has to hold (by key)."""
     rising = all(a < b for a, b in itertools.pairwise(buckets))
     if not buckets or buckets[0] < 1 or not rising:
         return [f"data.buckets = {buckets}: give lengths of at least 1, each longer than the one before"]
-    return [
+    found = [
         f"{key} = {value}: must be at most the largest of data.buckets, {buckets[-1]}"
         for key, value in longest.items()
         if value > buckets[-1]
     ]
+    if not found and sum(longest.values()) > buckets[-1]:
+        text = " and ".join(f"{key} = {value}" for key, value in longest.items())
+        found.append(f"{text}: together at most the largest of data.buckets, {buckets[-1]}: a row has both")
+    return found
 
 
 def judging(prm: Mapping[str, Any], of_folder: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ import pytest
 from configs import base, internvl3, phi35, tiny, variants
 from mstar_jax import configure, ranges, sharding
 from mstar_jax.evaluate import evaluation
+from mstar_jax.evolve import unlabelled_join
 from mstar_jax.plan import official
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -269,6 +270,7 @@ IMPOSSIBLE = {
     "data.figures.test": (0,),
     "prm.completions": (0,),
     "prm.k": (0,),
+    "prm.temperature": (0.0,),
     "prm.chunk": (0,),
     "explore.temperatures": ((), (0.0, 1.0)),
     "explore.samples": (0,),
@@ -284,6 +286,25 @@ def test_every_impossible_value_is_named(key, value):
     config = tiny.get_config("smoke")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"^{re.escape(key)}( = |: )"):
+        configure.check(config, sharding.make_mesh())
+
+
+@pytest.mark.parametrize(("mixin", "first"), [(0.0, 1), (0.5, 11), (0.55, 12), (0.75, 16)])
+def test_unlabelled_queries_join_once_their_share_is_done(mixin, first):
+    config = tiny.get_config()
+    config.evolve.iterations = 20
+    config.evolve.unlabelled.mixin = mixin
+    assert [unlabelled_join(config.evolve, t) for t in range(1, 21)] == [t >= first for t in range(1, 21)]
+
+
+def test_a_prompt_and_a_response_fit_into_a_row():
+    """A longer one would end the run once it is sampled, and other buckets would need another workdir."""
+    config = tiny.get_config("smoke")
+    config.sampling.max_new_tokens = config.data.buckets[-1] - config.data.max_prompt
+    configure.check(config, sharding.make_mesh())
+    config.sampling.max_new_tokens += 1
+    text = r"^data.max_prompt = 448 and sampling.max_new_tokens = 193: together at most .*buckets, 640"
+    with pytest.raises(ValueError, match=text):
         configure.check(config, sharding.make_mesh())
 
 

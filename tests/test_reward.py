@@ -1,9 +1,11 @@
 """How responses are selected: every strategy on responses made by hand; and the reward model's data."""
 
 import dataclasses
+import shutil
 import types
 
 import numpy as np
+import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
@@ -187,11 +189,27 @@ def test_queries_of_the_reward_model(labelled, trained):
     assert ids[: len(fresh)] == fresh[: len(ids)]
 
 
-def test_long_prompts_make_longer_rows(monkeypatch):
+def test_no_image_is_both_held_out_and_trained_on(tmp_path):
+    """The reward model would know it: what is held out would look easier than it is."""
+    for name in "ab":
+        PIL.Image.new("RGB", (8, 8), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")
+    shown = ("a", "b", "copy", "a", "b", "b")
+    found = [
+        dataclasses.replace(QUERY, id=f"q{at}", images=(str(tmp_path / f"{name}.png"),))
+        for at, name in enumerate(shown)
+    ]
+    config = ConfigDict({"prm": {"queries": 2, "held_out": 1}, "warmup": {"queries": 0}})
+    out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
+    assert [q.id for q in out.held_out] == ["q0"] and [q.id for q in out.trained] == ["q1", "q4"]
+
+
+def test_long_prompts_make_longer_rows(monkeypatch, caplog):
     """A row is split at prm.longest, unless a prompt alone needs more."""
     encode = lambda text: list(range(len(text.split("\n")) * 5))  # noqa: E731  (five ids a line)
     host = types.SimpleNamespace(
         prm=ConfigDict({"longest": 40}),
+        data=ConfigDict({"buckets": (20, 320)}),
         processor=types.SimpleNamespace(encode_response=encode),
         texts=["a"] * 4 + ["\n"] + ["b"] * 20,
     )
@@ -203,3 +221,8 @@ def test_long_prompts_make_longer_rows(monkeypatch):
         monkeypatch.setattr("mstar_jax.stages.reward_model.plan", lambda *_, planned=planned: planned)
         rows = labelled_rows(host, asked, {"q": RESPONSES}, labelled)
         assert len(rows) == parts and sum(len(row.responses) for row in rows) == 4  # different ones
+    planned = [Prompt(QUERY, "total?", 308, 0)]  # room for 12 tokens: two lines, and three are left out
+    monkeypatch.setattr("mstar_jax.stages.reward_model.plan", lambda *_: planned)
+    rows = labelled_rows(host, asked[:1], {"q": RESPONSES}, labelled)
+    assert [len(tokens) for row in rows for tokens in row.responses] == [5]
+    assert "prm: 3 responses left out: with their prompt over 320 tokens" in caplog.text

@@ -273,7 +273,8 @@ def split_rows(rows: Sequence[Row], max_length: int) -> list[Row]:
             if len(response) > room:
                 raise ValueError(
                     f"query {row.prompt.query.id}: {row.prompt.length} prompt and {len(response)} response "
-                    f"tokens do not fit into {max_length}, the largest of data.buckets; add a larger one"
+                    f"tokens do not fit into {max_length}, the largest of data.buckets; start another "
+                    "workdir with a larger one"
                 )
             if sum(map(len, row.responses[first : last + 1])) > room:
                 out.append(_part(row, first, last))

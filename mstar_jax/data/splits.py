@@ -86,6 +86,14 @@ def unlabelled(query: Query) -> Query:
     return dataclasses.replace(query, answer=None, answer_type=query.asked_type)
 
 
+def apart(queries: Sequence[Query], held_out: Sequence[Query]) -> list[Query]:
+    """The queries that show none of the images of the held-out ones, nor are one of them."""
+    ids = {query.id for query in held_out}
+    shown = pictures.contents({image for query in [*queries, *held_out] for image in query.images})
+    hidden = {shown[image] for query in held_out for image in query.images}
+    return [q for q in queries if q.id not in ids and hidden.isdisjoint(shown[path] for path in q.images)]
+
+
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
     """Connected components of queries that share images, each sorted by id."""
     contents = pictures.contents({image for query in queries for image in query.images})

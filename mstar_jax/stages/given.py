@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mstar_jax.data import pictures, splits
+from mstar_jax.data import splits
 from mstar_jax.data.given import Given
 from mstar_jax.inference.generate import Groups
 from mstar_jax.rewards import selection
@@ -49,14 +49,12 @@ def given_labels(run: Run) -> Labelled:
         sample = counted[row.query.id] = counted.get(row.query.id, -1) + 1
         labels[row.query.id, sample] = row.labels
     held_out = queries[: min(run.config.prm.held_out, len(queries) // 4)]
-    shown = pictures.contents({image for query in queries for image in query.images})
-    hidden = {shown[image] for query in held_out for image in query.images}
-    rest = queries[len(held_out) :]
-    trained = [query for query in rest if not hidden.intersection(shown[image] for image in query.images)]
+    trained = splits.apart(queries, held_out)
+    left_out = len(queries) - len(held_out) - len(trained)
     text = (
         "prm: %d responses to %d queries have labels; %d queries are held out, %d left out with their images"
     )
-    log.info(text, len(run.steps), len(queries), len(held_out), len(rest) - len(trained))
+    log.info(text, len(run.steps), len(queries), len(held_out), left_out)
     return Labelled(trained, held_out, responses, labels)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from mstar_jax import models
-from mstar_jax.data import loader, truth
+from mstar_jax.data import loader, splits, truth
 from mstar_jax.inference import sampler
 from mstar_jax.inference.generate import (
     Asked,
@@ -123,15 +123,16 @@ class Queries(NamedTuple):
 
 
 def reward_queries(run: Run) -> Queries:
-    """`prm.held_out` and `prm.queries` of the labelled queries; those that the warm-up trained on come last:
-    the policy may have memorised them."""
+    """`prm.held_out` and `prm.queries` of the labelled queries, no image in both; those that the warm-up
+    trained on come last: the policy may have memorised them."""
     settings = run.config.prm
     asked = [row.query for row in run.rationales] or run.labelled[: run.config.warmup.queries]
     known = {query.id for query in asked}
     order = sorted(run.labelled, key=lambda query: query.id in known)  # and otherwise as they were
-    held_out = min(settings.held_out, len(order) // 4)
-    found = Queries(order[held_out : held_out + settings.queries], order[:held_out])
-    if held_out + settings.queries > sum(query.id not in known for query in order):
+    count = min(settings.held_out, len(order) // 4)
+    held_out = order[:count]
+    found = Queries(splits.apart(order[count:], held_out)[: settings.queries], held_out)
+    if count + settings.queries > sum(query.id not in known for query in order):
         text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
         log.warning(text, len(order), len(found.trained))
     return found
@@ -224,12 +225,15 @@ def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, la
     """Rows to train the reward model on: the distinct responses of each query; where their steps have no
     labels, the correct ones."""
     rows: list[Row] = []
-    left_out = 0
+    left_out = long = 0
     encode = prm.as_written(host.processor, host.texts)
     for prompt in plan(host, asked, "prm"):
         if prompt is None:
             continue
-        found = selection.distinct(responses.get(prompt.query.id, []))
+        every = selection.distinct(responses.get(prompt.query.id, []))
+        room = max(host.data.buckets) - prompt.length  # those of a file may be of any length
+        found = [r for r in every if len(encode(r.text).tokens) <= room]
+        long += len(every) - len(found)
         own = [labels[r.query_id, r.sample] for r in found if (r.query_id, r.sample) in labels]
         try:
             if own:
@@ -243,6 +247,9 @@ def labelled_rows(host: Inference, asked: Sequence[Asked], responses: Groups, la
             log.warning("prm: left out: %s", error)
     if left_out:
         log.warning("prm: %d of %d queries left out", left_out, len(asked))
+    if long:
+        text = "prm: %d responses left out: with their prompt over %d tokens, the largest of data.buckets"
+        log.warning(text, long, max(host.data.buckets))
     return rows
 
 
