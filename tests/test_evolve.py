@@ -41,7 +41,7 @@ SMALL = {
     "data.figures.instruct": 16,
     "data.validation": 8,
     "data.test": 8,
-    "data.max_prompt": 160,
+    "data.max_prompt": 152,
     "data.buckets": (160,),
     "policy.decoder.num_layers": 1,
     "policy.decoder.unroll": 1,
@@ -389,7 +389,11 @@ def test_benchmarks_are_asked_at_the_end(whole, tmp_path):
     assert [row.split("|")[1].strip() for row in rows[2:5]] == ["base", "warmup", FINAL]
 
 
-def test_a_second_start_does_nothing(whole, monkeypatch):
+@pytest.mark.parametrize("devices", [8, 1])
+def test_a_second_start_does_nothing(whole, monkeypatch, devices):
+    """Not even on another number of devices, where other rows would be prefilled together."""
+    fewer = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+    monkeypatch.setattr(sharding, "make_mesh", fewer)
     monkeypatch.setattr(pictures, "_known", {})  # as in a new process
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
     monkeypatch.setattr("mstar_jax.stages.policy.make_train_step", None)

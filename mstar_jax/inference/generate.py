@@ -293,7 +293,7 @@ def sample_rows(
     size = entering(batch, s.refill, sampler.shards)
     store = Store(
         host.workdir / task.folder,
-        {**task.settings, "seed": host.seed, "batch": batch, "refill": size, "shard": s.shard},
+        {**task.settings, "seed": host.seed, "batch": batch, "refill": s.refill, "shard": s.shard},
     )
 
     def asked(number: int) -> str:

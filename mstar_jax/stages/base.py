@@ -76,7 +76,8 @@ def good_enough(run: Run, params: Model, cursor: int) -> bool:
         settings={"prompt": run.config.prompts.cot},
         kind="evaluation",
     )
-    accuracy = metrics.dynamics([found[q.id] for q in run.base_validation], 1)["greedy_accuracy"]
+    groups = [found[query.id] for query in run.base_validation if query.id in found]
+    accuracy = metrics.dynamics(groups, 1).get("greedy_accuracy", 0.0)  # none fits: warned of
     text = "base, step %d: greedy %.1f%% on validation; training ends at %.1f%%"
     log.info(text, cursor, 100 * accuracy, 100 * c.target)
     return accuracy >= c.target
