@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from configs import tiny as tiny_config
 from mstar_jax import configure, sharding
 from mstar_jax.data import loader
-from mstar_jax.stages import improve
+from mstar_jax.stages import base, improve
 from mstar_jax.stages.policy import Policy, at_rest, check_values, policy_after, values_of
-from mstar_jax.structs import Prompt, Query, Row, Source, Stage
+from mstar_jax.structs import Prompt, Query, Response, Row, Source, Stage
 from mstar_jax.training import optimizer
 from mstar_jax.training.checkpoint import EvolveState
 
@@ -257,3 +257,14 @@ def test_rows_of_a_small_source_are_drawn_as_often_as_others():
     drawn = [mixed[i].prompt.query.id for i in range(1040)]
     counts = [drawn.count(row.prompt.query.id) for source in sources for row in source.rows]
     assert min(counts) >= 9 and max(counts) <= 11
+
+
+@pytest.mark.parametrize(("fits", "expected"), [("ab", True), ("b", False), ("", False)])
+def test_a_base_is_measured_on_what_fits(monkeypatch, fits, expected):
+    """A validation prompt over data.max_prompt is left out there too."""
+    answers = {"a": "correct", "b": "wrong"}
+    given = {q: [Response(q, 0, "x", (1,), 0.0, False, "x", answers[q], temperature=0.0)] for q in fits}
+    monkeypatch.setattr(base, "sample", lambda *_, **__: given)
+    config = ConfigDict({"base": {"check_from": 0, "target": 0.5}, "prompts": {"cot": "{question}{choices}"}})
+    run = types.SimpleNamespace(config=config, base_validation=[Query(q, (), "?", answer="x") for q in "ab"])
+    assert base.good_enough(run, None, 10) is expected
