@@ -52,6 +52,8 @@ _LATEX: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"\\(?:times)"), "×"),
     (re.compile(r"\\cdot"), "·"),
     (re.compile(r"\\pi(?![A-Za-z])"), "π"),
+    (re.compile(r"\\Omega(?![A-Za-z])"), "Ω"),
+    (re.compile(r"\\mu(?![A-Za-z])\s?"), "μ"),
     (re.compile(r"\\approx"), "≈"),
     (re.compile(r"\\pm(?![A-Za-z])\s?"), "±"),
     (re.compile(r"(\d\.\d*)\\(?:overline|bar|dot)\s?\{(\d{1,6})\}"), r"\1\2\2\2⋯"),

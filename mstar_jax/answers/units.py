@@ -26,6 +26,7 @@ week weeks 周; month months 个月; year years 年; year-old years-old 岁
 ₹ rupee rupees rs rs. inr
 ¥ yuan 元 块 人民币; n newton newtons 牛; j joule joules; w watt watts; v volt volts; a amp amps
 ω ohm ohms; hz; mph; °c c 摄氏度; °f f; pa; kpa; mol; nm; kj; n/m; m/s; km/h
+kω; kw; kwh; kv; ma; kn; mpa; khz; mhz; ghz; ev; kev; kcal; rad radian radians; μm; μs; μf; μc
 m^2 平方米; cm^2 平方厘米; m^3 立方米; cm^3 立方厘米
 """  # the first of each group is its canonical name
 UNITS = {name: names.split()[0] for names in re.split("[;\n]", _UNIT_NAMES.strip()) for name in names.split()}
@@ -50,6 +51,7 @@ _REMARK = re.compile(  # after a number and its unit
     r"|(?:which|that) (?:is|are|was) the"
     r" (?:\w+est|sum|total|number|value|difference|median|mean|average|same))\b[^,;()\d]*\)?"
 )
+_DEGREES = re.compile(r"°\s(?=[cf]\b)")  # `25^\circ C` comes with a space
 _CLAUSE = re.compile(r"[,;(]|\b(?:because|since|as|so|which|with|where|in total|left)\b")
 _NOT_UNIT = re.compile(
     r"\d|[\\^√π+*/=<>≤≥≠≈|!\[\]{}]"
@@ -95,7 +97,7 @@ def unit(tail: str, *, one: bool = False) -> str | None:
         return None
     if _REMAINDER.search(text):
         return None
-    text = text.strip()
+    text = _DEGREES.sub("°", text.strip())
     if (known := _known(text)) is not None:
         return known
     text = text.replace("per cent", "percent")
@@ -127,8 +129,10 @@ def _rate(text: str, one: bool) -> str | None:
     """`km/h` of `kilometers per hour`; None where a part is neither a unit nor a counted thing."""
     above, _, below = f" {text}".partition(" per ")
     first = _counted(above.strip(), one) if above.strip() else ""  # `$5 per hour`
-    second = _counted(_CLAUSE.split(below, maxsplit=1)[0].strip(), True)
-    return f"{first}/{second}" if first is not None and second and not _NOT_UNIT.search(below) else None
+    part = _CLAUSE.split(below, maxsplit=1)[0]
+    second = _counted(part.strip(), True)
+    rest = below if _known(part.strip()) is None else below[len(part) :]  # `s^2` is a unit
+    return f"{first}/{second}" if first is not None and second and not _NOT_UNIT.search(rest) else None
 
 
 def _counted(words: str, one: bool) -> str | None:
