@@ -350,8 +350,50 @@ def test_unusual_names_of_columns(tmp_path):
     assert (query.id, query.question, query.answer) == ("q", "How many?", "3")
     _, report = read_lines(tmp_path, record, columns=columns._replace(question="asks"))
     assert report.dropped == {"no column 'asks'": 1}
+    found, report = read_lines(tmp_path, record, {"ask": "How few?", "label": 2}, columns=columns)
+    assert [query.id for query in found] == ["q", "d_1"] and not report.dropped  # not every row has an id
+    with pytest.raises(ValueError, match="no row has a column 'options of it'; see data.columns"):
+        read_lines(tmp_path, record, columns=columns._replace(options="options of it"))
     with pytest.raises(ValueError, match="'ask=question' is not one of id, images, question"):
         rows.named("id=key,ask=question")
+
+
+@pytest.mark.parametrize(
+    ("given", "dropped"),
+    [
+        ({"answer_choices": ["x", "y"], "answer": "B"}, True),
+        ({"A": "x", "B": "y", "answer": "(b)"}, True),
+        ({"A": "x", "B": "y", "answer": "x"}, False),  # free-form, and the rest is something else
+        ({"answer": "C"}, False),  # which point?
+        ({"tags": ["x", "y"], "answer": "B"}, False),
+        ({"choices_of": ["x", "y"], "answer": "B", "question": "Which?\nChoices:\n(A) x\n(B) y"}, False),
+    ],
+)
+def test_a_letter_is_no_answer_where_options_were_not_read(tmp_path, given, dropped):
+    """The policy would not see them, and would be rewarded for the letter."""
+    queries, report = read_lines(tmp_path, {"question": "Which?"} | given)
+    assert report.dropped == ({"options in an unknown field": 1} if dropped else {})
+    assert len(queries) == (not dropped)
+
+
+@pytest.mark.parametrize(
+    ("images", "count"),
+    [
+        ({"image": {"bytes": None, "path": None}}, 0),
+        ({"images": [""]}, 0),
+        ({"images": [None]}, 0),
+        ({"image_1": "1.png", "image_2": ""}, 1),
+        ({"image": "", "image_path": "1.png"}, 1),
+        ({"image": {"bytes": None, "path": ""}, "image_1": "1.png"}, 1),
+    ],
+)
+def test_cells_without_an_image(tmp_path, images, count):
+    """As tables write that a row has none, or fewer than others."""
+    (tmp_path / "1.png").write_bytes(drawn(1))
+    record = {"question": "How many?", "answer": "3"} | images
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "d.parquet")
+    [query], _ = mathv360k.read(tmp_path / "d.parquet", tmp_path, folder=tmp_path / "images")
+    assert len(query.images) == count
 
 
 def test_numbered_columns_of_images(tmp_path):
@@ -380,11 +422,13 @@ def test_which_files_are_meant(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file has such a name"):
         files.shards(str(tmp_path / "data/valid-*"))
     (tmp_path / "two").mkdir()
-    for name in ("train-00000-of-00001.jsonl", "test.jsonl"):
+    (tmp_path / "two/train-00000-of-00001.jsonl").write_text("{}")
+    for name in ("test.jsonl", "my_test.jsonl", "geo_TEST_1k.jsonl"):
         (tmp_path / "two" / name).write_text("{}")
-    with pytest.raises(ValueError, match="files of test, train: name some of them"):
-        files.shards(str(tmp_path / "two"))
-    (tmp_path / "two/test.jsonl").rename(tmp_path / "two/more.jsonl")
+        with pytest.raises(ValueError, match="files of test, train: name some of them"):
+            files.shards(str(tmp_path / "two"))
+        (tmp_path / "two" / name).unlink()
+    (tmp_path / "two/latest.jsonl").write_text("{}")
     assert len(files.shards(str(tmp_path / "two"))) == 2
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(ValueError, match="splits train, test: name the folder of one"):

@@ -38,7 +38,8 @@ ENDINGS = {  # of names, in the order in which they are looked for in a folder
 }
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")  # hold no records
 _SAVE = "save the data set again, or name its .arrow files, as in 'folder/*.arrow'"
-_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.|(train|validation|valid|val|dev|test)\.")  # a split's name
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.")  # of a split, which it names
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")  # in a name in lower case
 
 
 # ---- 1. which files -----------------------------------------------------------------------------------
@@ -92,12 +93,20 @@ def _in_folder(folder: str) -> list[str]:
         paths = [each for each in paths if os.path.isfile(each) and os.path.basename(each) not in _ABOUT]
         if named := [(ending, each) for each in paths if (ending := _ending(each))]:
             kinds = {ENDINGS[ending] for ending, _ in named}
-            splits = {m[1] or m[2] for _, each in named if (m := _SHARD.match(os.path.basename(each)))}
+            splits = {split for _, each in named if (split := _split(os.path.basename(each)))}
             if len(kinds) > 1 or len(splits) > 1:
                 what = f"files of {', '.join(sorted(kinds if len(kinds) > 1 else splits))}"
                 raise ValueError(f"{place} holds {what}: name some of them, as in '{place}/train*'")
             return [each for _, each in named]
     raise FileNotFoundError(f"{folder}: neither here nor in data/ is a file that ends in {_endings()}")
+
+
+def _split(name: str) -> str:
+    """The split that a file's name tells, as in `test-00000-of-00002.parquet` or `geo_test.jsonl`; or ''."""
+    if shard := _SHARD.match(name):
+        return shard[1]
+    found = _SPLIT.findall(name.lower())
+    return found[-1] if found else ""
 
 
 def _said(path: str, key: str) -> list[object]:

@@ -30,11 +30,12 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mstar_jax.answers.check import equivalent
-from mstar_jax.data import files, pictures, prompts, rows
+from mstar_jax.data import files, labels, pictures, prompts, rows
 from mstar_jax.data.images import MAX_PIXELS, ImageError, resolve
 from mstar_jax.data.splits import split
 from mstar_jax.data.turns import Unreadable, is_long, parse_answer, parse_question
@@ -44,6 +45,7 @@ __all__ = ["Report", "read", "split"]
 
 EXAMPLES = 3  # rows that the report names per cause
 OPTIONAL = ("questions", "steps")  # what is wanted of rows that need no answer
+_LETTER = re.compile(r"\s*\(?[A-Ha-h]\)?\.?\s*")  # of an option
 TOGETHER = 16  # rows whose images are in memory together
 
 
@@ -122,6 +124,8 @@ def _query(row: rows.Row, name: str, paths: Sequence[str], wanted: str, long: bo
     asked_type = "choice" if options else _cue(hint)
     gold, answer_type = None, asked_type
     said = {"answers": row.answer, "rationales": row.gold or row.response, "steps": row.gold}.get(wanted, "")
+    if row.unread and not options and _LETTER.fullmatch(said):
+        raise Unreadable("options in an unknown field")
     if said or wanted not in OPTIONAL:
         gold, answer_type = parse_answer(said, options, hint, row.question, long)
     first = row.images[0].path.split("/") if row.images else []
@@ -175,9 +179,11 @@ def stream(
       long: also keep rows whose answer is long, which the answer checker cannot judge.
 
     Raises:
-      ValueError: a file as a whole cannot be read, or has images inside and there is no folder for them.
+      ValueError: a file as a whole cannot be read, or has images inside and there is no folder for them; or
+        no row has a column that was named.
     """
     root = os.fspath(root)
+    absent = {name for role in rows.OPTIONAL if (name := getattr(columns, role))}
     real = functools.cache(os.path.realpath)  # of folders
     resolved = functools.cache(lambda relative: resolve(root, relative, real))
 
@@ -200,6 +206,7 @@ def stream(
             if wanted == "steps":
                 some = [(f, n, place, _unrolled(record, columns)) for f, n, place, record in some]
             parsed = [_parsed(record, columns) for *_, record in some]
+            absent = absent.difference(*(record for *_, record in some if isinstance(record, dict)))
             images = [image for row in parsed if isinstance(row, rows.Row) for image in row.images]
             held = any(image.data is not None for image in images)
             paths = iter(pool.map(placed, images) if held else map(placed, images))
@@ -214,13 +221,15 @@ def stream(
                     if faults := [each.cause for each in own if isinstance(each, ImageError)]:
                         raise Unreadable(faults[0])
                     names = [s.path if s.data and s.path else at for s, at in zip(row.images, there)]
-                    response, labels = row.response, tuple[float, ...]()
+                    response, values = row.response, tuple[float, ...]()
                     if wanted == "steps" and isinstance(record, dict):
-                        response, labels = rows.labelled_steps(record, columns)
-                    yield Found(f"{place}: {query.id}", query, tuple(names), response, labels)
+                        response, values = labels.labelled_steps(record, columns)
+                    yield Found(f"{place}: {query.id}", query, tuple(names), response, values)
                 except Unreadable as error:
                     name = record.get("id") if isinstance(record, dict) else None
                     yield Dropped(f"{place}: {name}" if isinstance(name, str) else place, str(error))
+    if absent:
+        raise ValueError(f"{path}: no row has a column {sorted(absent)[0]!r}; see data.columns")
 
 
 def _parsed(record: object, columns: rows.Columns) -> rows.Row | Unreadable:
@@ -232,7 +241,7 @@ def _parsed(record: object, columns: rows.Columns) -> rows.Row | Unreadable:
 
 def _unrolled(record: object, columns: rows.Columns) -> object:
     try:
-        return rows.unrolled(record, columns)
+        return labels.unrolled(record, columns)
     except Unreadable as error:
         return error
 

@@ -36,13 +36,11 @@ elsewhere is refused, for nothing is downloaded.
 
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mstar_jax.data import pictures
 from mstar_jax.data.images import ImageError
 from mstar_jax.data.turns import Unreadable, image_marks, name_marks, plain_number, structs
-from mstar_jax.rewards import steps
 
 
 class Columns(NamedTuple):
@@ -61,6 +59,7 @@ class Columns(NamedTuple):
 
 
 NAMES = Columns()
+OPTIONAL = ("id", "images", "options", "source")  # of rows that are none the worse without
 
 
 def named(text: str) -> Columns:
@@ -113,6 +112,7 @@ class Row(NamedTuple):
       answer: that of the two which says the gold answer, as a rule the turn.
       options: those of a column; None if it has none.
       source: what the record says it is from.
+      unread: whether there are no options, but a column that may hold some.
     """
 
     id: object
@@ -124,6 +124,7 @@ class Row(NamedTuple):
     answer: str
     options: tuple[str, ...] | None
     source: str
+    unread: bool = False
 
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -132,6 +133,7 @@ _PICTURES = ("image", "image_url", "input_image")
 _IMAGE_FIELD = re.compile(r"(?:image|img)s?(?:_?(?:paths?|files?|names?|file_?names?))?", re.IGNORECASE)
 _NUMBERED_FIELD = re.compile(r"image_?(\d{1,2})", re.IGNORECASE)
 _IMAGE_LIKE = re.compile(r"image(?!_?id)|img(?!_?id)|picture|photo", re.IGNORECASE)
+_OPTION_LIKE = re.compile(r"option|choice|candidate", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 MOST_OPTIONS = 26  # a letter for each
 _LABELLED = r"[(\[]?{}\s?[)\].:]\s*(?=\S)"
@@ -151,7 +153,7 @@ def parse(record: object, columns: Columns) -> Row:
     gold, options = column(record, columns, "answer"), column(record, columns, "options")
     images = _images(record, columns)
     if turns is not None:
-        texts, images, response = _dialogue(turns, images)
+        texts, images, response = dialogue(turns, images)
         sound = isinstance(gold, str) or plain_number(gold) is not None
         gold = gold if columns.answer or sound else None
         options = options if columns.options or isinstance(options, list) else None
@@ -172,6 +174,7 @@ def parse(record: object, columns: Columns) -> Row:
         answer=known if known and (columns.answer or turns is None) else said,
         options=_listed(options),
         source=source if isinstance(source, str) else "",
+        unread=options is None and turns is None and _options_elsewhere(record),
     )
 
 
@@ -179,12 +182,13 @@ def column(record: Mapping[str, Any], columns: Columns, role: str, cause: str = 
     """The value of a column; None if the record has none.
 
     Raises:
-      Unreadable: it has no column of the name that was given; or, with a cause, of any usual name.
+      Unreadable: it has no column of the name that was given, and not every row needs one; or, with a cause,
+        of any usual name.
     """
     if name := getattr(columns, role):
-        if name not in record:
+        if name not in record and role not in OPTIONAL:
             raise Unreadable(f"no column {name!r}")
-        return record[name]
+        return record.get(name)
     for name in USUAL[role]:
         if record.get(name) is not None:
             return record[name]
@@ -220,8 +224,12 @@ def text(value: object) -> str:
 # ---- 1. turns -----------------------------------------------------------------------------------------
 
 
-def _dialogue(value: object, images: Sequence[Shown]) -> tuple[list[str], list[Shown], object]:
-    """(the texts of the turns up to the last that asks, the images, what answers it) of a conversation."""
+def dialogue(value: object, images: Sequence[Shown]) -> tuple[list[str], list[Shown], object]:
+    """(the texts of the turns up to the last that asks, the images, what answers it) of a conversation.
+
+    Raises:
+      Unreadable: it is none.
+    """
     if not isinstance(value := structs(value), list) or not all(isinstance(turn, dict) for turn in value):
         raise Unreadable("wrong types")
     speakers, said = [], list[object]()
@@ -281,6 +289,12 @@ def _listed(value: object) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
+def _options_elsewhere(record: Mapping[str, Any]) -> bool:
+    """Whether a record may have options in columns that are not read: A, B, ..., or one called like them."""
+    lettered = all(isinstance(record.get(letter), str) for letter in "AB")
+    return lettered or any(_OPTION_LIKE.search(k) and isinstance(v, list | dict) for k, v in record.items())
+
+
 # ---- 2. images ----------------------------------------------------------------------------------------
 
 
@@ -292,17 +306,25 @@ def _images(record: Mapping[str, Any], columns: Columns) -> list[Shown]:
         named = [record["decoded_image"]]
     else:
         named = [value for key, value in record.items() if _IMAGE_FIELD.fullmatch(key) and value]
-    found = [value if isinstance(value, list) else [value] for value in named]
+    listed = (value if isinstance(value, list) else [value] for value in named)
+    found = [values for each in listed if (values := [value for value in each if not _blank(value)])]
     if any(values != found[0] for values in found):
         raise Unreadable("several image fields")
     if not found:
         numbered = [(int(m[1]), key) for key in record if (m := _NUMBERED_FIELD.fullmatch(key))]
-        found = [[record[key] for _, key in sorted(numbered) if record[key] is not None]]
+        found = [[record[key] for _, key in sorted(numbered) if not _blank(record[key])]]
         known = columns.images or numbered or any(map(_IMAGE_FIELD.fullmatch, record))
         kinds = str | bytes | list | dict
         if not known and any(_IMAGE_LIKE.search(k) and isinstance(v, kinds) for k, v in record.items()):
             raise Unreadable("image in an unknown field")
     return [shown(value) for value in found[0]]
+
+
+def _blank(value: object) -> bool:
+    """Whether a cell holds no image, as writers of tables say it."""
+    if isinstance(value, dict):
+        return value.get("bytes") is None and not value.get("path") and not value.get("url")
+    return value is None or value == ""
 
 
 def shown(value: object) -> Shown:
@@ -329,69 +351,3 @@ def shown(value: object) -> Shown:
     if _URL.match(path):
         raise Unreadable("image is a URL")
     return Shown(None, path)
-
-
-# ---- 3. steps with labels -----------------------------------------------------------------------------
-
-_SIGNS = {"+": 1.0, "-": 0.0}
-_ASKED, _SOLUTION = "### Question:", "### Solution Process:"  # of VisualPRM's prompt
-
-
-def unrolled(record: object, columns: Columns) -> object:
-    """A record with its steps in columns, where a conversation says them, as in VisualPRM400K: a step a turn,
-    `+` or `-` after each, and the question in front of the first. Where there are both, the columns count.
-
-    Raises:
-      Unreadable: a conversation of other types.
-    """
-    if not isinstance(record, dict) or (turns := column(record, columns, "turns")) is None:
-        return record
-    plain = {key: None if value is turns else value for key, value in record.items()}
-    if column(record, columns, "steps") is not None:
-        return plain if column(record, columns, "question") is not None else record
-    told, _, last = _dialogue(turns, ())
-    said = [*told, text(last)]
-    asked, mark, first = said[0].partition(_SOLUTION)
-    if not mark or not all(each.strip() in _SIGNS for each in said[1::2]):
-        return record
-    question = asked.replace(_ASKED, "", 1).strip()
-    found = {"question": question, "steps": [first, *said[2::2]], "labels": said[1::2]}
-    return plain | {getattr(columns, role) or role: value for role, value in found.items()}
-
-
-def labelled_steps(record: Mapping[str, Any], columns: Columns) -> tuple[str, tuple[float, ...]]:
-    """(a response, a line for each step; the label of each) of a record, see given.py.
-
-    Raises:
-      Unreadable: the steps or labels are absent, of other types, or not equally many.
-    """
-    found, labels = structs(column(record, columns, "steps", "no steps")), column(record, columns, "labels")
-    if isinstance(found, str):
-        found = steps.split(found)
-    if not isinstance(found, list) or not (labels is None or isinstance(labels, list)):
-        raise Unreadable("wrong types")
-    if labels is None:
-        labels = [_field(step, "label", "score") for step in found]
-        found = [_field(step, "step", "text") for step in found]
-    if not found or len(found) != len(labels):
-        raise Unreadable("not a label for each step")
-    lines = [" ".join(steps.split(string(step))) for step in found]  # what is several lines, is several steps
-    if not all(lines):
-        raise Unreadable("empty step")
-    return "\n".join(lines), tuple(map(_label, labels))
-
-
-def _field(step: object, *names: str) -> object:
-    if not isinstance(step, dict):
-        raise Unreadable("not a label for each step")
-    return next((step[name] for name in names if step.get(name) is not None), None)
-
-
-def _label(value: object) -> float:
-    if isinstance(value, str):
-        value = _SIGNS.get(value.strip(), value)
-    if not isinstance(value, int | float | Decimal):  # a bool is 0 or 1
-        raise Unreadable("wrong types")
-    if not 0 <= value <= 1:
-        raise Unreadable("label outside of 0..1")
-    return float(value)
