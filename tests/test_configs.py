@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -287,6 +288,16 @@ def test_every_impossible_value_is_named(key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"^{re.escape(key)}( = |: )"):
         configure.check(config, sharding.make_mesh())
+
+
+def test_what_a_score_needs_is_asked_for_first(monkeypatch):
+    """Not once everything is sampled."""
+    config = tiny.get_config("smoke")
+    config.benchmarks.names = ("ai2d", "mathvista")
+    assert evaluation.problems(config) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    [text] = evaluation.problems(config)
+    assert text.startswith("benchmarks.names: mathvista needs rapidfuzz, pip install 'mstar_jax[benchmarks]'")
 
 
 @pytest.mark.parametrize(("mixin", "first"), [(0.0, 1), (0.5, 11), (0.55, 12), (0.75, 16)])

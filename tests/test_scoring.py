@@ -299,6 +299,22 @@ def test_mathvista_needs_rapidfuzz(monkeypatch):
     assert judge("mmstar", item(), "dogs", False)
 
 
+@pytest.mark.parametrize(
+    ("gold", "kind", "text", "right"),
+    [
+        ("2.5", "float", "The answer is 2.5", True),
+        ("2.0", "float", "The answer is 2", True),
+        ("2.5", "float", "The answer is 2", False),
+        ("12 cm", "integer", "The answer is 12 cm", True),
+        ("12", "integer", "The answer is 13", False),
+    ],
+)
+def test_numbers_of_own_rows_need_no_precision(gold, kind, text, right):
+    """MathVista's rows say to how many places its numbers are rounded; those of MathV360K do not."""
+    found = judge("mathv360k", item(gold, None, kind), text, False)
+    assert (found.official, found.variants["ignore_empty"]) == (right, right)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_strict_and_fallback_are_the_checker_s(name):
     for text in ("The answer is B.", "The answer is C.", "It is a dog", "no", ""):

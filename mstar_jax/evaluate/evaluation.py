@@ -11,6 +11,7 @@
 """
 
 import csv
+import importlib.util
 import io
 import json
 import logging
@@ -86,13 +87,16 @@ class Benchmarks(NamedTuple):
 
 
 def problems(config: ml_collections.ConfigDict) -> list[str]:
-    """Unknown benchmarks and prompts: each key, its value and what it may be."""
+    """Unknown benchmarks and prompts: each key, its value and what it may be; a package that is missing."""
     b = config.benchmarks
     found = [
         text
         for name in b.names
         for text in not_among("benchmarks.names", name, (*benchmarks.NAMES, process.NAME))
     ]
+    fuzzy = [name for name in b.names if name in ("mathvista", "mathv360k")]
+    if fuzzy and importlib.util.find_spec("rapidfuzz") is None:  # asked for once everything is sampled
+        found.append(f"benchmarks.names: {fuzzy[0]} needs rapidfuzz, pip install 'mstar_jax[benchmarks]'")
     return found + not_among("benchmarks.prompt", b.prompt, ("official", *config.prompts))
 
 

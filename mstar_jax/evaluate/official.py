@@ -124,6 +124,15 @@ def mathvista(item: Item, text: str, loose: check.Grade) -> Verdicts:
     return right, {"ignore_empty": right and not unread, "vlmevalkit": _vlmevalkit(item, text, extraction)}
 
 
+def mathv360k(item: Item, text: str, loose: check.Grade) -> Verdicts:
+    """It has none of its own: MathVista's, and our equality for numbers: no row says their precision."""
+    right, variants = mathvista(item, text, loose)
+    if item.query.options or item.query.answer_type not in ("integer", "float"):
+        return right, variants
+    right = loose.verdict == "correct"
+    return right, {**variants, "ignore_empty": right}
+
+
 def _vlmevalkit(item: Item, text: str, extraction: str) -> bool:
     """VLMEvalKit's MathVista score: no edit distance, no rounding; a list is never right (as published)."""
     query = item.query

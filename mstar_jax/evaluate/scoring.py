@@ -61,7 +61,7 @@ class Score:
 _EXACT = ("vlmevalkit exact_matching, of the marked answer", official.exact_matching)
 _OFFICIAL: dict[str, tuple[str, official.Scorer]] = dict.fromkeys(NAMES, _EXACT)
 _OFFICIAL["mathvista"] = ("mathvista, rules in place of GPT's extraction", official.mathvista)
-_OFFICIAL["mathv360k"] = ("as mathvista's, rules in place of GPT's extraction", official.mathvista)  # no own
+_OFFICIAL["mathv360k"] = ("mathvista's for options and texts, our equality for numbers", official.mathv360k)
 _OFFICIAL["m3cot"] = ("m3cot judge_answer", official.m3cot)
 _GPT = "mathverse, rules in place of GPT's extraction and judgement"
 _OFFICIAL["mathverse"] = (_GPT, examiners.mathverse)
