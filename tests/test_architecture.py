@@ -25,8 +25,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 # refuse a few KB of parquet or Arrow that would unfold into many GB; 20 name odd files of a saved data set;
 # 25 read steps that are turns; 55 read what other writers make of a table (views of strings, decimals, UUIDs,
 # structs of lists, times) and leave no way around those checks; 30 keep whole checkpoints, make a lost reward
-# model again, and refuse or leave out rows that fit into no bucket; 30 tell cells without an image, options that
-# were not read, and columns that no row has.
+# model again, and refuse or leave out rows that fit into no bucket; 30 tell cells without an image, options
+# that were not read, and columns that no row has.
 FILE_LINES, LIBRARY_LINES = 400, 11_235
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {
@@ -43,8 +43,8 @@ ROOMS = {
         "answers",
         "evaluate",
     ),  # 500 of it: answers missed, doubled, denied or taken back, numbers in words; 20 kill what hangs; 650:
-    # five benchmarks beside the paper's, with their published scorers, and one for reward models; 10 score own
-    # rows, and ask for a package before anything is sampled
+    # five benchmarks beside the paper's, with their published scorers, and one for reward models; 10 score
+    # own rows, and ask for a package before anything is sampled
 }
 
 COMMANDS = ("main", "ablate", "export", "data.__main__", "evaluate.__main__", "plan.__main__")
