@@ -61,7 +61,10 @@ def get_config() -> ConfigDict:
     data.labelled = ""  # a file, folder or pattern (docs/data.md); empty: an embedded set, if it has a size
     data.root = ""  # folder that its image paths are relative to; empty for the folder of the file
     data.columns = ""  # its columns with unusual names, such as "question=ask,answer=label" (docs/data.md)
-    data.seed = 0  # of the split by image (half of the queries are labelled, 180K) or of the embedded data
+    data.labelled_share = 0.5  # of its queries (180K); of the rest some are measured on, others unlabelled
+    data.validation_file = ""  # your own to measure on, of the same form; empty: some rows of data.labelled
+    data.test_file = ""  # likewise; no query of data.labelled that shows one of their images is trained on
+    data.seed = 0  # of the split by image, or of the embedded data
     data.validation = 250  # queries, measured after every iteration
     data.test = 750  # queries, measured after base, warm-up and the last iteration
     data.max_prompt = 1536  # tokens, image included; queries with longer prompts are left out and counted

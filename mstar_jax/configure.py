@@ -74,6 +74,9 @@ def _sources(config: ConfigDict) -> Iterator[str]:
         yield "policy.path is not set: give a checkpoint's folder, --config.policy.path=/..."
     if not config.data.labelled and not _has_figures(config):
         yield "data.labelled is not set: give a file of questions, --config.data.labelled=/..."
+    for key in ("validation_file", "test_file"):
+        if config.data[key] and not config.data.labelled:
+            yield f"data.{key} = {config.data[key]!r}: needs data.labelled; the embedded data has its own"
 
 
 def _words(config: ConfigDict) -> Iterator[str]:

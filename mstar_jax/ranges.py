@@ -20,6 +20,7 @@ ALWAYS = {
     "reward_seconds": "(0, 1000000]",  # poll takes milliseconds as a C int
     "policy.max_crops": COUNT,
     "data.seed": SOME,
+    "data.labelled_share": "(0, 1]",
     "data.validation": COUNT,
     "data.test": COUNT,
     "data.max_prompt": COUNT,

@@ -1,5 +1,6 @@
 """The data of a run, from the values of a config: its queries, and responses of others to train on."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -92,16 +93,25 @@ def _queries(config: ConfigDict, workdir: pathlib.Path) -> Data:
         )
     path, root = c.labelled, c.root or files.folder_of(c.labelled)
     queries = read(path, root, workdir / IMAGES, named(c.columns), custom.is_users(config.reward))
+    own = {name: _own(config, name, workdir) for name in ("test", "validation") if c[f"{name}_file"]}
+    for name, part in own.items():
+        before, queries = len(queries), splits.apart(queries, part)
+        text = "%s: %d queries; %d of data.labelled left out, which show their images"
+        log.info(text, c[f"{name}_file"], len(part), before - len(queries))
+    if len(own) == 2:  # temperatures are chosen on validation
+        own["validation"] = splits.apart(own["validation"], own["test"])
+    shares = {"validation": 8, "test": 4}
     parts = mathv360k.split(
         queries,
         seed=c.seed,
-        validation=min(c.validation, len(queries) // 8),
-        test=min(c.test, len(queries) // 4),
+        labelled=c.labelled_share,
+        **{name: 0 if name in own else min(c[name], len(queries) // shares[name]) for name in shares},
     )
+    parts |= own
     for name, part in parts.items():
         log.info("%s: %d queries", name, len(part))
     for name, share in (("validation", "eighth"), ("test", "quarter")):
-        if (taken := len(parts[name])) < c[name]:
+        if name not in own and (taken := len(parts[name])) < c[name]:
             text = "data.%s: %d queries instead of %d, for it is at most one %s of the %d usable rows"
             log.warning(text, name, taken, c[name], share, len(queries))
     if few := [name for name in ("labelled", "validation", "test") if not parts[name]]:
@@ -116,6 +126,18 @@ def _queries(config: ConfigDict, workdir: pathlib.Path) -> Data:
         base=base,
         base_validation=base_validation,
     )
+
+
+def _own(config: ConfigDict, split: str, workdir: pathlib.Path) -> list[Query]:
+    """The queries of `data.validation_file` or `data.test_file`, `data.<split>` of them at most. Their ids
+    name the split, for another file may have the same ones."""
+    c, path = config.data, config.data[f"{split}_file"]
+    root, users = c.root or files.folder_of(path), custom.is_users(config.reward)
+    found = read(path, root, workdir / IMAGES, named(c.columns), users)
+    if len(found) > c[split]:  # a file may be sorted
+        log.info("%s: %d of %d queries, drawn at random (data.%s)", path, c[split], len(found), split)
+        found = splits.shuffled(found, c.seed, 0)[: c[split]]
+    return [dataclasses.replace(query, id=f"{split}_{query.id}") for query in found]
 
 
 def read(
@@ -134,7 +156,7 @@ def read(
     try:
         queries, report = mathv360k.read(path, root, folder=folder, columns=columns, long=long)
     except OSError as error:
-        raise ValueError(f"data.labelled = {path}: cannot be read ({error})") from error
+        raise ValueError(f"data: {path}: cannot be read ({error})") from error
     (log.warning if report.dropped else log.info)("%s", report)
     if not queries:
         raise ValueError(f"{path}: no usable row; images are looked for under {root} (data.root)")

@@ -10,10 +10,11 @@ import socket
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 
 from configs import tiny as tiny_config
-from mstar_jax import configure, finished, records, sources, workdir
+from mstar_jax import configure, finished, records, sharding, sources, workdir
 from mstar_jax.stages import run
 from mstar_jax.structs import Query, Stage
 from mstar_jax.training import curves
@@ -281,6 +282,45 @@ def test_fewer_queries_than_asked_for_are_a_warning(tmp_path, caplog):
     assert (len(data.validation), len(data.test)) == (2, 4)
     text = "data.test: 4 queries instead of 9, for it is at most one quarter of the 16 usable rows"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+
+
+def test_files_of_ones_own_are_measured_on(tmp_path, caplog):
+    """What shows their images is not trained on, and the rest is labelled. Files may have the same ids."""
+    for name in "abcdef":
+        PIL.Image.new("RGB", (8, 8), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+
+    def write(file, images):
+        rows = [
+            {"id": str(at), "image": f"{name}.png", "question": f"<image>{file} {at}?", "answer": "3"}
+            for at, name in enumerate(images)
+        ]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / file)
+
+    config = tiny_config.get_config("smoke")
+    config.policy.path = "/elsewhere"
+    config.data.update(
+        {
+            "labelled": write("train.jsonl", "aabbccddeeff"),
+            "validation_file": write("val.jsonl", "ba"),
+            "test_file": write("test.jsonl", "bbcc"),
+            "labelled_share": 1.0,
+            "validation": 5,
+            "test": 3,
+        }
+    )
+    data = sources.load_data(config, tmp_path)
+    assert [query.id for query in data.validation] == ["validation_1"]  # the other shows b, as the test does
+    assert len(data.test) == 3 and {q.id for q in data.test} < {f"test_{n}" for n in range(4)}
+    assert {os.path.basename(q.images[0]) for q in data.labelled} == {"d.png", "e.png", "f.png"}
+    assert len(data.labelled) == 6 and not data.unlabelled
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    config.data.labelled_share = 0.5
+    halves = sources.load_data(config, tmp_path)
+    assert len(halves.labelled) in (2, 4) and len(halves.labelled) + len(halves.unlabelled) == 6
+    config.data.labelled = ""
+    with pytest.raises(ValueError, match="data.test_file = .*: needs data.labelled"):
+        configure.check(config, sharding.make_mesh())
 
 
 def test_long_answers_are_read_for_a_reward_of_the_users(tmp_path):
