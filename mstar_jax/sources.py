@@ -96,7 +96,7 @@ def _queries(config: ConfigDict, workdir: pathlib.Path) -> Data:
     own = {name: _own(config, name, workdir) for name in ("test", "validation") if c[f"{name}_file"]}
     for name, part in own.items():
         before, queries = len(queries), splits.apart(queries, part)
-        text = "%s: %d queries; %d of data.labelled left out, which show their images"
+        text = "%s: %d queries; %d of data.labelled left out, which show the same images"
         log.info(text, c[f"{name}_file"], len(part), before - len(queries))
     if len(own) == 2:  # temperatures are chosen on validation
         own["validation"] = splits.apart(own["validation"], own["test"])

@@ -366,14 +366,18 @@ def test_unusual_names_of_columns(tmp_path):
         ({"A": "x", "B": "y", "answer": "x"}, False),  # free-form, and the rest is something else
         ({"answer": "C"}, False),  # which point?
         ({"tags": ["x", "y"], "answer": "B"}, False),
+        ({"answer_choices": [], "answer": "B"}, False),  # as of a table with both kinds of questions
         ({"choices_of": ["x", "y"], "answer": "B", "question": "Which?\nChoices:\n(A) x\n(B) y"}, False),
     ],
 )
 def test_a_letter_is_no_answer_where_options_were_not_read(tmp_path, given, dropped):
     """The policy would not see them, and would be rewarded for the letter."""
-    queries, report = read_lines(tmp_path, {"question": "Which?"} | given)
+    record = {"question": "Which?"} | given
+    queries, report = read_lines(tmp_path, record)
     assert report.dropped == ({"options in an unknown field": 1} if dropped else {})
     assert len(queries) == (not dropped)
+    other = {"question": "How many?", "mine": ["3", "4"], "answer": "3"}
+    assert len(read_lines(tmp_path, record, other, columns=rows.named("options=mine"))[0]) == 2
 
 
 @pytest.mark.parametrize(

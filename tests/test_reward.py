@@ -180,7 +180,7 @@ def test_why_there_is_no_auc_is_said(values, text):
 @pytest.mark.parametrize(("labelled", "trained"), [(40, 20), (16, 12), (6, 5)])
 def test_queries_of_the_reward_model(labelled, trained):
     """The warm-up's come last; few queries are used up, never refused, and never twice."""
-    found = [dataclasses.replace(QUERY, id=f"q{i}") for i in range(labelled)]
+    found = [dataclasses.replace(QUERY, id=f"q{i}", question=f"{i}?") for i in range(labelled)]
     config = ConfigDict({"prm": {"queries": 20, "held_out": 5}, "warmup": {"queries": 12}})
     out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
     ids = [q.id for q in [*out.held_out, *out.trained]]

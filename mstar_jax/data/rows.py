@@ -174,7 +174,7 @@ def parse(record: object, columns: Columns) -> Row:
         answer=known if known and (columns.answer or turns is None) else said,
         options=_listed(options),
         source=source if isinstance(source, str) else "",
-        unread=options is None and turns is None and _options_elsewhere(record),
+        unread=options is None and turns is None and not columns.options and _options_elsewhere(record),
     )
 
 
@@ -292,7 +292,8 @@ def _listed(value: object) -> tuple[str, ...] | None:
 def _options_elsewhere(record: Mapping[str, Any]) -> bool:
     """Whether a record may have options in columns that are not read: A, B, ..., or one called like them."""
     lettered = all(isinstance(record.get(letter), str) for letter in "AB")
-    return lettered or any(_OPTION_LIKE.search(k) and isinstance(v, list | dict) for k, v in record.items())
+    named = (value for key, value in record.items() if _OPTION_LIKE.search(key))
+    return lettered or any(isinstance(value, list | dict) and len(value) > 1 for value in named)
 
 
 # ---- 2. images ----------------------------------------------------------------------------------------

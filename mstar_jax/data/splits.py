@@ -87,11 +87,15 @@ def unlabelled(query: Query) -> Query:
 
 
 def apart(queries: Sequence[Query], held_out: Sequence[Query]) -> list[Query]:
-    """The queries that show none of the images of the held-out ones, nor are one of them."""
+    """The queries that show none of the images of the held-out ones, nor ask the same without an image."""
+    contents = pictures.contents({image for query in [*queries, *held_out] for image in query.images})
+
+    def shown(query: Query) -> set[object]:
+        return {contents[image] for image in query.images} or {(query.question, query.options)}
+
+    hidden = {each for query in held_out for each in shown(query)}
     ids = {query.id for query in held_out}
-    shown = pictures.contents({image for query in [*queries, *held_out] for image in query.images})
-    hidden = {shown[image] for query in held_out for image in query.images}
-    return [q for q in queries if q.id not in ids and hidden.isdisjoint(shown[path] for path in q.images)]
+    return [query for query in queries if query.id not in ids and hidden.isdisjoint(shown(query))]
 
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:
