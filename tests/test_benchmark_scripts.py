@@ -95,28 +95,42 @@ def test_host_judging(tmp_path, monkeypatch):
 
 
 def test_teach_tower(monkeypatch, capsys):
-    """Digits are named in the cells where they are printed, from left to right; a tower learns them, and the
-    one that it starts from keeps its values."""
+    """Digits are named in the cells where they are printed, with their place and owner; a tower learns them,
+    the one that it starts from keeps its values, and a connector says them in a language model's words."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr("mstar_jax.data.figures.draw_objects", lambda rng: ("list", (("star", 417),)))
     import teach_tower
 
-    images, digits = teach_tower.drawn(0)
-    named = digits[digits != teach_tower.NONE].reshape(len(images), 3)
-    assert (np.sort(named, axis=1) == [1, 4, 7]).all()
-    cells = digits.reshape(len(images), teach_tower.CELLS, teach_tower.CELLS, teach_tower.SLOTS)
-    line = (cells != teach_tower.NONE).any(axis=(0, 2, 3))
+    images, answers = teach_tower.drawn(0)
+    there = answers[..., 0] != teach_tower.NOTHING
+    named = answers[there].reshape(len(images), 3, 4)
+    assert (np.sort(named[..., 0], axis=1) == [1, 4, 7]).all()
+    star = teach_tower.FORMS.index("star")
+    for digit, place in ((4, 2), (1, 1), (7, 0)):
+        assert (named[named[..., 0] == digit][:, 1:] == [place, len(teach_tower.COLOURS), star]).all()
+    cells = there.reshape(len(images), teach_tower.CELLS, teach_tower.CELLS, teach_tower.SLOTS)
+    line = cells.any(axis=(0, 2, 3))
     assert line.nonzero()[0].tolist() in ([3], [4], [3, 4])  # the middle of the image
-    monkeypatch.setattr(teach_tower, "figures_of", lambda seeds: (images, digits))
+    monkeypatch.setattr(teach_tower, "figures_of", lambda seeds: (images, answers))
     monkeypatch.setattr(teach_tower, "PIECE", 100)
     config = VitConfig(32, 64, 1, 2, 128, 8, select_layer=-1, class_token=False, pre_norm=False)
     tower = Vit(config, nnx.Rngs(0))
     before = jax.tree.map(np.asarray, tower)
-    taught = teach_tower.teach(tower, 100, 400, 3e-3, held=100)
+    taught = teach_tower.teach(tower, 100, 400, "float32", 3e-3, held=100)
     assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, tower)))
     assert not jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.asarray, taught)))
-    share = float(re.search(r"held-out figures: ([\d.]+) %", capsys.readouterr().out)[1])
-    assert share > 60  # of digits; a guess is right in a third of them
+    pattern = r"held-out figures: ([\d.]+) % of the digits are read, ([\d.]+) % with"
+    digits, whole = map(float, re.search(pattern, capsys.readouterr().out).groups())
+    assert digits > 60 and 0 < whole <= digits  # a guess is right in a third of them
+
+    words = [word for kind, _ in teach_tower.WORDS for word in kind]
+    connector = teach_tower.connector(taught, lambda word: np.eye(len(words))[words.index(word)])
+    assert connector.shape == (32 * 4, len(words))
+    said = np.asarray(teach_tower.features(taught, images[:100])) @ connector
+    alone = (answers[:100, :, 0, 0] < 10) & (answers[:100, :, 1, 0] == teach_tower.NOTHING)
+    assert (said[alone][:, :10].argmax(-1) == answers[:100, :, 0, 0][alone]).mean() > 0.5
+    assert abs(said[..., words.index(" star")][alone].mean() - 1) < 0.5
+    assert abs(said[~there[:100].any(-1)].mean()) < 0.1
 
 
 def test_teach_tower_with_few_steps_and_figures(monkeypatch, capsys):
@@ -129,14 +143,14 @@ def test_teach_tower_with_few_steps_and_figures(monkeypatch, capsys):
     def figures_of(seeds):
         asked.append(seeds)
         images = np.zeros((len(seeds) * teach_tower.PIECE, 128, 128, 3), np.uint8)
-        return images, np.zeros((len(images), teach_tower.CELLS**2, teach_tower.SLOTS), np.uint8)
+        return images, np.zeros((len(images), teach_tower.CELLS**2, teach_tower.SLOTS, 4), np.uint8)
 
     monkeypatch.setattr(teach_tower, "figures_of", figures_of)
     monkeypatch.setattr(teach_tower, "PIECE", 8)
     monkeypatch.setattr(teach_tower, "BATCH", 4)
     tower = Vit(VitConfig(16, 32, 1, 2, 128, 8, select_layer=-1, class_token=False), nnx.Rngs(0))
     before = np.asarray(tower.patch[...])
-    taught = teach_tower.teach(tower, 2, 3, 1e-3, held=8)
+    taught = teach_tower.teach(tower, 2, 3, "float32", 1e-3, held=8)
     assert asked == [range(2)] and "11 figures" in capsys.readouterr().out
     after = np.asarray(taught.patch[...])
     assert np.isfinite(after).all() and (after != before).any()

@@ -138,21 +138,33 @@ def test_numbers_and_steps(truths):
 
 
 @pytest.mark.parametrize("kind", figures.KINDS)
-def test_printed_digits_are_where_they_are_said_to_be(kind):
-    """They are the digits of the objects' numbers, in order, on ink; a scene prints none. The image is the
-    same whether they are asked for or not."""
-    objects = (("red circle", 3),) if kind == "scene" else (("red", 417), ("green", 98), ("blue", 5))
+def test_marks_are_where_they_are_said_to_be(kind):
+    """They are the digits of the objects' numbers, in order, on ink, with place and owner; or the shapes of a
+    scene, on colour. The image is the same whether they are asked for or not."""
+    objects = (("red", 417), ("green", 98), ("blue", 5))
+    if kind == "scene":
+        objects = (("red circle", 3), ("blue star", 1))
     if kind == "list":
         objects = (("star", 417), ("circle", 98), ("square", 5))
-    printed = []
-    image = figures.render(np.random.default_rng(2), kind, objects, printed)
+    marks = []
+    image = figures.render(np.random.default_rng(2), kind, objects, marks)
     assert image == figures.render(np.random.default_rng(2), kind, objects)
-    assert [one.digit for one in printed] == ([] if kind == "scene" else [4, 1, 7, 9, 8, 5])
+    if kind == "scene":
+        assert [mark.name for mark in marks] == ["red circle"] * 3 + ["blue star"]
+        assert {(mark.digit, mark.place) for mark in marks} == {(None, None)}
+        for mark in marks:
+            red, _, blue = np.asarray(image)[round(mark.y), round(mark.x)].astype(int)
+            assert (red > blue + 80) == (mark.name == "red circle") == (red + 80 > blue)
+        return
+    names = [name for name, _ in objects]
+    assert [mark.digit for mark in marks] == [4, 1, 7, 9, 8, 5]
+    assert [mark.place for mark in marks] == [2, 1, 0, 1, 0, 0]
+    assert [mark.name for mark in marks] == [names[0]] * 3 + [names[1]] * 2 + [names[2]]
     dark = np.asarray(image.convert("L")) < 110
-    for _, x, y in printed:
-        box = dark[round(y) - 4 : round(y) + 5, round(x) - 3 : round(x) + 4]
-        assert 0.1 < box.mean() < 0.9
-    assert all(a.x + 4 < b.x for a, b in zip(printed[:3], printed[1:3]))
+    for mark in marks:
+        x, y = round(mark.x), round(mark.y)
+        assert 0.1 < dark[y - 4 : y + 5, x - 3 : x + 4].mean() < 0.9
+    assert all(a.x + 4 < b.x for a, b in zip(marks[:3], marks[1:3]))
 
 
 @pytest.mark.parametrize("kind", list(questions.WORDS))

@@ -78,18 +78,27 @@ def font(size: int) -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     return PIL.ImageFont.load_default(size)
 
 
-class Digit(NamedTuple):
-    """A digit in an image, and the pixel of its middle."""
+class Mark(NamedTuple):
+    """A digit of a figure, or a shape of a scene.
 
-    digit: int
+    Attributes:
+      x, y: the pixel of its middle.
+      name: of the object whose number the digit belongs to, or of the shape.
+      digit: None for a shape.
+      place: of the digit: 0 for units, 1 for tens, 2 for hundreds.
+    """
+
     x: float
     y: float
+    name: str
+    digit: int | None = None
+    place: int | None = None
 
 
 def render(
-    rng: np.random.Generator, kind: str, objects: Pairs, printed: list[Digit] | None = None
+    rng: np.random.Generator, kind: str, objects: Pairs, marks: list[Mark] | None = None
 ) -> PIL.Image.Image:
-    """Draws a figure, with jitter in places, sizes and colours; `printed` gets the digits that are in it."""
+    """Draws a figure, with jitter in places, sizes and colours; `marks` gets what is to be read in it."""
 
     def near(colour: Sequence[int]) -> tuple[int, ...]:
         return tuple(np.clip(np.asarray(colour) + rng.normal(0, 8, 3), 0, 255).astype(int).tolist())
@@ -101,14 +110,15 @@ def render(
     draw = PIL.ImageDraw.Draw(image)
     ink = near((40, 40, 46))
 
-    def write(place: tuple[int, int], value: int, size: int, anchor: str) -> None:
+    def write(at: tuple[int, int], name: str, value: int, size: int, anchor: str) -> None:
         text, type_ = str(value), font(size)
-        draw.text(place, text, fill=ink, font=type_, anchor=anchor)
-        if printed is not None:
-            left, top, _, bottom = draw.textbbox(place, text, font=type_, anchor=anchor)
+        draw.text(at, text, fill=ink, font=type_, anchor=anchor)
+        if marks is not None:
+            left, top, _, bottom = draw.textbbox(at, text, font=type_, anchor=anchor)
             ends = [left + type_.getlength(text[:n]) for n in range(len(text) + 1)]
             middles = [(start + end) / 2 for start, end in itertools.pairwise(ends)]
-            printed.extend(Digit(int(c), x, (top + bottom) / 2) for c, x in zip(text, middles, strict=True))
+            for n, (digit, x) in enumerate(zip(text, middles, strict=True), start=1):
+                marks.append(Mark(x, (top + bottom) / 2, name, int(digit), len(text) - n))
 
     slot = SIZE // len(objects)
     if kind == "bars":
@@ -118,14 +128,14 @@ def render(
             middle, half = slot * at + slot // 2 + between(-2, 2), between(8, 12)
             top = base - 4 - round((base - 30) * value / tallest)
             draw.rectangle((middle - half, top, middle + half, base), fill=near(COLOURS[name]))
-            write((middle, top - 3), value, size, "mb")
+            write((middle, top - 3), name, value, size, "mb")
         draw.line((2, base, SIZE - 3, base), fill=ink)
     elif kind == "list":
         left, right, size = between(14, 24), between(98, 120), between(14, 17)
         for at, (name, value) in enumerate(objects):
             middle = slot * at + slot // 2 + between(-1, 1)
             shape(draw, name, (left, middle), between(8, 10), near((90, 110, 150)))
-            write((right, middle), value, size, "rm")
+            write((right, middle), name, value, size, "rm")
     else:
         everything = [name for name, count in objects for _ in range(count)]
         cells = rng.permutation(25)[: len(everything)].tolist()
@@ -133,6 +143,8 @@ def render(
             colour, form = name.split()
             place = (14 + 25 * (cell % 5) + between(-2, 2), 14 + 25 * (cell // 5) + between(-2, 2))
             shape(draw, form, place, between(8, 10), near(COLOURS[colour]))
+            if marks is not None:
+                marks.append(Mark(*place, name))
     return image
 
 
