@@ -32,7 +32,7 @@ CPU: variants.Values = {
     "data.buckets": (48, 112, 144, 192, 256, 384, 640, 1056, 1824),
     "base.batch": 16,
     "base.check_from": 400,
-    "base.check_every": 100,
+    "base.target": 0.25,
     "base.check_queries": 128,
     "warmup.queries": 192,
     "warmup.k": 8,
