@@ -483,6 +483,7 @@ def test_what_holds_no_token_is_not_read(
     found, _ = refilled(policy, processor, rows, one, slots, entering, sampler=fresh)
     same(found, responses)
     assert used[0] == 1 and set(used) == set(range(count))
+    assert {type(each) for each in used} == {int}  # to jit, 1 and NumPy's 1 are two programs
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ class Sampler:
         """The fewest chunks of the suffixes that samples of these ages need in the next step; 0 means
         all."""
         count, size = ring(self.config.max_new_tokens)
-        missing = int(ages.max(initial=0)) - clock % size
+        missing = int(ages.max(initial=0)) - int(clock) % size  # to jit, NumPy's 1 is not 1
         needed = 1 + max(-(-missing // size), 0)
         return needed if needed < count else 0
 
