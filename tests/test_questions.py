@@ -200,6 +200,25 @@ def test_every_step_is_verified_in_all_wordings(kind, family):
     assert len(said) > 3
 
 
+@pytest.mark.parametrize(("read", "right"), [
+    ("The prices are 103 for the diamond and 88 for the circle.", True),
+    ("I read diamond 103, circle 88 and diamond 103.", True),  # the same twice
+    ("The square costs 16, the circle 88 and the diamond 103.", True),  # one that is not asked about
+    ("I read circle 88, diamond 103, star 56 and square 16.", True),
+    ("The circle costs 88.", False),  # the diamond is missing
+    ("The square costs 17, the circle 88 and the diamond 103.", False),
+    ("I read circle 88, diamond 103 and triangle 5.", False),  # there is none
+    ("I read circle 88, diamond 103 and diamond 104.", False),
+])  # fmt: skip
+def test_a_reading_may_tell_more_than_is_asked(read, right):
+    objects = (("diamond", 103), ("circle", 88), ("star", 56), ("square", 16))
+    readings = (objects, objects[:2])
+    variants = tuple((questions.say(("read", pairs), "list"), "103 + 88 = 191") for pairs in readings)
+    known = Truth("q", "test", "pair", objects, variants, "191", free=True)
+    text = f"{read}\n88 + 103 = 191\nThe answer is 191"
+    assert check_steps(text, known) == [right, right] and all_right(text, known) == right
+
+
 def test_facts():
     assert facts("Together: 45 + 120 = 165.") == facts("120+45 = 165") == ("+", 45, 120, 165)
     assert facts("165 - 45 = 120") == ("-", 165, 45, 120) != facts("45 - 165 = 120")

@@ -204,6 +204,25 @@ def test_no_image_is_both_held_out_and_trained_on(tmp_path):
     assert [q.id for q in out.held_out] == ["q0"] and [q.id for q in out.trained] == ["q1", "q4"]
 
 
+@pytest.mark.parametrize(("shown", "held_out", "seen"), [
+    ("abaccbab", ["q3", "q4"], None),  # a and b are the warm-up's
+    ("abaacbab", ["q4", "q2"], 1),
+    ("abaabbab", ["q2", "q3"], 2),
+])  # fmt: skip
+def test_what_the_warm_up_has_seen_is_held_out_last(tmp_path, caplog, shown, held_out, seen):
+    """First queries of which it knows nothing, then others about an image that it knows."""
+    for name, colour in {"a": "red", "b": "blue", "c": "green"}.items():
+        PIL.Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    images = [(str(tmp_path / f"{name}.png"),) for name in shown]
+    found = [dataclasses.replace(QUERY, id=f"q{at}", images=image) for at, image in enumerate(images)]
+    config = ConfigDict({"prm": {"queries": 1, "held_out": 2}, "warmup": {"queries": 2}})
+    with caplog.at_level("INFO", logger="mstar_jax"):
+        out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
+    assert [q.id for q in out.held_out] == held_out
+    told = f"{seen} of 2 held-out queries show what the warm-up trained on"
+    assert (told in caplog.text) == (seen is not None)
+
+
 def test_long_prompts_make_longer_rows(monkeypatch, caplog):
     """A row is split at prm.longest, unless a prompt alone needs more."""
     encode = lambda text: list(range(len(text.split("\n")) * 5))  # noqa: E731  (five ids a line)

@@ -51,7 +51,8 @@ def check_steps(text: str, truth: Truth) -> list[bool]:
     """Whether each step of a response is right.
 
     Steps are the non-empty lines except the final `The answer is X`; the first describes the image. Step j is
-    right iff steps 0..j are a prefix of a valid variant, so no step after a wrong one is right.
+    right iff steps 0..j are a prefix of a valid variant, so no step after a wrong one is right. With
+    `Truth.free`, a description may tell more than the variant's, as long as it is true.
     """
     steps, variants = _claims(text, truth)
     return [any(v[: j + 1] == steps[: j + 1] for v in variants) for j in range(len(steps))]
@@ -69,7 +70,13 @@ def _claims(text: str, truth: Truth) -> tuple[tuple[object, ...], tuple[tuple[ob
     lines = lines[:-1] if lines and lines[-1].startswith(ANSWER) else lines
     if not truth.free:
         return lines, truth.variants
-    return tuple(map(facts, lines)), tuple(tuple(map(facts, variant)) for variant in truth.variants)
+    steps = tuple(map(facts, lines))
+    variants = tuple(tuple(map(facts, variant)) for variant in truth.variants)
+    read = set(steps[0][1:]) if steps and steps[0][0] == "read" else set()
+    if read <= set(truth.objects):  # a reading may tell more than a valid one, or the same twice
+        whole = next((variant[0] for variant in variants if read.issuperset(variant[0][1:])), None)
+        steps = (whole, *steps[1:]) if whole else steps
+    return steps, variants
 
 
 EQUATION = re.compile(r"(?<![-+*/=] )(?<![-+*/=])\b(\d+) ?([+-]) ?(\d+) ?= ?(\d+)\b")

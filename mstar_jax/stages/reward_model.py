@@ -123,18 +123,21 @@ class Queries(NamedTuple):
 
 
 def reward_queries(run: Run) -> Queries:
-    """`prm.held_out` and `prm.queries` of the labelled queries, no image in both; those that the warm-up
-    trained on come last: the policy may have memorised them."""
+    """`prm.held_out` and `prm.queries` of the labelled queries, no image in both; those that show what the
+    warm-up trained on come last: the policy may have memorised it."""
     settings = run.config.prm
     asked = [row.query for row in run.rationales] or run.labelled[: run.config.warmup.queries]
     known = {query.id for query in asked}
-    order = sorted(run.labelled, key=lambda query: query.id in known)  # and otherwise as they were
-    count = min(settings.held_out, len(order) // 4)
-    held_out = order[:count]
-    found = Queries(splits.apart(order[count:], held_out)[: settings.queries], held_out)
-    if count + settings.queries > sum(query.id not in known for query in order):
-        text = "prm: %d labelled queries are few: %d of them to train on, some of them the warm-up's"
-        log.warning(text, len(order), len(found.trained))
+    fresh = {query.id for query in splits.apart(run.labelled, asked)}
+    order = sorted(run.labelled, key=lambda query: (query.id in known) + (query.id not in fresh))
+    held_out = order[: min(settings.held_out, len(order) // 4)]
+    found = Queries(splits.apart(order[len(held_out) :], held_out)[: settings.queries], held_out)
+    again = sum(query.id in known for part in found for query in part)
+    if again or len(found.trained) < settings.queries:
+        text = "prm: %d labelled queries are few: %d of them to train on, %d in all were the warm-up's"
+        log.warning(text, len(order), len(found.trained), again)
+    if seen := sum(query.id not in fresh for query in held_out):
+        log.info("prm: %d of %d held-out queries show what the warm-up trained on", seen, len(held_out))
     return found
 
 
