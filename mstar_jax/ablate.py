@@ -28,6 +28,7 @@ from absl import app, flags
 
 from configs.ablations import SHARED, TABLES_BY_NUMBER, Row, values_of
 from configs.variants import Values
+from mstar_jax import cli
 from mstar_jax.cli import CONFIG, WORKDIR
 from mstar_jax.store import read_json, write_text
 from mstar_jax.workdir import FREE, changes
@@ -119,12 +120,14 @@ def run(todo: Mapping[str, Values], workdir: pathlib.Path, iterations: int) -> l
     finally:  # when this command is stopped, so are its rows; they save and can continue later
         for process in running.values():
             process.terminate()
+        for process in running.values():  # they hold their folders until then
+            process.wait()
     return failed
 
 
 def _start(workdir: pathlib.Path, name: str, values: Values) -> subprocess.Popen[bytes]:
     """Starts the main job of a row."""
-    command = [sys.executable, "-m", "mstar_jax.main", *_config_flags(sys.argv[1:])]
+    command = [sys.executable, "-m", "mstar_jax.main", *_passed_on(sys.argv[1:])]
     command += [f"--config.{key}={value}" for key, value in values.items()]
     command += [f"--workdir={workdir / name}"]
     with open(_log(workdir, name), "ab") as file:
@@ -133,12 +136,18 @@ def _start(workdir: pathlib.Path, name: str, values: Values) -> subprocess.Popen
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
-def _config_flags(arguments: Sequence[str]) -> list[str]:
-    """The flags --config and --config.*, as one argument each."""
-    found = list[str]()
-    for at, argument in enumerate(arguments):
-        if argument.lstrip("-").split("=")[0].split(".")[0] == "config" and argument.startswith("-"):
-            found.append(argument if "=" in argument else f"{argument}={arguments[at + 1]}")
+def _passed_on(arguments: Sequence[str]) -> list[str]:
+    """The command line without this command's own flags: a row reads the others by the same rules."""
+    own = {flag.name for flag in (TABLES, ROWS, SEEDS, JOBS, WORKDIR)}
+    found, value = list[str](), False
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name in own:
+            value = not equals  # of an own flag comes next
+        elif value:
+            value = False
+        else:
+            found.append(argument)
     return found
 
 
@@ -228,9 +237,11 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     lines = [f"### {title}", "", "| | " + " | ".join(names.values()) + " | seeds | paper |"]
     lines.append("|---|" + "---:|" * (len(names) + 1) + "---|")
     for record in (record for record in records if record["seeds"]):
-        cells = [
-            cell(record.get(key), signed=key not in MEASURES, digits=2 if key in NATS else 1) for key in names
-        ]
+        cells = []
+        for key in names:
+            text = cell(found := record.get(key), signed=key not in MEASURES, digits=2 if key in NATS else 1)
+            partly = found and len(found["values"]) < record["seeds"]  # the row compared with has fewer
+            cells.append(f"{text} (n = {len(found['values'])})" if partly else text)
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
     if missing := [record["title"] for record in records if not record["seeds"]]:
@@ -283,4 +294,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.main(main)

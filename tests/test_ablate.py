@@ -80,7 +80,7 @@ def test_tables(tmp_path):
     lines = text.splitlines()
     assert len(lines) == 4 + 3 + 2 and lines[-1] == "Not run: PRM Top-1."
     assert all(line.count("|") == lines[2].count("|") for line in lines[3:-2])
-    assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 |" in text
+    assert "| PRM Top-2 | 61.0 ± 11.4 | 30.5 ± 5.7 | +21.0 ± 13.8 | +10.5 ± 6.4 (n = 2) |" in text
     assert "45.3 / 59.2" in text and "greedy over Random-2" in text
 
 
@@ -164,11 +164,13 @@ def test_passes_that_a_fraction_does_not_divide():
         ablate.values_of(config, ROWS["continuous_100"], 0)
 
 
-def test_config_flags_are_passed_on():
-    given = ["--config", "a.py:b", "--config.seed=1", "--config.x.y", "2", "--tables=1", "-config=c.py"]
-    assert ablate._config_flags(given) == [
-        "--config=a.py:b",
-        "--config.seed=1",
-        "--config.x.y=2",
-        "-config=c.py",
+def test_flags_are_passed_on():
+    """All but the command's own, in every form that absl reads."""
+    given = ["--config", "a.py:b", "--config.seed=1", "--noconfig.x", "--config.y", "--tables=1", "--grace=120"]
+    own = ["--seeds", "3", "-rows=sft", "--jobs=2", "--workdir", "runs/x"]
+    assert ablate._passed_on([*own, *given, "--config.z", "-1"]) == [
+        *given[:5],
+        "--grace=120",
+        "--config.z",
+        "-1",
     ]
