@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
-from teach_tower import connector, teach
+from teach_tower import WORDS, connector, teach
 
 from mstar_jax import models
 from mstar_jax.models.smolvlm import SmolVLM
@@ -359,6 +359,10 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         parser.error(f"{output} exists and is not empty: nothing is overwritten")
     source = values.gguf or installed()
+    words = tokenizer(gguf.GGUFReader(source))
+    tokens = {word: words.encode(word, add_special_tokens=False).ids for names, _ in WORDS for word in names}
+    if several := [word for word, ids in tokens.items() if len(ids) != 1]:
+        parser.error(f"{source}: {several} are several tokens each, and the connector says one")
     output.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before an hour of training
     if not values.steps:
         assemble(source, output, values.seed)
@@ -369,13 +373,9 @@ def main() -> None:
             policy = begun.load(jnp.float32)
             assert isinstance(policy, SmolVLM)
             policy.tower = teach(policy.tower, values.steps, values.figures, values.dtype)
-            words, table = tokenizer(gguf.GGUFReader(source)), np.asarray(policy.decoder.embedding[...])
-
-            def embedding(word: str) -> np.ndarray:
-                (token,) = words.encode(word, add_special_tokens=False).ids
-                return table[token]
-
-            policy.project[...] = jnp.asarray(connector(policy.tower, embedding))
+            table = np.asarray(policy.decoder.embedding[...])
+            said = connector(policy.tower, lambda word: table[tokens[word][0]])
+            policy.project[...] = jnp.asarray(said)
             begun.save(policy, output)
     print(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 

@@ -54,7 +54,7 @@ def described(mark: figures.Mark) -> tuple[int, ...]:
 
 def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """PIECE figures: uint8[n, S, S, 3], and uint8[n, cells, SLOTS, 4], the answers for each cell."""
-    rng = np.random.default_rng([1, seed])
+    rng = np.random.default_rng([1, seed, 1])  # no stream of `figures.make` has three numbers
     images = np.zeros((PIECE, figures.SIZE, figures.SIZE, 3), np.uint8)
     answers = np.full((PIECE, CELLS**2, SLOTS, len(ANSWERS)), np.array(ANSWERS) - 1, np.uint8)
     for image, cells in zip(images, answers, strict=True):
@@ -178,17 +178,22 @@ def connector(tower: Vit, embedding: Callable[[str], np.ndarray], count: int = 4
       embedding: of one of WORDS' tokens.
       count: figures that nothing else is trained on.
     """
-    offset = 1000  # no figure of `teach`
-    images, answers = figures_of(range(offset, offset + -(-count // PIECE)))
-    measure = jax.jit(functools.partial(features, tower))
-    found = np.concatenate([measure(images[at : at + 100]) for at in range(0, len(images), 100)])
-    wanted = []
+    tables = []
     for at, (words, weight) in enumerate(WORDS):
         table = weight * np.stack([embedding(word) for word in words])
-        table = np.pad(table, ((0, ANSWERS[at] - len(words)), (0, 0)))
-        said = table[answers[..., at]]
-        wanted.append(said.sum(axis=2) if at < 2 else said[:, :, 0])  # two digits have one owner
-    x, y = (part.reshape(-1, part.shape[-1]) for part in (found, sum(wanted[1:], wanted[0])))
-    square = x.T @ x
+        tables.append(np.pad(table, ((0, ANSWERS[at] - len(words)), (0, 0))))
+    measure = jax.jit(functools.partial(features, tower))
+    square: np.ndarray = np.zeros(())
+    product: np.ndarray = np.zeros(())
+    offset = 1000  # no figure of `teach`
+    for piece in range(offset, offset + -(-count // PIECE)):  # all at once would take gigabytes
+        images, answers = drawn(piece)
+        found = np.asarray(measure(images), np.float32)
+        wanted = np.zeros((*found.shape[:2], tables[0].shape[1]), np.float32)
+        for at, table in enumerate(tables):
+            said = table[answers[..., at]]
+            wanted += said.sum(axis=2) if at < 2 else said[:, :, 0]  # two digits have one owner
+        x, y = (part.reshape(-1, part.shape[-1]) for part in (found, wanted))
+        square, product = square + x.T @ x, product + x.T @ y
     ridge = 1e-3 * np.trace(square) / len(square) * np.eye(len(square))
-    return np.linalg.solve(square + ridge, x.T @ y).astype(np.float32)
+    return np.linalg.solve(square + ridge, product).astype(np.float32)

@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     data.test_file = ""  # likewise; no query of data.labelled that shows one of their images is trained on
     data.seed = 0  # of the split by image, or of the embedded data
     data.validation = 250  # queries, measured after every iteration
-    data.test = 750  # queries, measured after base, warm-up and the last iteration
+    data.test = 750  # queries, measured after base, warm-up and the last iteration; embedded: figures.test
     data.max_prompt = 1536  # tokens, image included; queries with longer prompts are left out and counted
     data.buckets = (1024, 1280, 1536, 2048, 2560, 3072)  # tokens, the lengths that rows are padded to
     data.grouped = True  # a training batch has rows of one bucket: less padding, one program for each bucket

@@ -26,7 +26,6 @@ CPU: variants.Values = {
     "data.figures.validation": 128,
     "data.figures.test": 300,
     "data.validation": 128,
-    "data.test": 300,
     "data.workers": 0,
     "data.grouped": True,  # like the finer buckets: more programs, less padding
     "data.buckets": (48, 112, 144, 192, 256, 384, 640, 1056, 1824),
@@ -70,7 +69,6 @@ CPU: variants.Values = {
 SMOKE: variants.Values = {
     "data.workers": 0,
     "data.figures.test": 12,
-    "data.test": 12,
     "data.validation": 8,
     "data.figures.train": 64,
     "align.steps": 2,
@@ -113,7 +111,18 @@ SMOKE: variants.Values = {
     "eval.k": 1,
 }
 OWN = dict.fromkeys(
-    ("continuous", "random_2", "iterative_rft", "rest_em", "sft", "control"), SINGLE_TEMPERATURE
+    (
+        "continuous",
+        "random_2",
+        "iterative_rft",
+        "rest_em",
+        "sft",
+        "control",
+        "rloo",
+        "grpo",
+        "grpo_process",
+    ),
+    SINGLE_TEMPERATURE,
 )
 OWN = {**OWN, "cpu": CPU, "smoke": SMOKE}
 
@@ -128,7 +137,6 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     data = c.data
     data.embedded = "figures"
     data.validation = 256
-    data.test = 900
     # A prompt has up to 150 tokens, 64 of them the image's, and a response up to 96. Few lengths, since each
     # costs a program: text alone; prompts and captions; a response; two responses; all of a query.
     data.max_prompt = 160

@@ -237,11 +237,11 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     lines = [f"### {title}", "", "| | " + " | ".join(names.values()) + " | seeds | paper |"]
     lines.append("|---|" + "---:|" * (len(names) + 1) + "---|")
     for record in (record for record in records if record["seeds"]):
-        cells = []
-        for key in names:
-            text = cell(found := record.get(key), signed=key not in MEASURES, digits=2 if key in NATS else 1)
-            partly = found and len(found["values"]) < record["seeds"]  # the row compared with has fewer
-            cells.append(f"{text} (n = {len(found['values'])})" if partly else text)
+        n = record["seeds"]
+        cells = [
+            cell(record.get(key), n, signed=key not in MEASURES, digits=2 if key in NATS else 1)
+            for key in names
+        ]
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
     if missing := [record["title"] for record in records if not record["seeds"]]:
@@ -249,12 +249,15 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
     return "\n".join(lines)
 
 
-def cell(found: Summary | None, *, signed: bool, digits: int = 1) -> str:
-    """A summary as text; empty if there is none."""
+def cell(found: Summary | None, seeds: int, *, signed: bool, digits: int = 1) -> str:
+    """A summary as text, and over how many if not over all seeds (the row compared with has fewer); empty if
+    there is none."""
     if found is None:
         return ""
     width = "" if found["interval"] is None else f" ± {found['interval']:.{digits}f}"
-    return f"{found['mean']:{'+' if signed else ''}.{digits}f}{width}"
+    count = len(found["values"])
+    few = f" (n = {count})" if count < seeds else ""
+    return f"{found['mean']:{'+' if signed else ''}.{digits}f}{width}{few}"
 
 
 def main(argv: list[str]) -> None:

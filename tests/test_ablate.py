@@ -166,7 +166,15 @@ def test_passes_that_a_fraction_does_not_divide():
 
 def test_flags_are_passed_on():
     """All but the command's own, in every form that absl reads."""
-    given = ["--config", "a.py:b", "--config.seed=1", "--noconfig.x", "--config.y", "--tables=1", "--grace=120"]
+    given = [
+        "--config",
+        "a.py:b",
+        "--config.seed=1",
+        "--noconfig.x",
+        "--config.y",
+        "--tables=1",
+        "--grace=120",
+    ]
     own = ["--seeds", "3", "-rows=sft", "--jobs=2", "--workdir", "runs/x"]
     assert ablate._passed_on([*own, *given, "--config.z", "-1"]) == [
         *given[:5],

@@ -124,7 +124,7 @@ def test_teach_tower(monkeypatch, capsys):
     assert digits > 60 and 0 < whole <= digits  # a guess is right in a third of them
 
     words = [word for kind, _ in teach_tower.WORDS for word in kind]
-    connector = teach_tower.connector(taught, lambda word: np.eye(len(words))[words.index(word)])
+    connector = teach_tower.connector(taught, lambda word: np.eye(len(words))[words.index(word)], 400)
     assert connector.shape == (32 * 4, len(words))
     said = np.asarray(teach_tower.features(taught, images[:100])) @ connector
     alone = (answers[:100, :, 0, 0] < 10) & (answers[:100, :, 1, 0] == teach_tower.NOTHING)

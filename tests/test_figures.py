@@ -108,6 +108,20 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
+def test_a_set_that_a_run_has_used_is_not_replaced(tmp_path):
+    """By a later version of the program, say; the run could not go on with the new one, nor find the old."""
+    small = dict.fromkeys(SIZES | BASE, 4)
+    folder = toy.make(tmp_path / "figures", **small)
+    (tmp_path / "inputs.json").write_text("{}")
+    whole = contents(folder)
+    with pytest.raises(ValueError, match="another version of the data set, and a run has used it"):
+        toy.make(folder, **small | {"train": 5})
+    assert contents(folder) == whole
+    (folder / "figures.json").unlink()  # as if it was being made
+    toy.make(folder, **small)
+    assert contents(folder) == whole
+
+
 def test_rows_are_mathv360k_rows(folder):
     for split, size in SIZES.items():
         rows = rows_of(folder, split)

@@ -90,6 +90,13 @@ def test_answers_follow_from_question_and_figure(queries, truths):
     assert set(families) == {*questions.KNOWN, *questions.UNSEEN}
 
 
+def test_too_few_figures_for_a_part_are_said(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data.figures.test = 60 asks 20 new questions, .* only 1?\d: raise"
+    ):
+        figures.make(tmp_path / "figures", **SIZES | {"train": 20, "test": 60}, **BASE)
+
+
 def test_splits_and_parts_are_apart(folder, queries, truths):
     """New figures are nowhere else; unseen families are in the test split alone; their figures of the train
     split are figures that were trained on, with their own numbers."""
@@ -103,12 +110,15 @@ def test_splits_and_parts_are_apart(folder, queries, truths):
     everything = [image for images in part.values() for image in images]
     assert len(everything) == len(set(everything))
     known = {query.images[0]: truths[query.id].objects for query in queries["train"]}
+    again = []
     for query in queries["test"]:
         found = truths[query.id]
         assert (found.family in questions.KNOWN) == (found.part == "new figures")
         assert (found.family in questions.UNSEEN) == (found.part in ("new questions", "both"))
         if found.part == "new questions":
             assert found.objects == known[query.images[0]]
+            again.append(query.images[0])
+    assert len(again) == len(set(again)) == 33  # each figure once
     others = [t.family for t in truths.values() if t.split != "test"]
     assert set(others) == set(questions.KNOWN)
     everything = "(all bars|all items|all shapes)"

@@ -205,11 +205,13 @@ def test_assembled_answers_as_smollm2(tmp_path):
 
 
 @pytest.mark.slow
-def test_only_the_tower_is_taught(monkeypatch, tmp_path, capsys):
-    """The command's folder is `assemble`'s but for the tower; a full folder and odd values are refused."""
+def test_only_tower_and_connector_are_taught(monkeypatch, tmp_path, capsys):
+    """The command's folder is `assemble`'s but for them; a full folder and odd values are refused."""
     monkeypatch.setattr("teach_tower.PIECE", 8)
     monkeypatch.setattr("teach_tower.BATCH", 4)
     monkeypatch.setattr(assemble_smolvlm, "teach", functools.partial(assemble_smolvlm.teach, held=8))
+    few = functools.partial(assemble_smolvlm.connector, count=8)
+    monkeypatch.setattr(assemble_smolvlm, "connector", few)
 
     def run(output, *values):
         monkeypatch.setattr(sys, "argv", ["assemble_smolvlm.py", str(tmp_path / output), *values])
@@ -220,7 +222,9 @@ def test_only_the_tower_is_taught(monkeypatch, tmp_path, capsys):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("random", "taught"))
     assert before.keys() == after.keys()
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert moved and all(name.startswith("model.vision_model.") for name in moved)
+    connector = "model.connector.modality_projection.proj.weight"
+    assert connector in moved and len(moved) > 1
+    assert all(name.startswith("model.vision_model.") for name in moved - {connector})
     assert sorted(p.name for p in (tmp_path / "random").iterdir()) == sorted(
         p.name for p in (tmp_path / "taught").iterdir()
     )

@@ -45,10 +45,15 @@ def publish(
 
     Raises:
       FileExistsError: the folder holds other files.
+      ValueError: it holds another set, of a workdir whose run has begun.
     """
     folder = pathlib.Path(folder).absolute()
-    if _manifest(folder) == manifest:
+    there = _manifest(folder)
+    if there == manifest:
         return folder
+    if there and (folder.parent / "inputs.json").exists():
+        text = f"{folder} was made by another version of the data set, and a run has used it: go on with that"
+        raise ValueError(f"{text} version of the program, or name another --workdir")
     foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []
     if foreign:
         raise FileExistsError(f"{folder} is for the figures data set, but holds other files: {foreign[:5]}")

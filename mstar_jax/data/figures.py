@@ -47,7 +47,7 @@ from mstar_jax.data.questions import (
 )
 from mstar_jax.data.truth import ANSWER, COLOURS, SHAPES, Truth
 
-FORMAT = 1  # incremented whenever the same parameters give different data
+FORMAT = 2  # incremented whenever the same parameters give different data
 SIZE = 128  # px
 MOST = 7  # of one kind of shape in a scene
 PARTS = ("new figures", "new questions", "both")
@@ -264,13 +264,24 @@ def _rows(
 
 
 def _test_rows(root: pathlib.Path, size: int, rng: np.random.Generator, train: Sequence[Row]) -> list[Row]:
-    """The parts of the test split."""
-    again = ((train[i].image, train[i].kind, train[i].objects) for i in rng.permutation(len(train)))
+    """The parts of the test split.
+
+    Raises:
+      ValueError: the train split has too few figures for a part.
+    """
+    known = list(dict.fromkeys((row.image, row.kind, row.objects) for row in train))
+    again = (known[i] for i in rng.permutation(len(known)))
     rows: list[Row] = []
     for n, part in enumerate(PARTS):
         share = size // len(PARTS) + (n < size % len(PARTS))
         families = KNOWN if part == "new figures" else UNSEEN
-        rows += _rows(root, "test", share, rng, part, families, again if part == "new questions" else None)
+        found = list(
+            _rows(root, "test", share, rng, part, families, again if part == "new questions" else None)
+        )
+        if len(found) < share:
+            text = f"data.figures.test = {size} asks {share} {part}, and there are only {len(found)}: raise"
+            raise ValueError(f"{text} data.figures.train = {len(train)}, whose figures they are about")
+        rows += found
     return rows
 
 
