@@ -176,6 +176,23 @@ def test_a_later_stage_of_the_same_process_saves_no_first_step(monkeypatch, tmp_
     assert training(monkeypatch, tmp_path, [1.0] * 4, checkpoints=checkpoints) == [3, 4]
 
 
+def test_the_host_does_not_run_ahead(monkeypatch, tmp_path):
+    """A stop has to wait for the steps that were given to the device, each of which may take many seconds."""
+    waited = []
+
+    def wait(values):
+        waited.extend((number, float(each["loss"])) for number, each in values)
+        return values
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    training(monkeypatch, tmp_path, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], log_every=6, save_every=100)
+    assert waited == [
+        (2, 2.0),
+        (3, 3.0),
+        (4, 4.0),
+    ]  # at steps 4 to 6; the first is saved, and all are read at 6
+
+
 @pytest.mark.parametrize(("log_every", "save_every"), [(2, 3), (5, 2), (10, 10), (1, 100)])
 @pytest.mark.parametrize("bad", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("what", ["loss", "gradient's norm"])

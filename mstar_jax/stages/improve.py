@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 
 from mstar_jax import configure, progress, sharding
 from mstar_jax.data import loader
@@ -32,6 +33,7 @@ from mstar_jax.training.step import Loss, Metrics, check_finite, token_loss
 
 log = logging.getLogger(__name__)
 
+AHEAD = 2  # steps that the device is given before it has done those before: a stop waits for no more
 EXPLODED = 10  # times the loss that a stage begins with: is warned of
 
 
@@ -181,6 +183,7 @@ def train(
             watch.begin(batch, functools.partial(flops.count, plain, state, batch, rate))
             cursor += 1
             unread.append((cursor, values))
+            jax.block_until_ready(unread[-1 - AHEAD : -AHEAD])
             curve.add(values)
             bar.update()
             if cursor % train.log_every == 0 or cursor == steps:
