@@ -38,7 +38,7 @@ CPU: variants.Values = {
     "warmup.steps": 24,
     "warmup.batch": 16,
     "warmup.learning_rate": 6e-5,  # fewer steps
-    "evolve.iterations": 4,
+    "evolve.iterations": 3,
     "evolve.k": 8,
     "evolve.steps": 8,  # of 25 s on a core
     "evolve.batch": 16,
@@ -59,8 +59,8 @@ CPU: variants.Values = {
     "explore.batch": 16,
     "train.dtype": "float32",
     "train.save_every": 50,
-    "train.accumulate": 2,  # 9 GB of memory
-    "sampling.batch": 16,
+    "train.accumulate": 2,  # 12 GB of memory
+    "sampling.batch": 32,
     "sampling.shard": 8,
     "sampling.dtype": "float32",
     "eval.samples": 4,
