@@ -59,7 +59,6 @@ CPU: variants.Values = {
     "explore.batch": 16,
     "train.dtype": "float32",
     "train.save_every": 50,
-    "train.accumulate": 2,  # 12 GB of memory
     "sampling.batch": 32,
     "sampling.shard": 8,
     "sampling.dtype": "float32",
