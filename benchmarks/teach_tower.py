@@ -188,7 +188,7 @@ def connector(tower: Vit, embedding: Callable[[str], np.ndarray], count: int = 4
     offset = 1000  # no figure of `teach`
     for piece in range(offset, offset + -(-count // PIECE)):  # all at once would take gigabytes
         images, answers = drawn(piece)
-        found = np.asarray(measure(images), np.float32)
+        found = np.concatenate([measure(images[at : at + 100]) for at in range(0, PIECE, 100)])
         wanted = np.zeros((*found.shape[:2], tables[0].shape[1]), np.float32)
         for at, table in enumerate(tables):
             said = table[answers[..., at]]

@@ -59,7 +59,7 @@ CPU: variants.Values = {
     "explore.batch": 16,
     "train.dtype": "float32",
     "train.save_every": 50,
-    "sampling.batch": 32,
+    "sampling.batch": 16,
     "sampling.shard": 8,
     "sampling.dtype": "float32",
     "eval.samples": 4,

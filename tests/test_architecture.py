@@ -26,7 +26,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mstar_jax"
 # 25 read steps that are turns; 55 read what other writers make of a table (views of strings, decimals, UUIDs,
 # structs of lists, times) and leave no way around those checks; 30 keep whole checkpoints, make a lost reward
 # model again, and refuse or leave out rows that fit into no bucket; 30 tell cells without an image, options
-# that were not read, and columns that no row has; 20 read validation and test files of one's own.
+# that were not read, and columns that no row has; 20 read validation and test files of one's own; 20
+# keep a data set that a run has used, and give an ablation's rows every flag.
 FILE_LINES, LIBRARY_LINES = 400, 11_280
 # Rooms that are counted apart, each with its own limit: a kernel; what measures, draws, judges answers.
 ROOMS = {

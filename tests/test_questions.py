@@ -219,6 +219,7 @@ def test_every_step_is_verified_in_all_wordings(kind, family):
     ("The square costs 17, the circle 88 and the diamond 103.", False),
     ("I read circle 88, diamond 103 and triangle 5.", False),  # there is none
     ("I read circle 88, diamond 103 and diamond 104.", False),
+    ("There are four prices.", False),
 ])  # fmt: skip
 def test_a_reading_may_tell_more_than_is_asked(read, right):
     objects = (("diamond", 103), ("circle", 88), ("star", 56), ("square", 16))

@@ -73,7 +73,7 @@ def _claims(text: str, truth: Truth) -> tuple[tuple[object, ...], tuple[tuple[ob
     steps = tuple(map(facts, lines))
     variants = tuple(tuple(map(facts, variant)) for variant in truth.variants)
     read = set(steps[0][1:]) if steps and steps[0][0] == "read" else set()
-    if read <= set(truth.objects):  # a reading may tell more than a valid one, or the same twice
+    if read and read <= set(truth.objects):  # a reading may tell more than a valid one, or the same twice
         whole = next((variant[0] for variant in variants if read.issuperset(variant[0][1:])), None)
         steps = (whole, *steps[1:]) if whole else steps
     return steps, variants
