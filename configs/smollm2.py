@@ -26,6 +26,7 @@ CPU: variants.Values = {
     "data.figures.validation": 128,
     "data.figures.test": 300,
     "data.validation": 128,
+    "data.test": 300,  # of own data; it has the sizes of the embedded
     "data.workers": 0,
     "data.grouped": True,  # like the finer buckets: more programs, less padding
     "data.buckets": (48, 112, 144, 192, 256, 384, 640, 1056, 1824),
@@ -69,6 +70,7 @@ CPU: variants.Values = {
 SMOKE: variants.Values = {
     "data.workers": 0,
     "data.figures.test": 12,
+    "data.test": 12,
     "data.validation": 8,
     "data.figures.train": 64,
     "align.steps": 2,
@@ -137,6 +139,7 @@ def get_config(variant: str = "mstar") -> ConfigDict:
     data = c.data
     data.embedded = "figures"
     data.validation = 256
+    data.test = 900
     # A prompt has up to 150 tokens, 64 of them the image's, and a response up to 96. Few lengths, since each
     # costs a program: text alone; prompts and captions; a response; two responses; all of a query.
     data.max_prompt = 160

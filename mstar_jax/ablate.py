@@ -151,6 +151,11 @@ def _passed_on(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _shared(name: str) -> str:
+    """seed_0/top_2 -> seed_0/shared"""
+    return f"{name.split('/')[0]}/{SHARED.name}"
+
+
 def _log(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / "logs" / f"{name.replace('/', '_')}.txt"
 
@@ -179,16 +184,32 @@ def summary(values: Sequence[float]) -> Summary:
     return {"values": list(values), "mean": float(np.mean(values)), "interval": width}
 
 
-def measured(folder: pathlib.Path) -> dict[str, float]:
-    """MEASURES of a row's test record at its end (for `shared` the warm-up's), shares in %; empty before it:
-    a row that was killed may have been tested on the way (`eval.test_at`)."""
+def last_record(folder: pathlib.Path) -> dict[str, Any]:
+    """A row's test record at its end (for `shared` the warm-up's); empty before it: a row that was killed may
+    have been tested on the way (`eval.test_at`)."""
     path = folder / "results.json"
     there = json.loads(path.read_text()) if path.exists() else {"stages": []}
     stage = "warmup" if folder.name == SHARED.name else "iteration"
     found = [r for r in there["stages"] if r["split"] == "test" and r["stage"] == stage]
     found = [r for r in found if r["iteration"] == there["config"]["evolve"]["iterations"]]
-    last = found[-1] if found else {}
+    return found[-1] if found else {}
+
+
+def measured(folder: pathlib.Path) -> dict[str, float]:
+    """MEASURES of a row at its end, shares in %."""
+    last = last_record(folder)
     return {key: (1 if key in NATS else 100) * last[key] for key in MEASURES if key in last}
+
+
+def measured_by_part(folder: pathlib.Path) -> dict[str, float]:
+    """MEASURES of each part of the test split, such as held-out figures, by their columns, in %."""
+    parts = last_record(folder).get("parts", {})
+    return {
+        f"{title}, {part}": 100 * values[key]
+        for key, title in MEASURES.items()
+        for part, values in parts.items()
+        if key in values
+    }
 
 
 def table(
@@ -199,25 +220,28 @@ def table(
     Each has name, title, the paper's numbers, `seeds` (how many are finished), the summary of every measure
     over the seeds in %, and summaries of differences within a seed: of greedy accuracy from the warm-up
     (`gain`), and of greedy accuracy and all steps right from the row `against` (`greedy_difference`,
-    `all_right_difference`).
+    `all_right_difference`). `parts` has the summaries for each part of the test split, if it has several.
     """
     out = []
     for row in (SHARED, *rows):
-        found = []
+        found, by_part = [], []
         for seed in seeds:
             folder = workdir / f"seed_{seed}"
             if values := measured(folder / row.name):
                 found.append((values, measured(folder / SHARED.name), measured(folder / against)))
-        parts = {key: [values[key] for values, _, _ in found if key in values] for key in MEASURES}
+                by_part.append(measured_by_part(folder / row.name))
+        shown = {key: [values[key] for values, _, _ in found if key in values] for key in MEASURES}
         if row.name != SHARED.name:
-            parts["gain"] = differences([(values, shared) for values, shared, _ in found], "greedy_accuracy")
+            shown["gain"] = differences([(values, shared) for values, shared, _ in found], "greedy_accuracy")
         if row.name != against:
             pairs = [(values, other) for values, _, other in found]
-            parts["greedy_difference"] = differences(pairs, "greedy_accuracy")
-            parts["all_right_difference"] = differences(pairs, "all_right")
+            shown["greedy_difference"] = differences(pairs, "greedy_accuracy")
+            shown["all_right_difference"] = differences(pairs, "all_right")
         record: dict[str, Any] = {"name": row.name, "title": row.title, "paper": row.paper}
         record["seeds"] = len(found)
-        out.append(record | {name: summary(values) for name, values in parts.items() if values})
+        names = dict.fromkeys(name for values in by_part for name in values)
+        record["parts"] = {name: summary([v[name] for v in by_part if name in v]) for name in names}
+        out.append(record | {name: summary(values) for name, values in shown.items() if values})
     return out
 
 
@@ -227,7 +251,8 @@ def differences(pairs: Sequence[tuple[dict[str, float], dict[str, float]]], key:
 
 
 def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str:
-    """A table as Markdown: means and 95 % intervals over the seeds, and the paper's numbers."""
+    """A table as Markdown: means and 95 % intervals over the seeds, and the paper's numbers; a second one for
+    the parts of the test split, if it has any."""
     names = MEASURES | {
         "gain": "greedy over the warm-up",
         "greedy_difference": f"greedy over {against}",
@@ -244,6 +269,13 @@ def markdown(title: str, records: Sequence[dict[str, Any]], against: str) -> str
         ]
         paper = "{} / {}".format(*record["paper"]) if record["paper"] else "not in the paper"
         lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {record['seeds']} | {paper} |")
+    if columns := list(dict.fromkeys(name for record in records for name in record["parts"])):
+        lines += ["", "| by part of the test split | " + " | ".join(columns) + " | seeds |"]
+        lines.append("|---|" + "---:|" * (len(columns) + 1))
+        for record in (record for record in records if record["parts"]):
+            n = record["seeds"]
+            cells = [cell(record["parts"].get(name), n, signed=False) for name in columns]
+            lines.append(f"| {record['title']} | " + " | ".join(cells) + f" | {n} |")
     if missing := [record["title"] for record in records if not record["seeds"]]:
         lines += ["", f"Not run: {', '.join(missing)}."]
     return "\n".join(lines)
@@ -270,20 +302,27 @@ def main(argv: list[str]) -> None:
     rows = {row.name: row for each in chosen.values() for row in each.rows}
     if unknown := sorted(set(ROWS.value) - set(rows)):
         raise app.UsageError(f"--rows={','.join(unknown)}: these tables have {', '.join(rows)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if any(argument.lstrip("-").startswith("flagfile") for argument in sys.argv[1:]):
+        raise app.UsageError("--flagfile does not reach the rows: write its flags on the command line")
+    for number in cli.STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: sys.exit(143))
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or "runs/ablation")
-    claim(workdir, json.loads(config.to_json_best_effort()))
     seeds = range(config.seed, config.seed + SEEDS.value)
-    shared = {f"seed_{seed}/{SHARED.name}": values_of(config, SHARED, seed) for seed in seeds}
+    try:  # of all rows, before hours go into the first
+        shared = {f"seed_{seed}/{SHARED.name}": values_of(config, SHARED, seed) for seed in seeds}
+        todo = {
+            f"seed_{seed}/{name}": values_of(config, rows[name], seed)
+            for name in ROWS.value or rows
+            for seed in seeds
+        }
+    except ValueError as error:
+        raise app.UsageError(f"{error}; choose other --rows, or change the config") from error
+    claim(workdir, json.loads(config.to_json_best_effort()))
     failed = run(shared, workdir, 0)
-    ready = [seed for seed in seeds if f"seed_{seed}/{SHARED.name}" not in failed]
-    todo = {
-        f"seed_{seed}/{name}": values_of(config, rows[name], seed)
-        for name in ROWS.value or rows
-        for seed in ready
-    }
-    failed += run(todo, workdir, config.evolve.iterations)
+    ready = {name: values for name, values in todo.items() if _shared(name) not in failed}
+    failed += run(ready, workdir, config.evolve.iterations)
     records = {number: table(workdir, each.rows, seeds, each.against) for number, each in chosen.items()}
     write_text(workdir / "tables.json", json.dumps(records, indent=1))
     text = "\n\n".join(

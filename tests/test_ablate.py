@@ -2,8 +2,10 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -102,6 +104,16 @@ def test_entropy_is_no_share(tmp_path):
     assert "| GRPO | 50.0 | 0.27 | 1 | not in the paper |" in text
 
 
+def test_parts_of_the_test_split_have_a_table(tmp_path):
+    for seed, value in enumerate((0.5, 0.7)):
+        parts = {"new figures": {"n": 2, "greedy_accuracy": value}, "both": {"n": 2, "greedy_accuracy": 0.0}}
+        write(tmp_path / f"seed_{seed}" / "grpo", "iteration", greedy_accuracy=value / 2, parts=parts)
+    [row] = [row for row in ablate.TABLES_BY_NUMBER["5"].rows if row.name == "grpo"]
+    lines = ablate.markdown("Table", ablate.table(tmp_path, [row], [0, 1], "top_2"), "Top-2").splitlines()
+    assert "| by part of the test split | greedy, new figures | greedy, both | seeds |" in lines
+    assert "| GRPO | 60.0 ± 127.1 | 0.0 ± 0.0 | 2 |" in lines
+
+
 def test_fork(tmp_path):
     shared = tmp_path / "seed_0" / "shared"
     (shared / "checkpoints" / "prm").mkdir(parents=True)
@@ -146,6 +158,34 @@ def test_a_row_that_fails_or_is_killed_leaves_the_others(tmp_path, monkeypatch):
     assert ablate.run(todo, tmp_path, 8) == [] and set(begun) == {"seed_0/grpo", "seed_0/rloo"}
 
 
+def test_a_stop_waits_for_its_rows(tmp_path):
+    """They save what they have, and a second start finds none of them still writing."""
+    row = "import pathlib, signal, sys, time\n"
+    row += "save = lambda *_: (time.sleep(1), pathlib.Path('saved').touch(), sys.exit(143))\n"
+    row += "signal.signal(signal.SIGTERM, save)\n"
+    row += "pathlib.Path('begun').touch()\ntime.sleep(60)"
+    command = f"""
+import pathlib, signal, subprocess, sys, types
+from mstar_jax import ablate, cli
+from configs import tiny
+values = {{"CONFIG": tiny.get_config("ablation"), "WORKDIR": "runs", "TABLES": ["5"]}}
+for name, value in (values | {{"ROWS": ["grpo"], "SEEDS": 1, "JOBS": 1}}).items():
+    setattr(ablate, name, types.SimpleNamespace(value=value))
+ablate._start = lambda *_: subprocess.Popen([sys.executable, "-c", {row!r}])
+ablate.main(["ablate"])
+"""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        process = subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == 143 and (tmp_path / "saved").exists()
+        for name in ("begun", "saved"):
+            (tmp_path / name).unlink()
+
+
 def test_rows_with_other_values_are_not_mixed(tmp_path):
     """A finished row is not looked at again, so a second start with other values would tabulate both."""
     config = tiny.get_config("ablation")
@@ -162,6 +202,21 @@ def test_passes_that_a_fraction_does_not_divide():
     config.evolve.iterations = 6  # one pass and a half
     with pytest.raises(ValueError, match="continuous_100: evolve.fraction = 1.0: .* = 1.5 passes"):
         ablate.values_of(config, ROWS["continuous_100"], 0)
+
+
+def test_an_impossible_row_is_told_before_any_runs(tmp_path, monkeypatch):
+    """Not after the hours that base and warm-up take."""
+    config = tiny.get_config("ablation")
+    config.evolve.iterations = 6
+    values = {"CONFIG": config, "WORKDIR": str(tmp_path / "runs"), "TABLES": ["1"], "ROWS": []}
+    values["SEEDS"] = 1
+    for name, value in values.items():
+        monkeypatch.setattr(ablate, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(ablate.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ablate, "run", lambda *_: pytest.fail("a row was started"))
+    with pytest.raises(app.UsageError, match="iterative_rft: .* = 1.5 passes .*; choose other --rows"):
+        ablate.main(["ablate"])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_flags_are_passed_on():

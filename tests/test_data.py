@@ -27,6 +27,7 @@ import test_evolve
 import tiny
 from absl import flags
 from absl.testing import flagsaver
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import tiny as tiny_config
@@ -1104,14 +1105,17 @@ def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
     ]
     found[0]["answer"] = "2"
     data, _ = steps(tmp_path, *found)
-    prm, sampling = types.SimpleNamespace(held_out=3), types.SimpleNamespace(max_new_tokens=99)
+    config = ConfigDict({"prm": {"held_out": 3}, "warmup": {"queries": 3}})
+    sampling = types.SimpleNamespace(max_new_tokens=99)
     run = types.SimpleNamespace(
         steps=data,
         seed=0,
         grading=custom.grading("", 1.0),
         sampling=sampling,
-        config=types.SimpleNamespace(prm=prm),
+        config=config,
         processor=types.SimpleNamespace(encode_response=lambda text: [1] * len(text)),
+        rationales=(),
+        labelled=[],
     )
     labelled = stage.given_labels(run)
     assert len(labelled.held_out) == 3
@@ -1122,6 +1126,11 @@ def test_labelled_responses_train_and_are_held_out_by_image(tmp_path):
         verdicts = [r.verdict for r in labelled.responses[query.id]]
         assert verdicts == (["wrong", "correct"] if query.answer == "2" else ["correct", "wrong"])
         assert [labelled.labels[query.id, sample] for sample in (0, 1)] == [(1.0, 1.0), (1.0, 0.4)]
+    warmup = [row.query for row in data if not row.query.images[0].endswith("3.png")]
+    run.labelled = [dataclasses.replace(query, id=f"warmup {n}") for n, query in enumerate(warmup)]
+    config.warmup.queries = len(warmup)
+    held_out = stage.given_labels(run).held_out
+    assert [pathlib.Path(query.images[0]).name for query in held_out] == ["3.png"] * 3
 
 
 # ---- the command --------------------------------------------------------------------------------------

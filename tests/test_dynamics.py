@@ -208,12 +208,9 @@ def test_parts_of_a_split_are_measured_apart():
         group("b", lucky, right, wrong),
         group("c", wrong, wrong, right),
     ]
-    assert by_part(groups, known, 2) == {
-        "parts": {
-            "new figures": {"n": 2, "greedy_accuracy": 1.0, "pass_at_k": 0.5, "all_right": 0.5},
-            "both": {"n": 1, "greedy_accuracy": 0.0, "pass_at_k": 1.0, "all_right": 0.0},
-        }
-    }
+    figures = {"n": 2, "greedy_accuracy": 1.0, "sampled_accuracy": 0.25, "pass_at_k": 0.5, "all_right": 0.5}
+    both = {"n": 1, "greedy_accuracy": 0.0, "sampled_accuracy": 0.5, "pass_at_k": 1.0, "all_right": 0.0}
+    assert by_part(groups, known, 2) == {"parts": {"new figures": figures, "both": both}}
     assert by_part(groups, {name: dataclasses.replace(t, part="") for name, t in known.items()}, 2) == {}
     assert by_part(groups, {}, 2) == {}
     assert right_steps(groups, {}) == {}  # no embedded data

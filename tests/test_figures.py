@@ -114,9 +114,12 @@ def test_a_set_that_a_run_has_used_is_not_replaced(tmp_path):
     folder = toy.make(tmp_path / "figures", **small)
     (tmp_path / "inputs.json").write_text("{}")
     whole = contents(folder)
-    with pytest.raises(ValueError, match="another version of the data set, and a run has used it"):
+    with pytest.raises(ValueError, match=r"a run has used it \(train: 4 there, 5 now\)"):
         toy.make(folder, **small | {"train": 5})
     assert contents(folder) == whole
+    (folder / "figures.json").write_text("{")  # cut off
+    with pytest.raises(ValueError, match=r"figures\.json cannot be read"):
+        toy.make(folder, **small)
     (folder / "figures.json").unlink()  # as if it was being made
     toy.make(folder, **small)
     assert contents(folder) == whole

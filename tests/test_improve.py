@@ -122,7 +122,9 @@ class Checkpoints:
         self.saved = True
 
 
-def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3, checkpoints=None):
+def training(
+    monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_every=3, checkpoints=None, until=None
+):
     """Trains iteration 2 for as many steps as there are losses; returns the steps that were saved."""
     tx = optimizer.make_optimizer()
     checkpoints = checkpoints or Checkpoints()
@@ -139,6 +141,7 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
         begin=lambda *_: None, skip=lambda: None, apart=lambda run, *args: run(*args), done=dict
     )
     section = SETTINGS | {"steps": len(losses), "batch": 1, "reset_schedule": True, "learning_rate": 1e6}
+    section["check_every"] = 2
     train = {"profile": (), "log_every": log_every, "save_every": save_every, "clip": 1.0}
     train["offload_optimizer"] = False
     run = types.SimpleNamespace(
@@ -157,7 +160,7 @@ def training(monkeypatch, tmp_path, losses, *, norms=None, log_every=2, save_eve
     batches = type("Batches", (), {"get_state": lambda self: {}, "__next__": lambda self: None})()
     monkeypatch.setattr(loader, "train_batches", lambda *_, **__: batches)
     begin = lambda: optimizer.new_state(One(1), tx)  # noqa: E731
-    improve.train(run, Stage.iteration(2), begin, [Source(rows(3, "q"))])
+    improve.train(run, Stage.iteration(2), begin, [Source(rows(3, "q"))], until=until)
     return checkpoints.steps
 
 
@@ -174,6 +177,14 @@ def test_a_later_stage_of_the_same_process_saves_no_first_step(monkeypatch, tmp_
     checkpoints = Checkpoints()
     checkpoints.saved = True
     assert training(monkeypatch, tmp_path, [1.0] * 4, checkpoints=checkpoints) == [3, 4]
+
+
+@pytest.mark.parametrize(("reached", "ends", "told"), [(2, 2, False), (3, 4, True)])
+def test_a_target_that_is_not_reached_is_told(monkeypatch, tmp_path, caplog, reached, ends, told):
+    """It is looked for every other step, and not after the last one."""
+    steps = training(monkeypatch, tmp_path, [1.0] * 4, until=lambda _, cursor: cursor == reached)
+    assert steps[-1] == ends
+    assert ("took all of its 4 steps, and was not seen to reach" in caplog.text) == told
 
 
 def test_the_host_does_not_run_ahead(monkeypatch, tmp_path):

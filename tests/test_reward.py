@@ -205,7 +205,7 @@ def test_no_image_is_both_held_out_and_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize(("shown", "held_out", "seen"), [
-    ("abaccbab", ["q3", "q4"], None),  # a and b are the warm-up's
+    ("abaccbab", ["q3", "q4"], 0),  # a and b are the warm-up's
     ("abaacbab", ["q4", "q2"], 1),
     ("abaabbab", ["q2", "q3"], 2),
 ])  # fmt: skip
@@ -219,8 +219,27 @@ def test_what_the_warm_up_has_seen_is_held_out_last(tmp_path, caplog, shown, hel
     with caplog.at_level("INFO", logger="mstar_jax"):
         out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
     assert [q.id for q in out.held_out] == held_out
-    told = f"{seen} of 2 held-out queries show what the warm-up trained on"
-    assert (told in caplog.text) == (seen is not None)
+    told = f"prm: {seen} of 2 held-out queries show what the warm-up trained on"
+    assert told in caplog.text if seen else "held-out" not in caplog.text
+
+
+def test_each_source_keeps_its_share_of_the_held_out(tmp_path):
+    """Of a source whose images have many questions, few are new to the warm-up."""
+    found = []
+    for at in range(400):  # shuffled: every other query is of each source
+        source, image = ("one", at) if at % 2 else ("many", at // 2 % 40)
+        path = tmp_path / f"{source}_{image}.txt"
+        path.write_text(path.name)
+        query = dataclasses.replace(QUERY, id=f"q{at}", images=(str(path),), source=source)
+        found.append(query)
+    config = ConfigDict({"prm": {"queries": 100, "held_out": 40}, "warmup": {"queries": 160}})
+    out = reward_queries(types.SimpleNamespace(config=config, labelled=found, rationales=()))
+    assert [sum(q.source == name for q in out.held_out) for name in ("one", "many")] == [20, 20]
+    assert {q.source for q in out.trained[:40]} == {"one", "many"}
+    shown = {image for query in out.held_out for image in query.images}
+    assert not any(shown & set(query.images) for query in out.trained)
+    known = {query.id for query in found[:160]}
+    assert not any(query.id in known for query in [*out.held_out, *out.trained])
 
 
 def test_long_prompts_make_longer_rows(monkeypatch, caplog):

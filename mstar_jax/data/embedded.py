@@ -51,9 +51,10 @@ def publish(
     there = _manifest(folder)
     if there == manifest:
         return folder
-    if there and (folder.parent / "inputs.json").exists():
-        text = f"{folder} was made by another version of the data set, and a run has used it: go on with that"
-        raise ValueError(f"{text} version of the program, or name another --workdir")
+    if (folder / "figures.json").exists() and (folder.parent / "inputs.json").exists():
+        told = _differences(there, manifest)
+        text = f"{folder} was made with other values, and a run has used it ({told}): name another --workdir"
+        raise ValueError(f"{text}, or go on with those values; another `format` is one of another version")
     foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []
     if foreign:
         raise FileExistsError(f"{folder} is for the figures data set, but holds other files: {foreign[:5]}")
@@ -78,6 +79,13 @@ def _manifest(folder: pathlib.Path) -> object:
         return json.loads((folder / "figures.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+def _differences(there: object, now: Mapping[str, object]) -> str:
+    if not isinstance(there, dict):
+        return "figures.json cannot be read"
+    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    return "; ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in keys)
 
 
 def write_lines(path: pathlib.Path, records: Iterable[Mapping[str, object]]) -> None:

@@ -1,5 +1,6 @@
 """Splits of a data set by image, and the queries of it that an iteration asks."""
 
+import collections
 import dataclasses
 import hashlib
 import math
@@ -96,6 +97,31 @@ def apart(queries: Sequence[Query], held_out: Sequence[Query]) -> list[Query]:
     hidden = {each for query in held_out for each in shown(query)}
     ids = {query.id for query in held_out}
     return [query for query in queries if query.id not in ids and hidden.isdisjoint(shown(query))]
+
+
+class HeldOut(NamedTuple):
+    """Queries that a model is reported on, and how many of them show what another was trained on."""
+
+    queries: list[Query]
+    seen: int
+
+
+def hold_out(queries: Sequence[Query], size: int, known: Sequence[Query]) -> HeldOut:
+    """Takes `size` of the queries, of each source as many as are among the first `size`.
+
+    Of a source, queries that show an image of the `known` ones come after the others, the known ones last:
+    a model that was trained on them may have memorised them.
+    """
+    ids = {query.id for query in known}
+    fresh = {query.id for query in apart(queries, known)}
+    order = sorted(queries, key=lambda query: (query.id in ids) + (query.id not in fresh))
+    left = collections.Counter(query.source for query in queries[:size])
+    found = []
+    for query in order:
+        if left[query.source]:
+            left[query.source] -= 1
+            found.append(query)
+    return HeldOut(found, sum(query.id not in fresh for query in found))
 
 
 def _groups(queries: Sequence[Query]) -> list[list[Query]]:

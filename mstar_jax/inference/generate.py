@@ -102,8 +102,8 @@ def inference(
 
 
 def stopping(stop: Callable[[], bool], at: int = 0, every: int = 1) -> bool:
-    """Whether any process was told to stop. Several processes ask each other at every `every`-th place only,
-    where they wait for the device anyway."""
+    """Whether any process was told to stop. Several processes ask each other, which takes time, at every
+    `every`-th place only."""
     if jax.process_count() == 1:
         return stop()
     return at % every == 0 and processes.agree(stop())

@@ -48,7 +48,7 @@ def given_labels(run: Run) -> Labelled:
     for row in run.steps:
         sample = counted[row.query.id] = counted.get(row.query.id, -1) + 1
         labels[row.query.id, sample] = row.labels
-    held_out = queries[: min(run.config.prm.held_out, len(queries) // 4)]
+    held_out = reported_on(run, queries)
     trained = splits.apart(queries, held_out)
     left_out = len(queries) - len(held_out) - len(trained)
     text = (
@@ -56,6 +56,20 @@ def given_labels(run: Run) -> Labelled:
     )
     log.info(text, len(run.steps), len(queries), len(held_out), left_out)
     return Labelled(trained, held_out, responses, labels)
+
+
+def warmup_queries(run: Run) -> Sequence[Query]:
+    """What the warm-up trained on, or asked: those of `warmup.data` if it is given."""
+    return [row.query for row in run.rationales] or run.labelled[: run.config.warmup.queries]
+
+
+def reported_on(run: Run, queries: Sequence[Query]) -> list[Query]:
+    """`prm.held_out` of the queries, a quarter at most, that the reward model is reported on."""
+    size = min(run.config.prm.held_out, len(queries) // 4)
+    found, seen = splits.hold_out(queries, size, warmup_queries(run))
+    if seen:
+        log.info("prm: %d of %d held-out queries show what the warm-up trained on", seen, len(found))
+    return found
 
 
 def judged(run: Run, rows: Sequence[Given]) -> tuple[list[Query], dict[str, list[Response]]]:

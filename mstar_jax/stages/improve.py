@@ -33,7 +33,7 @@ from mstar_jax.training.step import Loss, Metrics, check_finite, token_loss
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # steps that the device is given before it has done those before: a stop waits for no more
+AHEAD = 2  # steps that the device is given beyond the one that it is at; a stop waits for all of them
 EXPLODED = 10  # times the loss that a stage begins with: is warned of
 
 
@@ -202,6 +202,10 @@ def train(
             due = first or cursor % train.save_every == 0
             if cursor < steps and (due or stopping(run.checkpoints.old, cursor, train.log_every)):
                 watch.apart(save, False, first)
+    if until and 0 < steps == cursor:
+        log.warning(
+            "%s: took all of its %d steps, and was not seen to reach %s.target", stage, steps, stage.kind
+        )
     curve.close()
     save(done=True, wait=True)
     return policy_after(run, stage, state)

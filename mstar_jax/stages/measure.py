@@ -119,7 +119,7 @@ def by_part(
     groups: Sequence[Sequence[Response]], known: Mapping[str, truth.Truth], k: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Where the embedded data's queries belong to parts, such as held-out figures, of each part: n queries,
-    greedy accuracy, Pass@k, and the share of greedy responses with all steps right."""
+    greedy and sampled accuracy, Pass@k, and the share of greedy responses with all steps right."""
     parts: dict[str, list[Sequence[Response]]] = {}
     for group in groups:
         if part := known[group[0].query_id].part if known else "":
@@ -127,7 +127,7 @@ def by_part(
     found: dict[str, dict[str, float]] = {}
     for part, some in parts.items():
         measured = metrics.dynamics(some, k) | right_steps(some, known)
-        shown = ("greedy_accuracy", "pass_at_k", "all_right")
+        shown = ("greedy_accuracy", "sampled_accuracy", "pass_at_k", "all_right")
         found[part] = {"n": len(some)} | {key: measured[key] for key in shown if key in measured}
     return {"parts": found} if found else {}
 

@@ -26,7 +26,7 @@ from mstar_jax.inference.score import Scorer, of_folder, score, score_with
 from mstar_jax.models import vlm
 from mstar_jax.rewards import custom, metrics, prm, selection
 from mstar_jax.stages.generate import failures, generate
-from mstar_jax.stages.given import Labelled, Labels, given_labels
+from mstar_jax.stages.given import Labelled, Labels, given_labels, reported_on, warmup_queries
 from mstar_jax.stages.improve import Carry, carried, train
 from mstar_jax.stages.policy import Policy, restore_params
 from mstar_jax.stages.run import Run, lap
@@ -123,21 +123,17 @@ class Queries(NamedTuple):
 
 
 def reward_queries(run: Run) -> Queries:
-    """`prm.held_out` and `prm.queries` of the labelled queries, no image in both; those that show what the
-    warm-up trained on come last: the policy may have memorised it."""
+    """`prm.held_out` and `prm.queries` of the labelled queries, no image in both; those that the warm-up
+    trained on come last: the policy may have memorised them (see `splits.hold_out`)."""
     settings = run.config.prm
-    asked = [row.query for row in run.rationales] or run.labelled[: run.config.warmup.queries]
-    known = {query.id for query in asked}
-    fresh = {query.id for query in splits.apart(run.labelled, asked)}
-    order = sorted(run.labelled, key=lambda query: (query.id in known) + (query.id not in fresh))
-    held_out = order[: min(settings.held_out, len(order) // 4)]
-    found = Queries(splits.apart(order[len(held_out) :], held_out)[: settings.queries], held_out)
+    known = {query.id for query in warmup_queries(run)}
+    order = sorted(run.labelled, key=lambda query: query.id in known)
+    held_out = reported_on(run, order)
+    found = Queries(splits.apart(order, held_out)[: settings.queries], held_out)
     again = sum(query.id in known for part in found for query in part)
     if again or len(found.trained) < settings.queries:
         text = "prm: %d labelled queries are few: %d of them to train on, %d in all were the warm-up's"
         log.warning(text, len(order), len(found.trained), again)
-    if seen := sum(query.id not in fresh for query in held_out):
-        log.info("prm: %d of %d held-out queries show what the warm-up trained on", seen, len(held_out))
     return found
 
 
