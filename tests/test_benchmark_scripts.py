@@ -10,8 +10,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+import test_smolvlm
 from flax import nnx
 
+from mstar_jax import models
+from mstar_jax.data import truth
+from mstar_jax.models import smolvlm
 from mstar_jax.models.vision import Vit, VitConfig
 
 pytestmark = pytest.mark.slow
@@ -154,3 +158,43 @@ def test_teach_tower_with_few_steps_and_figures(monkeypatch, capsys):
     assert asked == [range(2)] and "11 figures" in capsys.readouterr().out
     after = np.asarray(taught.patch[...])
     assert np.isfinite(after).all() and (after != before).any()
+
+
+def test_describe_figures(monkeypatch, capsys, tmp_path):
+    """Descriptions count by what they claim, in any words; a policy that says nothing has 0 %."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import describe_figures
+
+    examples = describe_figures.drawn(tmp_path, 30)
+    assert len(examples) == 30 and all(each.mode == "caption" for each in examples)
+    right = {each.query.id: each.response for each in examples}
+    rows = describe_figures.judged(examples, right.__getitem__)
+    assert set(rows) == {"bar charts", "price lists", "scenes"}
+    assert sum(row["figures"] for row in rows.values()) == 30
+    assert all(row["whole"] == row["names"] == row["numbers"] == 1 for row in rows.values())
+
+    def wrong(query):  # one number more than is shown, in other words and another order
+        _, (first, number), *rest = truth.facts(right[query])
+        return "It shows " + ", ".join(f"{value} {name}" for name, value in [*rest, (first, number + 1)])
+
+    counts = {"bar charts": 0, "price lists": 0, "scenes": 0}
+    for each in examples:
+        said = truth.facts(each.response)
+        counts[describe_figures.kind_of(said)] += len(said) - 1
+    for kind, row in describe_figures.judged(examples, wrong).items():
+        assert row["whole"] == 0 and row["names"] == 1
+        assert row["numbers"] == pytest.approx(1 - row["figures"] / counts[kind])
+
+    test_smolvlm.make_words(tmp_path / "words")
+    made = models.FromScratch(smolvlm.FAMILY, test_smolvlm.CONFIG, tmp_path / "words")
+    policy = made.build(0)
+    folders = [tmp_path / name / "policy" for name in "ab"]  # of one name
+    for folder in folders:
+        made.save(policy, folder)
+    monkeypatch.setattr(sys, "argv", ["", *map(str, folders), "--figures=3", "--show=2", "--batch=8"])
+    capsys.readouterr()
+    describe_figures.main()
+    shown = capsys.readouterr().out
+    cells = [line.split("|")[2:-1] for line in shown.splitlines() if line.startswith(f"| {tmp_path}")]
+    assert sum(int(n) for n, *_ in cells) == 6 and shown.count("said:") == 4
+    assert all([cell.strip() for cell in rest] == ["0.0 %"] * 3 for _, *rest in cells)
