@@ -35,7 +35,7 @@ SEED = 1_000_003  # no run's
 def drawn(folder: pathlib.Path, count: int) -> list[embedded.BaseExample]:
     """New figures, each with what is asked and the description."""
     none = {"train": 8, "unlabelled": 0, "validation": 0, "test": 0, "arithmetic": 0, "instruct": 0}
-    made = figures.make(folder / "figures", seed=SEED, captions=2 * count, **none)
+    made = figures.make(folder / "figures", seed=SEED, captions=2 * count + 50, **none)  # a third ask less
     whole = [each for each in embedded.read_base(made) if each.query.question in figures.CAPTIONS]
     return whole[:count]
 
@@ -88,13 +88,13 @@ def main() -> None:
     config.sampling.batch = args.batch
     mesh = sharding.make_mesh(**config.mesh)
     ranges.refuse(configure.sampling_problems(config, mesh))
+    checkpoints = [Checkpoint(text) for text in args.checkpoints]  # a wrong one is told first
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         examples = drawn(folder, args.figures)
         asked = [Asked(each.query, each.query.question) for each in examples]
         print("| | figures | whole | names | numbers |\n|---|---:|---:|---:|---:|")
-        for number, text in enumerate(args.checkpoints):
-            checkpoint = Checkpoint(text)
+        for number, (text, checkpoint) in enumerate(zip(args.checkpoints, checkpoints)):
             host = inference(config, folder / str(number), checkpoint.processor(config))
             with jax.set_mesh(mesh):
                 params = functools.partial(checkpoint.load, mesh, jnp.dtype(config.sampling.dtype))
